@@ -1,0 +1,158 @@
+"""Hugging Face folder -> Transformer on a device: safetensors read by mmap, one tensor at a time.
+
+Nothing is converted on disk. Each tensor goes straight from the mapped file into its place in the
+model (q, k, v into rows of wqkv; gate, up into rows of gate_up), so host memory holds at most the
+pages of one shard beside the model itself. All names, shapes and dtypes are checked before the
+first byte is copied. Pickle files are never read: loading one can run code.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import UserError
+from hf_config import load_config, read_json
+from model import ModelConfig, Transformer
+
+READABLE_DTYPES = ("F32", "F16", "BF16")
+IDENTITY_SAMPLE_BYTES = 1 << 20  # of each shard; reading whole shards would cost seconds per start
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model in a Hugging Face folder, in eval mode, with its weights on device as dtype.
+
+    Raises UserError for a folder that is incomplete, damaged, or holds another architecture.
+    """
+    config = load_config(folder)
+    shards = find_shards(folder)
+    model = empty_model(config, device, dtype)
+    targets = weight_targets(model)
+    with tqdm(total=len(shards), desc="loading weights", unit="shard", leave=False, disable=None) as bar:
+        _check_shards(shards, targets, config)
+        for shard in shards:
+            with open_shard(shard) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                    if name in targets:
+                        targets[name].copy_(tensors.get_tensor(name).to(targets[name].device))
+            bar.update()
+    return model
+
+
+def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A Transformer whose weights are allocated on device but not set."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embedding.weight
+    return model
+
+
+def weight_targets(model: Transformer) -> dict[str, Tensor]:
+    """Hugging Face tensor name -> the tensor (often a slice of a stacked weight) that takes its values."""
+    targets = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
+    if not model.config.tie_embeddings:
+        targets["lm_head.weight"] = model.lm_head.weight
+    sizes = (model.config.q_size, model.config.kv_size, model.config.kv_size)
+    for i, layer in enumerate(model.layers):
+        attention, feed_forward = layer.attention, layer.feed_forward
+        stacked: dict[str, Tensor] = {}
+        for suffix, p in attention.wqkv.named_parameters():
+            stacked |= zip((f"self_attn.{n}_proj.{suffix}" for n in "qkv"), p.split(sizes), strict=True)
+        gate, up = feed_forward.gate_up.weight.chunk(2)
+        stacked |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+        stacked |= {f"self_attn.o_proj.{n}": p for n, p in attention.wo.named_parameters()}
+        stacked |= {f"self_attn.q_norm.{n}": p for n, p in attention.q_norm.named_parameters()}
+        stacked |= {f"self_attn.k_norm.{n}": p for n, p in attention.k_norm.named_parameters()}
+        stacked["mlp.down_proj.weight"] = feed_forward.down.weight
+        stacked["input_layernorm.weight"] = layer.attention_norm.weight
+        stacked["post_attention_layernorm.weight"] = layer.ffn_norm.weight
+        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in stacked.items()}
+    return targets
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model, from the index if there is one. Raises UserError if none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: has no weight_map; download it again")
+        names = sorted(set(weight_map.values()))
+    elif (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(p.name for p in folder.glob("*.safetensors"))
+        if len(names) > 1:
+            raise UserError(f"{folder}: has {len(names)} safetensors files and no {index.name}; download the index too")
+    if not names:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
+        if pickles:
+            raise UserError(f"{folder}: holds only pickle weights ({pickles[0]}), which can run code; use safetensors")
+        raise UserError(f"{folder}: holds no *.safetensors file; expected a Hugging Face checkpoint folder")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: named by {index.name} but missing; download it")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """The open safetensors file at path, memory-mapped. Raises UserError if it is truncated or corrupt."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
+
+
+def _check_shards(shards: list[Path], targets: dict[str, Tensor], config: ModelConfig) -> None:
+    missing = set(targets)
+    for shard in shards:
+        with open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                missing.discard(name)
+                # Old Llama files carry rotary tables; tied models may carry the embedding twice.
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+                    continue
+                if name not in targets:
+                    raise UserError(f"{shard}: unexpected tensor {name}; config.json describes a model without it")
+                header = tensors.get_slice(name)
+                if header.get_dtype() not in READABLE_DTYPES:
+                    raise UserError(
+                        f"{shard}: {name} has dtype {header.get_dtype()}; expected one of {', '.join(READABLE_DTYPES)}"
+                    )
+                expected = list(targets[name].shape)
+                if header.get_shape() != expected:
+                    raise UserError(
+                        f"{shard}: {name} has shape {header.get_shape()}; config.json says it should be {expected}"
+                    )
+    if missing:
+        raise UserError(f"{shards[0].parent}: missing tensor {min(missing)} ({len(missing)} missing in all)")
+
+
+def config_hash(config: ModelConfig) -> str:
+    """16 hex digits that name an architecture: equal for models whose plans are interchangeable in shape."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_identity(folder: Path) -> str:
+    """16 hex digits that name the model in folder by content: config, and a sample and the size of each shard."""
+    digest = hashlib.sha256(config_hash(load_config(folder)).encode())
+    for shard in find_shards(folder):
+        size = shard.stat().st_size
+        digest.update(f"{shard.name}:{size}".encode())
+        with shard.open("rb") as file:
+            for start in (0, max(0, size // 2), max(0, size - IDENTITY_SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(IDENTITY_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

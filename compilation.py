@@ -1,0 +1,43 @@
+"""torch.compile, one transformer block at a time.
+
+All blocks share one compiled graph, so compile time does not grow with depth, and nothing is lost at
+the seams: a block ends in a matrix product whose epilogue takes the residual add, and the next one
+begins with a norm that needs the whole row anyway.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model import Transformer
+
+
+class CompiledBlock(nn.Module):
+    """A block compiled for two cases: one token (decode), and any number of tokens (prefill)."""
+
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.block = block
+        # Lets Inductor tune the tiles of the matrix-vector products it generates at batch 1.
+        options = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
+        self.run = torch.compile(block.forward, fullgraph=True, options=options)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """As Block.forward."""
+        if x.shape[1] > 1:
+            for tensor, dim in ((x, 1), (cos, 1), (sin, 1), (mask, 2), (positions, 1)):
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        if x.device.type == "cpu":  # the cache grows with a conversation; a CUDA graph is captured anew
+            for tensor, dim in ((mask, 3), (k_cache, 2), (v_cache, 2)):
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return self.run(x, cos, sin, mask, positions, k_cache, v_cache)
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile every block of model in place; the work happens at the first calls."""
+    # 32 blocks share one function: guards must see modules as inputs, and prefill, decode and a
+    # grown cache each add an entry.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+    device = model.embedding.weight.device
+    model.layers = nn.ModuleList(CompiledBlock(block, device) for block in model.layers)

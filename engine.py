@@ -1,0 +1,318 @@
+"""A model and its tokenizer on a device: prefill, decode step by step, keep the KV cache between prompts.
+
+A decode step reads one token, writes the next one, and advances the position, all in tensors that
+stay where they are: on CUDA the step is captured once in a graph and replayed, and while the host
+reads token i from a pinned copy the device is already computing token i + 1.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from calibration import calibrate_uniform, default_text, text_hash
+from checkpoint import config_hash, load_model, model_identity
+from compilation import compile_blocks
+from errors import UserError
+from files import cache_folder
+from hardware import pick_device, pick_dtype
+from model import KVCache, Transformer
+from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from plan import SparsityPlan
+from presets import random_model
+from sampling import sample
+from source import resolve_checkpoint
+from streaming import StopStrings, StreamDecoder
+from teal_layers import SparseLinear, set_counting, sparsify
+from tokenizer import IdBackend, Tokenizer, load_tokenizer
+
+PREFILL_CHUNK = 512  # tokens; bounds the attention mask and the activations of long prompts
+CACHE_STEP = 256  # the KV cache grows in multiples of this, so that few lengths are ever compiled
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """What one call of generate did. Times in seconds; token_s are the gaps between tokens after the first."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    first_token_s: float = 0.0
+    token_s: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return len(self.token_s) / sum(self.token_s) if self.token_s else None
+
+    def latency_percentile(self, q: float) -> float | None:
+        """The q-quantile of the gaps between tokens, seconds."""
+        return sorted(self.token_s)[min(len(self.token_s) - 1, int(q * len(self.token_s)))] if self.token_s else None
+
+
+class Engine:
+    """Generates tokens with one model at batch size one. Build with Engine.load; then call generate."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, use_graph: bool) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.use_graph = use_graph
+        self.plan: SparsityPlan | None = None
+        self.load_s = 0.0
+        self.compile_s = 0.0
+        self.stats = GenerationStats()
+        weight = model.embedding.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.generator = torch.Generator(self.device)
+        self.cached_ids: list[int] = []
+        self._set_cache(KVCache(model.config, 1, min(CACHE_STEP, model.config.max_seq_len), self.device, self.dtype))
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self.device)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | None = None,
+        *,
+        random_weights: str | None = None,
+        sparsity: float = 0.0,
+        plan: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool | None = None,
+        count_sparsity: bool = False,
+    ) -> "Engine":
+        """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
+
+        sparsity 0 with no plan is the dense model. compile None means: on CUDA only. count_sparsity
+        measures achieved sparsity while generating. Raises UserError for anything the user can mend.
+        """
+        if not 0 <= sparsity < 1:
+            raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
+        torch_device = pick_device(device)
+        torch_dtype = pick_dtype(dtype, torch_device)
+        compile = torch_device.type == "cuda" if compile is None else compile
+        start = time.perf_counter()
+        if random_weights is not None:
+            model = random_model(random_weights, torch_device, torch_dtype)
+            engine = cls(model, Tokenizer(IdBackend(), Path("/nonexistent")), random_weights, use_graph=compile)
+            identity = f"random-{random_weights.lower()}"
+        else:
+            folder = resolve_checkpoint(checkpoint)
+            tokenizer = load_tokenizer(folder)
+            model = load_model(folder, torch_device, torch_dtype)
+            engine = cls(model, tokenizer, checkpoint or folder.name, use_graph=compile)
+            identity = model_identity(folder)
+        engine.load_s = time.perf_counter() - start
+        engine._sparsify(sparsity, plan, identity)
+        if count_sparsity:
+            set_counting(model, True)
+        engine.use_graph = compile and torch_device.type == "cuda"
+        if compile:
+            engine._compile()
+        return engine
+
+    def _sparsify(self, sparsity: float, plan: str | None, identity: str) -> None:
+        if plan is not None:
+            self.plan = SparsityPlan.load(Path(plan))
+            expected = config_hash(self.model.config)
+            if self.plan.config_hash != expected:
+                raise UserError(
+                    f"--plan {plan}: made for the architecture {self.plan.config_hash}, "
+                    f"this model is {expected}; calibrate for this model"
+                )
+        elif sparsity > 0:
+            text = default_text()
+            path = cache_folder("plans") / f"{identity}-{text_hash(text)}-uniform-{sparsity:g}.json"
+            if path.exists():
+                self.plan = SparsityPlan.load(path)
+            else:
+                self.plan = calibrate_uniform(self.model, self.tokenizer.encode, sparsity, text)
+                self.plan.save(path)
+        if self.plan is not None:
+            sparsify(self.model, self.plan)
+
+    def _compile(self) -> None:
+        """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""
+        start = time.perf_counter()
+        compile_blocks(self.model)
+        warm_ids = [i % self.model.config.vocab_size for i in range(4)]
+        for _ in self.generate(warm_ids, SamplingParams(), max_new_tokens=3, ignore_eos=True):
+            pass
+        self.cached_ids = []
+        self.compile_s = time.perf_counter() - start
+
+    def _set_cache(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.graphs: dict[SamplingParams, torch.cuda.CUDAGraph] = {}
+
+    def _reserve(self, length: int) -> None:
+        """Make the cache hold at least length tokens, keeping what is in it."""
+        if length > self.cache.length:
+            rounded = -(-length // CACHE_STEP) * CACHE_STEP
+            self._set_cache(self.cache.resized(min(rounded, self.model.config.max_seq_len)))
+
+    def generate(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams = SamplingParams(),
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        ignore_eos: bool = False,
+    ) -> Iterator[int]:
+        """Yield tokens that continue prompt_ids, ending before an end-of-text token; fills self.stats.
+
+        Keys and values of a prefix shared with the previous call are reused. Raises UserError for an
+        empty prompt, one that leaves no room in the model's context, or a count below 1.
+        """
+        limit = self.model.config.max_seq_len
+        if not prompt_ids:
+            raise UserError("the prompt is empty; give at least one token of text")
+        if len(prompt_ids) >= limit:
+            raise UserError(f"the prompt has {len(prompt_ids)} tokens; this model's context of {limit} must exceed it")
+        if max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {max_new_tokens} is out of range; expected at least 1")
+        max_new_tokens = min(max_new_tokens, limit - len(prompt_ids))
+        stats = self.stats = GenerationStats(prompt_tokens=len(prompt_ids), finish_reason="length")
+        eos = frozenset() if ignore_eos else self.tokenizer.eos_ids
+        start = time.perf_counter()
+        self.generator.manual_seed(params.seed)
+        self._prefill(prompt_ids, params, len(prompt_ids) + max_new_tokens)
+        self.cached_ids = list(prompt_ids)
+        for token in self._tokens(params, max_new_tokens):
+            now = time.perf_counter()
+            if stats.new_tokens == 0:
+                stats.first_token_s = now - start
+            else:
+                stats.token_s.append(now - start)
+            start = now
+            stats.new_tokens += 1
+            if token in eos:
+                stats.finish_reason = "stop"
+                return
+            # Known, but fed to the model (and so cached) only by the next step.
+            yield token
+            self.cached_ids.append(token)
+
+    def stream(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams = SamplingParams(),
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        stops: tuple[str, ...] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """Yield the continuation of prompt_ids as pieces of text, ending before the first stop string.
+
+        Pieces end on character boundaries. Raises as generate does.
+        """
+        decoder, filter = StreamDecoder(self.tokenizer), StopStrings(stops)
+        for token in self.generate(prompt_ids, params, max_new_tokens, ignore_eos):
+            if piece := filter.push(decoder.push(token)):
+                yield piece
+            if filter.stopped:
+                self.stats.finish_reason = "stop"
+                return
+        if tail := filter.push(decoder.flush()) + filter.flush():
+            yield tail
+
+    @torch.inference_mode()
+    def _prefill(self, ids: list[int], params: SamplingParams, capacity: int) -> None:
+        """Run the prompt through the model and leave its first continuation in self.token."""
+        reused = 0
+        while reused < min(len(self.cached_ids), len(ids) - 1) and self.cached_ids[reused] == ids[reused]:
+            reused += 1
+        self.stats.reused_tokens = reused
+        self.cached_ids = self.cached_ids[:reused]  # true also if this call is interrupted
+        self._reserve(capacity)
+        prompt = torch.tensor([ids], device=self.device)
+        for begin in range(reused, len(ids), PREFILL_CHUNK):
+            chunk = prompt[:, begin : begin + PREFILL_CHUNK]
+            positions = torch.arange(begin, begin + chunk.shape[1], device=self.device)[None]
+            hidden = self.model.hidden_states(chunk, positions, self.cache)
+        self.seen.zero_().scatter_(1, prompt, True)
+        self.position.fill_(len(ids))
+        self._choose(hidden[:, -1], params)
+
+    def _choose(self, hidden: Tensor, params: SamplingParams) -> None:
+        """Sample from the last hidden state [1, C] into self.token."""
+        token = sample(self.model.logits(hidden), params, self.seen, self.generator)
+        self.token.copy_(token[:, None])
+        self.seen.scatter_(1, self.token, True)
+
+    def _step(self, params: SamplingParams) -> None:
+        """Feed self.token at self.position; leave the next token and position in their place."""
+        hidden = self.model.hidden_states(self.token, self.position, self.cache)
+        self.position += 1
+        self._choose(hidden[:, -1], params)
+
+    def _tokens(self, params: SamplingParams, count: int) -> Iterator[int]:
+        """The token that prefill chose and count - 1 more."""
+        step = self._captured_step(params) if self.use_graph else lambda: self._step(params)
+        if self.device.type == "cuda":
+            yield from self._overlapped_tokens(step, count)
+            return
+        for i in range(count):
+            if i:
+                with torch.inference_mode():
+                    step()
+            yield int(self.token)
+
+    def _overlapped_tokens(self, step: Callable[[], None], count: int) -> Iterator[int]:
+        """As _tokens, with step i + 1 launched before the host waits for token i."""
+        host = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        events = [torch.cuda.Event() for _ in range(count)]
+
+        def publish(i: int) -> None:
+            host[i : i + 1].copy_(self.token[0], non_blocking=True)
+            events[i].record()
+
+        with torch.cuda.device(self.device):
+            publish(0)
+            for i in range(count):
+                if i + 1 < count:
+                    with torch.inference_mode():
+                        step()
+                    publish(i + 1)
+                events[i].synchronize()
+                yield int(host[i])
+
+    def _captured_step(self, params: SamplingParams) -> Callable[[], None]:
+        """A CUDA graph of _step for these sampling parameters and the current cache, captured on first use."""
+        key = params.without_seed()
+        if key not in self.graphs:
+            saved = [t.clone() for t in (self.token, self.position, self.seen)]
+            with torch.inference_mode():
+                side = torch.cuda.Stream(self.device)
+                side.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(side):  # first run outside the capture: compiles, fills workspaces
+                    self._step(params)
+                torch.cuda.current_stream(self.device).wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                graph.register_generator_state(self.generator)
+                with torch.cuda.graph(graph):
+                    self._step(params)
+            for tensor, value in zip((self.token, self.position, self.seen), saved, strict=True):
+                tensor.copy_(value)
+            self.generator.manual_seed(params.seed)
+            self.graphs[key] = graph
+        return self.graphs[key].replay
+
+
+def weight_bytes_per_token(model: Transformer) -> float:
+    """Bytes of weights one decode step reads: all projections and the head, less the rows that sparsity skips.
+
+    Skipped rows are those counted since teal_layers.set_counting; without a count all rows are taken as read.
+    """
+    total = model.lm_head.weight.nbytes
+    for module in model.layers.modules():
+        if isinstance(module, SparseLinear) and int(module.seen):
+            row_bytes = torch.tensor(module.sizes) * module.weight.shape[0] * module.weight.itemsize
+            total += float((row_bytes * (module.kept.cpu() / int(module.seen))).sum())
+        elif isinstance(module, (SparseLinear, nn.Linear)):
+            total += module.weight.nbytes
+    return total

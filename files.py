@@ -1,0 +1,61 @@
+"""Files a crash cannot leave half-written, and the folder where things made once are kept."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from errors import UserError
+
+
+def cache_folder(name: str) -> Path:
+    """$XDG_CACHE_HOME/teal/name (default ~/.cache/teal/name), created. Raises UserError if it cannot be written."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "teal" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cache folder {folder} is not writable ({error.strerror}); set XDG_CACHE_HOME to a folder that is"
+        ) from error
+    return folder
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside path to write to; renamed over path if the block succeeds, removed if it fails."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path | None]:
+    """A temporary folder to fill; renamed to path if the block succeeds, removed if it fails.
+
+    Yields None if path exists. Processes that ask for the same path wait for the first one, under a
+    lock file beside it that the system releases if its holder dies; what a dead one left is removed.
+    """
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            yield None
+            return
+        temporary = path.with_name(f".{path.name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

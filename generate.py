@@ -1,0 +1,210 @@
+"""Generate text with a dense or activation-sparse model: python generate.py --prompt "..." --sparsity 0.5"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cli
+from errors import UserError
+from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+
+def build_parser() -> cli.Parser:
+    """The command line of generate.py."""
+    parser = cli.Parser("Generate text, dense or with activation sparsity. Text goes to stdout, statistics to stderr.")
+    add_model_arguments(parser)
+    text = parser.add_argument_group("prompt (one of these; without any, stdin is read)")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text to continue; with --chat, the first message")
+    source.add_argument("--prompt-file", type=Path, help="file whose text is the prompt")
+    text.add_argument("--chat", action="store_true", help="converse: one message a line on stdin, until its end")
+    text.add_argument("--system", help="system message for --chat")
+    out = parser.add_argument_group("output")
+    out.add_argument("--max-new-tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="tokens to generate")
+    out.add_argument("--stop", action="append", default=[], help="stop before this text; may be repeated")
+    out.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
+    out.add_argument("--json", action="store_true", help="print one JSON object (text, statistics) instead of streaming")
+    out.add_argument("--stats", action="store_true", help="measure and print bandwidth and sparsity by layer")
+    sampling = parser.add_argument_group("sampling")
+    default = SamplingParams()
+    sampling.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, default=default.top_k, help="keep the k likeliest tokens; 0 is off")
+    sampling.add_argument("--top-p", type=float, default=default.top_p, help="keep the likeliest p of the mass; 1 is off")
+    sampling.add_argument("--min-p", type=float, default=default.min_p, help="drop tokens below p x the best; 0 is off")
+    sampling.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty, help="1 is off")
+    sampling.add_argument("--seed", type=int, default=default.seed, help="same seed, same machine: same text")
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose the model and how it runs."""
+    model = parser.add_argument_group("model")
+    source = model.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", help="model folder, .gguf file or hub id (org/name); default SmolLM2-135M-Instruct")
+    source.add_argument("--random-weights", metavar="NAME", help="a known architecture with random weights, for speed only")
+    sparse = model.add_mutually_exclusive_group()
+    sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
+    sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    model.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: the faster one")
+    model.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile with torch.compile; default on CUDA only, where it pays at once (see BENCHMARKS.md)",
+    )
+
+
+def main() -> None:
+    """Parse the command line, load the model, print text."""
+    args = build_parser().parse_args()
+    params = SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    if args.chat and args.json:
+        raise UserError("--json prints one answer and --chat holds a conversation; choose one")
+    prompt = None if args.chat else read_prompt(args)
+    from engine import Engine  # importing torch takes a second: not for --help or a mistyped option
+
+    engine = Engine.load(
+        args.checkpoint,
+        random_weights=args.random_weights,
+        sparsity=args.sparsity,
+        plan=args.plan,
+        device=args.device,
+        dtype=args.dtype,
+        compile=args.compile,
+        count_sparsity=args.stats,
+    )
+    if prompt is None:
+        chat(engine, args, params)
+        return
+    text = answer(engine, engine.tokenizer.encode(prompt), args, params, quiet=args.json)
+    statistics = collect_statistics(engine, args.stats)
+    if args.json:
+        print(json.dumps({"prompt": prompt, "text": text, **statistics}))
+    else:
+        print_statistics(statistics)
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt from --prompt, --prompt-file or stdin. Raises UserError if it is empty or unreadable."""
+    if args.prompt is not None:
+        name, prompt = "--prompt", args.prompt
+    elif args.prompt_file is not None:
+        name, prompt = f"--prompt-file {args.prompt_file}", _decode(args.prompt_file.read_bytes(), args.prompt_file)
+    elif sys.stdin is not None and not sys.stdin.isatty():
+        name, prompt = "stdin", _decode(sys.stdin.buffer.read(), "stdin")
+    else:
+        raise UserError("no prompt; give --prompt TEXT, --prompt-file FILE, text on stdin, or --chat")
+    if not prompt:
+        raise UserError(f"{name} is empty; give some text")
+    return prompt
+
+
+def _decode(content: bytes, name: str | Path) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start}); convert it") from None
+
+
+def answer(engine: "Engine", ids: list[int], args: argparse.Namespace, params: SamplingParams, quiet: bool) -> str:
+    """Generate from ids, printing the text as it comes unless quiet; returns it whole."""
+    pieces = []
+    for piece in engine.stream(ids, params, args.max_new_tokens, tuple(filter(None, args.stop)), args.ignore_eos):
+        pieces.append(piece)
+        if not quiet:
+            print(piece, end="", flush=True)
+    if not quiet:
+        print(flush=True)
+    return "".join(pieces)
+
+
+def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> None:
+    """Hold a conversation; each turn feeds the model only what its KV cache lacks."""
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    first = read_prompt(args) if args.prompt is not None or args.prompt_file is not None else None
+    while True:
+        if first is None:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+        message, first = (first if first is not None else line).strip(), None
+        if not message:
+            continue
+        messages.append({"role": "user", "content": message})
+        text = answer(engine, engine.tokenizer.encode_chat(messages), args, params, quiet=False)
+        messages.append({"role": "assistant", "content": text})
+        print_statistics(collect_statistics(engine, args.stats))
+
+
+def collect_statistics(engine: "Engine", detailed: bool) -> dict[str, Any]:
+    """Figures of the last answer; with detailed, also bandwidth and sparsity by layer and projection."""
+    from engine import weight_bytes_per_token
+    from hardware import read_bandwidth
+    from teal_layers import achieved_sparsity
+
+    stats = engine.stats
+    figures: dict[str, Any] = {
+        "model": engine.name,
+        "device": str(engine.device),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "target_sparsity": engine.plan.target if engine.plan else 0.0,
+        "finish_reason": stats.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "new_tokens": stats.new_tokens,
+        "load_s": engine.load_s,
+        "compile_s": engine.compile_s,
+        "first_token_s": stats.first_token_s,
+        "tokens_per_s": stats.tokens_per_s,
+        "latency_p50_s": stats.latency_percentile(0.5),
+        "latency_p99_s": stats.latency_percentile(0.99),
+    }
+    if detailed and stats.tokens_per_s is not None:
+        ceiling = read_bandwidth(engine.device)
+        rate = weight_bytes_per_token(engine.model) * stats.tokens_per_s
+        figures |= {"gb_per_s": rate / 1e9, "bandwidth_share": rate / ceiling, "read_gb_per_s": ceiling / 1e9}
+    if detailed and engine.plan is not None:
+        figures["achieved_sparsity"] = achieved_sparsity(engine.model)
+    return figures
+
+
+def print_statistics(figures: dict[str, Any]) -> None:
+    """The figures as a few lines on stderr."""
+
+    def milliseconds(name: str) -> str:
+        return "-" if figures[name] is None else f"{1e3 * figures[name]:.1f} ms"
+
+    rate = figures["tokens_per_s"]
+    lines = [
+        f"[{figures['model']}, {figures['device']} {figures['dtype']}, sparsity {figures['target_sparsity']:g}]",
+        f"load {figures['load_s']:.2f} s, compile {figures['compile_s']:.1f} s, "
+        f"prompt {figures['prompt_tokens']} tokens ({figures['reused_tokens']} cached), "
+        f"first token {milliseconds('first_token_s')}",
+        f"{figures['new_tokens']} tokens, {'-' if rate is None else f'{rate:.1f}'} tok/s, "
+        f"p50 {milliseconds('latency_p50_s')}, p99 {milliseconds('latency_p99_s')}, end: {figures['finish_reason']}",
+    ]
+    if "gb_per_s" in figures:
+        share = f"{figures['bandwidth_share']:.0%} of {figures['read_gb_per_s']:.1f} GB/s measured"
+        lines.append(f"weights read at {figures['gb_per_s']:.1f} GB/s, {share}")
+    for i, layer in enumerate(figures.get("achieved_sparsity", [])):
+        lines.append(f"layer {i:2d}  " + "  ".join(f"{name} {share:6.1%}" for name, share in layer.items()))
+    print("\n".join(lines), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,129 @@
+"""`config.json` of a Hugging Face folder -> ModelConfig, refusing by name whatever this model.py cannot do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from model import ModelConfig, RopeScaling
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# What transformers assumes where config.json leaves a field out, if the families differ.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
+
+# Fields that would change the computation, with the values under which they do not.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "num_local_experts": (None, 0),
+}
+
+
+def read_json(path: Path) -> Any:
+    """The parsed JSON file. Raises UserError naming the file if it is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the checkpoint folder must hold it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The architecture described by folder/config.json. Raises UserError for a model this code does not compute."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds a {type(raw).__name__}; expected a JSON object")
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
+    raw = {**FAMILY_DEFAULTS[family], **raw}
+    for field, neutral in NEUTRAL_VALUES.items():
+        if field in raw and raw[field] not in neutral:
+            raise UserError(f"{path}: {field} {raw[field]!r} is not supported; expected {neutral[0]!r}")
+    try:
+        return _build(path, family, raw)
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
+
+
+def _positive(path: Path, raw: dict[str, Any], field: str, kind: type = int, default: Any = None) -> Any:
+    value = raw.get(field)
+    value = default if value is None else value
+    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
+    if not ok:
+        raise UserError(f"{path}: {field} {value!r} is not usable; expected a positive {kind.__name__}")
+    return value
+
+
+def _build(path: Path, family: str, raw: dict[str, Any]) -> ModelConfig:
+    hidden_size = _positive(path, raw, "hidden_size")
+    num_layers = _positive(path, raw, "num_hidden_layers")
+    num_heads = _positive(path, raw, "num_attention_heads")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
+    bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        vocab_size=_positive(path, raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_positive(path, raw, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=_positive(path, raw, "num_key_value_heads", default=num_heads),
+        head_dim=_positive(path, raw, "head_dim", default=hidden_size // num_heads),
+        max_seq_len=_positive(path, raw, "max_position_embeddings", default=2048),
+        norm_eps=_positive(path, raw, "rms_norm_eps", float, default=1e-6),
+        rope_theta=_positive(path, {**raw, **rope}, "rope_theta", float, default=10000.0),
+        rope_scaling=_rope_scaling(path, rope),
+        qkv_bias=family == "qwen2" or bias,
+        o_bias=family != "qwen2" and bias,
+        qk_norm=family == "qwen3",
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        sliding_windows=_sliding_windows(path, family, raw, num_layers),
+    )
+
+
+def _rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{path}: rope_scaling type {kind!r} is not supported; expected default, linear or llama3")
+    if kind == "linear":
+        return RopeScaling(kind, _positive(path, rope, "factor", float))
+    return RopeScaling(
+        kind,
+        factor=_positive(path, rope, "factor", float),
+        low_freq_factor=_positive(path, rope, "low_freq_factor", float),
+        high_freq_factor=_positive(path, rope, "high_freq_factor", float),
+        original_max_position_embeddings=_positive(path, rope, "original_max_position_embeddings"),
+    )
+
+
+def _sliding_windows(path: Path, family: str, raw: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if family == "llama" or window is None:
+        return (None,) * num_layers
+    window = _positive(path, raw, "sliding_window")
+    if family == "mistral":
+        return (window,) * num_layers
+    if not raw.get("use_sliding_window", False):
+        return (None,) * num_layers
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = raw["max_window_layers"]
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise UserError(f"{path}: layer_types holds {unknown.pop()!r}; expected full_attention or sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,237 @@
+"""A plain decoder-only transformer (Llama, Mistral, Qwen2, Qwen3 families), to be read top to bottom.
+
+Nothing here knows about sparsity, quantization, compilation or files: those replace modules or
+wrap calls from outside. Shapes use B batch, T tokens of this call, S cache length, C hidden_size,
+H query heads, K key/value heads, G = H/K query heads per key/value head, D head_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Frequency scaling of rotary embeddings: kind "linear" (positions / factor) or "llama3" (by wavelength)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope scaling kind {self.kind!r}: expected 'linear' or 'llama3'")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture of one model. sliding_windows holds, per layer, the attention window in tokens or None."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sliding_windows:
+            object.__setattr__(self, "sliding_windows", (None,) * self.num_layers)
+        if len(self.sliding_windows) != self.num_layers:
+            raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings need an even one")
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+class KVCache:
+    """Static key/value cache: k and v are [num_layers, B, K, S, D], written in place at given positions."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+        # zeros, not empty: masked positions still enter the product with weight 0, and 0 * NaN is NaN
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[3]
+
+    def resized(self, length: int) -> "KVCache":
+        """A cache of the given length that starts with this one's contents (cut if shorter)."""
+        grown = object.__new__(KVCache)
+        kept = min(length, self.length)
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:3], length, old.shape[4])
+            new[:, :, :, :kept] = old[:, :, :, :kept]
+            setattr(grown, name, new)
+        return grown
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Rotation per position of each pair of head channels, radians: fp32 [D/2] (Su et al. 2021, section 3.2.2)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    freqs = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs
+    if scaling.kind == "linear":
+        return freqs / scaling.factor
+    # Llama 3.1: long wavelengths are divided by factor, short ones kept, those between interpolated.
+    wavelengths = 2 * math.pi / freqs
+    turns = scaling.original_max_position_embeddings / wavelengths
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return (1 - keep) * freqs / scaling.factor + keep * freqs
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, T, heads, D] by cos, sin [B, T, 1, D/2]; channel i pairs with i + D/2 (the HF weight layout)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attention_mask(positions: Tensor, length: int, groups: int, window: int | None) -> Tensor:
+    """Which cache slots each query may read: bool [B, 1, G*T, S], for positions [B, T] and S = length."""
+    slots = torch.arange(length, device=positions.device)
+    behind = positions[:, None, :, None] - slots  # [B, 1, T, S]: 0 is the token itself
+    allowed = behind >= 0
+    if window is not None:
+        allowed &= behind < window
+    return allowed.repeat(1, 1, groups, 1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings; wqkv stacks the q, k and v projections."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wqkv = nn.Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.q_size, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        c = self.config
+        B, T, _ = x.shape
+        K, G, D = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
+        q, k, v = self.wqkv(x).split((c.q_size, c.kv_size, c.kv_size), dim=-1)
+        q = apply_rope(self.q_norm(q.view(B, T, K * G, D)), cos, sin)
+        k = apply_rope(self.k_norm(k.view(B, T, K, D)), cos, sin)
+        rows = torch.arange(B, device=x.device)[:, None]
+        k_cache[rows, :, positions] = k  # k_cache [B, K, S, D], written at [B, T, K, D]
+        v_cache[rows, :, positions] = v.view(B, T, K, D)
+        # The G query heads that share a key/value head become extra query rows: no copy of the cache.
+        q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+        y = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask)
+        y = y.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, K * G * D)
+        return self.wo(y)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); gate_up stacks the gate and up projections (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, positions, k_cache, v_cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids to next-token logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """Logits [B, T, V] of tokens at positions (both int64 [B, T]); writes keys and values into kv_cache."""
+        return self.logits(self.hidden_states(tokens, positions, kv_cache))
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """Output of the last block [B, T, C], before the final norm."""
+        c = self.config
+        x = self.embedding(tokens)
+        angles = positions[:, :, None, None].float() * rope_frequencies(c, x.device)  # [B, T, 1, D/2]
+        cos, sin = angles.cos(), angles.sin()
+        groups = c.num_heads // c.num_kv_heads
+        masks = {w: attention_mask(positions, kv_cache.length, groups, w) for w in set(c.sliding_windows)}
+        for layer, window, k, v in zip(self.layers, c.sliding_windows, kv_cache.k, kv_cache.v, strict=True):
+            x = layer(x, cos, sin, masks[window], positions, k, v)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [..., V] of hidden states [..., C]."""
+        return self.lm_head(self.norm(hidden))

@@ -1,0 +1,130 @@
+"""Which activations to drop: histograms of |x|, thresholds from them, and the plan that lists one per projection.
+
+TEAL (arXiv 2408.14690, section 4): the inputs of a projection are zero-mean and unimodal, so dropping
+entries with |x| below the p-quantile of |x| over calibration tokens gives sparsity p.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from files import atomic_file
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+PLAN_FORMAT = "teal-plan"
+PLAN_VERSION = 1
+
+# Bins are the top bits of |x| as fp32: 128 to an octave, so neighbouring edges differ by under 0.8%
+# at every scale, and no first pass over the data is needed to find its range.
+BITS_DROPPED = 16
+LOWEST_BIN = (127 - 24) << 7  # 2^-24: smaller magnitudes share the first bin
+NUM_BINS = 40 << 7  # up to 2^16: larger ones share the last
+
+
+class Histogram:
+    """Counts of |x| in logarithmic bins of fixed memory (40 KiB), filled as a stream."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+
+    def add(self, x: Tensor) -> None:
+        """Count every entry of x (any shape, any float dtype, any device). Raises UserError on NaN."""
+        magnitude = x.detach().float().abs().flatten()
+        if magnitude.isnan().any():
+            raise UserError("activations hold NaN during calibration; the checkpoint is damaged or its dtype overflows")
+        bins = (magnitude.view(torch.int32) >> BITS_DROPPED) - LOWEST_BIN
+        counts = torch.bincount(bins.clamp_(0, NUM_BINS - 1), minlength=NUM_BINS)
+        self.counts += counts.cpu()
+
+    def quantile(self, p: float) -> float:
+        """The magnitude below which a share p of the entries lies, interpolated within its bin; 0 for p = 0."""
+        if not 0 <= p < 1:
+            raise UserError(f"sparsity {p} is out of range; expected 0 <= sparsity < 1")
+        total = int(self.counts.sum())
+        if total == 0:
+            raise UserError("calibration saw no activations; give it a longer text")
+        wanted = p * total
+        if wanted == 0:
+            return 0.0
+        cumulative = self.counts.cumsum(0)
+        i = int(torch.searchsorted(cumulative, wanted))
+        before = int(cumulative[i - 1]) if i else 0
+        low, high = _bin_edge(i) if i else 0.0, _bin_edge(i + 1)
+        return low + (high - low) * (wanted - before) / int(self.counts[i])
+
+
+def _bin_edge(i: int) -> float:
+    return float(torch.tensor((i + LOWEST_BIN) << BITS_DROPPED, dtype=torch.int32).view(torch.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionPlan:
+    """One projection: its target sparsity, the threshold on |x|, and the sparsity measured on held-out text."""
+
+    sparsity: float
+    threshold: float
+    achieved: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"sparsity {self.sparsity} is out of range; expected 0 <= sparsity < 1")
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise UserError(f"threshold {self.threshold} is not usable; expected a finite number >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityPlan:
+    """Thresholds for every projection of a model: layers[i][projection]. config_hash names the architecture."""
+
+    config_hash: str
+    method: str
+    target: float
+    layers: tuple[dict[str, ProjectionPlan], ...]
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target < 1:
+            raise UserError(f"sparsity {self.target} is out of range; expected 0 <= sparsity < 1")
+        for i, layer in enumerate(self.layers):
+            if set(layer) != set(PROJECTIONS):
+                raise UserError(f"plan layer {i} lists {sorted(layer)}; expected {sorted(PROJECTIONS)}")
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, atomically."""
+        content = {"format": PLAN_FORMAT, "version": PLAN_VERSION, **asdict(self)}
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "SparsityPlan":
+        """Read a plan. Raises UserError if the file is missing, not a plan, or holds impossible values."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"plan {path}: not readable ({error}); expected a JSON plan") from error
+        if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT:
+            raise UserError(f"plan {path}: not a sparsity plan; expected a JSON object with format {PLAN_FORMAT!r}")
+        if content.get("version") != PLAN_VERSION:
+            raise UserError(f"plan {path}: version {content.get('version')!r}; this code reads version {PLAN_VERSION}")
+        try:
+            layers = tuple({n: ProjectionPlan(**p) for n, p in layer.items()} for layer in content["layers"])
+            fields = ("config_hash", "method", "target", "calibration")
+            return cls(layers=layers, **{name: content[name] for name in fields})
+        except UserError as error:
+            raise UserError(f"plan {path}: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"plan {path}: missing or malformed field ({error}); calibrate again") from error
+
+
+def uniform_plan(
+    histograms: list[dict[str, Histogram]], sparsity: float, config_hash: str, calibration: dict[str, Any]
+) -> SparsityPlan:
+    """The same sparsity for every projection; histograms[layer][projection] of its input (paper, section 5.1)."""
+    layers = tuple({n: ProjectionPlan(sparsity, h.quantile(sparsity)) for n, h in layer.items()} for layer in histograms)
+    return SparsityPlan(config_hash, "uniform", sparsity, layers, calibration)

@@ -1,0 +1,46 @@
+"""Logits -> next token, on the device and without a host synchronisation, so that a CUDA graph can hold it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from params import SamplingParams
+
+
+def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Next token of each row: logits [B, V] -> int64 [B].
+
+    seen: bool [B, V], the tokens of prompt and output so far, read by the repetition penalty.
+    """
+    logits = logits.float()
+    if params.repetition_penalty != 1:
+        logits = penalize(logits, params.repetition_penalty, seen)
+    if params.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = filter_logits(logits / params.temperature, params)
+    # argmax(p / e) with e ~ Exponential(1) draws from p: the Gumbel trick, without multinomial's sync.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(dim=-1) / noise.clamp_min_(1e-30)).argmax(dim=-1)
+
+
+def penalize(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
+    """Divide positive and multiply negative logits of seen tokens by penalty (Keskar et al. 2019, section 4.1)."""
+    return logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty))
+
+
+def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+    """logits [B, V] with -inf for what top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) exclude."""
+    off = -math.inf
+    if 0 < params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, off)
+    if params.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        beyond = probs.cumsum(dim=-1) - probs >= params.top_p  # the token that crosses top_p stays
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), off)
+    if params.min_p > 0:
+        probs = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probs < params.min_p * probs.amax(dim=-1, keepdim=True), off)
+    return logits
