@@ -57,11 +57,15 @@ def token_sequences(encode: Callable[[str], list[int]], text: str, sequences: in
     # No tokenizer of a supported family averages over 8 characters a token on prose.
     pieces = [encode(text[i * stride : i * stride + 8 * length])[:length] for i in range(sequences)]
     if any(len(piece) < length for piece in pieces):
-        raise UserError(f"text of {len(text)} characters is too short for {sequences} x {length} tokens; give a longer one")
+        raise UserError(
+            f"text of {len(text)} characters is too short for {sequences} x {length} tokens; give a longer one"
+        )
     return torch.tensor(pieces)
 
 
-def calibrate_uniform(model: Transformer, encode: Callable[[str], list[int]], sparsity: float, text: str) -> SparsityPlan:
+def calibrate_uniform(
+    model: Transformer, encode: Callable[[str], list[int]], sparsity: float, text: str
+) -> SparsityPlan:
     """Sparsify model, in place, at one sparsity for every projection; returns the plan with measured sparsities.
 
     encode turns text into token ids. Raises UserError if the text is too short or sparsity is out of range.
@@ -100,11 +104,11 @@ def collect_histograms(model: Transformer, sequences: Tensor, label: str) -> lis
     """Histogram of |x| for the input of every projection over sequences [N, L], as [layer][projection]."""
     result: list[dict[str, Histogram]] = []
     hooks = []
-    for block in model.layers:
+    for block in model.blocks:
         attention_in, attention_out, ffn_in, ffn_mid = (Histogram() for _ in range(4))
         result.append(dict.fromkeys("qkv", attention_in) | {"o": attention_out} | dict.fromkeys(("gate", "up"), ffn_in))
         result[-1]["down"] = ffn_mid
-        taps = {
+        taps: dict[nn.Module, Histogram] = {
             block.attention.wqkv: attention_in,
             block.attention.wo: attention_out,
             block.feed_forward.gate_up: ffn_in,

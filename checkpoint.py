@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import UserError
+from files import fingerprint
 from hf_config import load_config, read_json
 from model import ModelConfig, Transformer
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
-IDENTITY_SAMPLE_BYTES = 1 << 20  # of each shard; reading whole shards would cost seconds per start
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -63,7 +63,7 @@ def weight_targets(model: Transformer) -> dict[str, Tensor]:
     if not model.config.tie_embeddings:
         targets["lm_head.weight"] = model.lm_head.weight
     sizes = (model.config.q_size, model.config.kv_size, model.config.kv_size)
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(model.blocks):
         attention, feed_forward = layer.attention, layer.feed_forward
         stacked: dict[str, Tensor] = {}
         for suffix, p in attention.wqkv.named_parameters():
@@ -146,13 +146,6 @@ def config_hash(config: ModelConfig) -> str:
 
 
 def model_identity(folder: Path) -> str:
-    """16 hex digits that name the model in folder by content: config, and a sample and the size of each shard."""
-    digest = hashlib.sha256(config_hash(load_config(folder)).encode())
-    for shard in find_shards(folder):
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}:{size}".encode())
-        with shard.open("rb") as file:
-            for start in (0, max(0, size // 2), max(0, size - IDENTITY_SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(IDENTITY_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
+    """16 hex digits that name the model in folder by content: its architecture and its weight files."""
+    parts = [config_hash(load_config(folder)), *(fingerprint(shard) for shard in find_shards(folder))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

@@ -5,6 +5,8 @@ the seams: a block ends in a matrix product whose epilogue takes the residual ad
 begins with a norm that needs the whole row anyway.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ class CompiledBlock(nn.Module):
         super().__init__()
         self.block = block
         # Lets Inductor tune the tiles of the matrix-vector products it generates at batch 1.
-        options = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
+        options: dict[str, Any] = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
         self.run = torch.compile(block.forward, fullgraph=True, options=options)
 
     def forward(

@@ -308,7 +308,7 @@ def weight_bytes_per_token(model: Transformer) -> float:
 
     Skipped rows are those counted since teal_layers.set_counting; without a count all rows are taken as read.
     """
-    total = model.lm_head.weight.nbytes
+    total = float(model.lm_head.weight.nbytes)
     for module in model.layers.modules():
         if isinstance(module, SparseLinear) and int(module.seen):
             row_bytes = torch.tensor(module.sizes) * module.weight.shape[0] * module.weight.itemsize

@@ -1,5 +1,6 @@
 """Files a crash cannot leave half-written, and the folder where things made once are kept."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from errors import UserError
+
+FINGERPRINT_SAMPLE = 1 << 20  # bytes
 
 
 def cache_folder(name: str) -> Path:
@@ -25,6 +28,17 @@ def cache_folder(name: str) -> Path:
             f"cache folder {folder} is not writable ({error.strerror}); set XDG_CACHE_HOME to a folder that is"
         ) from error
     return folder
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that name a file's content, from its size and three samples: whole models take too long to hash."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in (0, size // 2, max(0, size - FINGERPRINT_SAMPLE)):
+            file.seek(start)
+            digest.update(file.read(FINGERPRINT_SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

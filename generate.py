@@ -25,16 +25,22 @@ def build_parser() -> cli.Parser:
     text.add_argument("--chat", action="store_true", help="converse: one message a line on stdin, until its end")
     text.add_argument("--system", help="system message for --chat")
     out = parser.add_argument_group("output")
-    out.add_argument("--max-new-tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="tokens to generate")
+    out.add_argument(
+        "--max-new-tokens", type=cli.positive_int, default=DEFAULT_MAX_NEW_TOKENS, help="tokens to generate"
+    )
     out.add_argument("--stop", action="append", default=[], help="stop before this text; may be repeated")
     out.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-text token")
-    out.add_argument("--json", action="store_true", help="print one JSON object (text, statistics) instead of streaming")
+    out.add_argument(
+        "--json", action="store_true", help="print one JSON object (text, statistics) instead of streaming"
+    )
     out.add_argument("--stats", action="store_true", help="measure and print bandwidth and sparsity by layer")
     sampling = parser.add_argument_group("sampling")
     default = SamplingParams()
     sampling.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
     sampling.add_argument("--top-k", type=int, default=default.top_k, help="keep the k likeliest tokens; 0 is off")
-    sampling.add_argument("--top-p", type=float, default=default.top_p, help="keep the likeliest p of the mass; 1 is off")
+    sampling.add_argument(
+        "--top-p", type=float, default=default.top_p, help="keep the likeliest p of the mass; 1 is off"
+    )
     sampling.add_argument("--min-p", type=float, default=default.min_p, help="drop tokens below p x the best; 0 is off")
     sampling.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty, help="1 is off")
     sampling.add_argument("--seed", type=int, default=default.seed, help="same seed, same machine: same text")
@@ -45,8 +51,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that choose the model and how it runs."""
     model = parser.add_argument_group("model")
     source = model.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", help="model folder, .gguf file or hub id (org/name); default SmolLM2-135M-Instruct")
-    source.add_argument("--random-weights", metavar="NAME", help="a known architecture with random weights, for speed only")
+    source.add_argument(
+        "--checkpoint", help="model folder, .gguf file or hub id (org/name); default SmolLM2-135M-Instruct"
+    )
+    source.add_argument(
+        "--random-weights", metavar="NAME", help="a known architecture with random weights, for speed only"
+    )
     sparse = model.add_mutually_exclusive_group()
     sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")

@@ -8,6 +8,7 @@ the scales in every quantized GGUF type, except where the source itself is BF16 
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from errors import UserError
 from model import ModelConfig, RopeScaling, rope_frequencies
 
 READABLE_TYPES = frozenset(
-    GGMLQuantizationType[name] for name in "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K".split()
+    GGMLQuantizationType[name]
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 )
 SHARD_BYTES = 2 << 30  # bounds host memory: one shard is held while it is written
 
@@ -42,9 +44,7 @@ TENSOR_NAMES = {
 }
 
 # Regular expressions that split text before byte-level BPE, by the name GGUF gives the scheme.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 3, 4, 6
 
 
@@ -124,20 +124,11 @@ def _rope_scaling(path: Path, meta: dict[str, Any], config: dict[str, Any], read
     # Llama 3.1+ files hold the divisor of each frequency instead of the four numbers it came from.
     # The largest divisor is the scaling factor; the other three are the same in every published model.
     scaling = RopeScaling("llama3", factor=float(factors.max()))
-    shape = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_seq_len"), 1)
-    head = ModelConfig(**shape, num_heads=1, num_kv_heads=1, head_dim=config["head_dim"], rope_theta=config["rope_theta"])
-    plain = rope_frequencies(head, torch.device("cpu"))
-    scaled = rope_frequencies(
-        ModelConfig(
-            **shape,
-            num_heads=1,
-            num_kv_heads=1,
-            head_dim=config["head_dim"],
-            rope_theta=config["rope_theta"],
-            rope_scaling=scaling,
-        ),
-        torch.device("cpu"),
-    )
+    sizes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": config["head_dim"]}  # the others do not matter here
+    plain_config = ModelConfig(1, 1, 1, 1, **sizes, max_seq_len=1, rope_theta=config["rope_theta"])
+    cpu = torch.device("cpu")
+    plain = rope_frequencies(plain_config, cpu)
+    scaled = rope_frequencies(replace(plain_config, rope_scaling=scaling), cpu)
     if factors.shape != tuple(plain.shape) or not np.allclose((plain / scaled).numpy(), factors, rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3's frequency scaling, the only one supported")
     return {
@@ -170,7 +161,7 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, 
         name = _hf_name(tensor.name)
         if name is None:
             continue
-        data = torch.from_numpy(np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type)))
+        data = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements=["C", "W"]))
         projection = name.split(".")[-2]
         if projection in heads:  # rows (head, pair, half) -> (head, half, pair)
             data = data.unflatten(0, (heads[projection], -1, 2)).transpose(1, 2).flatten(0, 2)
@@ -200,7 +191,9 @@ def _write_weights(reader: GGUFReader, config: dict[str, Any], folder: Path) -> 
         (folder / f"shard-{i}.safetensors").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
 
 
 def _write_tokenizer(path: Path, meta: dict[str, Any], folder: Path) -> None:
@@ -214,7 +207,11 @@ def _write_tokenizer(path: Path, meta: dict[str, Any], folder: Path) -> None:
         raise UserError(f"{path}: tokenizer.ggml.model {kind!r} is not supported; expected 'gpt2' or 'llama'")
     types = meta.get("tokenizer.ggml.token_type", [])
     tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, y in zip(tokens, types, strict=False) if y == CONTROL_TOKEN]
+        [
+            AddedToken(t, normalized=False, special=True)
+            for t, y in zip(tokens, types, strict=False)
+            if y == CONTROL_TOKEN
+        ]
     )
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False) for t, y in zip(tokens, types, strict=False) if y == USER_DEFINED_TOKEN]
@@ -238,11 +235,14 @@ def _write_tokenizer(path: Path, meta: dict[str, Any], folder: Path) -> None:
 
 def _byte_level_bpe(path: Path, meta: dict[str, Any], tokens: list[str]) -> Tokenizer:
     scheme = meta.get("tokenizer.ggml.pre", "default")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    byte_level: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     split = {"llama-bpe": LLAMA3_SPLIT}.get(scheme)
     if split is not None:
         byte_level = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                pre_tokenizers.Split(Regex(split), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
     elif scheme == "smollm":
         byte_level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -273,5 +273,7 @@ def _sentencepiece_bpe(meta: dict[str, Any], tokens: list[str]) -> Tokenizer:
     prefix = [normalizers.Prepend("▁")] if meta.get("tokenizer.ggml.add_space_prefix", True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return tokenizer

@@ -58,11 +58,12 @@ def load_config(folder: Path) -> ModelConfig:
         raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
 
 
-def _positive(path: Path, raw: dict[str, Any], field: str, kind: type = int, default: Any = None) -> Any:
+def _positive(
+    path: Path, raw: dict[str, Any], field: str, kind: type[int] | type[float] = int, default: Any = None
+) -> Any:
     value = raw.get(field)
     value = default if value is None else value
-    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
-    if not ok:
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value > 0:
         raise UserError(f"{path}: {field} {value!r} is not usable; expected a positive {kind.__name__}")
     return value
 

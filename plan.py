@@ -126,5 +126,7 @@ def uniform_plan(
     histograms: list[dict[str, Histogram]], sparsity: float, config_hash: str, calibration: dict[str, Any]
 ) -> SparsityPlan:
     """The same sparsity for every projection; histograms[layer][projection] of its input (paper, section 5.1)."""
-    layers = tuple({n: ProjectionPlan(sparsity, h.quantile(sparsity)) for n, h in layer.items()} for layer in histograms)
+    layers = tuple(
+        {n: ProjectionPlan(sparsity, h.quantile(sparsity)) for n, h in layer.items()} for layer in histograms
+    )
     return SparsityPlan(config_hash, "uniform", sparsity, layers, calibration)

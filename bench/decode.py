@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from generate import add_model_arguments
 from hardware import read_bandwidth
 from params import SamplingParams
 from teal_layers import set_counting
+
+Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +51,7 @@ def engine_round(engine: Engine, prompt: list[int], tokens: int) -> dict[str, fl
     return {"tokens_per_s": engine.stats.tokens_per_s, "first_token_s": engine.stats.first_token_s}
 
 
-def llama_cpp_round(path: Path, context: int) -> Callable[[list[int], int], dict[str, float]]:
+def llama_cpp_round(path: Path, context: int) -> Runner:
     """A function like engine_round that runs a GGUF file by llama-cpp-python. Raises UserError if not installed."""
     if find_spec("llama_cpp") is None:
         raise UserError("--gguf needs llama-cpp-python; pip install llama-cpp-python")
@@ -104,7 +107,7 @@ def main() -> None:
     first = next(iter(engines.values()))
     ceiling = read_bandwidth(first.device)
     prompt = [1000 + i % 1000 for i in range(args.context)]
-    runners = {label: lambda p, n, e=engine: engine_round(e, p, n) for label, engine in engines.items()}
+    runners: dict[str, Runner] = {label: partial(engine_round, engine) for label, engine in engines.items()}
     if args.gguf is not None:
         runners["llama.cpp"] = llama_cpp_round(args.gguf, args.context + args.tokens + 8)
     rounds: dict[str, list[dict[str, float]]] = {label: [] for label in runners}

@@ -46,7 +46,9 @@ def _check(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -
     if weight.stride(1) != 1:
         raise ValueError(f"weight has strides {weight.stride()}: its rows must be contiguous")
     if thresholds.shape != (len(segments),) or sum(segments) != weight.shape[1]:
-        raise ValueError(f"segments {segments} with {thresholds.numel()} thresholds do not cover {weight.shape[1]} columns")
+        raise ValueError(
+            f"segments {segments} with {thresholds.numel()} thresholds do not cover {weight.shape[1]} columns"
+        )
 
 
 def _masked_product(x: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Shared fixtures: tiny random models made by transformers, the default model, and a way to run the command lines."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+TEXT = (
+    "The European lobster lives in the eastern Atlantic. It may grow to 60 cm and 6 kg.\n"
+    "def f(x):\n    return x ** 2  # the square\n"
+    "Größe, élan, naïve; Москва; 東京の天気は晴れ; العربية; हिन्दी; 👩‍🚀🚀 🙂!\n"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def nan_filled_empty() -> Iterator[None]:
+    """torch.empty returns NaN within the test, so that reading memory nothing wrote fails it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def tiny_config(family: str, **overrides: Any) -> transformers.PretrainedConfig:
+    """A config of the family small enough to run in milliseconds, with odd sizes where the family allows them."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 199,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    classes = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    return classes[family](**(sizes | overrides))
+
+
+def save_tiny_model(config: transformers.PretrainedConfig, folder: Path, **save_options: Any) -> transformers.PreTrainedModel:
+    """A random fp32 model of config, saved in folder. Weights are large enough that no block is a near-identity."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in model.parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.15)
+            else:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder, **save_options)
+    return model
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of expected; NaN counts as infinite."""
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return error if error == error else float("inf")
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer_json() -> str:
+    """A byte-level BPE tokenizer.json trained on TEXT, 199 words long at most."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
+    """A complete checkpoint folder: tiny Llama, tokenizer, chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(tiny_config("llama", vocab_size=300, max_position_embeddings=400), folder)
+    (folder / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def default_folder() -> Path:
+    """The default model's folder, downloaded on first use."""
+    from source import default_model
+
+    return default_model()
+
+
+def run_command(
+    *arguments: str | Path, stdin: str | bytes | None = "", timeout: float = 180, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `python generate.py` (or `python -m module` if the first argument is -m) in the repository root."""
+    script = [] if arguments and arguments[0] == "-m" else ["generate.py"]
+    content = stdin.encode() if isinstance(stdin, str) else stdin
+    return subprocess.run(
+        [sys.executable, *script, *map(str, arguments)],
+        input=content,
+        capture_output=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
