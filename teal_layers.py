@@ -69,8 +69,9 @@ class SparseLinear(nn.Module):
 def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
     """Replace the projections of every block, in place, by SparseLinear modules with the plan's thresholds.
 
-    A model that is sparse already only takes the new thresholds. Each weight is transposed and the old one dropped before the next, so memory grows by one weight
-    at most. Raises UserError if the plan has another number of layers than the model.
+    A model that is sparse already only takes the new thresholds. Each weight is transposed and the
+    old one dropped before the next, so memory grows by one weight at most. Raises UserError if the
+    plan has another number of layers than the model.
     """
     c = model.config
     if len(plan.layers) != c.num_layers:

@@ -65,6 +65,8 @@ class SentencePieceBackend:
     """
 
     def __init__(self, content: bytes, added: dict[str, int]) -> None:
+        if not content:
+            raise ValueError("the file is empty")  # SentencePiece itself would accept it
         self.inner = sentencepiece.SentencePieceProcessor(model_proto=content)
         pieces = range(self.inner.get_piece_size())
         self.special = {self.inner.id_to_piece(i): i for i in pieces if self.inner.is_control(i)} | added

@@ -21,7 +21,8 @@ def sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
     x [B, K] and weight [K, N] of one dtype (bf16, fp16 or fp32) and device; thresholds fp32 [J],
-    rounded to x's dtype before they are compared; segments: J widths that add up to N. Returns [B, N] in x's dtype. Raises ValueError on a mismatch.
+    rounded to x's dtype before they are compared; segments: J widths that add up to N. Returns
+    [B, N] in x's dtype. Raises ValueError on a mismatch.
     """
     _check(x, weight, thresholds, segments)
     gather = x.device.type == "cpu" and x.shape[0] <= MAX_GATHER_ROWS

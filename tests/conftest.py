@@ -1,16 +1,21 @@
 """Shared fixtures: tiny random models made by transformers, the default model, and a way to run the command lines."""
 
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from torch import Tensor, nn
+
+import cli
+import generate
 
 ROOT = Path(__file__).parent.parent
 TEXT = (
@@ -100,6 +105,22 @@ def byte_level_tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
+def train_sentencepiece(text: str, **options: Any) -> bytes:
+    """A SentencePiece BPE tokenizer.model with byte fallback, trained on text, that changes no character."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for line in text.splitlines() if line),
+        model_writer=out,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **options,
+    )
+    return out.getvalue()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
     """A complete checkpoint folder: tiny Llama, tokenizer, chat template."""
@@ -120,6 +141,30 @@ def default_folder() -> Path:
     from source import default_model
 
     return default_model()
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call generate.py's command line in this process: (exit code, stdout, stderr), without another torch import."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(generate.main)
+        out, err = capsys.readouterr()
+        return int(exit_info.value.code or 0), out, err
+
+    return call
+
+
+def assert_one_line_error(code: int, err: str, *fragments: str) -> None:
+    """A user's mistake: nonzero exit, one line on stderr that names what is wrong, no traceback."""
+    assert code in (1, 2), err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for fragment in fragments:
+        assert fragment in lines[0], f"{fragment!r} not in {lines[0]!r}"
 
 
 def run_command(
