@@ -95,7 +95,7 @@ class Engine:
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
         torch_device = pick_device(device)
-        torch_dtype = pick_dtype(dtype, torch_device)
+        torch_dtype = pick_dtype(dtype, torch_device, sparse=sparsity > 0 or plan is not None)
         compile = torch_device.type == "cuda" if compile is None else compile
         start = time.perf_counter()
         if random_weights is not None:
@@ -183,7 +183,10 @@ class Engine:
         self.generator.manual_seed(params.seed)
         self._prefill(prompt_ids, params, len(prompt_ids) + max_new_tokens)
         self.cached_ids = list(prompt_ids)
+        fed: list[int] = []  # a token is fed to the model, and so cached, by the step that makes the next one
         for token in self._tokens(params, max_new_tokens):
+            self.cached_ids += fed
+            fed = [token]
             now = time.perf_counter()
             if stats.new_tokens == 0:
                 stats.first_token_s = now - start
@@ -194,9 +197,7 @@ class Engine:
             if token in eos:
                 stats.finish_reason = "stop"
                 return
-            # Known, but fed to the model (and so cached) only by the next step.
             yield token
-            self.cached_ids.append(token)
 
     def stream(
         self,
@@ -222,18 +223,22 @@ class Engine:
 
     @torch.inference_mode()
     def _prefill(self, ids: list[int], params: SamplingParams, capacity: int) -> None:
-        """Run the prompt through the model and leave its first continuation in self.token."""
+        """Run the prompt through the model and leave its first continuation in self.token.
+
+        Calls get at least two tokens where the prompt has them: one alone would count as decoding and
+        be sparse, and the same prompt would give another text with a warm cache than with a cold one.
+        """
         reused = 0
-        while reused < min(len(self.cached_ids), len(ids) - 1) and self.cached_ids[reused] == ids[reused]:
+        while reused < min(len(self.cached_ids), len(ids) - 2) and self.cached_ids[reused] == ids[reused]:
             reused += 1
         self.stats.reused_tokens = reused
         self.cached_ids = self.cached_ids[:reused]  # true also if this call is interrupted
         self._reserve(capacity)
         prompt = torch.tensor([ids], device=self.device)
-        for begin in range(reused, len(ids), PREFILL_CHUNK):
-            chunk = prompt[:, begin : begin + PREFILL_CHUNK]
-            positions = torch.arange(begin, begin + chunk.shape[1], device=self.device)[None]
-            hidden = self.model.hidden_states(chunk, positions, self.cache)
+        positions = torch.arange(len(ids), device=self.device)[None]
+        chunks = -(-(len(ids) - reused) // PREFILL_CHUNK)
+        for part, at in zip(*(t[:, reused:].tensor_split(chunks, dim=1) for t in (prompt, positions)), strict=True):
+            hidden = self.model.hidden_states(part, at, self.cache)
         self.seen.zero_().scatter_(1, prompt, True)
         self.position.fill_(len(ids))
         self._choose(hidden[:, -1], params)

@@ -1,7 +1,8 @@
-"""Files a crash cannot leave half-written, and the folder where things made once are kept."""
+"""Files a crash cannot leave half-written, and the folder and keys under which things made once are kept."""
 
 import hashlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,15 @@ def cache_folder(name: str) -> Path:
             f"cache folder {folder} is not writable ({error.strerror}); set XDG_CACHE_HOME to a folder that is"
         ) from error
     return folder
+
+
+def cpu_name() -> str:
+    """The processor's name: part of the key of whatever was measured or compiled for it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def fingerprint(path: Path) -> str:

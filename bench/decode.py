@@ -121,25 +121,26 @@ def main() -> None:
         row: dict[str, Any] = {name: statistics.median(r[name] for r in results) for name in results[0]}
         row["label"] = label
         if label in engines:
+            row["dtype"] = str(engines[label].dtype).removeprefix("torch.")
             row |= {"load_s": engines[label].load_s, "compile_s": engines[label].compile_s}
             row["gb_per_s"] = weight_traffic(engines[label], prompt) * row["tokens_per_s"] / 1e9
         rows.append(row)
     print_table(rows, ceiling)
     device = torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else "cpu"
     facts = {"device": device, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
-    print(json.dumps(facts | {"dtype": str(first.dtype), "read_gb_per_s": ceiling / 1e9, "rows": rows}))
+    print(json.dumps(facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}))
 
 
 def print_table(rows: list[dict[str, Any]], ceiling: float) -> None:
     """rows as aligned text, with each speed over the first row's."""
     print(f"read bandwidth {ceiling / 1e9:.1f} GB/s")
-    print(f"{'':14}{'tok/s':>8}{'ratio':>7}{'first token':>13}{'load':>8}{'compile':>9}{'GB/s':>8}{'share':>7}")
+    print(f"{'':14}{'tok/s':>8}{'ratio':>7}{'first token':>13}{'load':>8}{'compile':>9}{'GB/s':>8}{'share':>7}  dtype")
     for row in rows:
         line = f"{row['label']:14}{row['tokens_per_s']:8.1f}{row['tokens_per_s'] / rows[0]['tokens_per_s']:7.2f}"
         line += f"{1e3 * row['first_token_s']:10.1f} ms"
         if "load_s" in row:
             line += f"{row['load_s']:6.2f} s{row['compile_s']:7.1f} s{row['gb_per_s']:8.1f}"
-            line += f"{1e9 * row['gb_per_s'] / ceiling:7.0%}"
+            line += f"{1e9 * row['gb_per_s'] / ceiling:7.0%}  {row['dtype']}"
         print(line)
 
 

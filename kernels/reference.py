@@ -11,6 +11,6 @@ def sparse_linear_reference(x: Tensor, weight: Tensor, thresholds: Tensor, segme
     """
     outputs = []
     for threshold, columns in zip(thresholds.to(x.dtype), weight.float().split(segments, dim=1), strict=True):
-        kept = torch.where(x.abs() >= threshold, x, 0).float()
+        kept = torch.where(x.abs() < threshold, 0, x).float()
         outputs.append(kept @ columns)
     return torch.cat(outputs, dim=1)

@@ -1,11 +1,13 @@
 """The sparse product against its fp32 definition: dtypes, odd shapes, segments, and rows that must not be read."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.reference import sparse_linear_reference
+from kernels.row_gather import native_row_gather
 from kernels.sparse_linear import MAX_GATHER_ROWS, sparse_linear
 from tests.conftest import relative_error
 
@@ -72,6 +74,51 @@ def test_threshold_is_compared_in_the_dtype_of_x() -> None:
         assert (sparse_linear(x.expand(rows, -1).contiguous(), weight, thresholds, [8]) != 0).all()
 
 
+def test_nan_is_not_hidden() -> None:
+    """A threshold drops small entries; NaN is not small, and a broken activation must stay visible."""
+    x = torch.tensor([[0.1, math.nan, 2.0, 3.0]])
+    for rows in (1, MAX_GATHER_ROWS + 1):
+        y = sparse_linear(x.expand(rows, -1).contiguous(), torch.ones(4, 40), torch.tensor([0.5]), [40])
+        assert y.isnan().all()
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    x, weight = inputs(1, 576, 1000, torch.bfloat16, torch.device("cpu"))
+    thresholds = torch.tensor([0.6, 0.3])
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(sparse_linear(x, weight, thresholds, [300, 700]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_without_a_compiler_the_result_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/bin/false")
+    native_row_gather.cache_clear()
+    try:
+        x, weight = inputs(1, 77, 131, torch.float32, torch.device("cpu"))
+        thresholds = torch.tensor([0.5])
+        expected = sparse_linear_reference(x, weight, thresholds, [131])
+        assert relative_error(sparse_linear(x, weight, thresholds, [131]), expected) <= 2e-6
+        sparse_linear(x, weight, thresholds, [131])
+        err = capsys.readouterr().err.splitlines()
+        assert [line for line in err if line.startswith("note: ")] == err[1:] and len(err) == 2, err
+    finally:
+        native_row_gather.cache_clear()
+
+
+def test_the_compiled_kernel_is_what_runs() -> None:
+    """The machine these tests need has a compiler (README); without this, a build failure would pass unseen."""
+    assert native_row_gather() is not None
+
+
 @pytest.mark.parametrize("B", [1, 2, MAX_GATHER_ROWS])
 def test_same_bits_every_run(B: int) -> None:
     x, weight = inputs(B, 576, 960, torch.bfloat16, torch.device("cpu"))
@@ -92,7 +139,8 @@ def test_bad_arguments_are_refused() -> None:
     x, weight, thresholds = torch.ones(1, 4), torch.ones(4, 6), torch.ones(1)
     bad = {
         "expected [B, K]": (torch.ones(1, 5), weight, thresholds, [6]),
-        "expected the same": (x.double(), weight, thresholds, [6]),
+        "expected the same": (x.bfloat16(), weight, thresholds, [6]),
+        "expected fp32, bf16 or fp16": (x.double(), weight.double(), thresholds, [6]),
         "contiguous": (x, torch.ones(6, 4).t(), thresholds, [6]),
         "do not cover": (x, weight, thresholds, [5]),
         "with 1 thresholds": (x, weight, thresholds, [3, 3]),
