@@ -97,22 +97,22 @@ class Engine:
         torch_device = pick_device(device)
         torch_dtype = pick_dtype(dtype, torch_device, sparse=sparsity > 0 or plan is not None)
         compile = torch_device.type == "cuda" if compile is None else compile
+        use_graph = compile and torch_device.type == "cuda"
         start = time.perf_counter()
         if random_weights is not None:
             model = random_model(random_weights, torch_device, torch_dtype)
-            engine = cls(model, Tokenizer(IdBackend(), Path("/nonexistent")), random_weights, use_graph=compile)
+            engine = cls(model, Tokenizer(IdBackend()), random_weights, use_graph)
             identity = f"random-{random_weights.lower()}"
         else:
             folder = resolve_checkpoint(checkpoint)
             tokenizer = load_tokenizer(folder)
             model = load_model(folder, torch_device, torch_dtype)
-            engine = cls(model, tokenizer, checkpoint or folder.name, use_graph=compile)
+            engine = cls(model, tokenizer, checkpoint or folder.name, use_graph)
             identity = model_identity(folder)
         engine.load_s = time.perf_counter() - start
         engine._sparsify(sparsity, plan, identity)
         if count_sparsity:
             set_counting(model, True)
-        engine.use_graph = compile and torch_device.type == "cuda"
         if compile:
             engine._compile()
         return engine

@@ -118,17 +118,19 @@ class IdBackend:
 
 
 class Tokenizer:
-    """Encode, decode and chat-format text for one model. eos_ids: tokens that end a generation."""
+    """Encode, decode and chat-format text for one model, configured by the files in its folder, if it has one.
 
-    def __init__(self, backend: Backend, folder: Path) -> None:
-        config = _optional_json(folder / "tokenizer_config.json")
-        generation = _optional_json(folder / "generation_config.json")
-        model = _optional_json(folder / "config.json")
+    eos_ids: tokens that end a generation.
+    """
+
+    def __init__(self, backend: Backend, folder: Path | None = None) -> None:
+        names = ("tokenizer_config.json", "generation_config.json", "config.json")
+        config, generation, model = (_optional_json(folder / name) if folder else {} for name in names)
         self.backend = backend
         self.special_texts = {role: _token_text(config.get(f"{role}_token")) for role in ("bos", "eos", "unk", "pad")}
         self.bos_ids = self._find_bos(config, model)
         self.eos_ids = self._find_eos(generation, model)
-        self.chat_template = _find_chat_template(folder, config)
+        self.chat_template = _find_chat_template(folder, config) if folder else None
 
     def _find_bos(self, config: dict[str, Any], model: dict[str, Any]) -> list[int]:
         if isinstance(self.backend, JsonBackend):

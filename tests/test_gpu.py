@@ -1,0 +1,93 @@
+"""On a CUDA device: the same model as on a CPU, the captured step as the eager one, and the same bits every run."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_model
+from engine import CACHE_STEP, Engine
+from model import KVCache, attend
+from params import SamplingParams
+from tests.conftest import relative_error
+
+pytestmark = pytest.mark.gpu
+PROMPT = [5, 9, 33, 120, 7, 250, 61]
+SAMPLED = SamplingParams(temperature=1.2, top_k=100, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=3)
+
+
+def tokens(engine: Engine, ids: list[int] = PROMPT, count: int = 40, params: SamplingParams = SamplingParams()) -> list[int]:
+    return list(engine.generate(ids, params, max_new_tokens=count, ignore_eos=True))
+
+
+def test_logits_equal_the_cpus(tiny_folder: Path) -> None:
+    ids = torch.randint(0, 300, (1, 60), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(60)[None]
+    results = []
+    for device in map(torch.device, ("cpu", "cuda")):
+        model = load_model(tiny_folder, device, torch.float32)
+        cache = KVCache(model.config, 1, 64, device, torch.float32)
+        with torch.inference_mode():
+            parts = [model(ids[:, :20].to(device), positions[:, :20].to(device), cache)]
+            parts += [model(ids[:, i : i + 1].to(device), positions[:, i : i + 1].to(device), cache) for i in range(20, 60)]
+        results.append(torch.cat(parts, dim=1).cpu())
+    assert relative_error(results[1], results[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("length", [64, 777, 4096])
+def test_decode_attention_is_as_accurate_as_its_dtype(rows: int, length: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 8, n, 128, device="cuda", generator=generator).bfloat16() for n in (rows, length, length)
+    )
+    mask = torch.rand(1, 1, rows, length, device="cuda", generator=generator) < 0.9
+    scores = (q.double() @ k.double().mT / math.sqrt(128)).masked_fill(~mask, -math.inf)
+    expected = scores.softmax(-1) @ v.double()
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    ours = relative_error(attend(q, k, v, mask), expected)
+    print(f"{rows} rows, {length} slots: {ours:.2e}, torch's fused attention {relative_error(fused, expected):.2e}")
+    assert ours <= 6e-3  # a bf16 has 8 bits: half a unit in the last place is 2e-3
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_graph_equals_eager(tiny_folder: Path, sparsity: float) -> None:
+    options = {"device": "cuda", "dtype": "fp32", "sparsity": sparsity}
+    eager = Engine.load(str(tiny_folder), **options, compile=False)
+    graph = Engine.load(str(tiny_folder), **options, compile=True)
+    assert graph.use_graph and not eager.use_graph
+    for ids in (PROMPT, [i % 290 + 5 for i in range(CACHE_STEP - 10)]):  # the second grows the cache while decoding
+        assert tokens(graph, ids) == tokens(eager, ids)
+    assert graph.graphs
+
+
+def test_penalty_and_filters_work_inside_the_graph(tiny_folder: Path) -> None:
+    engine = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", compile=True)
+    text = tokens(engine, count=60, params=SamplingParams(repetition_penalty=1e6))
+    assert len(set(text)) == 60 and not set(text) & set(PROMPT)
+    assert tokens(engine, params=replace(SAMPLED, top_k=1, repetition_penalty=1.0)) == tokens(engine)
+
+
+def test_seed_decides_inside_the_graph(tiny_folder: Path) -> None:
+    engine = Engine.load(str(tiny_folder), device="cuda", dtype="bf16", compile=True)
+    first = tokens(engine, params=SAMPLED)
+    assert tokens(engine, params=SAMPLED) == first
+    assert tokens(engine, params=replace(SAMPLED, seed=4)) != first
+    again = Engine.load(str(tiny_folder), device="cuda", dtype="bf16", compile=True)
+    assert tokens(again, params=SAMPLED) == first
+
+
+def test_same_text_every_run(tiny_folder: Path) -> None:
+    engine = Engine.load(str(tiny_folder), device="cuda", dtype="bf16", compile=True, sparsity=0.5)
+    first = tokens(engine, count=100)
+    for _ in range(20):
+        engine.cached_ids = []
+        assert tokens(engine, count=100) == first
+
+
+def test_random_weights_are_made_on_the_device() -> None:
+    engine = Engine.load(random_weights="SmolLM2-135M", device="cuda", compile=False)
+    assert engine.dtype == torch.bfloat16 and engine.model.embedding.weight.is_cuda
+    assert len(tokens(engine, count=5)) == 5
