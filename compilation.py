@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from model import Transformer
 
 
+RECOMPILE_LIMIT = 128
+
+
 class CompiledBlock(nn.Module):
     """A block compiled for two cases: one token (decode), and any number of tokens (prefill)."""
 
@@ -38,8 +41,8 @@ class CompiledBlock(nn.Module):
 
 def compile_blocks(model: Transformer) -> None:
     """Compile every block of model in place; the work happens at the first calls."""
-    # 32 blocks share one function: guards must see modules as inputs, and prefill, decode and a
-    # grown cache each add an entry.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+    # All blocks of all engines in a process share one compiled function: each engine, prefill and decode,
+    # and each grown cache may add an entry.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     device = model.embedding.weight.device
     model.layers = nn.ModuleList(CompiledBlock(block, device) for block in model.layers)

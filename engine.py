@@ -69,10 +69,12 @@ class Engine:
         self.device, self.dtype = weight.device, weight.dtype
         self.generator = torch.Generator(self.device)
         self.cached_ids: list[int] = []
-        self._set_cache(KVCache(model.config, 1, min(CACHE_STEP, model.config.max_seq_len), self.device, self.dtype))
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        self.position = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self.device)
+        limit = model.config.max_seq_len
+        with torch.inference_mode():  # tensors made outside and inside it would each be compiled for
+            self._set_cache(KVCache(model.config, 1, min(CACHE_STEP, limit), self.device, self.dtype))
+            self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            self.position = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self.device)
 
     @classmethod
     def load(
@@ -290,22 +292,31 @@ class Engine:
         """A CUDA graph of _step for these sampling parameters and the current cache, captured on first use."""
         key = params.without_seed()
         if key not in self.graphs:
-            saved = [t.clone() for t in (self.token, self.position, self.seen)]
-            with torch.inference_mode():
-                side = torch.cuda.Stream(self.device)
-                side.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(side):  # first run outside the capture: compiles, fills workspaces
-                    self._step(params)
-                torch.cuda.current_stream(self.device).wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                graph.register_generator_state(self.generator)
-                with torch.cuda.graph(graph):
-                    self._step(params)
-            for tensor, value in zip((self.token, self.position, self.seen), saved, strict=True):
-                tensor.copy_(value)
-            self.generator.manual_seed(params.seed)
-            self.graphs[key] = graph
+            self.graphs[key] = self._capture(params)
         return self.graphs[key].replay
+
+    @torch.inference_mode()
+    def _capture(self, params: SamplingParams) -> torch.cuda.CUDAGraph:
+        """Record _step as a CUDA graph, leaving tensors and random state as they were.
+
+        The step runs once before, outside the graph, which compiles it and fills workspaces; the key and
+        value it writes are those the first replay writes again.
+        """
+        saved = [t.clone() for t in (self.token, self.position, self.seen)]
+        random_state = self.generator.get_state()
+        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self._step(params)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self._step(params)
+        for tensor, value in zip((self.token, self.position, self.seen), saved, strict=True):
+            tensor.copy_(value)
+        self.generator.set_state(random_state)
+        return graph
 
 
 def weight_bytes_per_token(model: Transformer) -> float:

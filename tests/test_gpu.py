@@ -40,16 +40,13 @@ def test_logits_equal_the_cpus(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("length", [64, 777, 4096])
 def test_decode_attention_is_as_accurate_as_its_dtype(rows: int, length: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, 8, n, 128, device="cuda", generator=generator).bfloat16() for n in (rows, length, length)
-    )
+    q, k, v = (torch.randn(1, 8, n, 128, device="cuda", generator=generator) for n in (rows, length, length))
+    q, k, v = (4 * q).bfloat16(), k.bfloat16(), v.bfloat16()  # scores of real models are large, too
     mask = torch.rand(1, 1, rows, length, device="cuda", generator=generator) < 0.9
     scores = (q.double() @ k.double().mT / math.sqrt(128)).masked_fill(~mask, -math.inf)
     expected = scores.softmax(-1) @ v.double()
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    ours = relative_error(attend(q, k, v, mask), expected)
-    print(f"{rows} rows, {length} slots: {ours:.2e}, torch's fused attention {relative_error(fused, expected):.2e}")
-    assert ours <= 6e-3  # a bf16 has 8 bits: half a unit in the last place is 2e-3
+    assert relative_error(attend(q, k, v, mask), expected) <= 1.5 * relative_error(fused, expected)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
