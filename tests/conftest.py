@@ -66,7 +66,9 @@ def tiny_config(family: str, **overrides: Any) -> transformers.PretrainedConfig:
     return classes[family](**(sizes | overrides))
 
 
-def save_tiny_model(config: transformers.PretrainedConfig, folder: Path, **save_options: Any) -> transformers.PreTrainedModel:
+def save_tiny_model(
+    config: transformers.PretrainedConfig, folder: Path, **save_options: Any
+) -> transformers.PreTrainedModel:
     """A random fp32 model of config, saved in folder. Weights are large enough that no block is a near-identity."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()

@@ -238,7 +238,11 @@ def test_interrupted_calibration_leaves_no_plan(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     options = ("--random-weights", "SmolLM2-135M", "--device", "cpu", "--sparsity", "0.5", "--prompt", "a")
     process = subprocess.Popen(
-        [sys.executable, "generate.py", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment
+        [sys.executable, "generate.py", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=environment,
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "teal" / "plans").exists():

@@ -29,14 +29,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "llama-attention-bias": ("llama", {"attention_bias": True}),
     "llama-wide-heads": ("llama", {"head_dim": 16}),
-    "smollm2": ("llama", {"tie_word_embeddings": True, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54}),
+    "smollm2": (
+        "llama",
+        {"tie_word_embeddings": True, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54},
+    ),
     "mistral-sliding": ("mistral", {"sliding_window": 7}),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 12}),
-    "qwen3-sliding": ("qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "qwen3-sliding": (
+        "qwen3",
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
 }
 
 
@@ -73,7 +79,9 @@ def test_matches_transformers(name: str, tmp_path: Path) -> None:
     actual = decode_with_cache(model, tokens, PROMPT)
     assert relative_error(actual[:PROMPT], expected[:PROMPT]) <= TOLERANCE, f"{name}: prefill logits"
     for step in range(PROMPT, PROMPT + STEPS):
-        assert relative_error(actual[step], expected[step]) <= TOLERANCE, f"{name}: logits of decode step {step - PROMPT}"
+        assert relative_error(actual[step], expected[step]) <= TOLERANCE, (
+            f"{name}: logits of decode step {step - PROMPT}"
+        )
     text = expected_model.generate(tokens[:, :PROMPT], do_sample=False, max_new_tokens=STEPS, pad_token_id=0)
     assert greedy(model, tokens[:, :PROMPT], STEPS) == text[0, PROMPT:].tolist(), f"{name}: greedy text"
 

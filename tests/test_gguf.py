@@ -28,7 +28,16 @@ from errors import UserError
 from files import atomic_folder
 from gguf_convert import TENSOR_NAMES, convert_gguf
 from model import KVCache
-from tests.conftest import ROOT, TEXT, assert_one_line_error, relative_error, run_command, save_tiny_model, tiny_config, train_sentencepiece
+from tests.conftest import (
+    ROOT,
+    TEXT,
+    assert_one_line_error,
+    relative_error,
+    run_command,
+    save_tiny_model,
+    tiny_config,
+    train_sentencepiece,
+)
 from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")

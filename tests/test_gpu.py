@@ -18,7 +18,9 @@ PROMPT = [5, 9, 33, 120, 7, 250, 61]
 SAMPLED = SamplingParams(temperature=1.2, top_k=100, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=3)
 
 
-def tokens(engine: Engine, ids: list[int] = PROMPT, count: int = 40, params: SamplingParams = SamplingParams()) -> list[int]:
+def tokens(
+    engine: Engine, ids: list[int] = PROMPT, count: int = 40, params: SamplingParams = SamplingParams()
+) -> list[int]:
     return list(engine.generate(ids, params, max_new_tokens=count, ignore_eos=True))
 
 
@@ -31,7 +33,9 @@ def test_logits_equal_the_cpus(tiny_folder: Path) -> None:
         cache = KVCache(model.config, 1, 64, device, torch.float32)
         with torch.inference_mode():
             parts = [model(ids[:, :20].to(device), positions[:, :20].to(device), cache)]
-            parts += [model(ids[:, i : i + 1].to(device), positions[:, i : i + 1].to(device), cache) for i in range(20, 60)]
+            parts += [
+                model(ids[:, i : i + 1].to(device), positions[:, i : i + 1].to(device), cache) for i in range(20, 60)
+            ]
         results.append(torch.cat(parts, dim=1).cpu())
     assert relative_error(results[1], results[0]) <= 1e-5
 

@@ -14,12 +14,19 @@ from tests.conftest import relative_error
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 # Rounding of the output to its dtype bounds the error; sums are fp32. On CPU fp32 sums run in another order.
 TOLERANCES = [(torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)]
-SHAPES = [(1, 64, 64), (1, 576, 960), (1, 1536, 576), (1, 77, 131), (2, 576, 192), (3, 100, 7), (4, 65, 130), (7, 96, 33)]
+SHAPES = [
+    (1, 64, 64),
+    (1, 576, 960),
+    (1, 1536, 576),
+    (1, 77, 131),
+    (2, 576, 192),
+    (3, 100, 7),
+    (4, 65, 130),
+    (7, 96, 33),
+]
 
 
-def inputs(
-    B: int, K: int, N: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(B: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(B * K + N)
     x = torch.randn(B, K, generator=generator).to(device, dtype)
     weight = torch.randn(K, N, generator=generator).to(device, dtype)

@@ -58,7 +58,11 @@ def sentencepiece_file() -> bytes:
 
 @pytest.fixture(scope="session")
 def files(byte_level_tokenizer_json: str) -> dict[str, bytes]:
-    return {"json": byte_level_tokenizer_json.encode(), "sentencepiece": sentencepiece_file(), "tiktoken": tiktoken_file()}
+    return {
+        "json": byte_level_tokenizer_json.encode(),
+        "sentencepiece": sentencepiece_file(),
+        "tiktoken": tiktoken_file(),
+    }
 
 
 @pytest.fixture(params=["json", "sentencepiece", "tiktoken"])

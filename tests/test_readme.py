@@ -1,0 +1,69 @@
+"""The README tells the truth: its examples run, its option table is complete."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import generate
+from bench.decode import build_parser
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+EXAMPLES = [line for block in BLOCKS for line in block.splitlines() if "venv" not in line]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+@pytest.mark.usefixtures("default_folder")
+def test_example_runs(line: str) -> None:
+    command = line.replace("python ", f"{shlex.quote(sys.executable)} ")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    if "--json" in line:
+        assert json.loads(done.stdout)["text"]
+    if "bench" in line:
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert [row["label"] for row in result["rows"]] == ["dense", "50% sparse"]
+        assert all(row["tokens_per_s"] > 0 and row["gb_per_s"] > 0 for row in result["rows"])
+
+
+def test_there_are_two_set_up_commands_of_one_line() -> None:
+    lines = [line for block in BLOCKS for line in block.splitlines() if "venv" in line]
+    assert len(lines) == 2
+    assert "generate.py" in lines[0] and lines[1].endswith("pytest")
+
+
+def test_option_table_is_complete_and_true() -> None:
+    table = "\n".join(line for line in README.splitlines() if line.startswith("| `--"))
+    documented = set(re.findall(r"`(--[a-z-]+)", table))
+    known = {option for action in generate.build_parser()._actions for option in action.option_strings}
+    assert documented == {option for option in known if option.startswith("--")} - {"--help"}
+
+
+def test_bench_options_have_help() -> None:
+    assert all(action.help for action in build_parser()._actions)
+
+
+def test_files_the_readme_links_to_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_torch_is_pinned_exactly() -> None:
+    assert "torch==2.13.0\n" in (ROOT / "requirements.txt").read_text()
+
+
+def test_no_artefacts_are_tracked() -> None:
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    artefacts = [
+        f for f in tracked.stdout.split() if Path(f).suffix in {".pyc", ".so", ".safetensors", ".gguf", ".png"}
+    ]
+    assert artefacts == []
