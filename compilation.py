@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from model import Transformer
 
-
 RECOMPILE_LIMIT = 128
 
 

@@ -6,7 +6,7 @@ reads token i from a pinned copy the device is already computing token i + 1.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -165,7 +165,7 @@ class Engine:
         params: SamplingParams = SamplingParams(),
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         ignore_eos: bool = False,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Yield tokens that continue prompt_ids, ending before an end-of-text token; fills self.stats.
 
         Keys and values of a prefix shared with the previous call are reused. Raises UserError for an

@@ -48,7 +48,7 @@ def test_json_is_one_object_with_text_and_statistics(tiny: tuple[str, ...], invo
     assert code == 0
     result = json.loads(out)
     assert result["prompt"] == "A" and result["new_tokens"] == 6 and result["finish_reason"] == "length"
-    assert result["tokens_per_s"] > 0 and result["gb_per_s"] > 0 and 0 < result["bandwidth_share"]
+    assert result["tokens_per_s"] > 0 and result["gb_per_s"] > 0 and result["bandwidth_share"] > 0
     assert [set(layer) for layer in result["achieved_sparsity"]] == [{"q", "k", "v", "o", "gate", "up", "down"}] * 3
     _, out, _ = invoke(*options, "--json")
     assert json.loads(out)["text"] + "\n" == streamed

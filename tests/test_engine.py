@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_repetition_penalty_sees_prompt_and_output(engine: Engine) -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_compiled_equals_eager(tiny_folder: Path, sparsity: float, tmp_path: Path) -> None:
-    options = {"device": "cpu", "dtype": "fp32", "sparsity": sparsity}
+    options: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "sparsity": sparsity}
     eager = Engine.load(str(tiny_folder), **options, compile=False)
     compiled = Engine.load(str(tiny_folder), **options, compile=True)
     assert compiled.compile_s > 0 and compiled.cached_ids == []

@@ -71,7 +71,7 @@ def greedy(model: Transformer, prompt: torch.Tensor, count: int) -> list[int]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_matches_transformers(name: str, tmp_path: Path) -> None:
     family, overrides = FAMILIES[name]
-    expected_model = save_tiny_model(tiny_config(family, **overrides), tmp_path)
+    expected_model: Any = save_tiny_model(tiny_config(family, **overrides), tmp_path)
     model = load_model(tmp_path, CPU, torch.float32)
     tokens = torch.randint(0, 199, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def test_matches_transformers(name: str, tmp_path: Path) -> None:
 
 def test_older_config_fields(tmp_path: Path) -> None:
     """Folders written by transformers 4 keep rope_theta and rope_scaling at the top level."""
-    expected_model = save_tiny_model(tiny_config("llama", rope_parameters=LLAMA3_ROPE), tmp_path)
+    expected_model: Any = save_tiny_model(tiny_config("llama", rope_parameters=LLAMA3_ROPE), tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
@@ -122,7 +122,7 @@ def test_batch_rows_with_their_own_positions(tmp_path: Path) -> None:
 def test_default_model_matches_transformers(default_folder: Path) -> None:
     """The converted GGUF (permuted q and k, dequantized weights) is the model transformers reads from the folder."""
     expected_model = transformers.AutoModelForCausalLM.from_pretrained(default_folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(default_folder)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(default_folder)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = torch.tensor([tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]])
     model = load_model(default_folder, CPU, torch.float32)

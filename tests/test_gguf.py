@@ -117,7 +117,7 @@ def write_and_close(writer: gguf.GGUFWriter) -> None:
 def byte_level_vocabulary(path_json: str) -> Callable[[gguf.GGUFWriter], None]:
     """Writes a tokenizer.json's byte-level BPE as GGUF metadata."""
     inner = tokenizers.Tokenizer.from_str(path_json)
-    tokens = [inner.id_to_token(i) for i in range(inner.get_vocab_size())]
+    tokens = [str(inner.id_to_token(i)) for i in range(inner.get_vocab_size())]
     special = {t.content for t in inner.get_added_tokens_decoder().values()}
     merges = json.loads(path_json)["model"]["merges"]
 
@@ -353,7 +353,7 @@ def test_unwritable_cache(
 
 def test_default_model_without_network(tmp_path: Path) -> None:
     # pip reads its options from the environment: no index and no links is a machine without a network
-    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    offline: dict[str, Any] = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     done = run_command("--prompt", "a", XDG_CACHE_HOME=str(tmp_path), **offline)
     assert done.returncode == 1 and done.stdout == b""
     last = done.stderr.decode().strip().splitlines()[-1]

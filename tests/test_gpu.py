@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_decode_attention_is_as_accurate_as_its_dtype(rows: int, length: int) ->
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_graph_equals_eager(tiny_folder: Path, sparsity: float) -> None:
-    options = {"device": "cuda", "dtype": "fp32", "sparsity": sparsity}
+    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "sparsity": sparsity}
     eager = Engine.load(str(tiny_folder), **options, compile=False)
     graph = Engine.load(str(tiny_folder), **options, compile=True)
     assert graph.use_graph and not eager.use_graph

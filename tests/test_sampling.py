@@ -94,6 +94,6 @@ def test_seed_decides() -> None:
         ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**63),
     ],
 )  # fmt: skip
-def test_impossible_parameters_are_refused(field: str, value: float) -> None:
+def test_impossible_parameters_are_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=field):
         SamplingParams(**{field: value})

@@ -1,9 +1,11 @@
 """sparsify: the same model with small inputs dropped, at the sparsity asked for, measured."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from calibration import (
     HELD_OUT_SEQUENCES,
@@ -76,21 +78,25 @@ def test_projections_equal_the_definition(folder: Path, thresholds: dict[str, fl
     paths = {"attention.wqkv": "qkv", "attention.wo": "o", "feed_forward.gate_up": ("gate", "up")}
     paths |= {"feed_forward.down": ("down",)}
     inputs: dict[str, torch.Tensor] = {}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, x: inputs.update({name: x[0]})
+
     for i, block in enumerate(dense.blocks):
         for path in paths:
-            name = f"layers.{i}.{path}"
-            block.get_submodule(path).register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+            block.get_submodule(path).register_forward_pre_hook(record(f"layers.{i}.{path}"))
     logits(dense, prompt=TOKENS.shape[1])
     assert len(inputs) == 4 * c.num_layers
     for name, x in inputs.items():
         linear, module = dense.get_submodule(name), sparse.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         names = paths[name.split(".", 2)[2]]
         weights = linear.weight.split([sizes[n] for n in names])
         masked = [torch.where(x.abs() >= thresholds.get(n, 0.0), x, 0.0) for n in names]
         expected = torch.cat([m @ w.T for m, w in zip(masked, weights, strict=True)], dim=-1)
         expected = expected if linear.bias is None else expected + linear.bias
         rows = torch.cat([module(x[:, t : t + 1]) for t in range(x.shape[1])], dim=1)
-        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5, msg=name)
         with sparse_prefill(sparse):
             torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
 

@@ -1,6 +1,7 @@
 """Three tokenizer formats, told apart by content; round trips; streaming; chat templates."""
 
 import base64
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def tiktoken_file(vocabulary: int = 400) -> bytes:
     while len(ranks) < vocabulary:
         pairs: dict[bytes, int] = {}
         for word in words:
-            for a, b in zip(word, word[1:], strict=False):
+            for a, b in itertools.pairwise(word):
                 pairs[a + b] = pairs.get(a + b, 0) + 1
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks[best] = len(ranks)
