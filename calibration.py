@@ -1,72 +1,301 @@
-"""Thresholds from text: stream tokens through the model, histogram every projection's input, cut at the quantile.
+"""Thresholds from text, one block at a time (TEAL, sections 4 and 5).
 
-The first pass sees the dense model. Dropping entries upstream shifts what later projections see, so
-a second pass runs with the first pass's thresholds in force and reads the quantiles again. On the
-default model at 50% that takes the worst of 210 projections from 6.9 points off its target, on
-held-out text of the same kind, to 1.7.
+All sequences pass through block i before block i + 1 sees any, so what is held is one block's worth of
+activations. Within a block the thresholds of q, k, v are set first, then those of o from what the sparse q, k, v
+give, then gate and up, then down: every threshold is the quantile of the inputs that the sparse model really
+has. With each target comes its own stream of activations.
+
+The greedy method first chooses the sparsity of each projection on the dense stream (greedy.py).
 """
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import replace
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import config_hash
 from errors import UserError
-from model import KVCache, Transformer
-from plan import Histogram, SparsityPlan, uniform_plan
-from teal_layers import achieved_sparsity, set_counting, sparse_prefill, sparsify
+from files import atomic_file
+from greedy import greedy_sparsities
+from model import Block, KVCache, Transformer
+from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, config_fields
+from teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
+from texts import split_text, text_hash, token_sequences
 
-# Quick calibration. With 8 x 512 tokens the worst projection of the default model misses its target
-# by 2.1 points on held-out text, with 16 x 512 by 1.7, with 32 x 512 by no less, at twice the time.
+METHODS = ("uniform", "greedy")
+# Quick calibration, on the default model: the worst projection misses its target by 1.7 points on held-out text of
+# the same kind; with half of the sequences by 2.1, with twice as many by no less.
 QUICK_SEQUENCES = 16
 QUICK_LENGTH = 512
 HELD_OUT_SEQUENCES = 16
-SPLIT_BLOCK = 4096  # characters; every fifth block is held out, so that both parts cover the whole text
-HELD_OUT_EVERY = 5
+# Tokens on which the greedy method measures a block's error, from the start of each calibration sequence.
+GREEDY_SEQUENCES = 4
+GREEDY_LENGTH = 128
+
+Layer = dict[str, ProjectionPlan]
 
 
-def default_text() -> str:
-    """The help topics of the Python language reference: English prose that every CPython carries."""
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to calibrate: sparsities to reach, how to spread them, what the threshold is compared with."""
+
+    targets: tuple[float, ...]
+    method: str = "uniform"
+    criterion: str = "magnitude"
+    step: float = 0.05
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if not 0 <= target < 1:
+                raise UserError(f"sparsity {target} is out of range; expected 0 <= sparsity < 1")
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}")
+        if not 0 < self.step <= 0.5:
+            raise UserError(f"--step {self.step} is out of range; expected 0 < step <= 0.5")
+
+
+class BlockStages:
+    """One block of a model, run in stages over sequences of one length; its projections are SparseLinear modules."""
+
+    def __init__(self, model: Transformer, index: int, length: int) -> None:
+        weight = model.embedding.weight
+        self.block = model.blocks[index]
+        self.device = weight.device
+        positions = torch.arange(length, device=weight.device)[None]
+        cos, sin, masks = model.position_tensors(positions, length)
+        shape = (1, model.config.num_kv_heads, length, model.config.head_dim)
+        k, v = (torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2))
+        self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, k, v)
+        c = model.config
+        self.sizes = {"q": c.q_size * c.hidden_size, "k": c.kv_size * c.hidden_size, "v": c.kv_size * c.hidden_size}
+        self.sizes |= {"o": c.q_size * c.hidden_size}
+        self.sizes |= dict.fromkeys(("gate", "up", "down"), c.intermediate_size * c.hidden_size)
+
+    def attention_output(self, x: Tensor) -> Tensor:
+        """The input of o for block input x [1, L, C]."""
+        with _identity(self.block.attention, "wo"):
+            return self.block.attention(self.block.attention_norm(x), *self.context)
+
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream after attention."""
+        return x + self.block.attention.wo(mixed)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The input of down for the residual stream after attention."""
+        with _identity(self.block.feed_forward, "down"):
+            return self.block.feed_forward(self.block.ffn_norm(x))
+
+    def output(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The block's output."""
+        return x + self.block.feed_forward.down(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole block."""
+        return self.block(x, *self.context)
+
+
+@contextmanager
+def _identity(parent: nn.Module, attribute: str) -> Iterator[None]:
+    module = getattr(parent, attribute)
+    setattr(parent, attribute, nn.Identity())
     try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UserError("this Python lacks pydoc_data, the default calibration text; pass --plan plan.json") from None
-    return "\n\n".join(topics[name] for name in sorted(topics))
+        yield
+    finally:
+        setattr(parent, attribute, module)
 
 
-def text_hash(text: str) -> str:
-    """16 hex digits that name a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+class Stream:
+    """Activations of all sequences, [1, L, C] each, on the device or, with offload, in host memory."""
+
+    def __init__(self, parts: list[Tensor], device: torch.device, offload: bool) -> None:
+        self.home = torch.device("cpu") if offload else device
+        self.device = device
+        self.parts = [part.to(self.home) for part in parts]
+
+    def map(self, function: Callable[..., Tensor], *others: "Stream") -> "Stream":
+        """A stream of function(own part, parts of the others)."""
+        rows = zip(self.parts, *(other.parts for other in others), strict=True)
+        results = [function(*(t.to(self.device) for t in row)).to(self.home) for row in rows]
+        return Stream(results, self.device, self.home != self.device)
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """(calibration part, held-out part) of a text."""
-    blocks = [text[i : i + SPLIT_BLOCK] for i in range(0, len(text), SPLIT_BLOCK)]
-    held_out = blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    del blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    return "".join(blocks), "".join(held_out)
+@torch.inference_mode()
+def calibrate(
+    model: Transformer,
+    sequences: Tensor,
+    settings: Settings,
+    facts: dict[str, Any],
+    offload: bool = False,
+    progress_file: Path | None = None,
+    seen: list[list[dict[str, Histogram]]] | None = None,
+) -> list[SparsityPlan]:
+    """A plan for each of settings.targets, from sequences [N, L] of token ids; leaves model sparse with the last.
+
+    facts are kept in the plans. Finished blocks are written to progress_file and not computed again if a call with
+    the same model, sequences and settings finds them there; it is removed at the end. A list given as seen
+    receives [block][target][projection], the histograms behind the thresholds. Raises UserError.
+    """
+    key = _progress_key(model, sequences, settings, facts)
+    done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
+    device = model.embedding.weight.device
+    embedded = Stream([model.embedding(row[None].to(device)) for row in sequences], device, offload)
+    dense = embedded
+    streams = [embedded for _ in settings.targets]
+    greedy = settings.method == "greedy"
+    blocks: list[list[Layer]] = []
+    for i in tqdm(range(len(model.blocks)), desc="calibrating", unit="block", leave=False, disable=None):
+        stages = BlockStages(model, i, sequences.shape[1])
+        sparsify_block(stages.block, model.config, dict.fromkeys(PROJECTIONS, 0.0))
+        if i < len(done):
+            blocks.append(done[i])
+        else:
+            wanted = [dict.fromkeys(PROJECTIONS, target) for target in settings.targets]
+            if greedy:
+                wanted = allocate(model, stages, dense, settings)
+            pairs = [set_thresholds(model, stages, s, w, settings) for s, w in zip(streams, wanted, strict=True)]
+            blocks.append([layer for layer, _ in pairs])
+            if seen is not None:
+                seen.append([found for _, found in pairs])
+            _write_progress(progress_file, key, blocks)
+        last = i + 1 == len(model.blocks)
+        if greedy and not last:
+            dense = dense.map(stages.forward)
+        for j, layer in enumerate(blocks[i]):
+            use_layer(stages.block, model, layer, settings.criterion)
+            with sparse_prefill(model):
+                streams[j] = streams[j] if last else streams[j].map(stages.forward)
+    if progress_file is not None:
+        progress_file.unlink(missing_ok=True)
+    fields = config_fields(model.config)
+    return [
+        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts)
+        for j, t in enumerate(settings.targets)
+    ]
 
 
-def token_sequences(encode: Callable[[str], list[int]], text: str, sequences: int, length: int) -> Tensor:
-    """int64 [sequences, length] of tokens, taken at even spacing over the text. Raises UserError if it is too short."""
-    stride = len(text) // sequences
-    # No tokenizer of a supported family averages over 8 characters a token on prose.
-    pieces = [encode(text[i * stride : i * stride + 8 * length])[:length] for i in range(sequences)]
-    if any(len(piece) < length for piece in pieces):
-        raise UserError(
-            f"text of {len(text)} characters is too short for {sequences} x {length} tokens; give a longer one"
-        )
-    return torch.tensor(pieces)
+def use_layer(block: Block, model: Transformer, layer: Layer, criterion: str) -> None:
+    """Give a block the thresholds of a plan's layer."""
+    sparsify_block(block, model.config, {n: p.threshold for n, p in layer.items()}, criterion)
+
+
+def set_thresholds(
+    model: Transformer, stages: BlockStages, x: Stream, wanted: dict[str, float], settings: Settings
+) -> tuple[Layer, dict[str, Histogram]]:
+    """Thresholds that give the block's projections the wanted sparsities on stream x, set stage by stage.
+
+    With them come the histograms they were read from.
+    """
+    seen: dict[str, Histogram] = {}
+    layer = {name: ProjectionPlan(p, 0.0) for name, p in wanted.items()}
+    block = stages.block
+
+    def fix(module: nn.Module, inputs: Stream) -> None:
+        found = histograms(module, inputs, settings.criterion)
+        seen.update(found)
+        for name, histogram in found.items():
+            layer[name] = ProjectionPlan(wanted[name], histogram.quantile(wanted[name]))
+        use_layer(block, model, layer, settings.criterion)
+
+    use_layer(block, model, layer, settings.criterion)
+    with sparse_prefill(model):
+        fix(block.attention.wqkv, x.map(block.attention_norm))
+        mixed = x.map(stages.attention_output)
+        fix(block.attention.wo, mixed)
+        x = x.map(stages.after_attention, mixed)
+        fix(block.feed_forward.gate_up, x.map(block.ffn_norm))
+        fix(block.feed_forward.down, x.map(stages.hidden))
+    return layer, seen
+
+
+def histograms(module: nn.Module, inputs: Stream, criterion: str) -> dict[str, Histogram]:
+    """For each projection stacked in module, the histogram of what its threshold is compared with."""
+    assert isinstance(module, SparseLinear)
+    if criterion == "magnitude":
+        shared = Histogram()
+        for part in inputs.parts:
+            shared.add(part)
+        return dict.fromkeys(module.names, shared)
+    result = {name: Histogram() for name in module.names}
+    norms = module.relative_norms()
+    for part in inputs.parts:
+        for histogram, norm in zip(result.values(), norms, strict=True):
+            histogram.add(part.to(norm.device).float() * norm)
+    return result
+
+
+def allocate(model: Transformer, stages: BlockStages, dense: Stream, settings: Settings) -> list[dict[str, float]]:
+    """The sparsities the greedy method gives the block's projections, for each target."""
+    block = stages.block
+    mixed = dense.map(stages.attention_output)
+    middle = dense.map(stages.after_attention, mixed)
+    seen: dict[str, Histogram] = {}
+    for module, inputs in (
+        (block.attention.wqkv, dense.map(block.attention_norm)),
+        (block.attention.wo, mixed),
+        (block.feed_forward.gate_up, middle.map(block.ffn_norm)),
+        (block.feed_forward.down, middle.map(stages.hidden)),
+    ):
+        seen |= histograms(module, inputs, settings.criterion)
+    length = min(GREEDY_LENGTH, dense.parts[0].shape[1])
+    index = next(i for i, b in enumerate(model.blocks) if b is block)
+    short = BlockStages(model, index, length)
+    x = [part[:, :length].to(stages.device) for part in dense.parts[:GREEDY_SEQUENCES]]
+    expected = [short.forward(part) for part in x]
+
+    def error(sparsities: dict[str, float]) -> float:
+        layer = {n: ProjectionPlan(p, seen[n].quantile(p)) for n, p in sparsities.items()}
+        use_layer(block, model, layer, settings.criterion)
+        with sparse_prefill(model):
+            squares = [(short.forward(a) - b).float().square().sum() for a, b in zip(x, expected, strict=True)]
+        return float(torch.stack(squares).sum().sqrt())
+
+    found = greedy_sparsities(error, stages.sizes, list(settings.targets), settings.step)
+    sparsify_block(block, model.config, dict.fromkeys(PROJECTIONS, 0.0))
+    return [{name: round(p, 6) for name, p in sparsities.items()} for sparsities in found]
+
+
+def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+    tokens = text_hash(",".join(map(str, sequences.flatten().tolist())))
+    weights = sum(float(p.detach().float().abs().sum()) for p in model.blocks[0].parameters())
+    settings_key = [list(settings.targets), settings.method, settings.criterion, settings.step]
+    return {
+        "model": config_fields(model.config),
+        "weights": weights,
+        "tokens": tokens,
+        "settings": settings_key,
+    } | facts
+
+
+def _read_progress(path: Path | None, key: dict[str, Any]) -> list[list[Layer]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        if content.get("key") != key:
+            return []
+        return [[{n: ProjectionPlan(**p) for n, p in layer.items()} for layer in block] for block in content["blocks"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _write_progress(path: Path | None, key: dict[str, Any], blocks: list[list[Layer]]) -> None:
+    if path is None:
+        return
+    plain = [
+        [{n: {"sparsity": p.sparsity, "threshold": p.threshold} for n, p in layer.items()} for layer in block]
+        for block in blocks
+    ]
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"key": key, "blocks": plain}), encoding="utf-8")
 
 
 def calibrate_uniform(
     model: Transformer, encode: Callable[[str], list[int]], sparsity: float, text: str
 ) -> SparsityPlan:
-    """Sparsify model, in place, at one sparsity for every projection; returns the plan with measured sparsities.
+    """Sparsify model, in place, at one sparsity for every projection, quickly; the plan has measured sparsities.
 
     encode turns text into token ids. Raises UserError if the text is too short or sparsity is out of range.
     """
@@ -74,14 +303,14 @@ def calibrate_uniform(
     length = min(QUICK_LENGTH, model.config.max_seq_len)
     sequences = token_sequences(encode, calibration_part, QUICK_SEQUENCES, length)
     facts = {"text": text_hash(text), "sequences": QUICK_SEQUENCES, "length": length}
-    identity = config_hash(model.config)
-    histograms = collect_histograms(model, sequences, "calibrating sparsity, 1 of 3")
-    sparsify(model, uniform_plan(histograms, sparsity, identity, facts))
-    with sparse_prefill(model):
-        histograms = collect_histograms(model, sequences, "calibrating sparsity, 2 of 3")
-    plan = uniform_plan(histograms, sparsity, identity, facts)
+    [plan] = calibrate(model, sequences, Settings((sparsity,)), facts)
+    return with_achieved(model, plan, token_sequences(encode, held_out, HELD_OUT_SEQUENCES, length))
+
+
+def with_achieved(model: Transformer, plan: SparsityPlan, sequences: Tensor) -> SparsityPlan:
+    """The plan with the sparsities measured on sequences [N, L]; leaves model sparse with it."""
     sparsify(model, plan)
-    achieved = measure_sparsity(model, token_sequences(encode, held_out, HELD_OUT_SEQUENCES, length))
+    achieved = measure_sparsity(model, sequences)
     layers = tuple(
         {name: replace(p, achieved=round(shares[name], 4)) for name, p in layer.items()}
         for layer, shares in zip(plan.layers, achieved, strict=True)
@@ -89,54 +318,18 @@ def calibrate_uniform(
     return replace(plan, layers=layers)
 
 
-def run_sequences(model: Transformer, sequences: Tensor, label: str) -> None:
-    """Run each row of sequences [N, L] through the model's blocks from position 0, with a progress bar on stderr."""
+@torch.inference_mode()
+def measure_sparsity(model: Transformer, sequences: Tensor) -> list[dict[str, float]]:
+    """Achieved sparsity [layer][projection] of a sparsified model over sequences [N, L], sparse on every token."""
     weight = model.embedding.weight
     length = sequences.shape[1]
     cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
     positions = torch.arange(length, device=weight.device)[None]
-    for row in tqdm(sequences, desc=label, unit="sequence", leave=False, disable=None):
-        model.hidden_states(row[None].to(weight.device), positions, cache)
-
-
-@torch.inference_mode()
-def collect_histograms(model: Transformer, sequences: Tensor, label: str) -> list[dict[str, Histogram]]:
-    """Histogram of |x| for the input of every projection over sequences [N, L], as [layer][projection]."""
-    result: list[dict[str, Histogram]] = []
-    hooks = []
-    for block in model.blocks:
-        attention_in, attention_out, ffn_in, ffn_mid = (Histogram() for _ in range(4))
-        result.append(dict.fromkeys("qkv", attention_in) | {"o": attention_out} | dict.fromkeys(("gate", "up"), ffn_in))
-        result[-1]["down"] = ffn_mid
-        taps: dict[nn.Module, Histogram] = {
-            block.attention.wqkv: attention_in,
-            block.attention.wo: attention_out,
-            block.feed_forward.gate_up: ffn_in,
-            block.feed_forward.down: ffn_mid,
-        }
-        hooks += [module.register_forward_pre_hook(_adder(histogram)) for module, histogram in taps.items()]
-    try:
-        run_sequences(model, sequences, label)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return result
-
-
-def _adder(histogram: Histogram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        histogram.add(inputs[0])
-
-    return add
-
-
-@torch.inference_mode()
-def measure_sparsity(model: Transformer, sequences: Tensor) -> list[dict[str, float]]:
-    """Achieved sparsity [layer][projection] of a sparsified model over sequences [N, L], sparse on every token."""
     set_counting(model, True)
     try:
         with sparse_prefill(model):
-            run_sequences(model, sequences, "calibrating sparsity, 3 of 3")
+            for row in tqdm(sequences, desc="measuring", unit="sequence", leave=False, disable=None):
+                model.hidden_states(row[None].to(weight.device), positions, cache)
         return achieved_sparsity(model)
     finally:
         set_counting(model, False)

@@ -67,6 +67,20 @@ def _machine_limit(error: Exception) -> str | None:
     return None
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose the model, its device and dtype."""
+    model = parser.add_argument_group("model")
+    source = model.add_mutually_exclusive_group()
+    source.add_argument(
+        "--checkpoint", help="model folder, .gguf file or hub id (org/name); default SmolLM2-135M-Instruct"
+    )
+    source.add_argument(
+        "--random-weights", metavar="NAME", help="a known architecture with random weights, for speed only"
+    )
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    model.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: the faster one")
+
+
 def positive_int(text: str) -> int:
     """Argument type: a whole number of at least 1."""
     try:
@@ -87,3 +101,8 @@ def sparsity(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"sparsity {text!r} is out of range; expected 0 <= sparsity < 1")
     return value
+
+
+def sparsities(text: str) -> tuple[float, ...]:
+    """Argument type: numbers with 0 <= sparsity < 1, commas between."""
+    return tuple(sparsity(part) for part in text.split(","))

@@ -13,21 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from calibration import calibrate_uniform, default_text, text_hash
-from checkpoint import config_hash, load_model, model_identity
+from calibration import calibrate_uniform
 from compilation import compile_blocks
 from errors import UserError
 from files import cache_folder
-from hardware import pick_device, pick_dtype
+from loading import LoadedModel, load_for_decoding
 from model import KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
-from plan import SparsityPlan
-from presets import random_model
+from plan import PLAN_VERSION, SparsityPlan, plan_name
 from sampling import sample
-from source import resolve_checkpoint
 from streaming import StopStrings, StreamDecoder
 from teal_layers import SparseLinear, set_counting, sparsify
-from tokenizer import IdBackend, Tokenizer, load_tokenizer
+from texts import default_text, text_hash
+from tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens; bounds the attention mask and the activations of long prompts
 CACHE_STEP = 256  # the KV cache grows in multiples of this, so that few lengths are ever compiled
@@ -96,47 +94,41 @@ class Engine:
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
-        torch_device = pick_device(device)
-        torch_dtype = pick_dtype(dtype, torch_device, sparse=sparsity > 0 or plan is not None)
-        compile = torch_device.type == "cuda" if compile is None else compile
-        use_graph = compile and torch_device.type == "cuda"
         start = time.perf_counter()
-        if random_weights is not None:
-            model = random_model(random_weights, torch_device, torch_dtype)
-            engine = cls(model, Tokenizer(IdBackend()), random_weights, use_graph)
-            identity = f"random-{random_weights.lower()}"
-        else:
-            folder = resolve_checkpoint(checkpoint)
-            tokenizer = load_tokenizer(folder)
-            model = load_model(folder, torch_device, torch_dtype)
-            engine = cls(model, tokenizer, checkpoint or folder.name, use_graph)
-            identity = model_identity(folder)
+        sparse = sparsity > 0 or plan is not None
+        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse)
+        on_cuda = loaded.model.embedding.weight.is_cuda
+        compile = on_cuda if compile is None else compile
+        engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
         engine.load_s = time.perf_counter() - start
-        engine._sparsify(sparsity, plan, identity)
+        engine._sparsify(sparsity, plan, loaded)
         if count_sparsity:
-            set_counting(model, True)
+            set_counting(engine.model, True)
         if compile:
             engine._compile()
         return engine
 
-    def _sparsify(self, sparsity: float, plan: str | None, identity: str) -> None:
+    def _sparsify(self, sparsity: float, plan: str | None, loaded: LoadedModel) -> None:
+        """Use the plan given, or the one beside the checkpoint, or one calibrated quickly and kept in the cache."""
+        beside = loaded.folder / plan_name(sparsity) if loaded.folder is not None else None
+        if plan is None and sparsity > 0 and beside is not None and beside.exists():
+            plan = str(beside)
         if plan is not None:
             self.plan = SparsityPlan.load(Path(plan))
-            expected = config_hash(self.model.config)
-            if self.plan.config_hash != expected:
-                raise UserError(
-                    f"--plan {plan}: made for the architecture {self.plan.config_hash}, "
-                    f"this model is {expected}; calibrate for this model"
-                )
+            try:
+                sparsify(self.model, self.plan)
+            except UserError as error:
+                raise UserError(f"--plan {plan}: {error}") from None
         elif sparsity > 0:
             text = default_text()
-            path = cache_folder("plans") / f"{identity}-{text_hash(text)}-uniform-{sparsity:g}.json"
+            path = (
+                cache_folder("plans") / f"{loaded.identity}-{text_hash(text)}-uniform-{sparsity:g}-v{PLAN_VERSION}.json"
+            )
             if path.exists():
                 self.plan = SparsityPlan.load(path)
             else:
                 self.plan = calibrate_uniform(self.model, self.tokenizer.encode, sparsity, text)
                 self.plan.save(path)
-        if self.plan is not None:
             sparsify(self.model, self.plan)
 
     def _compile(self) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def build_parser() -> cli.Parser:
     """The command line of generate.py."""
     parser = cli.Parser("Generate text, dense or with activation sparsity. Text goes to stdout, statistics to stderr.")
-    add_model_arguments(parser)
+    add_decode_arguments(parser)
     text = parser.add_argument_group("prompt (one of these; without any, stdin is read)")
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; with --chat, the first message")
@@ -47,22 +47,14 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose the model and how it runs."""
-    model = parser.add_argument_group("model")
-    source = model.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint", help="model folder, .gguf file or hub id (org/name); default SmolLM2-135M-Instruct"
-    )
-    source.add_argument(
-        "--random-weights", metavar="NAME", help="a known architecture with random weights, for speed only"
-    )
-    sparse = model.add_mutually_exclusive_group()
+def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose the model and how it decodes."""
+    cli.add_model_arguments(parser)
+    how = parser.add_argument_group("sparsity and compilation")
+    sparse = how.add_mutually_exclusive_group()
     sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
-    model.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: the faster one")
-    model.add_argument(
+    how.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,

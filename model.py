@@ -243,15 +243,19 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """Output of the last block [B, T, C], before the final norm."""
-        c = self.config
         x = self.embedding(tokens)
-        angles = positions[:, :, None, None].float() * rope_frequencies(c, x.device)  # [B, T, 1, D/2]
-        cos, sin = angles.cos(), angles.sin()
-        groups = c.num_heads // c.num_kv_heads
-        masks = {w: attention_mask(positions, kv_cache.length, groups, w) for w in set(c.sliding_windows)}
-        for layer, window, k, v in zip(self.layers, c.sliding_windows, kv_cache.k, kv_cache.v, strict=True):
+        cos, sin, masks = self.position_tensors(positions, kv_cache.length)
+        for layer, window, k, v in zip(self.layers, self.config.sliding_windows, kv_cache.k, kv_cache.v, strict=True):
             x = layer(x, cos, sin, masks[window], positions, k, v)
         return x
+
+    def position_tensors(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor, dict[int | None, Tensor]]:
+        """cos and sin of the rotary angles [B, T, 1, D/2], and for each window the attention mask [B, 1, G*T, S]."""
+        c = self.config
+        angles = positions[:, :, None, None].float() * rope_frequencies(c, positions.device)
+        groups = c.num_heads // c.num_kv_heads
+        masks = {w: attention_mask(positions, length, groups, w) for w in set(c.sliding_windows)}
+        return angles.cos(), angles.sin(), masks
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] of hidden states [..., C]."""

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from errors import UserError
 from files import atomic_file
+from model import ModelConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 PLAN_FORMAT = "teal-plan"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+CRITERIA = ("magnitude", "wina")
 
 # Bins are the top bits of |x| as fp32: 128 to an octave, so neighbouring edges differ by under 0.8%
 # at every scale, and no first pass over the data is needed to find its range.
@@ -59,6 +61,14 @@ class Histogram:
         return low + (high - low) * (wanted - before) / int(self.counts[i])
 
 
+def bin_edges() -> Tensor:
+    """Edges of a Histogram's bins: fp64 [NUM_BINS + 1], the first 0."""
+    bits = (torch.arange(NUM_BINS + 1, dtype=torch.int32) + LOWEST_BIN) << BITS_DROPPED
+    edges = bits.view(torch.float32).double()
+    edges[0] = 0.0
+    return edges
+
+
 def _bin_edge(i: int) -> float:
     return float(torch.tensor((i + LOWEST_BIN) << BITS_DROPPED, dtype=torch.int32).view(torch.float32))
 
@@ -80,20 +90,41 @@ class ProjectionPlan:
 
 @dataclass(frozen=True, slots=True)
 class SparsityPlan:
-    """Thresholds for every projection of a model: layers[i][projection]. config_hash names the architecture."""
+    """Thresholds for every projection of a model: layers[i][projection].
 
-    config_hash: str
+    model holds fields of the ModelConfig the plan is for (all of them, or those known). criterion says what
+    the threshold is compared with: "magnitude" |x_i|, or "wina" |x_i| times the norm of the weights x_i meets
+    over the mean of these norms (WINA, arXiv 2505.19427).
+    """
+
+    model: dict[str, Any]
     method: str
     target: float
     layers: tuple[dict[str, ProjectionPlan], ...]
+    criterion: str = "magnitude"
     calibration: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.target < 1:
             raise UserError(f"sparsity {self.target} is out of range; expected 0 <= sparsity < 1")
+        if self.criterion not in CRITERIA:
+            raise UserError(f"criterion {self.criterion!r} is unknown; expected one of {', '.join(CRITERIA)}")
         for i, layer in enumerate(self.layers):
             if set(layer) != set(PROJECTIONS):
                 raise UserError(f"plan layer {i} lists {sorted(layer)}; expected {sorted(PROJECTIONS)}")
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raise UserError, naming the fields that differ, unless the plan is for a model with this config."""
+        own = config_fields(config)
+        differing = [
+            f"{name} {value!r} (this model: {own.get(name)!r})"
+            for name, value in self.model.items()
+            if own.get(name) != value
+        ]
+        if len(self.layers) != config.num_layers:
+            differing.append(f"{len(self.layers)} layers (this model: {config.num_layers})")
+        if differing:
+            raise UserError(f"plan is for another model: {', '.join(differing)}; calibrate for this model")
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -111,10 +142,13 @@ class SparsityPlan:
         if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT:
             raise UserError(f"plan {path}: not a sparsity plan; expected a JSON object with format {PLAN_FORMAT!r}")
         if content.get("version") != PLAN_VERSION:
-            raise UserError(f"plan {path}: version {content.get('version')!r}; this code reads version {PLAN_VERSION}")
+            raise UserError(
+                f"plan {path}: version {content.get('version')!r}; this code reads version {PLAN_VERSION}: "
+                "calibrate again, or use the release that wrote it"
+            )
         try:
             layers = tuple({n: ProjectionPlan(**p) for n, p in layer.items()} for layer in content["layers"])
-            fields = ("config_hash", "method", "target", "calibration")
+            fields = ("model", "method", "target", "criterion", "calibration")
             return cls(layers=layers, **{name: content[name] for name in fields})
         except UserError as error:
             raise UserError(f"plan {path}: {error}") from error
@@ -122,11 +156,11 @@ class SparsityPlan:
             raise UserError(f"plan {path}: missing or malformed field ({error}); calibrate again") from error
 
 
-def uniform_plan(
-    histograms: list[dict[str, Histogram]], sparsity: float, config_hash: str, calibration: dict[str, Any]
-) -> SparsityPlan:
-    """The same sparsity for every projection; histograms[layer][projection] of its input (paper, section 5.1)."""
-    layers = tuple(
-        {n: ProjectionPlan(sparsity, h.quantile(sparsity)) for n, h in layer.items()} for layer in histograms
-    )
-    return SparsityPlan(config_hash, "uniform", sparsity, layers, calibration)
+def plan_name(target: float) -> str:
+    """File name under which a plan for a target is found beside a checkpoint."""
+    return f"teal-{target:g}.json"
+
+
+def config_fields(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a config as JSON would hold them."""
+    return json.loads(json.dumps(asdict(config)))

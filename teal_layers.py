@@ -12,9 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from kernels.sparse_linear import sparse_linear
-from model import Transformer
+from model import Block, ModelConfig, Transformer
 from plan import SparsityPlan
 
 
@@ -25,44 +24,59 @@ class SparseLinear(nn.Module):
     Bits of the result match between runs; between thread counts they need not.
     """
 
-    def __init__(self, linear: nn.Linear, names: tuple[str, ...], sizes: list[int], thresholds: list[float]) -> None:
+    def __init__(self, linear: nn.Linear, names: tuple[str, ...], sizes: list[int]) -> None:
         super().__init__()
         self.names = names
         self.sizes = sizes
         self.weight = nn.Parameter(linear.weight.data.t().contiguous(), requires_grad=False)
         self.bias = linear.bias
-        self.set_thresholds(thresholds)
+        self.set_thresholds([0.0] * len(names))
         # Entries kept, one count per name, and entries seen; filled only while counting is on.
         self.kept = nn.Buffer(self.weight.new_zeros(len(names), dtype=torch.int64), persistent=False)
         self.seen = nn.Buffer(self.weight.new_zeros((), dtype=torch.int64), persistent=False)
         self.counting = False
-        self.sparse_prefill = False
+        self.sparse_share = 0.0  # of the tokens of a call with more than one, the last ones
 
-    def set_thresholds(self, thresholds: list[float]) -> None:
-        """Use these thresholds on |x| from now on, one for each name."""
+    def set_thresholds(self, thresholds: list[float], criterion: str = "magnitude") -> None:
+        """Use these thresholds from now on, one for each name, on |x| or on WINA's score (see SparsityPlan)."""
+        device = self.weight.device
+        if criterion == "wina":
+            self.segments = self.sizes
+            per_channel = [t / norm for t, norm in zip(thresholds, self.relative_norms(), strict=True)]
+            limits = torch.stack(per_channel).nan_to_num(nan=0.0)  # 0/0: threshold 0 keeps all, as elsewhere
+            self.thresholds = nn.Buffer(limits, persistent=False)
+            self.name_thresholds = nn.Buffer(limits, persistent=False)
+            return
         merged = [(self.sizes[0], thresholds[0])]
         for size, threshold in zip(self.sizes[1:], thresholds[1:], strict=True):
             if threshold == merged[-1][1]:  # neighbours that share a threshold share one pass over x
                 merged[-1] = (merged[-1][0] + size, threshold)
             else:
                 merged.append((size, threshold))
-        device = self.weight.device
         self.segments = [size for size, _ in merged]
         self.thresholds = nn.Buffer(torch.tensor([t for _, t in merged], device=device), persistent=False)
-        self.name_thresholds = nn.Buffer(torch.tensor(thresholds, device=device), persistent=False)
+        self.name_thresholds = nn.Buffer(torch.tensor(thresholds, device=device)[:, None], persistent=False)
+
+    def relative_norms(self) -> list[Tensor]:
+        """For each name, the L2 norm of the weights each input channel meets, over the mean of them: fp32 [K]."""
+        norms = [columns.float().norm(dim=1) for columns in self.weight.split(self.sizes, dim=1)]
+        return [norm / norm.mean() for norm in norms]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, K] -> [B, T, N]; dense if T > 1 unless sparse_prefill is set."""
+        """x [B, T, K] -> [B, T, N]; of T > 1 tokens only the last share self.sparse_share is sparse."""
         B, T, K = x.shape
-        if T > 1 and not self.sparse_prefill:
+        dense_tokens = 0 if T == 1 else T - round(T * self.sparse_share)
+        if dense_tokens == T:
             y = x @ self.weight
         else:
-            rows = x.reshape(B * T, K)
+            rows = x[:, dense_tokens:].reshape(-1, K)
             if self.counting:
-                above = rows.abs().float().unsqueeze(-1) >= self.name_thresholds  # [B*T, K, names]
-                self.kept.add_(above.sum(dim=(0, 1)))
+                limits = self.name_thresholds.to(rows.dtype)
+                self.kept.add_(torch.stack([(rows.abs() >= limit).sum() for limit in limits]))
                 self.seen.add_(rows.numel())
-            y = sparse_linear(rows, self.weight, self.thresholds, self.segments).view(B, T, -1)
+            y = sparse_linear(rows, self.weight, self.thresholds, self.segments).view(B, T - dense_tokens, -1)
+            if dense_tokens:
+                y = torch.cat((x[:, :dense_tokens] @ self.weight, y), dim=1)
         return y if self.bias is None else y + self.bias
 
 
@@ -71,25 +85,27 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
 
     A model that is sparse already only takes the new thresholds. Each weight is transposed and the
     old one dropped before the next, so memory grows by one weight at most. Raises UserError if the
-    plan has another number of layers than the model.
+    plan is for another model.
     """
-    c = model.config
-    if len(plan.layers) != c.num_layers:
-        raise UserError(f"plan has {len(plan.layers)} layers and the model {c.num_layers}; calibrate for this model")
+    plan.check_fits(model.config)
     for block, layer in zip(model.blocks, plan.layers, strict=True):
-        for parent, attribute, sizes in (
-            (block.attention, "wqkv", {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}),
-            (block.attention, "wo", {"o": c.hidden_size}),
-            (block.feed_forward, "gate_up", {"gate": c.intermediate_size, "up": c.intermediate_size}),
-            (block.feed_forward, "down", {"down": c.hidden_size}),
-        ):
-            thresholds = [layer[name].threshold for name in sizes]
-            old = getattr(parent, attribute)
-            if isinstance(old, SparseLinear):
-                old.set_thresholds(thresholds)
-            else:
-                setattr(parent, attribute, SparseLinear(old, tuple(sizes), list(sizes.values()), thresholds))
+        sparsify_block(block, model.config, {n: p.threshold for n, p in layer.items()}, plan.criterion)
     return model
+
+
+def sparsify_block(block: Block, c: ModelConfig, thresholds: dict[str, float], criterion: str = "magnitude") -> None:
+    """As sparsify, for one block and a threshold for each projection."""
+    for parent, attribute, sizes in (
+        (block.attention, "wqkv", {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}),
+        (block.attention, "wo", {"o": c.hidden_size}),
+        (block.feed_forward, "gate_up", {"gate": c.intermediate_size, "up": c.intermediate_size}),
+        (block.feed_forward, "down", {"down": c.hidden_size}),
+    ):
+        module = getattr(parent, attribute)
+        if not isinstance(module, SparseLinear):
+            module = SparseLinear(module, tuple(sizes), list(sizes.values()))
+            setattr(parent, attribute, module)
+        module.set_thresholds([thresholds[name] for name in sizes], criterion)
 
 
 def sparse_layers(model: Transformer) -> list[list[SparseLinear]]:
@@ -120,13 +136,16 @@ def achieved_sparsity(model: Transformer) -> list[dict[str, float]]:
 
 
 @contextmanager
-def sparse_prefill(model: Transformer) -> Iterator[None]:
-    """Within the block, calls with many tokens are sparse on every token, as decoding them one by one would be."""
+def sparse_prefill(model: Transformer, share: float = 1.0) -> Iterator[None]:
+    """Within the block, calls with many tokens are sparse too, on the last share of them.
+
+    1 is what decoding them one by one would compute; 0.5 is the paper's evaluation (section 5.1).
+    """
     modules = [m for layer in sparse_layers(model) for m in layer]
     for module in modules:
-        module.sparse_prefill = True
+        module.sparse_share = share
     try:
         yield
     finally:
         for module in modules:
-            module.sparse_prefill = False
+            module.sparse_share = 0.0

@@ -22,7 +22,7 @@ import torch
 import cli
 from engine import Engine, weight_bytes_per_token
 from errors import UserError
-from generate import add_model_arguments
+from generate import add_decode_arguments
 from hardware import read_bandwidth
 from params import SamplingParams
 from teal_layers import set_counting
@@ -33,7 +33,7 @@ Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens ->
 def build_parser() -> argparse.ArgumentParser:
     """The command line of bench.decode: the model options of generate.py, with a list of sparsities."""
     parser = cli.Parser("Measure decode speed, dense and sparse, interleaved in one process.")
-    add_model_arguments(parser)
+    add_decode_arguments(parser)
     parser.add_argument("--sparsities", default="0,0.5", help="comma-separated; 0 is dense")
     parser.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens before the timed ones")
     parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")

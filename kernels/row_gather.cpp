@@ -33,13 +33,13 @@ struct Kept {
 };
 
 template <typename T>
-Kept compact(const T* x, int64_t rows, int64_t K, T threshold) {
+Kept compact(const T* x, int64_t rows, int64_t K, const float* thresholds, int64_t stride) {
   Kept kept;
   kept.channels.resize(K + UNROLL);
   kept.values.resize((K + UNROLL) * rows);
-  const float limit = static_cast<float>(threshold);
   int64_t count = 0;
   for (int64_t k = 0; k < K; ++k) {
+    const float limit = static_cast<float>(static_cast<T>(thresholds[k * stride]));
     bool any = false;
     for (int64_t b = 0; b < rows; ++b) {
       const float value = static_cast<float>(x[b * K + k]);
@@ -94,6 +94,7 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
          at::Tensor& y) {
   const int64_t rows = x.size(0), K = x.size(1), N = weight.size(1), stride = weight.stride(0);
   const float* limits = thresholds.const_data_ptr<float>();
+  const int64_t per_channel = thresholds.dim() == 2 ? thresholds.stride(1) : 0;
   const int64_t share = (N + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t block = std::clamp((share + LINE - 1) / LINE * LINE, LINE, BLOCK);
   std::vector<Kept> kept;
@@ -101,7 +102,7 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
   std::vector<int64_t> ends;
   int64_t column = 0;
   for (size_t s = 0; s < segments.size(); ++s) {
-    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, K, static_cast<T>(limits[s])));
+    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, K, limits + s * thresholds.stride(0), per_channel));
     for (int64_t begin = column; begin < column + segments[s]; begin += block) tasks.emplace_back(s, begin);
     column += segments[s];
     ends.push_back(column);

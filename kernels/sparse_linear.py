@@ -19,8 +19,8 @@ def sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
     x [B, K] and weight [K, N] of one dtype (bf16, fp16 or fp32) and device; thresholds fp32 [J],
-    rounded to x's dtype before they are compared; segments: J widths that add up to N. Returns
-    [B, N] in x's dtype. Raises ValueError on a mismatch.
+    or [J, K] for one on each channel, rounded to x's dtype before they are compared; segments: J widths that
+    add up to N. Returns [B, N] in x's dtype. Raises ValueError on a mismatch.
     """
     _check(x, weight, thresholds, segments)
     if x.device.type == "cpu" and x.shape[0] <= MAX_GATHER_ROWS and (gather := native_row_gather()) is not None:
@@ -46,7 +46,8 @@ def _check(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -
         raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}: expected the same")
     if weight.stride(1) != 1:
         raise ValueError(f"weight has strides {weight.stride()}: its rows must be contiguous")
-    if thresholds.shape != (len(segments),) or sum(segments) != weight.shape[1]:
+    J, K = len(segments), weight.shape[0]
+    if thresholds.shape not in ((J,), (J, K)) or sum(segments) != weight.shape[1]:
         raise ValueError(
-            f"segments {segments} with {thresholds.numel()} thresholds do not cover {weight.shape[1]} columns"
+            f"segments {segments} with thresholds {tuple(thresholds.shape)} do not cover {weight.shape[1]} columns"
         )

@@ -176,10 +176,11 @@ def test_chat_without_a_template(tmp_path: Path, tiny_folder: Path) -> None:
 
 def test_plan_of_another_model(tiny: tuple[str, ...], invoke: Invoke, tmp_path: Path) -> None:
     layer = {n: {"sparsity": 0.5, "threshold": 0.1} for n in ("q", "k", "v", "o", "gate", "up", "down")}
-    plan = {"format": "teal-plan", "version": 1, "config_hash": "x", "method": "m", "target": 0.5, "calibration": {}}
+    plan = {"format": "teal-plan", "version": 2, "method": "m", "target": 0.5, "calibration": {}}
+    plan |= {"criterion": "magnitude", "model": {"hidden_size": 7}}
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"layers": [layer]}))
     code, _, err = invoke(*tiny, "--plan", tmp_path / "plan.json", "--prompt", "a")
-    assert_one_line_error(code, err, "plan.json", "calibrate for this model")
+    assert_one_line_error(code, err, "plan.json", "hidden_size 7", "calibrate for this model")
 
 
 def limit_memory() -> None:

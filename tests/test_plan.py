@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from errors import UserError
-from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, uniform_plan
+from model import ModelConfig
+from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, bin_edges, config_fields, plan_name
 
+CONFIG = ModelConfig(100, 32, 64, 2, 4, 2, 8, 128)
 P = (0.01, 0.25, 0.4, 0.5, 0.65, 0.9, 0.99)
 
 
@@ -56,8 +59,8 @@ def test_extremes() -> None:
 
 @pytest.fixture
 def plan() -> SparsityPlan:
-    histograms = [{name: histogram_of(torch.randn(1000)) for name in PROJECTIONS} for _ in range(2)]
-    return uniform_plan(histograms, 0.5, "0123456789abcdef", {"text": "x"})
+    layer = {name: ProjectionPlan(0.5, 0.1 * i) for i, name in enumerate(PROJECTIONS)}
+    return SparsityPlan(config_fields(CONFIG), "uniform", 0.5, (layer, layer), "wina", {"text": "x"})
 
 
 def test_plan_survives_the_disk(plan: SparsityPlan, tmp_path: Path) -> None:
@@ -77,7 +80,9 @@ def test_plan_survives_the_disk(plan: SparsityPlan, tmp_path: Path) -> None:
         ({"layers": [{"q": {"sparsity": 0.5, "threshold": -1.0}}]}, "-1.0"),
         ({"layers": [{"q": {"sparsity": 0.5}}]}, "malformed"),
         ({"layers": 3}, "malformed"),
+        ({"layers": [{"q": {"sparsity": 0.5, "threshold": math.nan}}]}, "nan"),
         ({"target": 2.0}, "2.0"),
+        ({"criterion": "luck"}, "luck"),
     ],
 )
 def test_bad_plans_are_refused(edit: dict, fragment: str, plan: SparsityPlan, tmp_path: Path) -> None:
@@ -103,3 +108,27 @@ def test_projection_plan_checks_its_numbers() -> None:
     for sparsity, threshold in ((0.5, math.nan), (0.5, math.inf), (math.nan, 1.0), (1.0, 1.0)):
         with pytest.raises(UserError):
             ProjectionPlan(sparsity, threshold)
+
+
+def test_plan_for_another_model_names_the_fields(plan: SparsityPlan) -> None:
+    plan.check_fits(CONFIG)
+    with pytest.raises(UserError, match="another model") as error:
+        plan.check_fits(replace(CONFIG, hidden_size=48, rope_theta=5e5))
+    assert "hidden_size 32 (this model: 48)" in str(error.value) and "rope_theta" in str(error.value)
+    assert "vocab_size" not in str(error.value)
+    partial = replace(plan, model={"num_layers": 2})  # an imported plan knows little of its model
+    partial.check_fits(replace(CONFIG, hidden_size=48))
+    with pytest.raises(UserError, match="2 layers"):
+        partial.check_fits(replace(CONFIG, num_layers=3, sliding_windows=()))
+
+
+def test_bin_edges_enclose_what_they_count() -> None:
+    x = torch.tensor([1e-9, 0.1, 1.0, 1.004, 7.3])
+    edges = bin_edges()
+    for value in x.tolist():
+        i = int(histogram_of(torch.tensor([value])).counts.argmax())
+        assert edges[i] <= value < edges[i + 1]
+
+
+def test_plan_names_are_distinct() -> None:
+    assert len({plan_name(t) for t in (0.25, 0.4, 0.5, 0.05, 0.505)}) == 5

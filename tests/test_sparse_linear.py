@@ -150,7 +150,7 @@ def test_bad_arguments_are_refused() -> None:
         "expected fp32, bf16 or fp16": (x.double(), weight.double(), thresholds, [6]),
         "contiguous": (x, torch.ones(6, 4).t(), thresholds, [6]),
         "do not cover": (x, weight, thresholds, [5]),
-        "with 1 thresholds": (x, weight, thresholds, [3, 3]),
+        "thresholds (1,)": (x, weight, thresholds, [3, 3]),
     }
     for message, arguments in bad.items():
         with pytest.raises(ValueError) as error:

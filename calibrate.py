@@ -1,0 +1,152 @@
+"""Calibrate activation sparsity: python calibrate.py --sparsity 0.4,0.5 --method greedy -o plans/"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cli
+from errors import UserError
+
+if TYPE_CHECKING:
+    from plan import Histogram, SparsityPlan
+
+DEFAULT_SEQUENCES = 10  # the paper's calibration set
+DEFAULT_LENGTH = 2048
+
+
+def build_parser() -> cli.Parser:
+    """The command line of calibrate.py."""
+    parser = cli.Parser("Find the thresholds that give a model a wanted activation sparsity; write them as a plan.")
+    cli.add_model_arguments(parser)
+    what = parser.add_argument_group("what to calibrate")
+    what.add_argument("--sparsity", type=cli.sparsities, default=(0.5,), help="target, or several with commas between")
+    what.add_argument("--method", choices=("uniform", "greedy"), default="uniform", help="same for all, or Algorithm 1")
+    what.add_argument("--step", type=float, default=0.05, help="greedy: average sparsity added to a projection a step")
+    what.add_argument("--criterion", choices=("magnitude", "wina"), default="magnitude", help="compared with threshold")
+    text = parser.add_argument_group("text")
+    add_text_arguments(text)
+    text.add_argument("--sequences", type=cli.positive_int, default=DEFAULT_SEQUENCES, help="token sequences to use")
+    text.add_argument("--length", type=cli.positive_int, default=DEFAULT_LENGTH, help="tokens each, capped to context")
+    text.add_argument("--offload", action="store_true", help="keep activations in host memory between blocks")
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", type=Path, help="plan file, or folder for several; default: beside the model")
+    out.add_argument("--plot", type=Path, metavar="FOLDER", help="also draw distributions and sparsities as PNG there")
+    other = parser.add_argument_group("instead of calibrating")
+    other.add_argument("--show", type=Path, metavar="PLAN", help="print a plan as a table")
+    other.add_argument("--import-teal", type=Path, metavar="FOLDER", help="plan from TEAL's published models/<Model>")
+    return parser
+
+
+def add_text_arguments(group: argparse._ArgumentGroup) -> None:
+    """Options that choose the text."""
+    group.add_argument(
+        "--text", type=Path, action="append", default=[], help=".txt or .jsonl file; may be repeated; default: Python's"
+        " help topics, English prose in every CPython, good for a smoke test only",
+    )  # fmt: skip
+    group.add_argument("--field", default="text", help="field of each .jsonl line that holds the text")
+
+
+def main() -> None:
+    """Calibrate, import or show; then draw."""
+    args = build_parser().parse_args()
+    if args.show is not None:
+        from plan import SparsityPlan
+
+        plan = SparsityPlan.load(args.show)
+        print_plan(plan)
+        draw([plan], args.plot)
+    elif args.import_teal is not None:
+        from teal_import import import_teal
+
+        plans = [import_teal(args.import_teal, target, args.method) for target in args.sparsity]
+        save(plans, output_paths(args, args.import_teal.name.lower()))
+        draw(plans, args.plot)
+    else:
+        calibrate_model(args)
+
+
+def calibrate_model(args: argparse.Namespace) -> None:
+    """Load the model and the text, calibrate for every target, write the plans."""
+    from calibration import HELD_OUT_SEQUENCES, QUICK_LENGTH, Settings, calibrate, with_achieved
+    from files import cache_folder
+    from loading import load_for_decoding
+    from texts import read_texts, split_text, text_hash, token_sequences
+
+    settings = Settings(args.sparsity, args.method, args.criterion, args.step)
+    text = read_texts(args.text, args.field)
+    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, sparse=True)
+    paths = output_paths(args, loaded.name, loaded.folder)
+    encode, limit = loaded.tokenizer.encode, loaded.model.config.max_seq_len
+    part, held_out = split_text(text)
+    length = min(args.length, limit)
+    sequences = token_sequences(encode, part, args.sequences, length)
+    checked = token_sequences(encode, held_out, HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
+    facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
+    request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.criterion, args.step])
+    progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
+    seen: list[list[dict[str, Histogram]]] = []
+    plans = calibrate(loaded.model, sequences, settings, facts, args.offload, progress, seen if args.plot else None)
+    plans = [with_achieved(loaded.model, plan, checked) for plan in plans]
+    save(plans, paths)
+    draw(plans, args.plot, seen)
+
+
+def output_paths(args: argparse.Namespace, name: str, folder: Path | None = None) -> list[Path]:
+    """Where each target's plan goes. Raises UserError if one file is named for several, or the folder is missing."""
+    from plan import plan_name
+
+    output = args.output
+    if output is not None and output.suffix == ".json":
+        if len(args.sparsity) > 1:
+            raise UserError(f"-o {output}: names one file for {len(args.sparsity)} sparsities; give a folder")
+        paths = [output]
+    else:
+        base = output if output is not None else folder if folder is not None else Path()
+        prefix = "" if folder is not None and output is None else f"{Path(name).name}-"
+        paths = [base / f"{prefix}{plan_name(target)}" for target in args.sparsity]
+    if not paths[0].parent.is_dir():
+        raise UserError(f"-o {paths[0].parent}: no such folder; create it first")
+    return paths
+
+
+def save(plans: "list[SparsityPlan]", paths: list[Path]) -> None:
+    """Write the plans and say where."""
+    for plan, path in zip(plans, paths, strict=True):
+        plan.save(path)
+        print(path)
+
+
+def print_plan(plan: "SparsityPlan") -> None:
+    """A plan as a table: sparsity, threshold and, if measured, achieved sparsity by layer and projection."""
+    names = list(plan.layers[0])
+    print(f"{plan.method}, {plan.criterion}, target {plan.target:g}, {len(plan.layers)} layers; {plan.calibration}")
+    print("layer  " + "".join(f"{name:>22}" for name in names) + "\n       " + "  sparsity/thresh/achvd" * len(names))
+    for i, layer in enumerate(plan.layers):
+        cells = [
+            f"{p.sparsity:9.3f}{p.threshold:8.4f}" + ("    -" if p.achieved is None else f"{p.achieved:5.2f}")
+            for p in layer.values()
+        ]
+        print(f"{i:5d}  " + "".join(cells))
+
+
+def draw(
+    plans: "list[SparsityPlan]", folder: Path | None, seen: "list[list[dict[str, Histogram]]] | None" = None
+) -> None:
+    """PNGs of the plans in folder, if one is given."""
+    if folder is None:
+        return
+    from plots import plot_inputs, plot_sparsities
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for j, plan in enumerate(plans):
+        plot_sparsities(plan, folder / f"sparsity-{plan.target:g}.png")
+        if seen:
+            plot_inputs([block[j] for block in seen], plan, folder / f"inputs-{plan.target:g}.png")
+    print(f"figures in {folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,157 @@
+"""Device functions the sparse GEMV kernels share: which channels a program owns, compaction, gather and sum.
+
+A program owns every SPLITS-th group of GROUP input channels and one block of output columns. It computes
+its x, lists the channels that survive the threshold in its own scratch row (a prefix sum and one barrier,
+nothing crosses programs), then reads only those weight rows. Groups are dealt out round-robin so that a
+cluster of large activations does not leave one program with most of the work.
+
+Layouts: weight [K, N] with contiguous rows, partials fp32 [SPLITS, B, N], scratch index int32 [programs, R]
+and value fp32 [programs, B, R], where R is the most entries a program can list, padding included.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Channels a program owns side by side: 32 bytes of 16-bit x, one memory sector.
+GROUP = tl.constexpr(16)
+# Triton's CPU interpreter truncates when it narrows to bf16 and multiplies bf16 tiles as integers.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """fp32 x rounded to DTYPE (nearest, ties to even), as fp32."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        y = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    else:
+        y = x.to(DTYPE).to(tl.float32)
+    return y
+
+
+@triton.jit
+def start_after_previous(PDL: tl.constexpr):
+    """Wait for the previous kernel of the stream, and let the next one be set up meanwhile."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def owned_channels(i_split, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The channels [BLOCK_R] of program i_split; those past the owned ones are >= K."""
+    r = tl.arange(0, BLOCK_R)
+    return ((r // GROUP) * SPLITS + i_split) * GROUP + r % GROUP
+
+
+@triton.jit
+def column_block(i_block, n_0, n_1, n_2, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """(segment, first column, end column) of block i_block, where each segment is cut into blocks of its own."""
+    blocks_0 = tl.cdiv(n_0, BLOCK_N)
+    blocks_1 = tl.cdiv(n_1, BLOCK_N)
+    in_1 = i_block >= blocks_0
+    in_2 = i_block >= blocks_0 + blocks_1
+    segment = in_1.to(tl.int32) + in_2.to(tl.int32)
+    first = (i_block - tl.where(in_1, blocks_0, 0) - tl.where(in_2, blocks_1, 0)) * BLOCK_N
+    begin = tl.where(in_1, n_0, 0) + tl.where(in_2, n_1, 0)
+    end = begin + tl.where(in_2, n_2, tl.where(in_1, n_1, n_0))
+    start = begin + first
+    if ALIGNED:  # every width is a multiple of 16, which the selections above hide from the compiler
+        start = tl.multiple_of(start, 16)
+        end = tl.multiple_of(end, 16)
+    return segment, start, end
+
+
+@triton.jit
+def threshold_and_compact(
+    x, channels, K, B, p_threshold, stride_j, stride_k, segment, p_index, p_value, R: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_B: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """List the channels of x [BLOCK_B, BLOCK_R] that any row keeps, and their values; returns how many there are.
+
+    Values of rows that drop a listed channel are 0. A NaN is never below a threshold, so it is kept. PAD more
+    entries repeat one listed channel with value 0: the loop over the list then needs no masks, which cost it a
+    register move for every four bytes loaded, and the repeated row comes from the cache.
+    """
+    threshold = tl.load(p_threshold + segment * stride_j + channels * stride_k, mask=channels < K, other=0.0)
+    threshold = rounded(threshold, DTYPE)
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    dropped = tl.abs(x) < threshold[None, :]
+    keep = (~dropped) & (channels < K)[None, :] & (rows < B)
+    listed = tl.max(keep.to(tl.int32), axis=0)  # [BLOCK_R]
+    position = tl.cumsum(listed, axis=0) - 1
+    count = tl.sum(listed, axis=0)
+    tl.store(p_index + position, channels, mask=listed != 0)
+    tl.store(p_value + rows * R + position[None, :], tl.where(keep, x, 0.0), mask=(listed != 0)[None, :] & (rows < B))
+    pad = count + tl.arange(0, PAD)
+    tl.store(p_index + pad, tl.zeros([PAD], tl.int32) + tl.max(tl.where(listed != 0, channels, 0), axis=0))
+    tl.store(p_value + rows * R + pad[None, :], tl.zeros([BLOCK_B, PAD], tl.float32), mask=rows < B)
+    tl.debug_barrier()  # the lists are read below by other threads of this program
+    return count
+
+
+@triton.jit
+def keep_loads_above():
+    """Stop the assembler from sinking loads below the arithmetic that follows: they would then start too late."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def gather_sum(
+    p_weight, stride, p_index, p_value, count, B, start, end, R: tl.constexpr, BLOCK_B: tl.constexpr,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_B (at least 16 if not 1), BLOCK_N] sum over the listed channels of value times weight row.
+
+    One row of x: a step reads LANES * UNROLL rows. The UNROLL axis stays within a thread, so that many 16-byte
+    loads are in flight while a thread holds only the sums of its own columns. More rows: tensor cores.
+    """
+    columns = start + tl.arange(0, BLOCK_N)
+    if BLOCK_B == 1:
+        STEP: tl.constexpr = LANES * UNROLL
+        steps = tl.arange(0, LANES)[None, :] * UNROLL + tl.arange(0, UNROLL)[:, None]
+        inside = None if EVEN_N else (columns < end)[None, None, :]
+        total = tl.zeros([LANES, BLOCK_N], tl.float32)
+        p_columns = p_weight + columns[None, None, :]
+        index = tl.load(p_index + steps)  # [UNROLL, LANES], a thread's entries side by side
+        weight = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
+        index = tl.load(p_index + STEP + steps)
+        for i in range(0, count - STEP, STEP):
+            arriving = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
+            index = tl.load(p_index + i + 2 * STEP + steps)
+            keep_loads_above()
+            value = tl.load(p_value + i + steps)
+            total += tl.sum(value[:, :, None] * weight.to(tl.float32), axis=0)
+            weight = arriving
+        value = tl.load(p_value + (tl.maximum(count - 1, 0) // STEP) * STEP + steps)
+        total += tl.sum(value[:, :, None] * weight.to(tl.float32), axis=0)
+        return tl.sum(total, axis=0)[None, :]
+    rows = tl.arange(0, 16)[:, None]
+    lanes = tl.arange(0, LANES * UNROLL)
+    inside = None if EVEN_N else (columns < end)[None, :]
+    total = tl.zeros([16, BLOCK_N], tl.float32)  # a tensor core's smallest tile
+    for i in range(0, count, LANES * UNROLL):
+        index = tl.load(p_index + i + lanes)
+        value = tl.load(p_value + rows * R + (i + lanes)[None, :], mask=rows < B, other=0.0)
+        pointers = p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :]
+        weight = tl.load(pointers, mask=inside)
+        if INTERPRETED:
+            total = tl.dot(value, weight.to(tl.float32), total, input_precision="ieee")
+        else:
+            total = tl.dot(value.to(weight.dtype), weight, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def store_partial(
+    p_partial, total, i_split, B, N, start, end, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Write total to partials [i_split, :B, start:end]."""
+    rows = tl.arange(0, total.shape[0])[:, None]
+    columns = (start + tl.arange(0, BLOCK_N))[None, :]
+    tl.store(p_partial + (i_split * B + rows) * N + columns, total, mask=(rows < B) & (columns < end))

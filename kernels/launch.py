@@ -1,0 +1,83 @@
+"""Host side the sparse GEMV launchers share: argument checks, tile sizes, scratch."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.gather import GROUP, INTERPRETED
+from kernels.tuning import GemvTile, gemv_tile
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense product is faster
+
+
+def check_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
+    """Raise ValueError unless weight [K, N], thresholds fp32 [J, K] and segments fit a product with [B, K]."""
+    if weight.dim() != 2 or weight.shape[0] != K or weight.dtype not in DTYPES:
+        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}: expected 16- or 32-bit floats [{K}, N]")
+    if weight.stride(1) != 1:
+        raise ValueError(f"weight has strides {weight.stride()}: its rows must be contiguous")
+    if not 1 <= len(segments) <= 3 or sum(segments) != weight.shape[1] or min(segments) < 1:
+        raise ValueError(f"segments {segments} do not cut {weight.shape[1]} columns into 1 to 3 parts")
+    if thresholds.dtype != torch.float32 or thresholds.shape != (len(segments), K):
+        raise ValueError(
+            f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 {[len(segments), K]}"
+        )
+    if not 1 <= B <= MAX_ROWS:
+        raise ValueError(f"{B} rows: expected 1 to {MAX_ROWS}")
+    if thresholds.device != weight.device:
+        raise ValueError(f"thresholds are on {thresholds.device} and weight on {weight.device}: expected the same")
+
+
+@dataclass(slots=True)
+class GemvLaunch:
+    """Everything a sparse GEMV kernel takes beside its own inputs, for B rows of x and weight [K, N]."""
+
+    tile: GemvTile
+    partials: Tensor  # fp32 [splits, B, N]
+    grid: tuple[int, int]
+    args: tuple
+    meta: dict
+
+
+def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, tile: GemvTile | None) -> GemvLaunch:
+    """Tile, scratch, outputs and common arguments of a launch."""
+    K, N = weight.shape
+    tile = tile or gemv_tile(K, N, B, weight.device, weight.dtype)
+    group = int(GROUP)
+    owned = triton.cdiv(triton.cdiv(K, group), tile.splits) * group
+    capacity = owned + 2 * tile.lanes * tile.unroll
+    blocks = sum(triton.cdiv(n, tile.block_n) for n in segments)
+    device = weight.device
+    partials = torch.empty(tile.splits, B, N, dtype=torch.float32, device=device)
+    programs = blocks * tile.splits
+    index = torch.empty(programs, capacity, dtype=torch.int32, device=device)
+    value = torch.empty(programs, B, capacity, dtype=torch.float32, device=device)
+    widths = (*segments, 0, 0)[:3]
+    aligned = all(n % 16 == 0 for n in segments) and weight.stride(0) % 16 == 0
+    return GemvLaunch(
+        tile,
+        partials,
+        (blocks, tile.splits),
+        (weight, weight.stride(0), thresholds, *thresholds.stride(), index, value, partials, B, K, N, *widths),
+        {
+            "R": capacity,
+            "BLOCK_R": triton.next_power_of_2(owned),
+            "SPLITS": tile.splits,
+            "BLOCK_B": 1 if B == 1 else 8,
+            "LANES": tile.lanes,
+            "UNROLL": tile.unroll,
+            "BLOCK_N": tile.block_n,
+            "EVEN_N": all(n % tile.block_n == 0 for n in segments),
+            "ALIGNED": aligned,
+            **launch_options(device, tile.num_warps),
+        },
+    )
+
+
+def launch_options(device: torch.device, num_warps: int) -> dict:
+    """Triton's options: programmatic dependent launch on GPUs that have it (compute capability 9.0 on)."""
+    pdl = device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": pdl, "num_warps": num_warps} | ({"launch_pdl": True} if pdl else {})

@@ -1,0 +1,77 @@
+"""RMSNorm fused into a sparse GEMV."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gather import (
+    column_block,
+    gather_sum,
+    owned_channels,
+    rounded,
+    start_after_previous,
+    store_partial,
+    threshold_and_compact,
+)
+from kernels.launch import check_gemv, plan_gemv
+from kernels.tuning import GemvTile
+
+
+@triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
+def norm_gemv_kernel(
+    p_x, p_norm, eps, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N,
+    n_0, n_1, n_2,
+    CHUNK: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_block, i_split = tl.program_id(0), tl.program_id(1)
+    dtype = p_x.dtype.element_ty
+    segment, start, end = column_block(i_block, n_0, n_1, n_2, BLOCK_N, ALIGNED)
+    channels = owned_channels(i_split, SPLITS, BLOCK_R)
+    norm = tl.load(p_norm + channels, mask=channels < K, other=0.0).to(tl.float32)
+    program = (i_block * SPLITS + i_split).to(tl.int64)
+    p_index += program * R
+    p_value += program * B * R
+    start_after_previous(PDL)
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
+    squares = tl.zeros([BLOCK_B, CHUNK], tl.float32)
+    for i in range(0, K, CHUNK):
+        k = (i + tl.arange(0, CHUNK))[None, :]
+        part = tl.load(p_x + rows * K + k, mask=(rows < B) & (k < K), other=0.0).to(tl.float32)
+        squares += part * part
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
+    normed = rounded(rounded(x.to(tl.float32) * scale[:, None], dtype) * norm[None, :], dtype)
+    count = threshold_and_compact(
+        normed,
+        channels,
+        K,
+        B,
+        p_threshold,
+        stride_j,
+        stride_k,
+        segment,
+        p_index,
+        p_value,
+        R,
+        2 * LANES * UNROLL,
+        BLOCK_B,
+        dtype,
+    )
+    total = gather_sum(
+        p_weight, stride, p_index, p_value, count, B, start, end, R, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N
+    )
+    store_partial(p_partial, total, i_split, B, N, start, end, BLOCK_B, BLOCK_N)
+
+
+def launch(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int],
+    tile: GemvTile | None = None,
+) -> Tensor:  # fmt: skip
+    """As norm_gemv, with a chosen tile."""
+    B, K = x.shape
+    check_gemv(weight, thresholds, segments, K, B)
+    plan = plan_gemv(weight, thresholds, segments, B, tile)
+    chunk = min(triton.next_power_of_2(K), 4096 if B == 1 else 512)
+    norm_gemv_kernel[plan.grid](x, norm, eps, *plan.args, CHUNK=chunk, **plan.meta)
+    return plan.partials

@@ -1,0 +1,72 @@
+"""Sum of the gate and up partials, silu(gate) * up, and the sparse GEMV of the down projection, in one kernel."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gather import (
+    column_block,
+    gather_sum,
+    owned_channels,
+    rounded,
+    start_after_previous,
+    store_partial,
+    threshold_and_compact,
+)
+from kernels.launch import check_gemv, plan_gemv
+from kernels.tuning import GemvTile
+
+
+@triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
+def silu_gemv_kernel(
+    p_gate_up, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N, n_0, n_1, n_2,
+    SPLITS_IN: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_block, i_split = tl.program_id(0), tl.program_id(1)
+    dtype = p_weight.dtype.element_ty
+    segment, start, end = column_block(i_block, n_0, n_1, n_2, BLOCK_N, ALIGNED)
+    channels = owned_channels(i_split, SPLITS, BLOCK_R)
+    program = (i_block * SPLITS + i_split).to(tl.int64)
+    p_index += program * R
+    p_value += program * B * R
+    start_after_previous(PDL)
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    inside = (rows < B) & (channels < K)[None, :]
+    gate = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    up = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    for s in tl.static_range(SPLITS_IN):
+        p_row = p_gate_up + (s * B + rows) * (2 * K) + channels[None, :]
+        gate += tl.load(p_row, mask=inside, other=0.0)
+        up += tl.load(p_row + K, mask=inside, other=0.0)
+    gate = rounded(gate, dtype)
+    x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, dtype), dtype)
+    count = threshold_and_compact(
+        x,
+        channels,
+        K,
+        B,
+        p_threshold,
+        stride_j,
+        stride_k,
+        segment,
+        p_index,
+        p_value,
+        R,
+        2 * LANES * UNROLL,
+        BLOCK_B,
+        dtype,
+    )
+    total = gather_sum(
+        p_weight, stride, p_index, p_value, count, B, start, end, R, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N
+    )
+    store_partial(p_partial, total, i_split, B, N, start, end, BLOCK_B, BLOCK_N)
+
+
+def launch(gate_up: Tensor, weight: Tensor, thresholds: Tensor, tile: GemvTile | None = None) -> Tensor:
+    """As silu_gemv, with a chosen tile."""
+    splits_in, B, _ = gate_up.shape
+    check_gemv(weight, thresholds, [weight.shape[1]], weight.shape[0], B)
+    plan = plan_gemv(weight, thresholds, [weight.shape[1]], B, tile)
+    silu_gemv_kernel[plan.grid](gate_up, *plan.args, SPLITS_IN=splits_in, **plan.meta)
+    return plan.partials

@@ -1,0 +1,41 @@
+"""What the command lines' model options name -> a model with its tokenizer on a device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import load_model, model_identity
+from hardware import pick_device, pick_dtype
+from model import Transformer
+from presets import random_model
+from source import resolve_checkpoint
+from tokenizer import IdBackend, Tokenizer, load_tokenizer
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A dense model in eval mode. identity names it by content; folder is where it was read from, if anywhere."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    name: str
+    identity: str
+    folder: Path | None
+
+
+def load_for_decoding(
+    checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool
+) -> LoadedModel:
+    """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
+
+    sparse says whether the model will run sparse, which decides the faster dtype on a CPU. Raises UserError.
+    """
+    torch_device = pick_device(device)
+    torch_dtype = pick_dtype(dtype, torch_device, sparse)
+    if random_weights is not None:
+        model = random_model(random_weights, torch_device, torch_dtype)
+        name = random_weights
+        return LoadedModel(model, Tokenizer(IdBackend()), name, f"random-{name.lower()}", None)
+    folder = resolve_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, torch_device, torch_dtype)
+    return LoadedModel(model, tokenizer, checkpoint or folder.name, model_identity(folder), folder)

@@ -1,0 +1,85 @@
+"""PNG figures, as in the paper's: input distributions with their thresholds, sparsity by layer, quality by sparsity."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from files import atomic_file
+from plan import PROJECTIONS, Histogram, SparsityPlan, bin_edges
+
+MAX_PANELS = 3  # layers drawn in the figure of input distributions: first, middle, last
+
+
+def plot_sparsities(plan: SparsityPlan, path: Path) -> None:
+    """Heat map of sparsity by layer and projection."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        values = [[layer[name].sparsity for layer in plan.layers] for name in PROJECTIONS]
+        image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        axes.set_yticks(range(len(PROJECTIONS)), PROJECTIONS)
+        axes.set_xlabel("layer")
+        axes.set_title(f"{plan.method}, {plan.criterion}, target {plan.target:g}")
+        figure.colorbar(image, label="sparsity")
+
+    _save(draw, path)
+
+
+def plot_inputs(histograms: list[dict[str, Histogram]], plan: SparsityPlan, path: Path) -> None:
+    """Distribution of |x| for each projection's input, with the threshold, in the first, middle and last layer."""
+    chosen = sorted({0, len(histograms) // 2, len(histograms) - 1})[:MAX_PANELS]
+    names = ("q", "o", "gate", "down")  # q, k, v share their input; so do gate and up
+    edges = bin_edges()
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(len(chosen), len(names), squeeze=False)
+        for row, i in zip(grid, chosen, strict=True):
+            for axes, name in zip(row, names, strict=True):
+                counts = histograms[i][name].counts.double()
+                density = counts / counts.sum() / (edges[1:] - edges[:-1])
+                limit = max(histograms[i][name].quantile(0.995), 1e-9)
+                inside = edges[:-1] < limit
+                axes.fill_between(edges[:-1][inside], density[inside], step="post", alpha=0.6)
+                axes.axvline(plan.layers[i][name].threshold, color="black", linewidth=1)
+                axes.set_title(f"layer {i}, input of {name}", fontsize=8)
+                axes.set_yticks([])
+                axes.tick_params(labelsize=7)
+                axes.set_xlim(0, limit)
+
+    _save(draw, path)
+
+
+def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity by sparsity, a line for each method and policy of evaluate.py's rows."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for label in dict.fromkeys((row["method"], row["policy"]) for row in rows if row["sparsity"]):
+            points = sorted(
+                (row["sparsity"], row["perplexity"])
+                for row in rows
+                if not row["sparsity"] or (row["method"], row["policy"]) == label
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=", ".join(label))
+        axes.set_xlabel("sparsity")
+        axes.set_ylabel("perplexity")
+        axes.set_yscale("log")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        axes.grid(alpha=0.3)
+
+    _save(draw, path)
+
+
+def _save(draw: Callable[[Any], None], path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib; pip install matplotlib") from None
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
