@@ -62,13 +62,13 @@ class Settings:
 class BlockStages:
     """One block of a model, run in stages over sequences of one length; its projections are SparseLinear modules."""
 
-    def __init__(self, model: Transformer, index: int, length: int) -> None:
+    def __init__(self, model: Transformer, index: int, length: int, batch: int = 1) -> None:
         weight = model.embedding.weight
         self.block = model.blocks[index]
         self.device = weight.device
-        positions = torch.arange(length, device=weight.device)[None]
+        positions = torch.arange(length, device=weight.device).expand(batch, length)
         cos, sin, masks = model.position_tensors(positions, length)
-        shape = (1, model.config.num_kv_heads, length, model.config.head_dim)
+        shape = (batch, model.config.num_kv_heads, length, model.config.head_dim)
         k, v = (torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2))
         self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, k, v)
         c = model.config
@@ -77,7 +77,7 @@ class BlockStages:
         self.sizes |= dict.fromkeys(("gate", "up", "down"), c.intermediate_size * c.hidden_size)
 
     def attention_output(self, x: Tensor) -> Tensor:
-        """The input of o for block input x [1, L, C]."""
+        """The input of o for block input x [B, L, C]."""
         with _identity(self.block.attention, "wo"):
             return self.block.attention(self.block.attention_norm(x), *self.context)
 
@@ -243,16 +243,15 @@ def allocate(model: Transformer, stages: BlockStages, dense: Stream, settings: S
         seen |= histograms(module, inputs, settings.criterion)
     length = min(GREEDY_LENGTH, dense.parts[0].shape[1])
     index = next(i for i, b in enumerate(model.blocks) if b is block)
-    short = BlockStages(model, index, length)
-    x = [part[:, :length].to(stages.device) for part in dense.parts[:GREEDY_SEQUENCES]]
-    expected = [short.forward(part) for part in x]
+    x = torch.cat([part[:, :length] for part in dense.parts[:GREEDY_SEQUENCES]]).to(stages.device)
+    short = BlockStages(model, index, length, batch=len(x))
+    expected = short.forward(x)
 
     def error(sparsities: dict[str, float]) -> float:
         layer = {n: ProjectionPlan(p, seen[n].quantile(p)) for n, p in sparsities.items()}
         use_layer(block, model, layer, settings.criterion)
         with sparse_prefill(model):
-            squares = [(short.forward(a) - b).float().square().sum() for a, b in zip(x, expected, strict=True)]
-        return float(torch.stack(squares).sum().sqrt())
+            return float((short.forward(x) - expected).float().norm())
 
     found = greedy_sparsities(error, stages.sizes, list(settings.targets), settings.step)
     sparsify_block(block, model.config, dict.fromkeys(PROJECTIONS, 0.0))

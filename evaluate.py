@@ -88,9 +88,8 @@ def main() -> None:
     cases = build_cases(args, loaded)
     window = min(args.window, loaded.model.config.max_seq_len)
     results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window))
-    rows = []
-    for case, result in zip(cases, results, strict=True):
-        rows.append(result.as_row() | more_measurements(args, loaded, case, tokens))
+    more = more_measurements(args, loaded, cases, tokens)
+    rows = [result.as_row() | further for result, further in zip(results, more, strict=True)]
     if args.json:
         print(json.dumps({"model": loaded.name, "tokens": len(tokens), "window": window, "rows": rows}))
     else:
@@ -148,27 +147,30 @@ def calibrated_plans(
 
 
 def more_measurements(
-    args: argparse.Namespace, loaded: "LoadedModel", case: "Case", tokens: "Tensor"
-) -> dict[str, Any]:
-    """The measurements of a case that options ask for; those of tokens generated are the same under every policy."""
-    from evaluation import POLICY_SHARES, agreement_with_dense, decode_score, dense_plan
+    args: argparse.Namespace, loaded: "LoadedModel", cases: "list[Case]", tokens: "Tensor"
+) -> list[dict[str, Any]]:
+    """For each case the measurements that options ask for; generated tokens are all sparse whatever the policy."""
+    from evaluation import POLICY_SHARES, agreements_with_dense, decode_score, dense_plan
     from teal_layers import sparsify
 
-    found: dict[str, Any] = {}
     model = loaded.model
-    if args.continuations > 0 and case.plan is not None:
-        found["tokens_until_difference"] = agreement_with_dense(model, case.plan, tokens, args.continuations)
-    if args.decode_tokens > 1 or args.lm_eval:
-        sparsify(model, case.plan or dense_plan(model))
+    plans = [case.plan or dense_plan(model) for case in cases]
+    found: list[dict[str, Any]] = [{} for _ in cases]
+    if args.continuations > 0:
+        for row, length in zip(found, agreements_with_dense(model, plans, tokens, args.continuations), strict=True):
+            row["tokens_until_difference"] = length
     if args.decode_tokens > 1:
-        found["decode_perplexity"] = decode_score(model, tokens[: args.decode_tokens]).perplexity
+        for row, plan in zip(found, plans, strict=True):
+            sparsify(model, plan)
+            row["decode_perplexity"] = decode_score(model, tokens[: args.decode_tokens]).perplexity
     if args.lm_eval:
         from harness import run_tasks
 
-        share = POLICY_SHARES[case.policy] if case.plan is not None else 0.0
-        found |= run_tasks(
-            model, loaded.tokenizer, args.lm_eval.split(","), share, args.lm_eval_limit, args.lm_eval_path
-        )
+        names = args.lm_eval.split(",")
+        for row, case, plan in zip(found, cases, plans, strict=True):
+            sparsify(model, plan)
+            share = POLICY_SHARES[case.policy]
+            row |= run_tasks(model, loaded.tokenizer, names, share, args.lm_eval_limit, args.lm_eval_path)
     return found
 
 

@@ -196,8 +196,8 @@ def dense_plan(model: Transformer) -> SparsityPlan:
     return SparsityPlan({}, "dense", 0.0, (layer,) * model.config.num_layers)
 
 
-def agreement_with_dense(model: Transformer, plan: SparsityPlan, tokens: Tensor, prompts: int) -> float:
-    """Median over prompts, cut from tokens at even spacing, of the tokens before sparse text departs from dense text."""
+def agreements_with_dense(model: Transformer, plans: list[SparsityPlan], tokens: Tensor, prompts: int) -> list[float]:
+    """For each plan the median, over prompts cut from tokens, of the tokens before sparse text departs from dense."""
     if len(tokens) < prompts * CONTINUATION_PROMPT:
         raise UserError(
             f"{prompts} continuations need {prompts * CONTINUATION_PROMPT} tokens of text; there are {len(tokens)}"
@@ -206,5 +206,8 @@ def agreement_with_dense(model: Transformer, plan: SparsityPlan, tokens: Tensor,
     batch = torch.stack([tokens[start : start + CONTINUATION_PROMPT] for start in starts])
     sparsify(model, dense_plan(model))
     expected = continue_greedily(model, batch, CONTINUATION_LENGTH)
-    sparsify(model, plan)
-    return float(median(departures(expected, continue_greedily(model, batch, CONTINUATION_LENGTH))))
+    found = []
+    for plan in plans:
+        sparsify(model, plan)
+        found.append(float(median(departures(expected, continue_greedily(model, batch, CONTINUATION_LENGTH)))))
+    return found

@@ -23,7 +23,7 @@ from checkpoint import load_model
 from errors import UserError
 from evaluation import (
     Case,
-    agreement_with_dense,
+    agreements_with_dense,
     continue_greedily,
     decode_score,
     dense_plan,
@@ -141,10 +141,10 @@ def test_greedy_continuations(tiny_folder: Path, model: Transformer, tokens: Ten
     reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     expected = reference.generate(prompts, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(continue_greedily(model, prompts, 12), expected[:, 10:])
-    assert agreement_with_dense(model, dense_plan(model), tokens, 2) == 128
-    assert agreement_with_dense(model, plan, tokens, 2) < 128
+    same, other = agreements_with_dense(model, [dense_plan(model), plan], tokens, 2)
+    assert same == 128 and other < 128
     with pytest.raises(UserError, match="640 tokens"):
-        agreement_with_dense(model, plan, tokens, 10)
+        agreements_with_dense(model, [plan], tokens, 10)
 
 
 def test_too_few_tokens(model: Transformer) -> None:
