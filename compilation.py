@@ -44,4 +44,9 @@ def compile_blocks(model: Transformer) -> None:
     # and each grown cache may add an entry.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     device = model.embedding.weight.device
-    model.layers = nn.ModuleList(CompiledBlock(block, device) for block in model.layers)
+    for i, block in enumerate(model.layers):
+        prefill = getattr(block, "prefill", None)
+        if isinstance(prefill, nn.Module):  # a FusedBlock: its decode step is a row of kernels already
+            block.prefill = CompiledBlock(prefill, device)
+        else:
+            model.layers[i] = CompiledBlock(block, device)

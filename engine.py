@@ -23,7 +23,7 @@ from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import PLAN_VERSION, SparsityPlan, plan_name
 from sampling import sample
 from streaming import StopStrings, StreamDecoder
-from teal_layers import SparseLinear, set_counting, sparsify
+from teal_layers import SparseLinear, set_counting, sparse_layers, sparsify
 from texts import default_text, text_hash
 from tokenizer import Tokenizer
 
@@ -102,6 +102,10 @@ class Engine:
         engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
         engine.load_s = time.perf_counter() - start
         engine._sparsify(sparsity, plan, loaded)
+        if sparse and on_cuda:
+            from fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
+
+            fuse_blocks(engine.model)
         if count_sparsity:
             set_counting(engine.model, True)
         if compile:
@@ -130,6 +134,17 @@ class Engine:
                 self.plan = calibrate_uniform(self.model, self.tokenizer.encode, sparsity, text)
                 self.plan.save(path)
             sparsify(self.model, self.plan)
+
+    def use_plan(self, plan: SparsityPlan) -> None:
+        """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError."""
+        if self.plan is None:
+            raise UserError("this engine was loaded dense; load it with a sparsity or a plan")
+        shapes = [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]
+        sparsify(self.model, plan)
+        self.plan = plan
+        self.cached_ids = []
+        if shapes != [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]:
+            self.graphs.clear()
 
     def _compile(self) -> None:
         """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""

@@ -44,18 +44,34 @@ class SparseLinear(nn.Module):
             self.segments = self.sizes
             per_channel = [t / norm for t, norm in zip(thresholds, self.relative_norms(), strict=True)]
             limits = torch.stack(per_channel).nan_to_num(nan=0.0)  # 0/0: threshold 0 keeps all, as elsewhere
-            self.thresholds = nn.Buffer(limits, persistent=False)
-            self.name_thresholds = nn.Buffer(limits, persistent=False)
+            self._keep(limits, limits)
             return
         merged = [(self.sizes[0], thresholds[0])]
         for size, threshold in zip(self.sizes[1:], thresholds[1:], strict=True):
-            if threshold == merged[-1][1]:  # neighbours that share a threshold share one pass over x
+            # On a CPU neighbours that share a threshold share one pass over x; on a GPU a captured step keeps its
+            # shapes when the plan changes.
+            if threshold == merged[-1][1] and device.type == "cpu":
                 merged[-1] = (merged[-1][0] + size, threshold)
             else:
                 merged.append((size, threshold))
         self.segments = [size for size, _ in merged]
-        self.thresholds = nn.Buffer(torch.tensor([t for _, t in merged], device=device), persistent=False)
-        self.name_thresholds = nn.Buffer(torch.tensor(thresholds, device=device)[:, None], persistent=False)
+        limits = torch.tensor([t for _, t in merged], device=device)
+        self._keep(limits, torch.tensor(thresholds, device=device)[:, None])
+
+    @torch.inference_mode()
+    def _keep(self, thresholds: Tensor, name_thresholds: Tensor) -> None:
+        """Store thresholds, in place if their shape is as before: a captured step then sees the new ones."""
+        for attribute, value in (("thresholds", thresholds), ("name_thresholds", name_thresholds)):
+            old = getattr(self, attribute, None)
+            if isinstance(old, Tensor) and old.shape == value.shape:
+                old.copy_(value)
+            else:
+                setattr(self, attribute, nn.Buffer(value.clone(), persistent=False))
+
+    def _limits(self, dtype: torch.dtype) -> list[Tensor]:
+        """The thresholds of each name, [1] or [K], as they are compared with entries of dtype."""
+        assert isinstance(self.name_thresholds, Tensor)
+        return list(self.name_thresholds.to(dtype))
 
     def relative_norms(self) -> list[Tensor]:
         """For each name, the L2 norm of the weights each input channel meets, over the mean of them: fp32 [K]."""
@@ -71,8 +87,7 @@ class SparseLinear(nn.Module):
         else:
             rows = x[:, dense_tokens:].reshape(-1, K)
             if self.counting:
-                limits = self.name_thresholds.to(rows.dtype)
-                self.kept.add_(torch.stack([(rows.abs() >= limit).sum() for limit in limits]))
+                self.kept.add_(torch.stack([(rows.abs() >= t).sum() for t in self._limits(rows.dtype)]))
                 self.seen.add_(rows.numel())
             y = sparse_linear(rows, self.weight, self.thresholds, self.segments).view(B, T - dense_tokens, -1)
             if dense_tokens:
@@ -88,8 +103,13 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
     plan is for another model.
     """
     plan.check_fits(model.config)
-    for block, layer in zip(model.blocks, plan.layers, strict=True):
-        sparsify_block(block, model.config, {n: p.threshold for n, p in layer.items()}, plan.criterion)
+    for block, modules, layer in zip(model.blocks, sparse_layers(model), plan.layers, strict=True):
+        thresholds = {name: p.threshold for name, p in layer.items()}
+        if modules:  # sparse already, and perhaps wrapped by now
+            for module in modules:
+                module.set_thresholds([thresholds[name] for name in module.names], plan.criterion)
+        else:
+            sparsify_block(block, model.config, thresholds, plan.criterion)
     return model
 
 

@@ -13,17 +13,41 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense product is faster
 
 
+def check_rows(x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless x is contiguous [B, K], of weight's dtype and beside it."""
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"x has shape {tuple(x.shape)} and strides {x.stride()}: expected contiguous [B, K]")
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}: expected the same")
+
+
+def check_partials(partials: Tensor, N: int, like: Tensor) -> None:
+    """Raise ValueError unless partials are contiguous fp32 [splits, B, N] on the device of like."""
+    if partials.dim() != 3 or partials.shape[2] != N or partials.dtype != torch.float32:
+        raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected fp32 [splits, B, {N}]")
+    if not partials.is_contiguous() or partials.device != like.device:
+        raise ValueError(f"partials have strides {partials.stride()} on {partials.device}: expected contiguous ones")
+
+
+def empty_partials(weight: Tensor, B: int) -> Tensor:
+    """What a sparse GEMV with B rows returns, unfilled: fp32 [splits, B, N]."""
+    K, N = weight.shape
+    splits = gemv_tile(int(K), int(N), int(B), weight.device, weight.dtype).splits
+    return torch.empty(splits, B, N, dtype=torch.float32, device=weight.device)
+
+
 def check_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
-    """Raise ValueError unless weight [K, N], thresholds fp32 [J, K] and segments fit a product with [B, K]."""
+    """Raise ValueError unless weight [K, N], thresholds fp32 [J] or [J, K] and segments fit a product with [B, K]."""
     if weight.dim() != 2 or weight.shape[0] != K or weight.dtype not in DTYPES:
         raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}: expected 16- or 32-bit floats [{K}, N]")
     if weight.stride(1) != 1:
         raise ValueError(f"weight has strides {weight.stride()}: its rows must be contiguous")
     if not 1 <= len(segments) <= 3 or sum(segments) != weight.shape[1] or min(segments) < 1:
         raise ValueError(f"segments {segments} do not cut {weight.shape[1]} columns into 1 to 3 parts")
-    if thresholds.dtype != torch.float32 or thresholds.shape != (len(segments), K):
+    J = len(segments)
+    if thresholds.dtype != torch.float32 or thresholds.shape not in ((J,), (J, K)):
         raise ValueError(
-            f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 {[len(segments), K]}"
+            f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 [{J}] or {[J, K]}"
         )
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"{B} rows: expected 1 to {MAX_ROWS}")
@@ -56,6 +80,8 @@ def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, t
     index = torch.empty(programs, capacity, dtype=torch.int32, device=device)
     value = torch.empty(programs, B, capacity, dtype=torch.float32, device=device)
     widths = (*segments, 0, 0)[:3]
+    if thresholds.dim() == 1:
+        thresholds = thresholds[:, None].expand(-1, K)
     aligned = all(n % 16 == 0 for n in segments) and weight.stride(0) % 16 == 0
     return GemvLaunch(
         tile,
@@ -75,6 +101,11 @@ def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, t
             **launch_options(device, tile.num_warps),
         },
     )
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether the Triton kernels can run there: on CUDA, or anywhere under Triton's interpreter."""
+    return device.type == "cuda" or INTERPRETED.value
 
 
 def launch_options(device: torch.device, num_warps: int) -> dict:

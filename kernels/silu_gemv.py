@@ -1,5 +1,6 @@
 """Sum of the gate and up partials, silu(gate) * up, and the sparse GEMV of the down projection, in one kernel."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +14,7 @@ from kernels.gather import (
     store_partial,
     threshold_and_compact,
 )
-from kernels.launch import check_gemv, plan_gemv
+from kernels.launch import check_gemv, check_partials, empty_partials, plan_gemv
 from kernels.tuning import GemvTile
 
 
@@ -65,8 +66,24 @@ def silu_gemv_kernel(
 
 def launch(gate_up: Tensor, weight: Tensor, thresholds: Tensor, tile: GemvTile | None = None) -> Tensor:
     """As silu_gemv, with a chosen tile."""
+    check_partials(gate_up, 2 * weight.shape[0], weight)
     splits_in, B, _ = gate_up.shape
     check_gemv(weight, thresholds, [weight.shape[1]], weight.shape[0], B)
     plan = plan_gemv(weight, thresholds, [weight.shape[1]], B, tile)
     silu_gemv_kernel[plan.grid](gate_up, *plan.args, SPLITS_IN=splits_in, **plan.meta)
     return plan.partials
+
+
+@torch.library.custom_op("teal::silu_gemv", mutates_args=())
+def silu_gemv(gate_up: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
+    """As sparse_gemv of silu(gate) * up, from the partial sums gate_up fp32 [splits, B, 2 K] of the two projections.
+
+    weight is [K, N]; thresholds fp32 [1] or [1, K]. Gate and up are rounded to weight's dtype, as their linear
+    layers would, and so is their product.
+    """
+    return launch(gate_up, weight, thresholds)
+
+
+@silu_gemv.register_fake
+def _(gate_up: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
+    return empty_partials(weight, gate_up.shape[1])

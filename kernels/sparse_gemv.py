@@ -1,5 +1,6 @@
 """Sparse GEMV: partial sums of x @ weight over the channels whose |x| reaches their threshold."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +13,7 @@ from kernels.gather import (
     store_partial,
     threshold_and_compact,
 )
-from kernels.launch import check_gemv, plan_gemv
+from kernels.launch import check_gemv, check_rows, empty_partials, plan_gemv
 from kernels.tuning import GemvTile
 
 
@@ -43,7 +44,24 @@ def sparse_gemv_kernel(
 
 def launch(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> Tensor:
     """As sparse_gemv, with a chosen tile."""
+    check_rows(x, weight)
     check_gemv(weight, thresholds, segments, x.shape[1], x.shape[0])
     plan = plan_gemv(weight, thresholds, segments, x.shape[0], tile)
     sparse_gemv_kernel[plan.grid](x, *plan.args, **plan.meta)
     return plan.partials
+
+
+@torch.library.custom_op("teal::sparse_gemv", mutates_args=())
+def sparse_gemv(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
+    """Partial sums of x @ weight over channels whose |x| reaches the threshold of their column segment.
+
+    x [B, K] contiguous, B from 1 to 8; weight [K, N] with contiguous rows, of x's dtype; thresholds fp32 [J] or
+    [J, K]; segments: J widths, at most 3, that add up to N. Returns fp32 [splits, B, N], to be summed over the first
+    dimension (reduce_partials). Raises ValueError on a mismatch.
+    """
+    return launch(x, weight, thresholds, segments)
+
+
+@sparse_gemv.register_fake
+def _(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
+    return empty_partials(weight, x.shape[0])

@@ -1,7 +1,8 @@
-"""x @ weight where small |x| count as zero, and on a CPU the weight rows they would meet are never read.
+"""x @ weight where small |x| count as zero, and the weight rows they would meet are never read.
 
 Layout: weight is input-channel-major [K, N], so one dropped entry of x skips one contiguous row. For a
-few rows of x on a CPU the product is row_gather.cpp's; elsewhere x is masked and multiplied densely.
+few rows of x the product is row_gather.cpp's on a CPU and sparse_gemv.py's on CUDA; for more, x is masked and
+multiplied densely.
 """
 
 import torch
@@ -12,6 +13,7 @@ from kernels.row_gather import native_row_gather
 # With more rows of x nearly every weight row is kept by one of them, and a dense product is faster: 1536 x 3072
 # bf16 at 50% on 2 Xeon cores (AVX-512), gather / dense: 2 rows 533 / 1247 us, 3 868 / 1607, 4 1043 / 1454.
 MAX_GATHER_ROWS = 4
+MAX_KERNEL_ROWS = 8  # on CUDA, likewise
 
 
 @torch.library.custom_op("teal::sparse_linear", mutates_args=())
@@ -23,6 +25,11 @@ def sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[
     add up to N. Returns [B, N] in x's dtype. Raises ValueError on a mismatch.
     """
     _check(x, weight, thresholds, segments)
+    if x.is_cuda and x.shape[0] <= MAX_KERNEL_ROWS and len(segments) <= 3:
+        from kernels.reduce_partials import reduce_partials  # a CPU needs no Triton
+        from kernels.sparse_gemv import sparse_gemv
+
+        return reduce_partials(sparse_gemv(x.contiguous(), weight, thresholds, segments), x.dtype, None, None)
     if x.device.type == "cpu" and x.shape[0] <= MAX_GATHER_ROWS and (gather := native_row_gather()) is not None:
         return gather(x.contiguous(), weight, thresholds, segments)
     products = [

@@ -1,22 +1,99 @@
-"""Tile sizes of the sparse GEMV, by shape."""
+"""Tile sizes of the sparse GEMV: a table of measured ones, the user's own, and a rule for all other shapes.
 
-from dataclasses import dataclass
+bench/tune.py measures and writes the user's file.
+"""
+
+import functools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+import triton
+
+from errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class GemvTile:
-    """A program sums lanes * unroll rows at a time over block_n columns; the input channels are dealt to splits programs."""
+    """A program sums lanes * unroll rows at a time over block_n columns; the input channels go to splits programs.
+
+    lanes is how many rows the program's threads cover at once, eight 16-bit columns each.
+    """
 
     block_n: int
     lanes: int
     unroll: int
     splits: int
-    num_warps: int = 4
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            power_of_two = value > 0 and value & (value - 1) == 0
+            if not isinstance(value, int) or value < 1 or (name != "splits" and not power_of_two):
+                raise UserError(f"tile {name} {value!r} is not usable; expected a power of two (splits: at least 1)")
+
+
+# (device name, K, N) -> tile for one row of 16-bit x, fastest at 50% sparsity with cold weights on that device.
+# lanes 1 everywhere: threads side by side over columns need no sum across warps at the end, which cost 1.5 us.
+# Wider blocks need fewer programs, whose start and end cost about 1 us per program on a multiprocessor.
+TILES: dict[tuple[str, int, int], GemvTile] = {
+    ("NVIDIA H100 80GB HBM3", 4096, 6144): GemvTile(1024, 1, 8, 44, 4),  # 12.6 us; 88 splits 12.4, but a slower sum
+    ("NVIDIA H100 80GB HBM3", 4096, 4096): GemvTile(1024, 1, 8, 66, 4),  # 9.1 us; 33 splits 11.0
+    ("NVIDIA H100 80GB HBM3", 4096, 28672): GemvTile(2048, 1, 4, 19, 8),  # 45.2 us; block_n 1024, 9 splits 46.9
+    ("NVIDIA H100 80GB HBM3", 14336, 4096): GemvTile(2048, 1, 8, 66, 8),  # 25.8 us; block_n 512 26.6, 33 splits 31.6
+}
+DEFAULT_MULTIPROCESSORS = 128  # of an unknown device
+PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shapes above, with block_n 1024
+MAX_BLOCK_N = 1024
+MAX_SPLITS = 128  # the kernels that sum the partials hold one value of each split
 
 
 def gemv_tile(K: int, N: int, B: int, device: torch.device, dtype: torch.dtype) -> GemvTile:
+    """The tile for x [B, K] and weight [K, N]. The same arguments give the same tile all through a process."""
+    name, multiprocessors = _device_facts(device)
+    if B == 1 and dtype.itemsize == 2:
+        known = user_tiles().get((name, K, N)) or TILES.get((name, K, N))
+        if known is not None:
+            return known
+    return default_tile(K, N, B, multiprocessors)
+
+
+def default_tile(K: int, N: int, B: int, multiprocessors: int) -> GemvTile:
+    """A tile by rule: wide blocks, and splits for a few programs on each multiprocessor."""
     if B == 1:
-        return GemvTile(512, 2, 8, 32)
-    return GemvTile(128, 4, 8, 16)
+        block_n = min(MAX_BLOCK_N, triton.next_power_of_2(N))
+        num_warps = max(1, block_n // 256)
+        lanes, unroll = 1, 8
+    else:  # tensor cores: 32 rows of weights a step
+        block_n, lanes, unroll, num_warps = min(256, max(16, triton.next_power_of_2(N))), 4, 8, 4
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    splits = max(1, min(programs // triton.cdiv(N, block_n), triton.cdiv(K, 32), MAX_SPLITS))
+    return GemvTile(block_n, lanes, unroll, splits, num_warps)
+
+
+def user_tiles_path() -> Path:
+    """Where bench/tune.py keeps this user's tiles: $XDG_CONFIG_HOME/teal/tiles.json."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "teal" / "tiles.json"
+
+
+@functools.cache
+def user_tiles() -> dict[tuple[str, int, int], GemvTile]:
+    """The user's tiles by (device name, K, N); none if there is no file. Raises UserError for a damaged one."""
+    path = user_tiles_path()
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {(row["device"], row["K"], row["N"]): GemvTile(**row["tile"]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no list of tiles ({error!r}); delete it or run python -m bench.tune again") from None
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return device.type, DEFAULT_MULTIPROCESSORS
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count

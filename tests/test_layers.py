@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "files", "params", "model", "plan"},
     {"cli", "kernels"},
-    {"teal_layers", "hardware", "compilation", "sampling"},
+    {"teal_layers", "fused_block", "hardware", "compilation", "sampling"},
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
     {"texts", "greedy", "calibration", "evaluation", "harness", "teal_import", "plots"},
     {"engine"},
@@ -43,7 +43,7 @@ def test_every_module_has_a_level() -> None:
 def test_imports_point_downwards(path: Path) -> None:
     own = module_of(path)
     for name in imports_of(path) - {own}:
-        same_level_is_fine = LEVEL[own] in (0, 3, 4, 6)  # these use each other, in the order the next test checks
+        same_level_is_fine = LEVEL[own] in (0, 2, 3, 4, 6)  # these use each other, in the order the next test checks
         assert LEVEL[name] < LEVEL[own] or (same_level_is_fine and LEVEL[name] == LEVEL[own]), f"{own} imports {name}"
 
 

@@ -1,0 +1,69 @@
+"""Decode step of a sparse transformer block in eight kernels; replaces blocks from outside.
+
+norm + q,k,v -> bias, head norms, rotation, cache -> attention -> o -> residual -> norm + gate,up -> silu + down ->
+residual. Each projection is a sparse GEMV that makes its own input, drops what is below the threshold and leaves
+partial sums, which the next kernel adds up. Prefill and devices without these kernels go through the block itself,
+on the same weights.
+"""
+
+from torch import Tensor, nn
+
+from kernels.attention_gemv import attention_gemv
+from kernels.decode_attention import decode_attention
+from kernels.launch import MAX_ROWS, kernels_run_on
+from kernels.norm_gemv import norm_gemv
+from kernels.qkv_rope import qkv_rope
+from kernels.reduce_partials import reduce_partials
+from kernels.silu_gemv import silu_gemv
+from model import Block, RMSNorm, Transformer
+from teal_layers import SparseLinear
+
+
+class FusedBlock(nn.Module):
+    """A Block whose projections are SparseLinear modules; one token a row takes the fused path."""
+
+    def __init__(self, block: Block, window: int | None) -> None:
+        super().__init__()
+        self.block = block
+        self.prefill: nn.Module = block  # what takes calls of many tokens: the block, perhaps compiled
+        self.window = window or 0
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """As Block.forward."""
+        if x.shape[1] > 1 or x.shape[0] > MAX_ROWS or self.wqkv.counting or not kernels_run_on(x.device):
+            return self.prefill(x, cos, sin, mask, positions, k_cache, v_cache)
+        return self.decode(x, cos, sin, positions, k_cache, v_cache)
+
+    @property
+    def wqkv(self) -> SparseLinear:
+        """The projection that stands for all four: they count together."""
+        assert isinstance(self.block.attention.wqkv, SparseLinear)
+        return self.block.attention.wqkv
+
+    def decode(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """x [B, 1, C] -> [B, 1, C]; writes keys and values at positions."""
+        attention, feed_forward = self.block.attention, self.block.feed_forward
+        wqkv, wo, gate_up, down = attention.wqkv, attention.wo, feed_forward.gate_up, feed_forward.down
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        norms = (q_norm.weight, k_norm.weight) if isinstance(q_norm, RMSNorm) else (None, None)
+        before, between = self.block.attention_norm, self.block.ffn_norm
+        x = x.flatten(0, 1)  # [B, C]
+        qkv = norm_gemv(x, before.weight, before.eps, wqkv.weight, wqkv.thresholds, wqkv.segments)
+        heads = attention.config.num_heads
+        q = qkv_rope(qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads)
+        shares = decode_attention(q, k_cache, v_cache, positions, self.window)
+        o = attention_gemv(*shares, wo.weight, wo.thresholds)
+        x = reduce_partials(o, x.dtype, wo.bias, x)
+        hidden = norm_gemv(x, between.weight, between.eps, gate_up.weight, gate_up.thresholds, gate_up.segments)
+        y = silu_gemv(hidden, down.weight, down.thresholds)
+        return reduce_partials(y, x.dtype, None, x)[:, None]
+
+
+def fuse_blocks(model: Transformer) -> None:
+    """Replace every block of a sparse model, in place, by a FusedBlock."""
+    windows = model.config.sliding_windows
+    model.layers = nn.ModuleList(FusedBlock(block, window) for block, window in zip(model.blocks, windows, strict=True))

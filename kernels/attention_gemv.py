@@ -1,0 +1,86 @@
+"""Combination of attention's shares and the sparse GEMV of the o projection, in one kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gather import (
+    column_block,
+    gather_sum,
+    owned_channels,
+    rounded,
+    start_after_previous,
+    store_partial,
+    threshold_and_compact,
+)
+from kernels.launch import check_gemv, empty_partials, plan_gemv
+from kernels.tuning import GemvTile
+
+
+@triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
+def attention_gemv_kernel(
+    p_sum, p_max, p_share, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N,
+    n_0, n_1, n_2,
+    D: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+    ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_block, i_split = tl.program_id(0), tl.program_id(1)
+    dtype = p_weight.dtype.element_ty
+    segment, start, end = column_block(i_block, n_0, n_1, n_2, BLOCK_N, ALIGNED)
+    channels = owned_channels(i_split, SPLITS, BLOCK_R)
+    program = (i_block * SPLITS + i_split).to(tl.int64)
+    p_index += program * R
+    p_value += program * B * R
+    start_after_previous(PDL)
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    inside = (rows < B) & (channels < K)[None, :]
+    slot = (rows * (K // D) + (channels // D)[None, :]) * SHARES  # [BLOCK_B, BLOCK_R]
+    largest = tl.full([BLOCK_B, BLOCK_R], float("-inf"), tl.float32)
+    for s in tl.static_range(SHARES):
+        largest = tl.maximum(largest, tl.load(p_max + slot + s, mask=inside, other=0.0))
+    total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    weight = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    for s in tl.static_range(SHARES):
+        factor = tl.exp(tl.load(p_max + slot + s, mask=inside, other=0.0) - largest)
+        total += factor * tl.load(p_sum + (slot + s) * D + (channels % D)[None, :], mask=inside, other=0.0)
+        weight += factor * tl.load(p_share + slot + s, mask=inside, other=1.0)
+    x = rounded(total / weight, dtype)
+    count = threshold_and_compact(
+        x, channels, K, B, p_threshold, stride_j, stride_k, segment, p_index, p_value, R, 2 * LANES * UNROLL, BLOCK_B,
+        dtype,
+    )  # fmt: skip
+    y = gather_sum(p_weight, stride, p_index, p_value, count, B, start, end, R, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N)
+    store_partial(p_partial, y, i_split, B, N, start, end, BLOCK_B, BLOCK_N)
+
+
+def launch(
+    sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor, tile: GemvTile | None = None
+) -> Tensor:
+    """As attention_gemv, with a chosen tile."""
+    B, H, count, D = sums.shape
+    for name, tensor, shape in (("sums", sums, (B, H, count, D)), ("largest", largest, (B, H, count)),
+                                ("shares", shares, (B, H, count))):  # fmt: skip
+        if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected contiguous fp32 {shape}")
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device} and weight on {weight.device}: expected the same")
+    check_gemv(weight, thresholds, [weight.shape[1]], H * D, B)
+    plan = plan_gemv(weight, thresholds, [weight.shape[1]], B, tile)
+    attention_gemv_kernel[plan.grid](sums, largest, shares, *plan.args, D=D, SHARES=count, **plan.meta)
+    return plan.partials
+
+
+@torch.library.custom_op("teal::attention_gemv", mutates_args=())
+def attention_gemv(sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
+    """As sparse_gemv of the attention output [B, H D] whose shares decode_attention returned.
+
+    weight is [H D, N]; thresholds fp32 [1] or [1, H D]. The attention output is rounded to weight's dtype.
+    """
+    return launch(sums, largest, shares, weight, thresholds)
+
+
+@attention_gemv.register_fake
+def _(sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
+    return empty_partials(weight, sums.shape[0])

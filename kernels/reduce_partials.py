@@ -1,0 +1,66 @@
+"""Sum of a sparse GEMV's partial sums, with bias and residual."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gather import rounded, start_after_previous
+from kernels.launch import DTYPES, launch_options
+
+BLOCK = 128  # columns a program sums: 4096 columns fill 32 multiprocessors, and 64 more would only wait longer
+
+
+@triton.jit(do_not_specialize=["B"])
+def reduce_partials_kernel(
+    p_partial, p_bias, p_residual, p_out, B, N, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_row = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < N
+    s = tl.arange(0, BLOCK_S)
+    start_after_previous(PDL)
+    parts = tl.load(
+        p_partial + (s[:, None] * B + i_row) * N + columns[None, :],
+        mask=(s < SPLITS)[:, None] & inside[None, :], other=0.0,
+    )  # fmt: skip
+    y = tl.sum(parts, axis=0)
+    if HAS_BIAS:
+        y += tl.load(p_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y = rounded(y, p_out.dtype.element_ty)
+        y += tl.load(p_residual + i_row * N + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(p_out + i_row * N + columns, rounded(y, p_out.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("teal::reduce_partials", mutates_args=())
+def reduce_partials(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Sum over partials fp32 [splits, B, N], in fixed order, plus bias [N], rounded to dtype, plus residual [B, N].
+
+    bias and residual are of that dtype or None. Returns [B, N]. Raises ValueError on a mismatch.
+    """
+    if partials.dim() != 3 or partials.dtype != torch.float32 or not partials.is_contiguous():
+        raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected contiguous [splits, B, N]")
+    splits, B, N = partials.shape
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}: expected one of {DTYPES}")
+    for name, tensor, shape in (("bias", bias, (N,)), ("residual", residual, (B, N))):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous {dtype} {shape}")
+        if tensor.device != partials.device:
+            raise ValueError(f"{name} is on {tensor.device} and partials on {partials.device}: expected the same")
+    out = torch.empty(B, N, dtype=dtype, device=partials.device)
+    reduce_partials_kernel[(triton.cdiv(N, BLOCK), B)](
+        partials, bias, residual, out, B, N, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, BLOCK=BLOCK,
+        **launch_options(partials.device, num_warps=4),
+    )  # fmt: skip
+    return out
+
+
+@reduce_partials.register_fake
+def _(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
