@@ -97,43 +97,36 @@ class Engine:
         start = time.perf_counter()
         sparse = sparsity > 0 or plan is not None
         loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse)
+        load_s = time.perf_counter() - start
+        chosen = choose_plan(loaded, sparsity, plan) if sparse else None
+        engine = cls.from_loaded(loaded, chosen, compile, count_sparsity)
+        engine.load_s = load_s
+        return engine
+
+    @classmethod
+    def from_loaded(
+        cls,
+        loaded: LoadedModel,
+        plan: SparsityPlan | None,
+        compile: bool | None = None,
+        count_sparsity: bool = False,
+    ) -> "Engine":
+        """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load."""
         on_cuda = loaded.model.embedding.weight.is_cuda
         compile = on_cuda if compile is None else compile
         engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
-        engine.load_s = time.perf_counter() - start
-        engine._sparsify(sparsity, plan, loaded)
-        if sparse and on_cuda:
-            from fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
+        engine.plan = plan
+        if plan is not None:
+            sparsify(engine.model, plan)
+            if on_cuda:
+                from fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
 
-            fuse_blocks(engine.model)
+                fuse_blocks(engine.model)
         if count_sparsity:
             set_counting(engine.model, True)
         if compile:
             engine._compile()
         return engine
-
-    def _sparsify(self, sparsity: float, plan: str | None, loaded: LoadedModel) -> None:
-        """Use the plan given, or the one beside the checkpoint, or one calibrated quickly and kept in the cache."""
-        beside = loaded.folder / plan_name(sparsity) if loaded.folder is not None else None
-        if plan is None and sparsity > 0 and beside is not None and beside.exists():
-            plan = str(beside)
-        if plan is not None:
-            self.plan = SparsityPlan.load(Path(plan))
-            try:
-                sparsify(self.model, self.plan)
-            except UserError as error:
-                raise UserError(f"--plan {plan}: {error}") from None
-        elif sparsity > 0:
-            text = default_text()
-            path = (
-                cache_folder("plans") / f"{loaded.identity}-{text_hash(text)}-uniform-{sparsity:g}-v{PLAN_VERSION}.json"
-            )
-            if path.exists():
-                self.plan = SparsityPlan.load(path)
-            else:
-                self.plan = calibrate_uniform(self.model, self.tokenizer.encode, sparsity, text)
-                self.plan.save(path)
-            sparsify(self.model, self.plan)
 
     def use_plan(self, plan: SparsityPlan) -> None:
         """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError."""
@@ -324,6 +317,32 @@ class Engine:
             tensor.copy_(value)
         self.generator.set_state(random_state)
         return graph
+
+
+def choose_plan(loaded: LoadedModel, sparsity: float, plan: str | None) -> SparsityPlan:
+    """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick uniform one."""
+    beside = loaded.folder / plan_name(sparsity) if loaded.folder is not None else None
+    path = Path(plan) if plan is not None else beside
+    if path is None or (plan is None and not path.exists()):
+        return quick_plan(loaded, sparsity)
+    chosen = SparsityPlan.load(path)
+    try:
+        chosen.check_fits(loaded.model.config)
+    except UserError as error:
+        raise UserError(f"--plan {path}: {error}") from None
+    return chosen
+
+
+def quick_plan(loaded: LoadedModel, sparsity: float) -> SparsityPlan:
+    """A uniform plan calibrated on the default text, or found in the cache; calibrating makes the model sparse."""
+    text = default_text()
+    name = f"{loaded.identity}-{text_hash(text)}-uniform-{sparsity:g}-v{PLAN_VERSION}.json"
+    path = cache_folder("plans") / name
+    if path.exists():
+        return SparsityPlan.load(path)
+    plan = calibrate_uniform(loaded.model, loaded.tokenizer.encode, sparsity, text)
+    plan.save(path)
+    return plan
 
 
 def weight_bytes_per_token(model: Transformer) -> float:

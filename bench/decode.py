@@ -1,8 +1,9 @@
 """End-to-end decode speed, dense and sparse in one process, interleaved: python -m bench.decode --sparsities 0,0.5
 
-Every figure is the median over rounds that alternate between the configurations, so that drift of the
-machine's clock meets all of them alike. The share is of the read bandwidth measured just before. With
---gguf a llama.cpp runner of the same file (pip install llama-cpp-python) joins the rounds, on CPU.
+Every figure is the median over rounds that alternate between the configurations, so that drift of the machine's
+clock meets all of them alike. All sparse rows share one model in memory; only its thresholds change. The share is of
+the read bandwidth measured just before. With --gguf a llama.cpp runner of the same file (pip install
+llama-cpp-python) joins the rounds, on CPU.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from typing import Any
 import torch
 
 import cli
-from engine import Engine, weight_bytes_per_token
+from bench.steps import batched_step_s, profile_step
+from engine import Engine, choose_plan, weight_bytes_per_token
 from errors import UserError
 from generate import add_decode_arguments
 from hardware import read_bandwidth
+from loading import load_for_decoding
 from params import SamplingParams
-from teal_layers import set_counting
+from plan import SparsityPlan
+from teal_layers import achieved_sparsity, set_counting
 
 Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
 
@@ -34,25 +37,57 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of bench.decode: the model options of generate.py, with a list of sparsities."""
     parser = cli.Parser("Measure decode speed, dense and sparse, interleaved in one process.")
     add_decode_arguments(parser)
-    parser.add_argument("--sparsities", default="0,0.5", help="comma-separated; 0 is dense")
+    parser.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="commas between; 0 is dense")
     parser.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens before the timed ones")
     parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
     parser.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
+    parser.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
+    parser.add_argument("--batch", type=cli.positive_int, help="also time steps of so many rows at once (CUDA)")
+    parser.add_argument("--profile", action="store_true", help="also print the time of each kernel in a step (CUDA)")
     parser.add_argument("--gguf", type=Path, help="also run this GGUF file by llama-cpp-python, on CPU")
     return parser
 
 
-def engine_round(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
-    """One prompt from an empty cache and tokens after it: {"tokens_per_s", "first_token_s"}."""
-    engine.cached_ids = []
-    for _ in engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True):
-        pass
-    assert engine.stats.tokens_per_s is not None
-    return {"tokens_per_s": engine.stats.tokens_per_s, "first_token_s": engine.stats.first_token_s}
+class EngineRunner:
+    """Rounds of one engine under one plan (None: dense)."""
+
+    def __init__(self, engine: Engine, plan: SparsityPlan | None) -> None:
+        self.engine = engine
+        self.plan = plan
+
+    def select(self) -> None:
+        """Make the engine use this runner's plan."""
+        if self.plan is not None and self.engine.plan is not self.plan:
+            self.engine.use_plan(self.plan)
+
+    def __call__(self, prompt: list[int], tokens: int) -> dict[str, float]:
+        """One prompt from an empty cache and tokens after it: {"tokens_per_s", "first_token_s"}."""
+        self.select()
+        self.engine.cached_ids = []
+        for _ in self.engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True):
+            pass
+        stats = self.engine.stats
+        assert stats.tokens_per_s is not None
+        return {"tokens_per_s": stats.tokens_per_s, "first_token_s": stats.first_token_s}
+
+    def weight_traffic(self, prompt: list[int]) -> tuple[float, float]:
+        """Bytes of weights a token reads and the average sparsity, counted in an untimed run."""
+        self.select()
+        model = self.engine.model
+        if self.plan is None:
+            return weight_bytes_per_token(model), 0.0
+        graph, self.engine.use_graph = self.engine.use_graph, False  # a captured step counts nothing
+        set_counting(model, True)
+        self(prompt, 8)
+        bytes_read = weight_bytes_per_token(model)
+        shares = [share for layer in achieved_sparsity(model) for share in layer.values()]
+        set_counting(model, False)
+        self.engine.use_graph = graph
+        return bytes_read, statistics.mean(shares)
 
 
 def llama_cpp_round(path: Path, context: int) -> Runner:
-    """A function like engine_round that runs a GGUF file by llama-cpp-python. Raises UserError if not installed."""
+    """A runner of a GGUF file by llama-cpp-python. Raises UserError if that is not installed."""
     if find_spec("llama_cpp") is None:
         raise UserError("--gguf needs llama-cpp-python; pip install llama-cpp-python")
     from llama_cpp import Llama
@@ -72,76 +107,93 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
     return run
 
 
-def build_engines(args: argparse.Namespace) -> dict[str, Engine]:
-    """An engine for each sparsity asked for, by label."""
-    engines = {}
-    for text in args.sparsities.split(","):
-        sparsity = cli.sparsity(text)
-        engines[f"{sparsity:.0%} sparse" if sparsity else "dense"] = Engine.load(
-            args.checkpoint,
-            random_weights=args.random_weights,
-            sparsity=sparsity,
-            plan=args.plan if sparsity else None,
-            device=args.device,
-            dtype=args.dtype,
-            compile=args.compile,
-        )
-    return engines
-
-
-def weight_traffic(engine: Engine, prompt: list[int]) -> float:
-    """Bytes of weights a token reads, counted in an untimed run (counting would slow the timed ones)."""
-    if engine.plan is None or engine.use_graph:  # rows are skipped on CPU only
-        return weight_bytes_per_token(engine.model)
-    set_counting(engine.model, True)
-    engine_round(engine, prompt, 8)
-    bytes_read = weight_bytes_per_token(engine.model)
-    set_counting(engine.model, False)
-    return bytes_read
+def build_runners(args: argparse.Namespace) -> dict[str, EngineRunner]:
+    """A runner for each sparsity asked for, by label; two engines at most."""
+    runners: dict[str, EngineRunner] = {}
+    if 0.0 in args.sparsities:
+        options: dict[str, Any] = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
+        runners["dense"] = EngineRunner(Engine.load(args.checkpoint, **options, compile=args.compile), None)
+    targets = [target for target in args.sparsities if target > 0]
+    if not targets and not args.zero_through_sparse:
+        return runners
+    start = time.perf_counter()
+    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, sparse=True)
+    load_s = time.perf_counter() - start
+    plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}
+    if args.zero_through_sparse:
+        plans = {"0% by sparse kernels": choose_plan(loaded, 0.0, None)} | plans
+    engine = Engine.from_loaded(loaded, next(iter(plans.values())), args.compile)
+    engine.load_s = load_s
+    return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
 
 
 def main() -> None:
     """Measure and print a table; the last line is JSON."""
     args = build_parser().parse_args()
-    engines = build_engines(args)
-    first = next(iter(engines.values()))
-    ceiling = read_bandwidth(first.device)
+    runners = build_runners(args)
+    device = next(iter(runners.values())).engine.device
+    ceiling = read_bandwidth(device)
     prompt = [1000 + i % 1000 for i in range(args.context)]
-    runners: dict[str, Runner] = {label: partial(engine_round, engine) for label, engine in engines.items()}
+    timed: dict[str, Runner] = dict(runners)
     if args.gguf is not None:
-        runners["llama.cpp"] = llama_cpp_round(args.gguf, args.context + args.tokens + 8)
-    rounds: dict[str, list[dict[str, float]]] = {label: [] for label in runners}
+        timed["llama.cpp"] = llama_cpp_round(args.gguf, args.context + args.tokens + 8)
+    rounds: dict[str, list[dict[str, float]]] = {label: [] for label in timed}
     for i in range(args.rounds + 1):
-        for label, run in runners.items():
+        for label, run in timed.items():
             result = run(prompt, args.tokens)
             if i:  # the first round warms up
                 rounds[label].append(result)
-    rows = []
-    for label, results in rounds.items():
-        row: dict[str, Any] = {name: statistics.median(r[name] for r in results) for name in results[0]}
-        row["label"] = label
-        if label in engines:
-            row["dtype"] = str(engines[label].dtype).removeprefix("torch.")
-            row |= {"load_s": engines[label].load_s, "compile_s": engines[label].compile_s}
-            row["gb_per_s"] = weight_traffic(engines[label], prompt) * row["tokens_per_s"] / 1e9
-        rows.append(row)
+    rows = [row_of(label, results, runners.get(label), prompt) for label, results in rounds.items()]
+    if device.type == "cuda":
+        add_gpu_figures(args, rows, runners)
     print_table(rows, ceiling)
-    device = torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else "cpu"
-    facts = {"device": device, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts = {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
     print(json.dumps(facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}))
+
+
+def row_of(
+    label: str, results: list[dict[str, float]], runner: EngineRunner | None, prompt: list[int]
+) -> dict[str, Any]:
+    """Medians of a runner's rounds, with what it reads."""
+    row: dict[str, Any] = {name: statistics.median(r[name] for r in results) for name in results[0]}
+    row["label"] = label
+    if runner is not None:
+        engine = runner.engine
+        row["dtype"] = str(engine.dtype).removeprefix("torch.")
+        row |= {"load_s": engine.load_s, "compile_s": engine.compile_s}
+        bytes_read, row["sparsity"] = runner.weight_traffic(prompt)
+        row["gb_per_s"] = bytes_read * row["tokens_per_s"] / 1e9
+    return row
+
+
+def add_gpu_figures(args: argparse.Namespace, rows: list[dict[str, Any]], runners: dict[str, EngineRunner]) -> None:
+    """Steps of several rows, and the per-kernel table, where asked for."""
+    for row in rows:
+        runner = runners[row["label"]]
+        runner.select()
+        if args.batch:
+            row["batch"] = args.batch
+            row["batch_step_ms"] = 1e3 * batched_step_s(runner.engine.model, args.batch, args.context)
+        if args.profile:
+            row["kernels_us"] = profile_step(runner.engine, args.context)
 
 
 def print_table(rows: list[dict[str, Any]], ceiling: float) -> None:
     """rows as aligned text, with each speed over the first row's."""
     print(f"read bandwidth {ceiling / 1e9:.1f} GB/s")
-    print(f"{'':14}{'tok/s':>8}{'ratio':>7}{'first token':>13}{'load':>8}{'compile':>9}{'GB/s':>8}{'share':>7}  dtype")
+    print(f"{'':22}{'tok/s':>8}{'ratio':>7}{'first token':>13}{'load':>8}{'compile':>9}{'GB/s':>8}{'share':>7}  dtype")
     for row in rows:
-        line = f"{row['label']:14}{row['tokens_per_s']:8.1f}{row['tokens_per_s'] / rows[0]['tokens_per_s']:7.2f}"
+        line = f"{row['label']:22}{row['tokens_per_s']:8.1f}{row['tokens_per_s'] / rows[0]['tokens_per_s']:7.2f}"
         line += f"{1e3 * row['first_token_s']:10.1f} ms"
         if "load_s" in row:
             line += f"{row['load_s']:6.2f} s{row['compile_s']:7.1f} s{row['gb_per_s']:8.1f}"
             line += f"{1e9 * row['gb_per_s'] / ceiling:7.0%}  {row['dtype']}"
         print(line)
+        if "batch_step_ms" in row:
+            print(f"{'':22}{row['batch']} rows a step: {row['batch_step_ms']:.3f} ms")
+        for name, microseconds in row.get("kernels_us", {}).items():
+            print(f"{'':22}{microseconds:9.1f} us  {name}")
 
 
 if __name__ == "__main__":

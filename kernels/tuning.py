@@ -44,7 +44,7 @@ TILES: dict[tuple[str, int, int], GemvTile] = {
     ("NVIDIA H100 80GB HBM3", 4096, 28672): GemvTile(2048, 1, 4, 19, 8),  # 45.2 us; block_n 1024, 9 splits 46.9
     ("NVIDIA H100 80GB HBM3", 14336, 4096): GemvTile(2048, 1, 8, 66, 8),  # 25.8 us; block_n 512 26.6, 33 splits 31.6
 }
-DEFAULT_MULTIPROCESSORS = 128  # of an unknown device
+INTERPRETED_MULTIPROCESSORS = 4  # programs run one after the other there: few suffice
 PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shapes above, with block_n 1024
 MAX_BLOCK_N = 1024
 MAX_SPLITS = 128  # the kernels that sum the partials hold one value of each split
@@ -94,6 +94,6 @@ def user_tiles() -> dict[tuple[str, int, int], GemvTile]:
 @functools.cache
 def _device_facts(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
-        return device.type, DEFAULT_MULTIPROCESSORS
+        return device.type, INTERPRETED_MULTIPROCESSORS
     properties = torch.cuda.get_device_properties(device)
     return properties.name, properties.multi_processor_count

@@ -1,0 +1,156 @@
+"""Sparse GEMV by shape, sparsity and dtype, beside cuBLAS: python -m bench.gemv --models Llama-3-8B
+
+A figure is the median of replays of a CUDA graph that runs over several copies of the weights, so that each product
+finds them outside the L2 cache. It covers the comparison with the threshold, the compaction, the product and the
+sum of the partial sums; x and the result are 16-bit vectors, as for cuBLAS. Each result is checked against fp64.
+"""
+
+import argparse
+import json
+import sys
+from datetime import date
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cli
+from bench.steps import graph_microseconds
+from errors import UserError
+from hardware import DTYPES, pick_device, read_bandwidth
+from kernels.reduce_partials import reduce_partials
+from kernels.sparse_gemv import launch
+from kernels.tuning import GemvTile
+from presets import PRESETS
+
+DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
+COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
+MAX_COPIES = 40
+
+
+def build_parser() -> cli.Parser:
+    """The command line of bench.gemv."""
+    parser = cli.Parser("Time the sparse GEMV of every projection, compaction and reduction included, beside cuBLAS.")
+    parser.add_argument("--models", default=DEFAULT_MODELS, help="known architectures, commas between")
+    sparsities = (0.0, 0.25, 0.4, 0.5, 0.65, 0.8)
+    parser.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
+    parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16; commas between")
+    parser.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    return parser
+
+
+def shapes_of(model: str) -> dict[str, tuple[int, list[int]]]:
+    """(K, segments) of each projection of a known architecture. Raises UserError for an unknown one."""
+    by_lower = {name.lower(): config for name, config in PRESETS.items()}
+    if model.lower() not in by_lower:
+        raise UserError(f"--models {model}: unknown; expected of {', '.join(PRESETS)}")
+    c = by_lower[model.lower()]
+    return {
+        "qkv": (c.hidden_size, [c.q_size, c.kv_size, c.kv_size]),
+        "o": (c.q_size, [c.hidden_size]),
+        "gate_up": (c.hidden_size, [c.intermediate_size, c.intermediate_size]),
+        "down": (c.intermediate_size, [c.hidden_size]),
+    }
+
+
+class ColdWeights:
+    """Copies of a random weight [K, N] and inputs [B, K], enough to defeat the L2 cache."""
+
+    def __init__(self, K: int, N: int, B: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.count = max(3, min(MAX_COPIES, -(-COLD_BYTES // (K * N * dtype.itemsize))))
+        generator = torch.Generator(device).manual_seed(0)
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
+        self.weights = [torch.randn(K, N, **options) for _ in range(self.count)]
+        self.inputs = [torch.randn(B, K, **options) for _ in range(self.count)]
+
+    def dense_us(self) -> float:
+        """Microseconds of cuBLAS' x @ W^T with W [N, K], the layout that is fastest for it."""
+        transposed = [weight.t().contiguous() for weight in self.weights]
+        return graph_microseconds(lambda i: F.linear(self.inputs[i], transposed[i]), self.count)
+
+    def sparse_us(self, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> float:
+        """Microseconds of the sparse product, from x to its rounded result."""
+        dtype = self.weights[0].dtype
+
+        def run(i: int) -> Tensor:
+            partials = launch(self.inputs[i], self.weights[i], thresholds, segments, tile)
+            return reduce_partials(partials, dtype, None, None)
+
+        return graph_microseconds(run, self.count)
+
+    def errors(self, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> tuple[float, float]:
+        """Relative error to fp64: (of the fp32 sum, of the rounded result)."""
+        x, weight = self.inputs[0], self.weights[0]
+        kept = torch.where(x.abs() < thresholds[0].to(x.dtype), 0, x)
+        expected = kept.double() @ weight.double()
+        partials = launch(x, weight, thresholds, segments, tile)
+        found = []
+        for dtype in (torch.float32, x.dtype):
+            difference = reduce_partials(partials, dtype, None, None).double() - expected
+            found.append(float(difference.norm() / expected.norm()))
+        return found[0], found[1]
+
+
+def thresholds_for(sparsity: float, segments: list[int], device: torch.device) -> Tensor:
+    """The thresholds that drop this share of a standard normal x."""
+    cut = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + sparsity) / 2))
+    return torch.full((len(segments),), float(cut) if sparsity else 0.0, device=device)
+
+
+def measure(args: argparse.Namespace, device: torch.device, ceiling: float) -> list[dict[str, Any]]:
+    """A row for each distinct shape, dtype and sparsity; prints them as they come."""
+    rows: list[dict[str, Any]] = []
+    seen: dict[tuple[int, tuple[int, ...], str], str] = {}
+    for model in args.models.split(","):
+        for name, (K, segments) in shapes_of(model).items():
+            for dtype in args.dtypes.split(","):
+                key = (K, tuple(segments), dtype)
+                if key in seen:
+                    print(f"{model} {name} {dtype}: as {seen[key]}")
+                    continue
+                seen[key] = f"{model} {name}"
+                cold = ColdWeights(K, sum(segments), args.rows, DTYPES[dtype], device)
+                dense = cold.dense_us()
+                for sparsity in args.sparsities:
+                    thresholds = thresholds_for(sparsity, segments, device)
+                    us = cold.sparse_us(thresholds, segments)
+                    gb_per_s = K * sum(segments) * 2e-3 * (1 - sparsity) / us
+                    sums, rounded = cold.errors(thresholds, segments)
+                    row = {"model": model, "projection": name, "dtype": dtype, "K": K, "N": sum(segments)}
+                    row |= {"sparsity": sparsity, "us": us, "dense_us": dense, "ratio": dense / us}
+                    row |= {"gb_per_s": gb_per_s, "share": 1e9 * gb_per_s / ceiling}
+                    row |= {"error_fp32": sums, "error": rounded}
+                    rows.append(row)
+                    print(
+                        f"{model:12} {name:8}{dtype:5}{K:6} x{sum(segments):6}{sparsity:6.0%}{us:9.2f} us"
+                        f"{dense:9.2f} us dense{dense / us:6.2f}x{gb_per_s:8.0f} GB/s{1e9 * gb_per_s / ceiling:6.0%}"
+                        f"   {sums:.0e} {rounded:.0e}",
+                        flush=True,
+                    )
+                del cold
+    return rows
+
+
+def main() -> None:
+    """Measure and print; the last line is JSON."""
+    args = build_parser().parse_args()
+    if not 1 <= args.rows <= 8:
+        raise UserError(f"--rows {args.rows} is out of range; expected 1 to 8")
+    for dtype in args.dtypes.split(","):
+        if dtype not in ("bf16", "fp16"):
+            raise UserError(f"--dtypes {dtype}: expected bf16 or fp16")
+    device = pick_device(args.device)
+    if device.type != "cuda":
+        raise UserError(f"--device {args.device}: this benchmark times CUDA kernels; expected cuda")
+    ceiling = read_bandwidth(device)
+    print(f"{torch.cuda.get_device_name(device)}, read bandwidth {ceiling / 1e9:.0f} GB/s")
+    rows = measure(args, device, ceiling)
+    facts = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    facts |= {"date": date.today().isoformat(), "argv": sys.argv[1:]}  # type: ignore[dict-item]
+    print(json.dumps(facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

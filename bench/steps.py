@@ -1,0 +1,68 @@
+"""Timing pieces on CUDA that the benchmarks share: graphs with cold weights, steps of several rows, kernel tables."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from engine import Engine
+from model import KVCache, Transformer
+from params import SamplingParams
+
+REPEATS = 15
+
+
+def graph_microseconds(run: Callable[[int], object], count: int, repeats: int = REPEATS) -> float:
+    """Median microseconds of run(i), captured for i = 0 .. count - 1 in one CUDA graph and replayed.
+
+    With other weights for each i, count times their size several times the L2 cache, every run finds them cold.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(min(count, 3)):
+            run(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            run(i)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / count)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def batched_step_s(model: Transformer, batch: int, context: int) -> float:
+    """Seconds of one greedy step of batch rows after context tokens each, captured in a CUDA graph."""
+    weight = model.embedding.weight
+    cache = KVCache(model.config, batch, context + 8, weight.device, weight.dtype)
+    cache.k.normal_()
+    cache.v.normal_()
+    tokens = torch.randint(0, model.config.vocab_size, (batch, 1), device=weight.device)
+    positions = torch.full((batch, 1), context, device=weight.device)
+    return 1e-6 * graph_microseconds(lambda _: model(tokens, positions, cache).argmax(-1), 1)
+
+
+def profile_step(engine: Engine, context: int, tokens: int = 16) -> dict[str, float]:
+    """Microseconds a token spends in each kernel, longest first, by torch.profiler over a stretch of decoding."""
+    engine.cached_ids = []
+    prompt = [1000 + i % 1000 for i in range(context)]
+    stream = engine.generate(prompt, SamplingParams(), tokens + 8, ignore_eos=True)
+    for _ in range(8):
+        next(stream)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(tokens - 1):
+            next(stream)
+        torch.cuda.synchronize()
+    stream.close()
+    found = {event.key: event.self_device_time_total / (tokens - 1) for event in profiler.key_averages()}
+    return dict(sorted(((k[:70], t) for k, t in found.items() if t > 0), key=lambda item: -item[1]))

@@ -1,0 +1,136 @@
+"""The fused decode step equals the unfused sparse layers, for every family; interpreted on a CPU, real on CUDA."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoint import load_model
+from engine import Engine
+from fused_block import FusedBlock, fuse_blocks
+from model import KVCache, Transformer
+from params import SamplingParams
+from plan import PROJECTIONS, ProjectionPlan, SparsityPlan
+from teal_layers import set_counting, sparsify
+from tests.conftest import relative_error, save_tiny_model, tiny_config
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPT, STEPS = 6, 5
+THRESHOLDS = {"q": 0.2, "k": 0.3, "v": 0.1, "o": 0.05, "gate": 0.3, "up": 0.2, "down": 0.02}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-attention-bias": ("llama", {"attention_bias": True}),
+    "mistral-sliding": ("mistral", {"sliding_window": 4}),
+    "qwen2-bias": ("qwen2", {}),
+    "qwen3-head-norms": ("qwen3", {"head_dim": 12}),
+}
+
+
+def sparse_model(folder: Path, dtype: torch.dtype, scale: float = 1.0) -> Transformer:
+    model = load_model(folder, DEVICE, dtype)
+    layer = {name: ProjectionPlan(0.5, scale * THRESHOLDS[name]) for name in PROJECTIONS}
+    return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
+
+
+@torch.inference_mode()
+def decode_logits(model: Transformer, batch: int, steps: int = STEPS) -> Tensor:
+    """Logits [steps, B, V] of steps after a prompt; rows are at different positions."""
+    dtype = model.embedding.weight.dtype
+    length = PROMPT + STEPS + batch
+    cache = KVCache(model.config, batch, length, DEVICE, dtype)
+    ids = torch.arange(batch * length, device=DEVICE).view(batch, length) * 7 % 190 + 5
+    offsets = torch.arange(batch, device=DEVICE)[:, None]
+    positions = torch.arange(PROMPT, device=DEVICE)[None] + offsets
+    model(ids[:, :PROMPT], positions, cache)
+    logits = []
+    for i in range(steps):
+        column = ids[:, PROMPT + i : PROMPT + i + 1]
+        logits.append(model(column, offsets + PROMPT + i, cache)[:, 0])
+    return torch.stack(logits)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_the_unfused_layers(name: str, batch: int, tmp_path: Path) -> None:
+    family, overrides = FAMILIES[name]
+    save_tiny_model(tiny_config(family, **overrides), tmp_path)
+    expected = decode_logits(sparse_model(tmp_path, torch.float32), batch)
+    model = sparse_model(tmp_path, torch.float32)
+    fuse_blocks(model)
+    assert all(isinstance(block, FusedBlock) for block in model.layers)
+    assert relative_error(decode_logits(model, batch), expected) <= 2e-6
+    assert relative_error(decode_logits(sparse_model(tmp_path, torch.float32, 0.0), batch), expected) > 1e-2
+
+
+def test_default_models_logits(default_folder: Path) -> None:
+    """The real model in bf16: as near to the fp32 sparse model as the unfused bf16 layers are."""
+    exact = decode_logits(sparse_model(default_folder, torch.float32), 1, 1)
+    unfused = relative_error(decode_logits(sparse_model(default_folder, torch.bfloat16), 1, 1), exact)
+    model = sparse_model(default_folder, torch.bfloat16)
+    fuse_blocks(model)
+    assert relative_error(decode_logits(model, 1, 1), exact) <= 1.3 * unfused < 0.2
+
+
+def test_counting_and_wide_batches_take_the_unfused_path(tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama"), tmp_path)
+    model = sparse_model(tmp_path, torch.float32)
+    fuse_blocks(model)
+    set_counting(model, True)
+    decode_logits(model, 1)
+    assert int(model.layers[0].wqkv.seen) > 0  # type: ignore[union-attr, arg-type]
+    set_counting(model, False)
+    expected = decode_logits(sparse_model(tmp_path, torch.float32), 9)
+    assert relative_error(decode_logits(model, 9), expected) <= 2e-6
+
+
+def test_weights_are_shared_with_prefill(tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama"), tmp_path)
+    dense = load_model(tmp_path, DEVICE, torch.float32)
+    model = sparse_model(tmp_path, torch.float32)
+    fuse_blocks(model)
+    assert sum(p.nbytes for p in model.parameters()) == sum(p.nbytes for p in dense.parameters())
+
+
+@pytest.mark.gpu
+def test_fullgraph_compile_of_a_step(tmp_path: Path) -> None:
+    """torch.compile takes the whole model, fused blocks included, without a graph break, and gives the same logits."""
+    save_tiny_model(tiny_config("llama"), tmp_path)
+    model = sparse_model(tmp_path, torch.bfloat16)
+    fuse_blocks(model)
+    expected = decode_logits(model, 1)
+    step = torch.compile(model.hidden_states, fullgraph=True)
+    model.hidden_states = lambda *a: step(*a) if a[0].shape[1] == 1 else type(model).hidden_states(model, *a)  # type: ignore[method-assign]
+    assert relative_error(decode_logits(model, 1), expected) <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_dtype", ["bf16", "fp16"])
+def test_captured_step_equals_eager(batch_dtype: str, tiny_folder: Path) -> None:
+    options: dict[str, Any] = {"device": "cuda", "dtype": batch_dtype, "sparsity": 0.5}
+    eager = Engine.load(str(tiny_folder), **options, compile=False)
+    graph = Engine.load(str(tiny_folder), **options, compile=True)
+    prompt = [5, 9, 33, 120, 7, 250, 61]
+    texts = [list(e.generate(prompt, SamplingParams(), 60, ignore_eos=True)) for e in (eager, graph)]
+    assert texts[0] == texts[1]
+    for _ in range(20):
+        graph.cached_ids = []
+        assert list(graph.generate(prompt, SamplingParams(), 60, ignore_eos=True)) == texts[1]
+
+
+@pytest.mark.gpu
+def test_another_plan_takes_effect_in_a_captured_step(tiny_folder: Path) -> None:
+    engine = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", sparsity=0.3, compile=True)
+    other = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", sparsity=0.7, compile=True)
+    prompt = [5, 9, 33, 120]
+    first = list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True))
+    expected = list(other.generate(prompt, SamplingParams(), 40, ignore_eos=True))
+    assert engine.plan is not None and other.plan is not None
+    keep, graphs = engine.plan, len(engine.graphs)
+    engine.use_plan(other.plan)
+    assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == expected != first
+    engine.use_plan(keep)
+    assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == first
+    assert len(engine.graphs) == graphs
