@@ -73,8 +73,11 @@ def _choices(known: tuple[str, ...]) -> Any:
 def main() -> None:
     """Calibrate where needed, evaluate, print."""
     args = build_parser().parse_args()
-    if args.stride > args.window:
-        raise UserError(f"--stride {args.stride} exceeds --window {args.window}: tokens between would not be scored")
+    if args.stride >= args.window:
+        raise UserError(
+            f"--stride {args.stride} must be less than --window {args.window}: "
+            "the first token of a window has nothing before it that could predict it"
+        )
     for path in (args.csv, args.plot):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: no such folder; create it first")
@@ -87,7 +90,7 @@ def main() -> None:
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
     cases = build_cases(args, loaded)
     window = min(args.window, loaded.model.config.max_seq_len)
-    results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window))
+    results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window - 1))
     more = more_measurements(args, loaded, cases, tokens)
     rows = [result.as_row() | further for result, further in zip(results, more, strict=True)]
     if args.json:

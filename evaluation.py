@@ -76,7 +76,7 @@ class Result:
 def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, first scored, end) of windows over count tokens; every token but the first is scored exactly once.
 
-    Windows have at most length tokens and begin stride apart; a window scores the tokens that the one before did
+    Windows have at most length tokens and begin stride < length apart; a window scores the tokens that the one before did
     not reach, each with at least length - stride tokens of context after the first window.
     """
     scored = 1

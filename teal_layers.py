@@ -133,6 +133,7 @@ def sparse_layers(model: Transformer) -> list[list[SparseLinear]]:
     return [[m for m in block.modules() if isinstance(m, SparseLinear)] for block in model.layers]
 
 
+@torch.inference_mode()
 def set_counting(model: Transformer, on: bool) -> None:
     """Start (from zero) or stop counting how many input entries each sparse projection keeps."""
     for layer in sparse_layers(model):

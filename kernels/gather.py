@@ -106,40 +106,61 @@ def gather_sum(
     p_weight, stride, p_index, p_value, count, B, start, end, R: tl.constexpr, BLOCK_B: tl.constexpr,
     LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BLOCK_B (at least 16 if not 1), BLOCK_N] sum over the listed channels of value times weight row.
+    """fp32 [BLOCK_B (at least 16 if not 1), BLOCK_N] sum over the listed channels of value times weight row."""
+    if BLOCK_B == 1:
+        total = sum_one_row(p_weight, stride, p_index, p_value, count, start, end, LANES, UNROLL, BLOCK_N, EVEN_N)
+    else:
+        STEP: tl.constexpr = LANES * UNROLL
+        total = sum_rows(p_weight, stride, p_index, p_value, count, B, start, end, R, STEP, BLOCK_N, EVEN_N)
+    return total
 
-    One row of x: a step reads LANES * UNROLL rows. The UNROLL axis stays within a thread, so that many 16-byte
-    loads are in flight while a thread holds only the sums of its own columns. More rows: tensor cores.
+
+@triton.jit
+def sum_one_row(
+    p_weight, stride, p_index, p_value, count, start, end,
+    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """gather_sum for one row of x: [1, BLOCK_N].
+
+    A step covers LANES * UNROLL weight rows. The UNROLL axis stays within a thread, so that UNROLL 16-byte loads are in
+    flight while it holds only the sums of its own columns; the next step's loads start before this step's arithmetic.
     """
     columns = start + tl.arange(0, BLOCK_N)
-    if BLOCK_B == 1:
-        STEP: tl.constexpr = LANES * UNROLL
-        steps = tl.arange(0, LANES)[None, :] * UNROLL + tl.arange(0, UNROLL)[:, None]
-        inside = None if EVEN_N else (columns < end)[None, None, :]
-        total = tl.zeros([LANES, BLOCK_N], tl.float32)
-        p_columns = p_weight + columns[None, None, :]
-        index = tl.load(p_index + steps)  # [UNROLL, LANES], a thread's entries side by side
-        weight = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
-        index = tl.load(p_index + STEP + steps)
-        for i in range(0, count - STEP, STEP):
-            arriving = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
-            index = tl.load(p_index + i + 2 * STEP + steps)
-            keep_loads_above()
-            value = tl.load(p_value + i + steps)
-            total += tl.sum(value[:, :, None] * weight.to(tl.float32), axis=0)
-            weight = arriving
-        value = tl.load(p_value + (tl.maximum(count - 1, 0) // STEP) * STEP + steps)
+    STEP: tl.constexpr = LANES * UNROLL
+    steps = tl.arange(0, LANES)[None, :] * UNROLL + tl.arange(0, UNROLL)[:, None]
+    inside = None if EVEN_N else (columns < end)[None, None, :]
+    total = tl.zeros([LANES, BLOCK_N], tl.float32)
+    p_columns = p_weight + columns[None, None, :]
+    index = tl.load(p_index + steps)  # [UNROLL, LANES], a thread's entries side by side
+    weight = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
+    index = tl.load(p_index + STEP + steps)
+    for i in range(0, count - STEP, STEP):
+        arriving = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
+        index = tl.load(p_index + i + 2 * STEP + steps)
+        keep_loads_above()
+        value = tl.load(p_value + i + steps)
         total += tl.sum(value[:, :, None] * weight.to(tl.float32), axis=0)
-        return tl.sum(total, axis=0)[None, :]
+        weight = arriving
+    value = tl.load(p_value + (tl.maximum(count - 1, 0) // STEP) * STEP + steps)
+    total += tl.sum(value[:, :, None] * weight.to(tl.float32), axis=0)
+    return tl.sum(total, axis=0)[None, :]
+
+
+@triton.jit
+def sum_rows(
+    p_weight, stride, p_index, p_value, count, B, start, end,
+    R: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """gather_sum for several rows of x, on tensor cores: [16, BLOCK_N], their smallest tile."""
+    columns = start + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, 16)[:, None]
-    lanes = tl.arange(0, LANES * UNROLL)
+    lanes = tl.arange(0, STEP)
     inside = None if EVEN_N else (columns < end)[None, :]
-    total = tl.zeros([16, BLOCK_N], tl.float32)  # a tensor core's smallest tile
-    for i in range(0, count, LANES * UNROLL):
+    total = tl.zeros([16, BLOCK_N], tl.float32)
+    for i in range(0, count, STEP):
         index = tl.load(p_index + i + lanes)
         value = tl.load(p_value + rows * R + (i + lanes)[None, :], mask=rows < B, other=0.0)
-        pointers = p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :]
-        weight = tl.load(pointers, mask=inside)
+        weight = tl.load(p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :], mask=inside)
         if INTERPRETED:
             total = tl.dot(value, weight.to(tl.float32), total, input_precision="ieee")
         else:

@@ -70,6 +70,8 @@ def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, t
     """Tile, scratch, outputs and common arguments of a launch."""
     K, N = weight.shape
     tile = tile or gemv_tile(K, N, B, weight.device, weight.dtype)
+    if B > 1 and tile.lanes * tile.unroll < 16:
+        raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth, for {B} rows")
     group = int(GROUP)
     owned = triton.cdiv(triton.cdiv(K, group), tile.splits) * group
     capacity = owned + 2 * tile.lanes * tile.unroll

@@ -13,7 +13,14 @@ from checkpoint import load_model
 from errors import UserError
 from model import KVCache, Transformer
 from plan import PROJECTIONS, SparsityPlan
-from teal_layers import SparseLinear, sparse_prefill, sparsify, sparsify_block
+from teal_layers import (
+    SparseLinear,
+    achieved_sparsity,
+    set_counting,
+    sparse_prefill,
+    sparsify,
+    sparsify_block,
+)
 from tests.conftest import relative_error
 
 CPU = torch.device("cpu")
@@ -167,6 +174,16 @@ def test_seen_histograms_explain_the_thresholds(model: Transformer, sequences: T
         for histograms, plan in zip(block, plans, strict=True):
             for name in PROJECTIONS:
                 assert histograms[name].quantile(plan.target) == plan.layers[i][name].threshold
+
+
+def test_counting_works_after_calibration(model: Transformer, sequences: Tensor) -> None:
+    """Calibration runs in inference mode; what it leaves in the model must be usable outside."""
+    calibrate(model, sequences, Settings((0.5,)), FACTS)
+    set_counting(model, True)
+    with torch.inference_mode():
+        model(sequences[:1, :1], torch.zeros(1, 1, dtype=torch.int64), KVCache(model.config, 1, 8, CPU, torch.float32))
+    assert all(0 < share < 1 for layer in achieved_sparsity(model) for share in layer.values())
+    set_counting(model, False)
 
 
 def test_held_out_measurement_is_kept(model: Transformer, sequences: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The README tells the truth: its examples run, its option table is complete."""
 
+import argparse
 import json
 import re
 import shlex
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import calibrate
+import evaluate
 import generate
 from bench.decode import build_parser
 from tests.conftest import ROOT
@@ -39,11 +42,25 @@ def test_there_are_two_set_up_commands_of_one_line() -> None:
     assert "generate.py" in lines[0] and lines[1].endswith("pytest")
 
 
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {o for action in parser._actions for o in action.option_strings if o.startswith("--")} - {"--help"}
+
+
+def documented_options(header: str) -> set[str]:
+    """Options named in the first column of the table with this header."""
+    rows = README.split(header, 1)[1].split("\n\n", 1)[0]
+    return {o for row in rows.splitlines() for o in re.findall(r"`(--[a-z-]+)", row.split(" | ")[0])}
+
+
 def test_option_table_is_complete_and_true() -> None:
-    table = "\n".join(line for line in README.splitlines() if line.startswith("| `--"))
-    documented = set(re.findall(r"`(--[a-z-]+)", table))
-    known = {option for action in generate.build_parser()._actions for option in action.option_strings}
-    assert documented == {option for option in known if option.startswith("--")} - {"--help"}
+    assert documented_options("| option of `generate.py` |") == options_of(generate.build_parser())
+
+
+def test_what_is_said_of_calibrate_and_evaluate_exists() -> None:
+    assert documented_options("| `calibrate.py` |") <= options_of(calibrate.build_parser())
+    section = README.split("### Calibrate and evaluate", 1)[1].split("\n## ", 1)[0]
+    known = options_of(calibrate.build_parser()) | options_of(evaluate.build_parser()) | {"--help"}
+    assert set(re.findall(r"(--[a-z][a-z-]+)", section)) <= known
 
 
 def test_bench_options_have_help() -> None:

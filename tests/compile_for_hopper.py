@@ -1,0 +1,84 @@
+"""Compile every kernel launch of the decode step for sm_90 without a GPU; run by test_decode_kernels.py.
+
+Launches are taken from the real launchers: Triton's JITFunction.run is replaced by one that compiles for a fixed
+target and launches nothing. The interpreter accepts code that the compiler refuses, and machines without a GPU
+would not notice.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS |= {torch.int64: "*i64"}
+compiled: list[str] = []
+
+
+def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    """Compile what this launch would run."""
+    meta = {name: options.pop(name) for name in list(options) if name in self.arg_names}
+    values = dict(zip(self.arg_names, args, strict=False)) | meta
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, (name, parameter) in enumerate(zip(self.arg_names, self.params, strict=True)):
+        value = values[name]
+        if parameter.is_constexpr or value is None:
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    options.pop("launch_pdl", None)
+    source = ASTSource(self, signature, constexprs=constants, attrs=attributes)
+    triton.compile(source, target=HOPPER, options=options)
+    compiled.append(self.fn.__name__)
+
+
+def main() -> None:
+    """Go through a decode step's kernels for each dtype and one or several rows."""
+    from kernels import launch
+
+    launch.launch_options = lambda device, num_warps: {"PDL": True, "num_warps": num_warps}
+    from kernels.attention_gemv import attention_gemv
+    from kernels.decode_attention import decode_attention
+    from kernels.norm_gemv import norm_gemv
+    from kernels.qkv_rope import qkv_rope
+    from kernels.reduce_partials import reduce_partials
+    from kernels.silu_gemv import silu_gemv
+    from kernels.sparse_gemv import sparse_gemv
+
+    JITFunction.run = compile_only
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for B, C, H, KV, D, hidden in ((1, 512, 8, 2, 64, 1024), (3, 576, 9, 3, 64, 1536), (8, 40, 4, 2, 10, 88)):
+            x, norm = torch.zeros(B, C, dtype=dtype), torch.zeros(C, dtype=dtype)
+            sizes = [H * D, KV * D, KV * D]
+            t3, t2, t1 = torch.zeros(3), torch.zeros(2), torch.zeros(1)
+            qkv = norm_gemv(x, norm, 1e-5, torch.zeros(C, sum(sizes), dtype=dtype), t3, sizes)
+            angles, positions = torch.zeros(B, D // 2), torch.zeros(B, 1, dtype=torch.int64)
+            k, v = (torch.zeros(B, KV, 64, D, dtype=dtype) for _ in range(2))
+            head = torch.zeros(D, dtype=dtype)
+            q = qkv_rope(
+                qkv, torch.zeros(sum(sizes), dtype=dtype), head, head, 1e-6, angles, angles, positions, k, v, H
+            )
+            shares = decode_attention(q, k, v, positions, 16)
+            o = attention_gemv(*shares, torch.zeros(H * D, C, dtype=dtype), t1)
+            x = reduce_partials(o, dtype, norm, x)
+            gate_up = norm_gemv(x, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
+            silu_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
+            sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
+    print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
+
+
+if __name__ == "__main__":
+    main()
