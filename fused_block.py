@@ -32,8 +32,10 @@ class FusedBlock(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
     ) -> Tensor:
         """As Block.forward."""
-        if x.shape[1] > 1 or x.shape[0] > MAX_ROWS or self.wqkv.counting or not kernels_run_on(x.device):
+        if x.shape[1] > 1:
             return self.prefill(x, cos, sin, mask, positions, k_cache, v_cache)
+        if x.shape[0] > MAX_ROWS or self.wqkv.counting or not kernels_run_on(x.device):
+            return self.block(x, cos, sin, mask, positions, k_cache, v_cache)
         return self.decode(x, cos, sin, positions, k_cache, v_cache)
 
     @property

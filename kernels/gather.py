@@ -176,3 +176,25 @@ def store_partial(
     rows = tl.arange(0, total.shape[0])[:, None]
     columns = (start + tl.arange(0, BLOCK_N))[None, :]
     tl.store(p_partial + (i_split * B + rows) * N + columns, total, mask=(rows < B) & (columns < end))
+
+
+@triton.jit
+def sparse_product(
+    x, channels, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N, n_0, n_1, n_2,
+    R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """What follows once a program has its x [BLOCK_B, BLOCK_R]: compact it, gather and sum, write the partial sums."""
+    i_block, i_split = tl.program_id(0), tl.program_id(1)
+    segment, start, end = column_block(i_block, n_0, n_1, n_2, BLOCK_N, ALIGNED)
+    program = (i_block * SPLITS + i_split).to(tl.int64)
+    p_index += program * R
+    p_value += program * B * R
+    count = threshold_and_compact(
+        x, channels, K, B, p_threshold, stride_j, stride_k, segment, p_index, p_value, R, 2 * LANES * UNROLL, BLOCK_B,
+        p_weight.dtype.element_ty,
+    )  # fmt: skip
+    total = gather_sum(
+        p_weight, stride, p_index, p_value, count, B, start, end, R, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N
+    )
+    store_partial(p_partial, total, i_split, B, N, start, end, BLOCK_B, BLOCK_N)

@@ -301,10 +301,18 @@ def test_full_disk_leaves_no_plan(tiny_folder: Path, plan: SparsityPlan, tmp_pat
 
     out = tmp_path / "out"
     out.mkdir()
-    script = f"import calibrate, cli; from pathlib import Path; from plan import SparsityPlan; cli.run(lambda: calibrate.save([SparsityPlan.load(Path({str(tmp_path / 'p.json')!r}))], [Path({str(out / 'q.json')!r})]))"
+    script = (
+        "import sys, calibrate, cli; from pathlib import Path; from plan import SparsityPlan\n"
+        "source, target = map(Path, sys.argv[1:])\n"
+        "cli.run(lambda: calibrate.save([SparsityPlan.load(source)], [target]))"
+    )
     plan.save(tmp_path / "p.json")
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, preexec_fn=limit_file_size
+        [sys.executable, "-c", script, str(tmp_path / "p.json"), str(out / "q.json")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=limit_file_size,
     )
     assert_one_line_error(done.returncode, done.stderr, "disk is full")
     assert list(out.iterdir()) == []

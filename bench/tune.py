@@ -1,0 +1,87 @@
+"""Find the fastest tile of each projection on this GPU and keep it: python -m bench.tune --model Llama-3-8B
+
+Times are those of bench.gemv: compaction, product and sum, with cold weights. The winners go to the user's
+configuration folder (kernels/tuning.py), beside those of other shapes and devices that are there already.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import triton
+
+import cli
+from bench.gemv import ColdWeights, shapes_of, thresholds_for
+from errors import UserError
+from files import atomic_file
+from hardware import pick_device
+from kernels.tuning import MAX_SPLITS, GemvTile, default_tile, user_tiles, user_tiles_path
+
+PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # more cost more in starts and partial sums than they hide
+
+
+def build_parser() -> cli.Parser:
+    """The command line of bench.tune."""
+    parser = cli.Parser("Time tiles of the sparse GEMV on this GPU and keep the fastest for each shape.")
+    parser.add_argument("--model", default="Llama-3-8B", help="known architecture whose projections to tune")
+    parser.add_argument("--sparsity", type=cli.sparsity, default=0.5, help="sparsity to tune for")
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    return parser
+
+
+def candidates(K: int, segments: list[int], multiprocessors: int) -> list[GemvTile]:
+    """Tiles worth timing for weight [K, sum(segments)], the rule's first."""
+    tiles = [default_tile(K, sum(segments), 1, multiprocessors)]
+    for block_n in (512, 1024, 2048):
+        blocks = sum(triton.cdiv(n, block_n) for n in segments)
+        for programs in PROGRAMS_PER_MULTIPROCESSOR:
+            splits = max(1, min(round(programs * multiprocessors / blocks), triton.cdiv(K, 32), MAX_SPLITS))
+            tiles += [GemvTile(block_n, 1, unroll, splits, block_n // 256) for unroll in (4, 8)]
+    return list(dict.fromkeys(tiles))
+
+
+def fastest(cold: ColdWeights, K: int, segments: list[int], sparsity: float, multiprocessors: int) -> GemvTile:
+    """The candidate with the least time; prints each."""
+    thresholds = thresholds_for(sparsity, segments, cold.weights[0].device)
+    times = {}
+    for tile in candidates(K, segments, multiprocessors):
+        times[tile] = cold.sparse_us(thresholds, segments, tile)
+        print(f"  {times[tile]:9.2f} us  {tile}", flush=True)
+    return min(times, key=lambda tile: times[tile])
+
+
+def keep(found: dict[tuple[str, int, int], GemvTile]) -> None:
+    """Write the user's tiles, with these in place of older ones."""
+    path = user_tiles_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = [
+        {"device": device, "K": K, "N": N, "tile": asdict(tile)}
+        for (device, K, N), tile in sorted((user_tiles() | found).items())
+    ]
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    user_tiles.cache_clear()
+
+
+def main() -> None:
+    """Tune every projection of a model; the last line is JSON."""
+    args = build_parser().parse_args()
+    shapes = shapes_of(args.model)
+    device = pick_device(args.device)
+    if device.type != "cuda":
+        raise UserError(f"--device {args.device}: tiles are those of CUDA kernels; expected cuda")
+    properties = torch.cuda.get_device_properties(device)
+    found: dict[tuple[str, int, int], GemvTile] = {}
+    for name, (K, segments) in shapes.items():
+        print(f"{name}: {K} x {sum(segments)}")
+        cold = ColdWeights(K, sum(segments), 1, torch.bfloat16, device)
+        tile = fastest(cold, K, segments, args.sparsity, properties.multi_processor_count)
+        found[properties.name, K, sum(segments)] = tile
+        del cold
+    keep(found)
+    print(json.dumps({"path": str(user_tiles_path()), "tiles": len(found)}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

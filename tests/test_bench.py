@@ -1,0 +1,100 @@
+"""The GPU benchmarks' own logic, as far as it needs no GPU."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from bench import gemv, tune
+from kernels import tuning
+from kernels.tuning import GemvTile, user_tiles, user_tiles_path
+from tests.conftest import assert_one_line_error
+
+
+class FakeWeights:
+    """Stands for ColdWeights: a tile's time is its distance from the tile that is best here."""
+
+    best = GemvTile(1024, 1, 4, 44, 4)
+    weights = (torch.zeros(1),)
+
+    def sparse_us(self, thresholds: torch.Tensor, segments: list[int], tile: GemvTile) -> float:
+        return abs(tile.block_n - self.best.block_n) + abs(tile.unroll - self.best.unroll) + abs(tile.splits - 44) / 9
+
+
+def test_shapes_of_a_known_model() -> None:
+    shapes = gemv.shapes_of("llama-3-8b")
+    assert shapes == {
+        "qkv": (4096, [4096, 1024, 1024]),
+        "o": (4096, [4096]),
+        "gate_up": (4096, [14336, 14336]),
+        "down": (14336, [4096]),
+    }
+
+
+def test_thresholds_drop_the_share_of_a_gaussian() -> None:
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    for sparsity in (0.0, 0.25, 0.5, 0.8):
+        [cut] = gemv.thresholds_for(sparsity, [8], torch.device("cpu")).tolist()
+        assert float((x.abs() < cut).float().mean()) == pytest.approx(sparsity, abs=0.004)
+
+
+def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    user_tiles.cache_clear()
+    try:
+        shape = (4096, [4096, 1024, 1024])
+        assert len(tune.candidates(*shape, 132)) == len(set(tune.candidates(*shape, 132))) > 10
+        tile = tune.fastest(FakeWeights(), *shape, 0.5, 132)  # type: ignore[arg-type]
+        assert (tile.block_n, tile.unroll, tile.splits) == (1024, 4, 44)
+        older = {("A", 1, 2): GemvTile(16, 1, 1, 1, 1), ("B", 4096, 6144): GemvTile(512, 1, 8, 9, 2)}
+        tune.keep(older)
+        tune.keep({("B", 4096, 6144): tile})
+        assert user_tiles() == {("A", 1, 2): older["A", 1, 2], ("B", 4096, 6144): tile}
+        assert [p.name for p in user_tiles_path().parent.iterdir()] == ["tiles.json"]
+        monkeypatch.setattr(tuning, "_device_facts", lambda device: ("B", 132))
+        assert tuning.gemv_tile(4096, 6144, 1, torch.device("cpu"), torch.bfloat16) == tile
+    finally:
+        user_tiles.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "main,arguments,fragment",
+    [
+        (tune.main, ("--device", "cpu"), "expected cuda"),
+        (tune.main, ("--model", "Llama-9"), "Llama-9"),
+        (gemv.main, ("--device", "cpu"), "expected cuda"),
+        (gemv.main, ("--models", "Llama-9", "--device", "cpu"), "expected cuda"),
+        (gemv.main, ("--rows", "9"), "--rows 9"),
+        (gemv.main, ("--dtypes", "fp64"), "fp64"),
+    ],
+)
+def test_mistakes_are_one_line(
+    main: Callable[[], None],
+    arguments: tuple[str, ...],
+    fragment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(main)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert_one_line_error(int(exit_info.value.code or 0), err, fragment)
+
+
+def test_options_have_help() -> None:
+    for module in (gemv, tune):
+        assert all(action.help for action in module.build_parser()._actions)
+
+
+@pytest.mark.gpu
+def test_a_shape_is_timed_and_right() -> None:
+    cold = gemv.ColdWeights(1024, 768, 1, torch.bfloat16, torch.device("cuda"))
+    thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device("cuda"))
+    sums, rounded = cold.errors(thresholds, [512, 256])
+    assert sums <= 1e-6 and rounded <= 3e-3
+    assert 0 < cold.sparse_us(thresholds, [512, 256]) < 1000 and 0 < cold.dense_us() < 1000
