@@ -61,7 +61,7 @@ def close(partials: Tensor, expected: Tensor, name: str, tolerance: float = FP32
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B", [1, 2, 5, 8])
+@pytest.mark.parametrize("B", [1, 3, 8])
 @pytest.mark.parametrize("K,segments", SHAPES)
 def test_sparse_gemv(K: int, segments: list[int], B: int, dtype: torch.dtype) -> None:
     x, weight, thresholds = make(B, K, segments, dtype)
