@@ -58,7 +58,7 @@ def test_option_table_is_complete_and_true() -> None:
 
 def test_what_is_said_of_calibrate_and_evaluate_exists() -> None:
     assert documented_options("| `calibrate.py` |") <= options_of(calibrate.build_parser())
-    section = README.split("### Calibrate and evaluate", 1)[1].split("\n## ", 1)[0]
+    section = re.split(r"\n#+ ", README.split("### Calibrate and evaluate", 1)[1])[0]
     known = options_of(calibrate.build_parser()) | options_of(evaluate.build_parser()) | {"--help"}
     assert set(re.findall(r"(--[a-z][a-z-]+)", section)) <= known
 
