@@ -221,7 +221,7 @@ def histograms(module: nn.Module, inputs: Stream, criterion: str) -> dict[str, H
             shared.add(part)
         return dict.fromkeys(module.names, shared)
     result = {name: Histogram() for name in module.names}
-    norms = module.relative_norms()
+    norms = module.relative_norms
     for part in inputs.parts:
         for histogram, norm in zip(result.values(), norms, strict=True):
             histogram.add(part.to(norm.device).float() * norm)

@@ -104,7 +104,7 @@ def evaluate(model: Transformer, tokens: Tensor, cases: list[Case], length: int,
     spans = list(windows(len(tokens), length, stride))
     for begin, first, end in tqdm(spans, desc="evaluating", unit="window", leave=False, disable=None):
         ids = tokens[None, begin:end].to(weight.device)
-        dense = window_logits(model, ids, first - begin, length)
+        dense = window_logits(model, ids, first - begin)
         for i, result in enumerate(results):
             case = result.case
             logits = dense
@@ -112,7 +112,7 @@ def evaluate(model: Transformer, tokens: Tensor, cases: list[Case], length: int,
                 sparsify(model, case.plan)
                 set_counting(model, True)
                 with sparse_prefill(model, POLICY_SHARES[case.policy]):
-                    logits = window_logits(model, ids, first - begin, length)
+                    logits = window_logits(model, ids, first - begin)
                 add_shares(sums[i], achieved_sparsity(model), end - begin)
                 set_counting(model, False)
             add_score(result.score, logits, dense, ids[0, first - begin :])
@@ -130,10 +130,10 @@ def add_shares(sums: list[dict[str, float]], shares: list[dict[str, float]], wei
             layer[name] += weight * value
 
 
-def window_logits(model: Transformer, ids: Tensor, first: int, length: int) -> Tensor:
+def window_logits(model: Transformer, ids: Tensor, first: int) -> Tensor:
     """fp32 logits [n, V] that predict the tokens ids[0, first:] of ids [1, L]."""
     weight = model.embedding.weight
-    cache = KVCache(model.config, 1, max(ids.shape[1], 1), weight.device, weight.dtype)
+    cache = KVCache(model.config, 1, ids.shape[1], weight.device, weight.dtype)
     positions = torch.arange(ids.shape[1], device=weight.device)[None]
     hidden = model.hidden_states(ids, positions, cache)
     return model.logits(hidden[0, first - 1 : -1]).float()

@@ -27,12 +27,17 @@ PRESETS = {
 INIT_STD = 0.02  # as the families initialise; speed does not depend on it, finite logits do
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The named architecture with seeded normal weights, made on the device. Raises UserError for an unknown name."""
+def find_preset(name: str, option: str) -> ModelConfig:
+    """The architecture of this name, whatever its case; option is the one that named it. Raises UserError."""
     by_lower = {known.lower(): config for known, config in PRESETS.items()}
     if name.lower() not in by_lower:
-        raise UserError(f"--random-weights {name}: unknown; expected one of {', '.join(PRESETS)}")
-    model = empty_model(by_lower[name.lower()], device, dtype)
+        raise UserError(f"{option} {name}: unknown; expected one of {', '.join(PRESETS)}")
+    return by_lower[name.lower()]
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The named architecture with seeded normal weights, made on the device. Raises UserError for an unknown name."""
+    model = empty_model(find_preset(name, "--random-weights"), device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -6,6 +6,7 @@ sparse product; prefill uses the same storage as a dense matrix, since it is bou
 not by memory (TEAL, section 5.4).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,7 +43,7 @@ class SparseLinear(nn.Module):
         device = self.weight.device
         if criterion == "wina":
             self.segments = self.sizes
-            per_channel = [t / norm for t, norm in zip(thresholds, self.relative_norms(), strict=True)]
+            per_channel = [t / norm for t, norm in zip(thresholds, self.relative_norms, strict=True)]
             limits = torch.stack(per_channel).nan_to_num(nan=0.0)  # 0/0: threshold 0 keeps all, as elsewhere
             self._keep(limits, limits)
             return
@@ -73,6 +74,7 @@ class SparseLinear(nn.Module):
         assert isinstance(self.name_thresholds, Tensor)
         return list(self.name_thresholds.to(dtype))
 
+    @functools.cached_property
     def relative_norms(self) -> list[Tensor]:
         """For each name, the L2 norm of the weights each input channel meets, over the mean of them: fp32 [K]."""
         norms = [columns.float().norm(dim=1) for columns in self.weight.split(self.sizes, dim=1)]

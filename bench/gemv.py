@@ -22,7 +22,7 @@ from hardware import DTYPES, pick_device, read_bandwidth
 from kernels.reduce_partials import reduce_partials
 from kernels.sparse_gemv import launch
 from kernels.tuning import GemvTile
-from presets import PRESETS
+from presets import find_preset
 
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
@@ -41,12 +41,9 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def shapes_of(model: str) -> dict[str, tuple[int, list[int]]]:
+def shapes_of(model: str, option: str = "--models") -> dict[str, tuple[int, list[int]]]:
     """(K, segments) of each projection of a known architecture. Raises UserError for an unknown one."""
-    by_lower = {name.lower(): config for name, config in PRESETS.items()}
-    if model.lower() not in by_lower:
-        raise UserError(f"--models {model}: unknown; expected of {', '.join(PRESETS)}")
-    c = by_lower[model.lower()]
+    c = find_preset(model, option)
     return {
         "qkv": (c.hidden_size, [c.q_size, c.kv_size, c.kv_size]),
         "o": (c.q_size, [c.hidden_size]),
