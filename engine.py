@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration import calibrate_uniform
-from compilation import compile_blocks
+from compilation import compile_model
 from errors import UserError
 from files import cache_folder
 from loading import LoadedModel, load_for_decoding
@@ -142,7 +142,7 @@ class Engine:
     def _compile(self) -> None:
         """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""
         start = time.perf_counter()
-        compile_blocks(self.model)
+        compile_model(self.model)
         warm_ids = [i % self.model.config.vocab_size for i in range(4)]
         for _ in self.generate(warm_ids, SamplingParams(), max_new_tokens=3, ignore_eos=True):
             pass

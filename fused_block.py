@@ -1,7 +1,6 @@
-"""Decode step of a sparse transformer block in eight kernels; replaces blocks from outside.
+"""Decode step of a sparse transformer block in seven kernels; replaces blocks from outside.
 
-norm + q,k,v -> bias, head norms, rotation, cache -> attention -> o -> residual -> norm + gate,up -> silu + down ->
-residual. Each projection is a sparse GEMV that makes its own input, drops what is below the threshold and leaves
+norm + q,k,v -> rotation, cache, attention -> o -> residual -> norm + gate,up -> silu + down -> residual. Each projection is a sparse GEMV that makes its own input, drops what is below the threshold and leaves
 partial sums, which the next kernel adds up. Prefill and devices without these kernels go through the block itself,
 on the same weights.
 """
@@ -9,11 +8,10 @@ on the same weights.
 from torch import Tensor, nn
 
 from kernels.attention_gemv import attention_gemv
-from kernels.decode_attention import decode_attention
 from kernels.launch import MAX_ROWS, kernels_run_on
 from kernels.norm_gemv import norm_gemv
-from kernels.qkv_rope import qkv_rope
 from kernels.reduce_partials import reduce_partials
+from kernels.rope_attention import rope_attention
 from kernels.silu_gemv import silu_gemv
 from model import Block, RMSNorm, Transformer
 from teal_layers import SparseLinear
@@ -56,8 +54,9 @@ class FusedBlock(nn.Module):
         x = x.flatten(0, 1)  # [B, C]
         qkv = norm_gemv(x, before.weight, before.eps, wqkv.weight, wqkv.thresholds, wqkv.segments)
         heads = attention.config.num_heads
-        q = qkv_rope(qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads)
-        shares = decode_attention(q, k_cache, v_cache, positions, self.window)
+        shares = rope_attention(
+            qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads, self.window
+        )
         o = attention_gemv(*shares, wo.weight, wo.thresholds)
         x = reduce_partials(o, x.dtype, wo.bias, x)
         hidden = norm_gemv(x, between.weight, between.eps, gate_up.weight, gate_up.thresholds, gate_up.segments)

@@ -13,6 +13,8 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
 
     seen: bool [B, V], the tokens of prompt and output so far, read by the repetition penalty.
     """
+    if params.temperature == 0 and params.repetition_penalty == 1:
+        return logits.argmax(dim=-1)
     logits = logits.float()
     if params.repetition_penalty != 1:
         logits = penalize(logits, params.repetition_penalty, seen)

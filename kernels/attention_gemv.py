@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_channels, rounded, sparse_product, start_after_previous
+from kernels.gather import owned_work, rounded, sparse_product, wait_for_previous
 from kernels.launch import check_gemv, empty_partials, plan_gemv
 from kernels.tuning import GemvTile
 
@@ -19,8 +19,10 @@ def attention_gemv_kernel(
     ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = p_weight.dtype.element_ty
-    channels = owned_channels(tl.program_id(1), SPLITS, BLOCK_R)
-    start_after_previous(PDL)
+    channels, threshold, start, end = owned_work(
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+    )
+    wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
     slot = (rows * (K // D) + (channels // D)[None, :]) * SHARES  # [BLOCK_B, BLOCK_R]
@@ -35,8 +37,8 @@ def attention_gemv_kernel(
         weight += factor * tl.load(p_share + slot + s, mask=inside, other=1.0)
     x = rounded(total / weight, dtype)
     sparse_product(
-        x, channels, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-        B, K, N, n_0, n_1, n_2, R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, ALIGNED,
+        x, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
+        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
     )  # fmt: skip
 
 

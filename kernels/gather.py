@@ -34,18 +34,24 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def start_after_previous(PDL: tl.constexpr):
-    """Wait for the previous kernel of the stream, and let the next one be set up meanwhile."""
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the previous kernel of the stream has ended and its results can be read.
+
+    What is read before this must be older: weights, thresholds, caches, results of the kernel before the last.
+    """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
 
 
 @triton.jit
-def owned_channels(i_split, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The channels [BLOCK_R] of program i_split; those past the owned ones are >= K."""
-    r = tl.arange(0, BLOCK_R)
-    return ((r // GROUP) * SPLITS + i_split) * GROUP + r % GROUP
+def let_next_start(PDL: tl.constexpr):
+    """Let the stream's next kernel take its place on the multiprocessors; it waits there for this one's end.
+
+    Called after wait_for_previous, and by a GEMV when it is nearly done: called at the start, kernels that wait took
+    the places unevenly, and one layer of Llama-3-8B at 50% took 123 us on an H100 instead of 106.
+    """
+    if PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -67,9 +73,25 @@ def column_block(i_block, n_0, n_1, n_2, BLOCK_N: tl.constexpr, ALIGNED: tl.cons
 
 
 @triton.jit
+def owned_work(
+    p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """This program's channels [BLOCK_R] with their thresholds, its first column and the end of its segment.
+
+    Channels past the owned ones are >= K. Nothing here depends on the kernels before, so it comes before the wait for
+    them: the thresholds are a read from memory that nothing else hides.
+    """
+    segment, start, end = column_block(tl.program_id(0), n_0, n_1, n_2, BLOCK_N, ALIGNED)
+    r = tl.arange(0, BLOCK_R)
+    channels = ((r // GROUP) * SPLITS + tl.program_id(1)) * GROUP + r % GROUP
+    threshold = tl.load(p_threshold + segment * stride_j + channels * stride_k, mask=channels < K, other=0.0)
+    return channels, rounded(threshold, DTYPE), start, end
+
+
+@triton.jit
 def threshold_and_compact(
-    x, channels, K, B, p_threshold, stride_j, stride_k, segment, p_index, p_value, R: tl.constexpr, PAD: tl.constexpr,
-    BLOCK_B: tl.constexpr, DTYPE: tl.constexpr,
+    x, threshold, channels, K, B, p_index, p_value, R: tl.constexpr, PAD: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """List the channels of x [BLOCK_B, BLOCK_R] that any row keeps, and their values; returns how many there are.
 
@@ -77,18 +99,18 @@ def threshold_and_compact(
     entries repeat one listed channel with value 0: the loop over the list then needs no masks, which cost it a
     register move for every four bytes loaded, and the repeated row comes from the cache.
     """
-    threshold = tl.load(p_threshold + segment * stride_j + channels * stride_k, mask=channels < K, other=0.0)
-    threshold = rounded(threshold, DTYPE)
     rows = tl.arange(0, BLOCK_B)[:, None]
     dropped = tl.abs(x) < threshold[None, :]
     keep = (~dropped) & (channels < K)[None, :] & (rows < B)
     listed = tl.max(keep.to(tl.int32), axis=0)  # [BLOCK_R]
     position = tl.cumsum(listed, axis=0) - 1
-    count = tl.sum(listed, axis=0)
+    # The last listed channel has the highest position: one reduction gives both, and the count.
+    last = tl.max(tl.where(listed != 0, (position.to(tl.int64) + 1) << 32 | channels, 0), axis=0)
+    count = (last >> 32).to(tl.int32)
     tl.store(p_index + position, channels, mask=listed != 0)
     tl.store(p_value + rows * R + position[None, :], tl.where(keep, x, 0.0), mask=(listed != 0)[None, :] & (rows < B))
     pad = count + tl.arange(0, PAD)
-    tl.store(p_index + pad, tl.zeros([PAD], tl.int32) + tl.max(tl.where(listed != 0, channels, 0), axis=0))
+    tl.store(p_index + pad, tl.zeros([PAD], tl.int32) + last.to(tl.int32))
     tl.store(p_value + rows * R + pad[None, :], tl.zeros([BLOCK_B, PAD], tl.float32), mask=rows < B)
     tl.debug_barrier()  # the lists are read below by other threads of this program
     return count
@@ -122,6 +144,9 @@ def sum_one_row(
 ):  # fmt: skip
     """gather_sum for one row of x: [1, BLOCK_N].
 
+    Weights are read once and leave the L2 cache first, so that what the kernels hand each other stays there: 98 us
+    instead of 103 for one layer of Llama-3-8B at 50% on an H100.
+
     A step covers LANES * UNROLL weight rows. The UNROLL axis stays within a thread, so that UNROLL 16-byte loads are in
     flight while it holds only the sums of its own columns; the next step's loads start before this step's arithmetic.
     """
@@ -132,10 +157,18 @@ def sum_one_row(
     total = tl.zeros([LANES, BLOCK_N], tl.float32)
     p_columns = p_weight + columns[None, None, :]
     index = tl.load(p_index + steps)  # [UNROLL, LANES], a thread's entries side by side
-    weight = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
+    weight = tl.load(
+        p_columns + (index.to(tl.int64) * stride)[:, :, None],
+        mask=inside,
+        eviction_policy="evict_first",
+    )
     index = tl.load(p_index + STEP + steps)
     for i in range(0, count - STEP, STEP):
-        arriving = tl.load(p_columns + (index.to(tl.int64) * stride)[:, :, None], mask=inside)
+        arriving = tl.load(
+            p_columns + (index.to(tl.int64) * stride)[:, :, None],
+            mask=inside,
+            eviction_policy="evict_first",
+        )
         index = tl.load(p_index + i + 2 * STEP + steps)
         keep_loads_above()
         value = tl.load(p_value + i + steps)
@@ -157,14 +190,27 @@ def sum_rows(
     lanes = tl.arange(0, STEP)
     inside = None if EVEN_N else (columns < end)[None, :]
     total = tl.zeros([16, BLOCK_N], tl.float32)
+    index = tl.load(p_index + lanes)
+    weight = tl.load(
+        p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :], mask=inside,
+        eviction_policy="evict_first",
+    )  # fmt: skip
+    index = tl.load(p_index + STEP + lanes)
     for i in range(0, count, STEP):
-        index = tl.load(p_index + i + lanes)
+        arriving = weight
+        if i + STEP < count:
+            arriving = tl.load(
+                p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :], mask=inside,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+            index = tl.load(p_index + tl.minimum(i + 2 * STEP, R - STEP) + lanes)
+            keep_loads_above()
         value = tl.load(p_value + rows * R + (i + lanes)[None, :], mask=rows < B, other=0.0)
-        weight = tl.load(p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :], mask=inside)
         if INTERPRETED:
             total = tl.dot(value, weight.to(tl.float32), total, input_precision="ieee")
         else:
             total = tl.dot(value.to(weight.dtype), weight, total, input_precision="ieee")
+        weight = arriving
     return total
 
 
@@ -180,21 +226,18 @@ def store_partial(
 
 @triton.jit
 def sparse_product(
-    x, channels, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N, n_0, n_1, n_2,
+    x, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
     R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What follows once a program has its x [BLOCK_B, BLOCK_R]: compact it, gather and sum, write the partial sums."""
-    i_block, i_split = tl.program_id(0), tl.program_id(1)
-    segment, start, end = column_block(i_block, n_0, n_1, n_2, BLOCK_N, ALIGNED)
-    program = (i_block * SPLITS + i_split).to(tl.int64)
+    i_split = tl.program_id(1)
+    program = (tl.program_id(0) * SPLITS + i_split).to(tl.int64)
     p_index += program * R
     p_value += program * B * R
-    count = threshold_and_compact(
-        x, channels, K, B, p_threshold, stride_j, stride_k, segment, p_index, p_value, R, 2 * LANES * UNROLL, BLOCK_B,
-        p_weight.dtype.element_ty,
-    )  # fmt: skip
+    count = threshold_and_compact(x, threshold, channels, K, B, p_index, p_value, R, 2 * LANES * UNROLL, BLOCK_B)
     total = gather_sum(
         p_weight, stride, p_index, p_value, count, B, start, end, R, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N
     )
+    let_next_start(PDL)
     store_partial(p_partial, total, i_split, B, N, start, end, BLOCK_B, BLOCK_N)

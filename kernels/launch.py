@@ -84,6 +84,8 @@ def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, t
     widths = (*segments, 0, 0)[:3]
     if thresholds.dim() == 1:
         thresholds = thresholds[:, None].expand(-1, K)
+    options = launch_options(device, tile.num_warps)
+    even = all(n % tile.block_n == 0 for n in segments)
     aligned = all(n % 16 == 0 for n in segments) and weight.stride(0) % 16 == 0
     return GemvLaunch(
         tile,
@@ -98,9 +100,9 @@ def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, t
             "LANES": tile.lanes,
             "UNROLL": tile.unroll,
             "BLOCK_N": tile.block_n,
-            "EVEN_N": all(n % tile.block_n == 0 for n in segments),
+            "EVEN_N": even,
             "ALIGNED": aligned,
-            **launch_options(device, tile.num_warps),
+            **options,
         },
     )
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_channels, rounded, sparse_product, start_after_previous
+from kernels.gather import owned_work, rounded, sparse_product, wait_for_previous
 from kernels.launch import check_gemv, check_rows, empty_partials, plan_gemv
 from kernels.tuning import GemvTile
 
@@ -19,9 +19,11 @@ def norm_gemv_kernel(
     ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = p_x.dtype.element_ty
-    channels = owned_channels(tl.program_id(1), SPLITS, BLOCK_R)
+    channels, threshold, start, end = owned_work(
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+    )
     norm = tl.load(p_norm + channels, mask=channels < K, other=0.0).to(tl.float32)
-    start_after_previous(PDL)
+    wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
     squares = tl.zeros([BLOCK_B, CHUNK], tl.float32)
@@ -32,8 +34,8 @@ def norm_gemv_kernel(
     scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
     normed = rounded(rounded(x.to(tl.float32) * scale[:, None], dtype) * norm[None, :], dtype)
     sparse_product(
-        normed, channels, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-        B, K, N, n_0, n_1, n_2, R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, ALIGNED,
+        normed, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
+        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_channels, rounded, sparse_product, start_after_previous
+from kernels.gather import owned_work, rounded, sparse_product, wait_for_previous
 from kernels.launch import check_gemv, check_partials, empty_partials, plan_gemv
 from kernels.tuning import GemvTile
 
@@ -18,8 +18,10 @@ def silu_gemv_kernel(
     ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = p_weight.dtype.element_ty
-    channels = owned_channels(tl.program_id(1), SPLITS, BLOCK_R)
-    start_after_previous(PDL)
+    channels, threshold, start, end = owned_work(
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+    )
+    wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
     gate = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
@@ -31,8 +33,8 @@ def silu_gemv_kernel(
     gate = rounded(gate, dtype)
     x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, dtype), dtype)
     sparse_product(
-        x, channels, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-        B, K, N, n_0, n_1, n_2, R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, ALIGNED,
+        x, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
+        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_channels, sparse_product, start_after_previous
+from kernels.gather import owned_work, sparse_product, wait_for_previous
 from kernels.launch import check_gemv, check_rows, empty_partials, plan_gemv
 from kernels.tuning import GemvTile
 
@@ -17,13 +17,15 @@ def sparse_gemv_kernel(
     UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
     ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    channels = owned_channels(tl.program_id(1), SPLITS, BLOCK_R)
-    start_after_previous(PDL)
+    channels, threshold, start, end = owned_work(
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+    )
+    wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
     sparse_product(
-        x.to(tl.float32), channels, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-        B, K, N, n_0, n_1, n_2, R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, ALIGNED,
+        x.to(tl.float32), threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
+        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
     )  # fmt: skip
 
 

@@ -51,10 +51,9 @@ def main() -> None:
 
     launch.launch_options = lambda device, num_warps: {"PDL": True, "num_warps": num_warps}
     from kernels.attention_gemv import attention_gemv
-    from kernels.decode_attention import decode_attention
     from kernels.norm_gemv import norm_gemv
-    from kernels.qkv_rope import qkv_rope
     from kernels.reduce_partials import reduce_partials
+    from kernels.rope_attention import rope_attention
     from kernels.silu_gemv import silu_gemv
     from kernels.sparse_gemv import sparse_gemv
 
@@ -68,10 +67,8 @@ def main() -> None:
             angles, positions = torch.zeros(B, D // 2), torch.zeros(B, 1, dtype=torch.int64)
             k, v = (torch.zeros(B, KV, 64, D, dtype=dtype) for _ in range(2))
             head = torch.zeros(D, dtype=dtype)
-            q = qkv_rope(
-                qkv, torch.zeros(sum(sizes), dtype=dtype), head, head, 1e-6, angles, angles, positions, k, v, H
-            )
-            shares = decode_attention(q, k, v, positions, 16)
+            bias = torch.zeros(sum(sizes), dtype=dtype)
+            shares = rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 16)
             o = attention_gemv(*shares, torch.zeros(H * D, C, dtype=dtype), t1)
             x = reduce_partials(o, dtype, norm, x)
             gate_up = norm_gemv(x, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])

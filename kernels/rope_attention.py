@@ -1,0 +1,283 @@
+"""From the partial sums of q, k and v to attention's shares of one new token a row, with the KV cache filled.
+
+The earlier positions are split among programs (flash-decoding, Dao et al. 2023); each sums the partials of its query
+heads and rotates them itself, which costs less than a kernel that does it once. One more program for each key/value
+head makes the new token's key and value, puts them into the cache and is a share of its own, so that the others wait
+for nothing but the partials. A program leaves its sum, unnormalised, with the maximum and the sum of its weights; the
+o projection (attention_gemv.py) combines them. Positions beyond a row's own are never read, so a large cache costs
+nothing.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gather import INTERPRETED, let_next_start, rounded, wait_for_previous
+from kernels.launch import launch_options
+
+BLOCK_POSITIONS = 64
+MAX_SHARES = 16  # 8 key/value heads x 16 shares are 128 programs, one for each multiprocessor of an H100
+PROGRAMS = 256
+
+
+@triton.jit
+def summed_heads(
+    p_partial, p_bias, i_row, B, N, head, live, HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_H: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Both halves [HEADS, BLOCK_H] of the heads [HEADS], summed, biased and rounded."""
+    d = tl.arange(0, BLOCK_H)[None, :]
+    inside = live[:, None] & (d < HALF)
+    column = head[:, None] * 2 * HALF + d
+    a = tl.zeros([HEADS, BLOCK_H], tl.float32)
+    b = tl.zeros([HEADS, BLOCK_H], tl.float32)
+    for s in tl.static_range(SPLITS):
+        p_row = p_partial + (s * B + i_row) * N + column
+        a += tl.load(p_row, mask=inside, other=0.0)
+        b += tl.load(p_row + HALF, mask=inside, other=0.0)
+    if HAS_BIAS:
+        a += tl.load(p_bias + column, mask=inside, other=0.0).to(tl.float32)
+        b += tl.load(p_bias + column + HALF, mask=inside, other=0.0).to(tl.float32)
+    return rounded(a, DTYPE), rounded(b, DTYPE)
+
+
+@triton.jit
+def normed_and_rotated(
+    a, b, p_norm, eps, cos, sin, HALF: tl.constexpr, BLOCK_H: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Head norm (Qwen3) and rotation of both halves [HEADS, BLOCK_H], rounded as the layers would."""
+    if HAS_NORM:
+        d = tl.arange(0, BLOCK_H)[None, :]
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+        a = rounded(a * scale, DTYPE) * tl.load(p_norm + d, mask=d < HALF, other=0.0).to(tl.float32)
+        b = rounded(b * scale, DTYPE) * tl.load(p_norm + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
+        a, b = rounded(a, DTYPE), rounded(b, DTYPE)
+    return rounded(a * cos - b * sin, DTYPE), rounded(b * cos + a * sin, DTYPE)
+
+
+@triton.jit
+def new_token(
+    a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum, scale, at, i_row, i_kv, B, N,
+    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Write the new key and value [at] and the share of their position; returns its scores [HEADS]."""
+    d = tl.arange(0, BLOCK_H)[None, :]
+    g = tl.arange(0, HEADS)
+    pair = tl.arange(0, 2)  # key and value, side by side so that their loads are
+    x, y = summed_heads(
+        p_partial, p_bias, i_row, B, N, KV * G + i_kv + pair * KV, pair < 2, HALF, SPLITS, BLOCK_H, 2, HAS_BIAS, DTYPE
+    )
+    k_x, k_y = normed_and_rotated(x, y, p_k_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, DTYPE)
+    is_key = (pair == 0)[:, None]
+    k_x = tl.sum(tl.where(is_key, k_x, 0.0), axis=0)[None, :]
+    k_y = tl.sum(tl.where(is_key, k_y, 0.0), axis=0)[None, :]
+    x = tl.sum(tl.where(is_key, 0.0, x), axis=0)[None, :]
+    y = tl.sum(tl.where(is_key, 0.0, y), axis=0)[None, :]
+    tl.store(p_k + at + d, k_x, mask=d < HALF)
+    tl.store(p_k + at + HALF + d, k_y, mask=d < HALF)
+    tl.store(p_v + at + d, x, mask=d < HALF)
+    tl.store(p_v + at + HALF + d, y, mask=d < HALF)
+    inside = (g < G)[:, None] & (d < HALF)
+    tl.store(p_sum, tl.broadcast_to(x, [HEADS, BLOCK_H]), mask=inside)
+    tl.store(p_sum + HALF, tl.broadcast_to(y, [HEADS, BLOCK_H]), mask=inside)
+    return (tl.sum(a * k_x, axis=1) + tl.sum(b * k_y, axis=1)) * scale
+
+
+@triton.jit
+def product(x, y, out, DTYPE: tl.constexpr):
+    """out + x @ y in fp32, with operands rounded to DTYPE as tensor cores take them."""
+    if INTERPRETED:
+        out = tl.dot(x.to(tl.float32), y.to(tl.float32), out, input_precision="ieee")
+    else:
+        out = tl.dot(x.to(DTYPE), y, out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def load_positions(p, i, end, stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Both halves [BLOCK_P, BLOCK_H] of the cache rows from position i on; zeros from end on."""
+    position = i + tl.arange(0, BLOCK_P)
+    d = tl.arange(0, BLOCK_H)[None, :]
+    offsets = position[:, None].to(tl.int64) * stride + d
+    inside = (position < end)[:, None] & (d < HALF)
+    return tl.load(p + offsets, mask=inside, other=0.0), tl.load(p + offsets + HALF, mask=inside, other=0.0)
+
+
+@triton.jit
+def repeated(x, ROWS: tl.constexpr):
+    """x [rows, D] repeated to [ROWS, D]: tensor cores want 16 rows, and what the repetitions give is not stored."""
+    return tl.reshape(tl.broadcast_to(x[None, :, :], [ROWS // x.shape[0], x.shape[0], x.shape[1]]), [ROWS, x.shape[1]])
+
+
+@triton.jit
+def attend(
+    a, b, k_low, k_high, v_low, v_high, p_k, p_v, stride, begin, end, scale,
+    HALF: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Attention of queries [BLOCK_G, 2 x BLOCK_H] over cache rows begin to end, whose first block is loaded already.
+
+    Returns the unnormalised sum in halves, the largest score and the sum of weights of each query.
+    """
+    largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_G], tl.float32)
+    low = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
+    high = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
+    for i in range(begin, end, BLOCK_P):
+        scores = product(a, tl.trans(k_low), tl.zeros([BLOCK_G, BLOCK_P], tl.float32), DTYPE)
+        scores = product(b, tl.trans(k_high), scores, DTYPE) * scale
+        scores = tl.where((i + tl.arange(0, BLOCK_P) < end)[None, :], scores, float("-inf"))
+        highest = tl.maximum(largest, tl.max(scores, axis=1))
+        kept = tl.exp(largest - highest)
+        probs = tl.exp(scores - highest[:, None])
+        weight = weight * kept + tl.sum(probs, axis=1)
+        low = product(probs, v_low, low * kept[:, None], DTYPE)
+        high = product(probs, v_high, high * kept[:, None], DTYPE)
+        largest = highest
+        k_low, k_high = load_positions(p_k, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P)
+        v_low, v_high = load_positions(p_v, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P)
+    return low, high, largest, weight
+
+
+@triton.jit(do_not_specialize=["B"])
+def rope_attention_kernel(
+    p_partial, p_bias, p_q_norm, p_k_norm, eps, p_cos, p_sin, p_position, p_k, p_v, p_sum, p_max, p_weight, scale,
+    stride_b, stride_h, stride_s, B,
+    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, SHARES: tl.constexpr,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_row, i_kv, i_share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dtype = p_k.dtype.element_ty
+    N: tl.constexpr = (KV * G + 2 * KV) * 2 * HALF
+    earlier = tl.load(p_position + i_row).to(tl.int32)  # positions before the new one
+    first = tl.maximum(earlier + 1 - WINDOW, 0) if WINDOW > 0 else 0
+    share = tl.cdiv(tl.cdiv(earlier - first, SHARES - 1), BLOCK_P) * BLOCK_P
+    begin = first + (i_share - 1) * share
+    end = tl.minimum(begin + share, earlier)
+    if i_share == 0:  # the new token's own
+        begin, end = earlier, earlier
+    p_k += i_row.to(tl.int64) * stride_b + i_kv * stride_h
+    p_v += i_row.to(tl.int64) * stride_b + i_kv * stride_h
+    g, row, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)[None, :]
+    slot = (i_row * KV * G + i_kv * G) * SHARES + i_share
+    p_sum += slot.to(tl.int64) * 2 * HALF
+    p_max += slot
+    p_weight += slot
+    cos = tl.load(p_cos + i_row * HALF + d, mask=d < HALF, other=0.0)
+    sin = tl.load(p_sin + i_row * HALF + d, mask=d < HALF, other=0.0)
+    k_low, k_high = load_positions(p_k, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P)
+    v_low, v_high = load_positions(p_v, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    a = tl.zeros([HEADS, BLOCK_H], tl.float32)
+    b = tl.zeros([HEADS, BLOCK_H], tl.float32)
+    if (begin < end) | (i_share == 0):
+        a, b = summed_heads(
+            p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS, BLOCK_H, HEADS, HAS_BIAS, dtype
+        )
+        a, b = normed_and_rotated(a, b, p_q_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, dtype)
+    if i_share == 0:
+        scores = new_token(
+            a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum + g[:, None] * SHARES * 2 * HALF + d,
+            scale, earlier.to(tl.int64) * stride_s, i_row, i_kv, B, N,
+            KV, G, HALF, SPLITS, HEADS, BLOCK_H, HAS_BIAS, HAS_NORM, dtype,
+        )  # fmt: skip
+        tl.store(p_max + g * SHARES, scores, mask=g < G)
+        tl.store(p_weight + g * SHARES, tl.full([HEADS], 1.0, tl.float32), mask=g < G)
+    else:
+        low, high, largest, weight = attend(
+            repeated(a, BLOCK_G), repeated(b, BLOCK_G), k_low, k_high, v_low, v_high, p_k, p_v, stride_s, begin, end, scale,
+            HALF, BLOCK_G, BLOCK_H, BLOCK_P, dtype,
+        )  # fmt: skip
+        p_row = p_sum + row[:, None] * SHARES * 2 * HALF + d
+        inside = (row < G)[:, None] & (d < HALF)
+        tl.store(p_row, low, mask=inside)
+        tl.store(p_row + HALF, high, mask=inside)
+        tl.store(p_max + row * SHARES, largest, mask=row < G)
+        tl.store(p_weight + row * SHARES, weight, mask=row < G)
+
+
+def shares_for(B: int, KV: int) -> int:
+    """Among how many programs one row and key/value head is split, the new token's included."""
+    return max(2, min(MAX_SHARES, triton.next_power_of_2(PROGRAMS // int(B * KV) + 1) // 2))
+
+
+@torch.library.custom_op("teal::rope_attention", mutates_args=("k_cache", "v_cache"))
+def rope_attention(
+    partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Shares of softmax(q k^T / sqrt(D)) v over positions 0 to positions[b], or the last window of them if window > 0.
+
+    q, k and v come from partial sums fp32 [splits, B, (H + 2 KV) D]; k and v go into the caches at positions. bias
+    [(H + 2 KV) D]; q_norm and k_norm [D], RMSNorm weights of each head (Qwen3); cos and sin fp32 with B * D/2 values;
+    positions int64 with B values, below S; k_cache and v_cache [B, KV, S, D] of one dtype and layout. All rounding is
+    that of the unfused layers. Returns fp32 sums [B, H, shares, D], maxima [B, H, shares] and weights [B, H, shares]:
+    the result is the sum over shares of exp(max - max_all) sum, over that of exp(max - max_all) weight. A share without
+    positions has max -inf. cos, sin, positions and the caches must be older than the stream's last kernel (see
+    gather.wait_for_previous). Raises ValueError on a mismatch.
+    """
+    _check(partials, bias, q_norm, k_norm, cos, sin, positions, k_cache, v_cache, heads)
+    splits, B, _ = partials.shape
+    KV, D = k_cache.shape[1], k_cache.shape[3]
+    sums, largest, weights = _outputs(partials, k_cache, heads)
+    shares = sums.shape[2]
+    head_block = triton.next_power_of_2(heads // KV)
+    rope_attention_kernel[(B, KV, shares)](
+        partials, bias, q_norm, k_norm, eps, cos, sin, positions, k_cache, v_cache, sums, largest, weights,
+        1 / math.sqrt(D), *k_cache.stride()[:3], B,
+        KV=KV, G=heads // KV, HALF=D // 2, SPLITS=splits, SHARES=shares, WINDOW=window, HEADS=head_block,
+        BLOCK_G=max(16, head_block), BLOCK_H=max(16, triton.next_power_of_2(D // 2)), BLOCK_P=BLOCK_POSITIONS,
+        HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, **launch_options(k_cache.device, num_warps=4),
+    )  # fmt: skip
+    return sums, largest, weights
+
+
+@rope_attention.register_fake
+def _(
+    partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _outputs(partials, k_cache, heads)
+
+
+def _outputs(partials: Tensor, k_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    _, B, _ = partials.shape
+    _, KV, _, D = k_cache.shape
+    shares = shares_for(B, KV)
+    sums = torch.empty(B, heads, shares, D, dtype=torch.float32, device=k_cache.device)
+    largest, weights = (torch.empty(B, heads, shares, dtype=torch.float32, device=k_cache.device) for _ in range(2))
+    return sums, largest, weights
+
+
+def _check(
+    partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
+    positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int,
+) -> None:  # fmt: skip
+    B, KV, _, D = k_cache.shape
+    N = (heads + 2 * KV) * D
+    if heads % KV:
+        raise ValueError(f"{heads} heads and k_cache {tuple(k_cache.shape)}: expected a multiple of {KV} heads")
+    if partials.dtype != torch.float32 or partials.shape[1:] != (B, N) or not partials.is_contiguous():
+        raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected fp32 [splits, {B}, {N}]")
+    if v_cache.shape != k_cache.shape or v_cache.stride() != k_cache.stride() or v_cache.dtype != k_cache.dtype:
+        raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}: expected one layout")
+    if k_cache.stride(3) != 1 or D % 2:
+        raise ValueError(f"k_cache has strides {k_cache.stride()}, head size {D}: expected contiguous, even heads")
+    if positions.dtype != torch.int64 or positions.numel() != B:
+        raise ValueError(f"positions are {positions.dtype} {tuple(positions.shape)}: expected {B} int64")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm: expected both or none")
+    for name, tensor, count in (("bias", bias, N), ("q_norm", q_norm, D), ("k_norm", k_norm, D)):
+        if tensor is not None and (tensor.numel() != count or tensor.dtype != k_cache.dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {k_cache.dtype} [{count}]")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.dtype != torch.float32 or tensor.numel() != B * D // 2 or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected fp32, {B} x {D // 2}")
+    for tensor in (partials, bias, q_norm, k_norm, cos, sin, positions, v_cache):
+        if tensor is not None and tensor.device != k_cache.device:
+            raise ValueError(f"a tensor is on {tensor.device} and k_cache on {k_cache.device}: expected the same")
