@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import cli
-from bench.steps import batched_step_s, profile_step
+from bench.steps import batched_step_s, fitted_plan, profile_step
 from engine import Engine, choose_plan, weight_bytes_per_token
 from errors import UserError
 from generate import add_decode_arguments
@@ -107,7 +107,7 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
     return run
 
 
-def build_runners(args: argparse.Namespace) -> dict[str, EngineRunner]:
+def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, EngineRunner]:
     """A runner for each sparsity asked for, by label; two engines at most."""
     runners: dict[str, EngineRunner] = {}
     if 0.0 in args.sparsities:
@@ -124,16 +124,18 @@ def build_runners(args: argparse.Namespace) -> dict[str, EngineRunner]:
         plans = {"0% by sparse kernels": choose_plan(loaded, 0.0, None)} | plans
     engine = Engine.from_loaded(loaded, next(iter(plans.values())), args.compile)
     engine.load_s = load_s
+    if args.random_weights is not None and args.plan is None:
+        plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
 
 
 def main() -> None:
     """Measure and print a table; the last line is JSON."""
     args = build_parser().parse_args()
-    runners = build_runners(args)
+    prompt = [1000 + i % 1000 for i in range(args.context)]
+    runners = build_runners(args, prompt)
     device = next(iter(runners.values())).engine.device
     ceiling = read_bandwidth(device)
-    prompt = [1000 + i % 1000 for i in range(args.context)]
     timed: dict[str, Runner] = dict(runners)
     if args.gguf is not None:
         timed["llama.cpp"] = llama_cpp_round(args.gguf, args.context + args.tokens + 8)

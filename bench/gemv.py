@@ -2,7 +2,8 @@
 
 A figure is the median of replays of a CUDA graph that runs over several copies of the weights, so that each product
 finds them outside the L2 cache. It covers the comparison with the threshold, the compaction, the product and the
-sum of the partial sums; x and the result are 16-bit vectors, as for cuBLAS. Each result is checked against fp64.
+sum of the partial sums; x and the result are vectors of the dtype, as for cuBLAS. Each result is checked against fp64.
+With --device cpu the product is the CPU's, beside torch's own, by the host's clock.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cli
-from bench.steps import graph_microseconds
+from bench.steps import graph_microseconds, wall_microseconds
 from errors import UserError
 from hardware import DTYPES, pick_device, read_bandwidth
 from kernels.reduce_partials import reduce_partials
 from kernels.sparse_gemv import launch
+from kernels.sparse_linear import sparse_linear
 from kernels.tuning import GemvTile
 from presets import find_preset
 
@@ -35,9 +37,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--models", default=DEFAULT_MODELS, help="known architectures, commas between")
     sparsities = (0.0, 0.25, 0.4, 0.5, 0.65, 0.8)
     parser.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
-    parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16; commas between")
+    parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
     parser.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
-    parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     return parser
 
 
@@ -61,31 +63,39 @@ class ColdWeights:
         options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
         self.weights = [torch.randn(K, N, **options) for _ in range(self.count)]
         self.inputs = [torch.randn(B, K, **options) for _ in range(self.count)]
+        self.timed = graph_microseconds if device.type == "cuda" else wall_microseconds
 
     def dense_us(self) -> float:
-        """Microseconds of cuBLAS' x @ W^T with W [N, K], the layout that is fastest for it."""
+        """Microseconds of torch's own x @ W^T with W [N, K], the layout that is fastest for it (cuBLAS on CUDA)."""
         transposed = [weight.t().contiguous() for weight in self.weights]
-        return graph_microseconds(lambda i: F.linear(self.inputs[i], transposed[i]), self.count)
+        return self.timed(lambda i: F.linear(self.inputs[i], transposed[i]), self.count)
 
     def sparse_us(self, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> float:
         """Microseconds of the sparse product, from x to its rounded result."""
-        dtype = self.weights[0].dtype
+        return self.timed(lambda i: self.product(i, thresholds, segments, tile), self.count)
 
-        def run(i: int) -> Tensor:
-            partials = launch(self.inputs[i], self.weights[i], thresholds, segments, tile)
-            return reduce_partials(partials, dtype, None, None)
+    def product(
+        self,
+        i: int,
+        thresholds: Tensor,
+        segments: list[int],
+        tile: GemvTile | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The sparse product with copy i, [B, N] in dtype (by default the weight's, the only one on a CPU)."""
+        x, weight = self.inputs[i], self.weights[i]
+        if not weight.is_cuda:
+            return sparse_linear(x, weight, thresholds, segments)
+        return reduce_partials(launch(x, weight, thresholds, segments, tile), dtype or weight.dtype, None, None)
 
-        return graph_microseconds(run, self.count)
-
-    def errors(self, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> tuple[float, float]:
+    def errors(self, thresholds: Tensor, segments: list[int]) -> tuple[float, float]:
         """Relative error to fp64: (of the fp32 sum, of the rounded result)."""
         x, weight = self.inputs[0], self.weights[0]
         kept = torch.where(x.abs() < thresholds[0].to(x.dtype), 0, x)
         expected = kept.double() @ weight.double()
-        partials = launch(x, weight, thresholds, segments, tile)
         found = []
         for dtype in (torch.float32, x.dtype):
-            difference = reduce_partials(partials, dtype, None, None).double() - expected
+            difference = self.product(0, thresholds, segments, dtype=dtype).double() - expected
             found.append(float(difference.norm() / expected.norm()))
         return found[0], found[1]
 
@@ -113,7 +123,7 @@ def measure(args: argparse.Namespace, device: torch.device, ceiling: float) -> l
                 for sparsity in args.sparsities:
                     thresholds = thresholds_for(sparsity, segments, device)
                     us = cold.sparse_us(thresholds, segments)
-                    gb_per_s = K * sum(segments) * 2e-3 * (1 - sparsity) / us
+                    gb_per_s = K * sum(segments) * DTYPES[dtype].itemsize * 1e-3 * (1 - sparsity) / us
                     sums, rounded = cold.errors(thresholds, segments)
                     row = {"model": model, "projection": name, "dtype": dtype, "K": K, "N": sum(segments)}
                     row |= {"sparsity": sparsity, "us": us, "dense_us": dense, "ratio": dense / us}
@@ -136,15 +146,16 @@ def main() -> None:
     if not 1 <= args.rows <= 8:
         raise UserError(f"--rows {args.rows} is out of range; expected 1 to 8")
     for dtype in args.dtypes.split(","):
-        if dtype not in ("bf16", "fp16"):
-            raise UserError(f"--dtypes {dtype}: expected bf16 or fp16")
+        if dtype not in DTYPES:
+            raise UserError(f"--dtypes {dtype}: expected bf16, fp16 or fp32")
+    for model in args.models.split(","):
+        shapes_of(model)  # a mistyped name is told before anything is measured
     device = pick_device(args.device)
-    if device.type != "cuda":
-        raise UserError(f"--device {args.device}: this benchmark times CUDA kernels; expected cuda")
     ceiling = read_bandwidth(device)
-    print(f"{torch.cuda.get_device_name(device)}, read bandwidth {ceiling / 1e9:.0f} GB/s")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{name}, read bandwidth {ceiling / 1e9:.0f} GB/s")
     rows = measure(args, device, ceiling)
-    facts = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    facts = {"device": name, "torch": torch.__version__}
     facts |= {"date": date.today().isoformat(), "argv": sys.argv[1:]}  # type: ignore[dict-item]
     print(json.dumps(facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}))
 

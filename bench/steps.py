@@ -1,14 +1,20 @@
 """Timing pieces on CUDA that the benchmarks share: graphs with cold weights, steps of several rows, kernel tables."""
 
+import functools
 import itertools
 import statistics
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from engine import Engine
 from model import KVCache, Transformer
 from params import SamplingParams
+from plan import Histogram, ProjectionPlan, SparsityPlan
+from teal_layers import SparseLinear, set_counting, sparse_layers
 
 REPEATS = 15
 
@@ -38,6 +44,53 @@ def graph_microseconds(run: Callable[[int], object], count: int, repeats: int = 
         torch.cuda.synchronize()
         times.append(1e3 * start.elapsed_time(end) / count)
     return statistics.median(times)
+
+
+def wall_microseconds(run: Callable[[int], object], count: int, repeats: int = REPEATS) -> float:
+    """As graph_microseconds, by the host's clock, for a CPU."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for i in range(count):
+            run(i)
+        times.append(1e6 * (time.perf_counter() - start) / count)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def fitted_plan(
+    engine: Engine, plan: SparsityPlan, prompt: list[int], tokens: int = 16, passes: int = 3
+) -> SparsityPlan:
+    """plan with the thresholds that drop its targets from what decoding after prompt meets.
+
+    For random weights: their attention averages values that have nothing in common, so what reaches the o projection
+    shrinks with the length of the text, and thresholds of calibration text would drop too much. Each pass changes what
+    later projections meet, hence several.
+    """
+    graph, engine.use_graph = engine.use_graph, False
+    for _ in range(passes):
+        engine.use_plan(plan)
+        set_counting(engine.model, True)  # which sends a fused block's tokens through its modules
+        histograms: dict[SparseLinear, Histogram] = {}
+
+        def collect(module: SparseLinear, arguments: tuple[Tensor], into: dict[SparseLinear, Histogram]) -> None:
+            if arguments[0].shape[1] == 1:
+                into.setdefault(module, Histogram()).add(arguments[0])
+
+        hook = functools.partial(collect, into=histograms)
+        hooks = [m.register_forward_pre_hook(hook) for layer in sparse_layers(engine.model) for m in layer]
+        for _ in engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True):
+            pass
+        for handle in hooks:
+            handle.remove()
+        layers = []
+        for modules, layer in zip(sparse_layers(engine.model), plan.layers, strict=True):
+            met = {name: histograms[module] for module in modules for name in module.names}
+            layers.append({n: ProjectionPlan(p.sparsity, met[n].quantile(p.sparsity)) for n, p in layer.items()})
+        plan = replace(plan, layers=tuple(layers))
+    set_counting(engine.model, False)
+    engine.use_graph = graph
+    return plan
 
 
 @torch.inference_mode()
