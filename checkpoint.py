@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from errors import UserError
 from files import fingerprint
-from hf_config import load_config, read_json
+from hf_config import load_config, load_quantization, read_json
 from model import ModelConfig, Transformer
+from quantization import QuantConfig, QuantizedLinear, use_quantized_linears
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
+PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -33,8 +35,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     Raises UserError for a folder that is incomplete, damaged, or holds another architecture.
     """
     config = load_config(folder)
+    quantized = load_quantization(folder)
     shards = find_shards(folder)
-    model = empty_model(config, device, dtype)
+    model = empty_model(config, device, dtype, quantized)
     targets = weight_targets(model)
     with tqdm(total=len(shards), desc="loading weights", unit="shard", leave=False, disable=None) as bar:
         _check_shards(shards, targets, config)
@@ -47,36 +50,57 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     return model
 
 
-def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A Transformer whose weights are allocated on device but not set."""
+def empty_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantized: QuantConfig | None = None
+) -> Transformer:
+    """A Transformer whose weights, or quantized weights, are allocated on device but not set."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
+        if quantized is not None:
+            use_quantized_linears(model, quantized)
     model = model.to_empty(device=device).requires_grad_(False).eval()
-    if config.tie_embeddings:
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.keep_all.zero_()
+    if config.tie_embeddings and not isinstance(model.lm_head, QuantizedLinear):
         model.lm_head.weight = model.embedding.weight
     return model
 
 
 def weight_targets(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face tensor name -> the tensor (often a slice of a stacked weight) that takes its values."""
+    c = model.config
     targets = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
-    if not model.config.tie_embeddings:
-        targets["lm_head.weight"] = model.lm_head.weight
-    sizes = (model.config.q_size, model.config.kv_size, model.config.kv_size)
+    if not c.tie_embeddings or isinstance(model.lm_head, QuantizedLinear):
+        targets |= projection_targets(model.lm_head, {"lm_head": c.vocab_size})
     for i, layer in enumerate(model.blocks):
         attention, feed_forward = layer.attention, layer.feed_forward
-        stacked: dict[str, Tensor] = {}
-        for suffix, p in attention.wqkv.named_parameters():
-            stacked |= zip((f"self_attn.{n}_proj.{suffix}" for n in "qkv"), p.split(sizes), strict=True)
-        gate, up = feed_forward.gate_up.weight.chunk(2)
-        stacked |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
-        stacked |= {f"self_attn.o_proj.{n}": p for n, p in attention.wo.named_parameters()}
-        stacked |= {f"self_attn.q_norm.{n}": p for n, p in attention.q_norm.named_parameters()}
-        stacked |= {f"self_attn.k_norm.{n}": p for n, p in attention.k_norm.named_parameters()}
-        stacked["mlp.down_proj.weight"] = feed_forward.down.weight
-        stacked["input_layernorm.weight"] = layer.attention_norm.weight
-        stacked["post_attention_layernorm.weight"] = layer.ffn_norm.weight
-        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in stacked.items()}
+        sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}
+        found = projection_targets(attention.wqkv, {f"self_attn.{n}_proj": size for n, size in sizes.items()})
+        found |= projection_targets(attention.wo, {"self_attn.o_proj": c.hidden_size})
+        found |= projection_targets(
+            feed_forward.gate_up, {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
+        )
+        found |= projection_targets(feed_forward.down, {"mlp.down_proj": c.hidden_size})
+        found |= {f"self_attn.q_norm.{n}": p for n, p in attention.q_norm.named_parameters()}
+        found |= {f"self_attn.k_norm.{n}": p for n, p in attention.k_norm.named_parameters()}
+        found["input_layernorm.weight"] = layer.attention_norm.weight
+        found["post_attention_layernorm.weight"] = layer.ffn_norm.weight
+        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in found.items()}
+    return targets
+
+
+def projection_targets(module: nn.Module, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Tensor name -> slice, for a linear layer that stacks the projections of these names and widths."""
+    targets: dict[str, Tensor] = {}
+    for suffix, parameter in module.named_parameters():
+        if isinstance(module, QuantizedLinear) and suffix != "bias":
+            suffix, dim = {"weight": "qweight"}.get(suffix, suffix), 1  # input-channel-major
+            per_column = module.out_features // parameter.shape[1]  # weights to a word, or to a scale
+        else:
+            dim, per_column = 0, 1
+        parts = parameter.split([size // per_column for size in sizes.values()], dim=dim)
+        targets |= {f"{name}.{suffix}": part for name, part in zip(sizes, parts, strict=True)}
     return targets
 
 
@@ -127,9 +151,11 @@ def _check_shards(shards: list[Path], targets: dict[str, Tensor], config: ModelC
                 if name not in targets:
                     raise UserError(f"{shard}: unexpected tensor {name}; config.json describes a model without it")
                 header = tensors.get_slice(name)
-                if header.get_dtype() not in READABLE_DTYPES:
+                packed = PACKED_DTYPES.get(targets[name].dtype)
+                readable = READABLE_DTYPES if packed is None else (packed,)
+                if header.get_dtype() not in readable:
                     raise UserError(
-                        f"{shard}: {name} has dtype {header.get_dtype()}; expected one of {', '.join(READABLE_DTYPES)}"
+                        f"{shard}: {name} has dtype {header.get_dtype()}; expected one of {', '.join(readable)}"
                     )
                 expected = list(targets[name].shape)
                 if header.get_shape() != expected:

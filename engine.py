@@ -21,6 +21,7 @@ from loading import LoadedModel, load_for_decoding
 from model import KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import PLAN_VERSION, SparsityPlan, plan_name
+from quantization import QuantizedLinear
 from sampling import sample
 from streaming import StopStrings, StreamDecoder
 from teal_layers import SparseLinear, set_counting, sparse_layers, sparsify
@@ -350,11 +351,8 @@ def weight_bytes_per_token(model: Transformer) -> float:
 
     Skipped rows are those counted since teal_layers.set_counting; without a count all rows are taken as read.
     """
-    total = float(model.lm_head.weight.nbytes)
-    for module in model.layers.modules():
-        if isinstance(module, SparseLinear) and int(module.seen):
-            row_bytes = torch.tensor(module.sizes) * module.weight.shape[0] * module.weight.itemsize
-            total += float((row_bytes * (module.kept.cpu() / int(module.seen))).sum())
-        elif isinstance(module, (SparseLinear, nn.Linear)):
-            total += module.weight.nbytes
-    return total
+    modules = [m for m in model.layers.modules() if isinstance(m, (SparseLinear, QuantizedLinear, nn.Linear))]
+    return sum(
+        module.bytes_read() if isinstance(module, SparseLinear) else sum(p.nbytes for p in module.parameters())
+        for module in (*modules, model.lm_head)
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from errors import UserError
 from model import ModelConfig, RopeScaling
+from quantization import QuantConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -21,7 +22,6 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False, None),
-    "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -57,6 +57,17 @@ def load_config(folder: Path) -> ModelConfig:
         return _build(path, family, raw)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
+
+
+def load_quantization(folder: Path) -> QuantConfig | None:
+    """How the folder's weights are quantized, None if they are not. Raises UserError for a scheme unknown here."""
+    path = folder / "config.json"
+    raw = read_json(path).get("quantization_config")
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: quantization_config {raw!r} is not usable; expected an object")
+    return QuantConfig.from_json(raw, str(path))
 
 
 def _positive(

@@ -13,23 +13,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kernels.packing import dequantize, quantized_matmul
 from kernels.sparse_linear import sparse_linear
 from model import Block, ModelConfig, Transformer
 from plan import SparsityPlan
+from quantization import QuantizedLinear
 
 
 class SparseLinear(nn.Module):
     """nn.Linear whose input is thresholded by magnitude, with a threshold per named output segment.
 
-    names and sizes list the projections stacked in the weight, e.g. ("q", "k", "v") and their widths.
+    names and sizes list the projections stacked in the weight, e.g. ("q", "k", "v") and their widths. The weight of a
+    QuantizedLinear is shared as it is; scales is None for one in floats.
     Bits of the result match between runs; between thread counts they need not.
     """
 
-    def __init__(self, linear: nn.Linear, names: tuple[str, ...], sizes: list[int]) -> None:
+    def __init__(self, linear: nn.Linear | QuantizedLinear, names: tuple[str, ...], sizes: list[int]) -> None:
         super().__init__()
         self.names = names
         self.sizes = sizes
-        self.weight = nn.Parameter(linear.weight.data.t().contiguous(), requires_grad=False)
+        self.scales: nn.Parameter | None = None
+        self.zeros: nn.Parameter | None = None
+        if isinstance(linear, QuantizedLinear):
+            self.weight, self.scales, self.zeros = linear.weight, linear.scales, linear.zeros
+        else:
+            self.weight = nn.Parameter(linear.weight.data.t().contiguous(), requires_grad=False)
         self.bias = linear.bias
         self.set_thresholds([0.0] * len(names))
         # Entries kept, one count per name, and entries seen; filled only while counting is on.
@@ -77,7 +85,8 @@ class SparseLinear(nn.Module):
     @functools.cached_property
     def relative_norms(self) -> list[Tensor]:
         """For each name, the L2 norm of the weights each input channel meets, over the mean of them: fp32 [K]."""
-        norms = [columns.float().norm(dim=1) for columns in self.weight.split(self.sizes, dim=1)]
+        weight = self.weight if self.scales is None else dequantize(self.weight, self.scales, self.zeros)
+        norms = [columns.float().norm(dim=1) for columns in weight.split(self.sizes, dim=1)]
         return [norm / norm.mean() for norm in norms]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,16 +94,28 @@ class SparseLinear(nn.Module):
         B, T, K = x.shape
         dense_tokens = 0 if T == 1 else T - round(T * self.sparse_share)
         if dense_tokens == T:
-            y = x @ self.weight
+            y = self._dense(x)
         else:
             rows = x[:, dense_tokens:].reshape(-1, K)
             if self.counting:
                 self.kept.add_(torch.stack([(rows.abs() >= t).sum() for t in self._limits(rows.dtype)]))
                 self.seen.add_(rows.numel())
-            y = sparse_linear(rows, self.weight, self.thresholds, self.segments).view(B, T - dense_tokens, -1)
+            y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros)
+            y = y.view(B, T - dense_tokens, -1)
             if dense_tokens:
-                y = torch.cat((x[:, :dense_tokens] @ self.weight, y), dim=1)
+                y = torch.cat((self._dense(x[:, :dense_tokens]), y), dim=1)
         return y if self.bias is None else y + self.bias
+
+    def _dense(self, x: Tensor) -> Tensor:
+        return x @ self.weight if self.scales is None else quantized_matmul(x, self.weight, self.scales, self.zeros)
+
+    def bytes_read(self) -> float:
+        """Bytes of weights that one token reads: less the rows skipped, if entries were counted."""
+        parts = [self.weight] + [t for t in (self.scales, self.zeros) if t is not None]
+        if not int(self.seen):
+            return sum(part.nbytes for part in parts)
+        per_column = sum(part.nbytes for part in parts) / sum(self.sizes)
+        return float((torch.tensor(self.sizes) * per_column * (self.kept.cpu() / int(self.seen))).sum())
 
 
 def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:

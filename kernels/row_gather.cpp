@@ -4,7 +4,8 @@
 //
 // The kept channels of all rows of x are listed once (their union: a weight row is read once for up to
 // MAX_ROWS rows of x), then threads take disjoint blocks of columns. Every column is summed in fp32 in channel
-// order by one thread, so the bits do not depend on the number of threads.
+// order by one thread, so the bits do not depend on the number of threads. Weights of 8 and 4 bits (packing.py) become
+// floats in registers; the scale of a group multiplies the entry of x that all its weights meet.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -13,6 +14,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -29,14 +33,14 @@ inline float widen(at::Half value) { return c10::detail::fp16_ieee_to_fp32_value
 
 struct Kept {
   std::vector<int32_t> channels;
-  std::vector<float> values;  // [channel][row of x], 0 where that row drops the channel
+  std::vector<float> values;  // [channel][columns], an entry for each row of x: 0 where it drops the channel
 };
 
 template <typename T>
-Kept compact(const T* x, int64_t rows, int64_t K, const float* thresholds, int64_t stride) {
+Kept compact(const T* x, int64_t rows, int64_t columns, int64_t K, const float* thresholds, int64_t stride) {
   Kept kept;
   kept.channels.resize(K + UNROLL);
-  kept.values.resize((K + UNROLL) * rows);
+  kept.values.resize((K + UNROLL) * columns);
   int64_t count = 0;
   for (int64_t k = 0; k < K; ++k) {
     const float limit = static_cast<float>(static_cast<T>(thresholds[k * stride]));
@@ -44,7 +48,7 @@ Kept compact(const T* x, int64_t rows, int64_t K, const float* thresholds, int64
     for (int64_t b = 0; b < rows; ++b) {
       const float value = static_cast<float>(x[b * K + k]);
       const bool keep = !(std::fabs(value) < limit);  // NaN stays NaN
-      kept.values[count * rows + b] = keep ? value : 0.0f;
+      kept.values[count * columns + b] = keep ? value : 0.0f;
       any |= keep;
     }
     kept.channels[count] = static_cast<int32_t>(k);
@@ -89,48 +93,132 @@ void sum_columns(const Kept& kept, const T* weight, int64_t stride, int64_t widt
     for (int64_t n = 0; n < width; ++n) y[r * y_stride + n] = static_cast<T>(sums[r][n]);
 }
 
+struct Quantized {
+  const at::Tensor& values;
+  const at::Tensor& scales;
+  const uint8_t* zeros;  // of 4-bit weights
+};
+
+// As sum_columns, for the groups of GROUP columns from first_group on.
+template <typename T, int ROWS, int BITS, int GROUP>
+void sum_groups(const Kept& kept, const Quantized& weight, int64_t first_group, int64_t groups, int64_t rows, T* y,
+                int64_t y_stride) {
+  constexpr int64_t WORDS = GROUP / 8;
+  alignas(64) float sums[ROWS][BLOCK] = {};
+  float offsets[ROWS][BLOCK / GROUP] = {};
+  const int64_t count = kept.channels.size(), row_groups = weight.scales.size(1);
+  const T* scales = weight.scales.const_data_ptr<T>();
+  using Value = std::conditional_t<BITS == 8, int8_t, int32_t>;
+  constexpr int64_t VALUES = BITS == 8 ? GROUP : WORDS;  // to a group
+  const Value* values = weight.values.const_data_ptr<Value>();
+  for (int64_t i = 0; i < count; i += UNROLL) {
+    int64_t at[UNROLL];  // the first group of each channel; past the last channel it again, times 0
+    for (int64_t u = 0; u < UNROLL; ++u)
+      at[u] = kept.channels[std::min(i + u, count - 1)] * row_groups + first_group;
+    for (int64_t u = 0; u < UNROLL; ++u) {
+      const int64_t ahead = kept.channels[std::min(i + UNROLL + u, count - 1)] * row_groups + first_group;
+      for (int64_t n = 0; n < groups * VALUES; n += 64 / sizeof(Value)) __builtin_prefetch(values + ahead * VALUES + n);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      float a[ROWS][UNROLL];
+      for (int r = 0; r < ROWS; ++r)
+        for (int64_t u = 0; u < UNROLL; ++u)
+          a[r][u] = i + u < count ? kept.values[(i + u) * ROWS + r] * widen(scales[at[u] + g]) : 0.0f;
+      const Value* q[UNROLL];
+      for (int64_t u = 0; u < UNROLL; ++u) q[u] = values + (at[u] + g) * VALUES;
+      float* out = sums[0] + g * GROUP;
+      const auto add = [&](int64_t n, float w0, float w1, float w2, float w3) {
+        for (int r = 0; r < ROWS; ++r)
+          out[r * BLOCK + n] += (a[r][0] * w0 + a[r][1] * w1) + (a[r][2] * w2 + a[r][3] * w3);
+      };
+      if constexpr (BITS == 8) {
+        for (int64_t n = 0; n < GROUP; ++n) add(n, q[0][n], q[1][n], q[2][n], q[3][n]);
+      } else {
+        for (int r = 0; r < ROWS; ++r)
+          for (int64_t u = 0; u < UNROLL; ++u) offsets[r][g] += a[r][u] * static_cast<float>(weight.zeros[at[u] + g]);
+        for (int j = 0; j < 8; ++j)
+          for (int64_t w = 0; w < WORDS; ++w)
+            add(j * WORDS + w, q[0][w] >> (4 * j) & 15, q[1][w] >> (4 * j) & 15, q[2][w] >> (4 * j) & 15,
+                q[3][w] >> (4 * j) & 15);
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t n = 0; n < groups * GROUP; ++n)
+      y[r * y_stride + n] = static_cast<T>(sums[r][n] - offsets[r][n / GROUP]);
+}
+
+template <typename T, int BITS>
+void sum_quantized(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t group, int64_t rows,
+                   T* y, int64_t y_stride) {
+  const auto of_group = [&]<int GROUP>() {
+    if (rows == 1) return sum_groups<T, 1, BITS, GROUP>(kept, weight, begin / group, width / group, rows, y, y_stride);
+    return sum_groups<T, MAX_ROWS, BITS, GROUP>(kept, weight, begin / group, width / group, rows, y, y_stride);
+  };
+  switch (group) {
+    case 32: return of_group.template operator()<32>();
+    case 64: return of_group.template operator()<64>();
+    default: return of_group.template operator()<128>();
+  }
+}
+
 template <typename T>
 void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresholds, at::IntArrayRef segments,
-         at::Tensor& y) {
-  const int64_t rows = x.size(0), K = x.size(1), N = weight.size(1), stride = weight.stride(0);
+         const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zeros, at::Tensor& y) {
+  const int64_t rows = x.size(0), K = x.size(1), N = y.size(1), stride = weight.stride(0);
+  const int64_t group = scales ? N / scales->size(1) : 1;
+  TORCH_CHECK_VALUE(!scales || group == 32 || group == 64 || group == 128, "groups of ", group, ": expected 32, 64, 128");
   const float* limits = thresholds.const_data_ptr<float>();
   const int64_t per_channel = thresholds.dim() == 2 ? thresholds.stride(1) : 0;
   const int64_t share = (N + at::get_num_threads() - 1) / at::get_num_threads();
-  const int64_t block = std::clamp((share + LINE - 1) / LINE * LINE, LINE, BLOCK);
+  const int64_t unit = std::max(LINE, group);
+  const int64_t block = std::clamp((share + unit - 1) / unit * unit, unit, BLOCK);
   std::vector<Kept> kept;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // (segment, first column)
   std::vector<int64_t> ends;
   int64_t column = 0;
   for (size_t s = 0; s < segments.size(); ++s) {
-    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, K, limits + s * thresholds.stride(0), per_channel));
+    const int64_t columns = scales && rows > 1 ? MAX_ROWS : rows;
+    const float* own = limits + s * thresholds.stride(0);
+    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, columns, K, own, per_channel));
     for (int64_t begin = column; begin < column + segments[s]; begin += block) tasks.emplace_back(s, begin);
     column += segments[s];
     ends.push_back(column);
   }
-  const T* w = weight.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
   at::parallel_for(0, tasks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const auto [s, begin] = tasks[t];
       const int64_t width = std::min(block, ends[s] - begin);
+      if (scales) {
+        const Quantized quantized{weight, *scales, zeros ? zeros->const_data_ptr<uint8_t>() : nullptr};
+        const auto sum = zeros ? sum_quantized<T, 4> : sum_quantized<T, 8>;
+        sum(kept[s], quantized, begin, width, group, rows, out + begin, N);
+        continue;
+      }
+      const T* w = weight.const_data_ptr<T>() + begin;
       switch (rows) {
-        case 1: sum_columns<T, 1>(kept[s], w + begin, stride, width, out + begin, N); break;
-        case 2: sum_columns<T, 2>(kept[s], w + begin, stride, width, out + begin, N); break;
-        case 3: sum_columns<T, 3>(kept[s], w + begin, stride, width, out + begin, N); break;
-        default: sum_columns<T, 4>(kept[s], w + begin, stride, width, out + begin, N);
+        case 1: sum_columns<T, 1>(kept[s], w, stride, width, out + begin, N); break;
+        case 2: sum_columns<T, 2>(kept[s], w, stride, width, out + begin, N); break;
+        case 3: sum_columns<T, 3>(kept[s], w, stride, width, out + begin, N); break;
+        default: sum_columns<T, 4>(kept[s], w, stride, width, out + begin, N);
       }
     }
   });
 }
 
 at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresholds,
-                      at::IntArrayRef segments) {
+                      at::IntArrayRef segments, const std::optional<at::Tensor>& scales,
+                      const std::optional<at::Tensor>& zeros) {
   TORCH_CHECK_VALUE(x.size(0) <= MAX_ROWS && x.is_contiguous(), "x ", x.sizes(), ": expected few, contiguous rows");
-  at::Tensor y = at::empty({x.size(0), weight.size(1)}, x.options());
+  TORCH_CHECK_VALUE(!scales || (weight.is_contiguous() && scales->is_contiguous() && (!zeros || zeros->is_contiguous())),
+                    "a quantized weight must be contiguous");
+  const int64_t N = std::accumulate(segments.begin(), segments.end(), int64_t{0});
+  at::Tensor y = at::empty({x.size(0), N}, x.options());
   switch (x.scalar_type()) {
-    case at::kFloat: run<float>(x, weight, thresholds, segments, y); break;
-    case at::kBFloat16: run<at::BFloat16>(x, weight, thresholds, segments, y); break;
-    case at::kHalf: run<at::Half>(x, weight, thresholds, segments, y); break;
+    case at::kFloat: run<float>(x, weight, thresholds, segments, scales, zeros, y); break;
+    case at::kBFloat16: run<at::BFloat16>(x, weight, thresholds, segments, scales, zeros, y); break;
+    case at::kHalf: run<at::Half>(x, weight, thresholds, segments, scales, zeros, y); break;
     default: TORCH_CHECK_VALUE(false, "dtype ", x.scalar_type(), ": expected fp32, bf16 or fp16");
   }
   return y;
@@ -139,6 +227,7 @@ at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::T
 }  // namespace
 
 TORCH_LIBRARY(teal_cpu, library) {
-  library.def("row_gather(Tensor x, Tensor weight, Tensor thresholds, int[] segments) -> Tensor");
+  library.def(
+      "row_gather(Tensor x, Tensor weight, Tensor thresholds, int[] segments, Tensor? scales, Tensor? zeros) -> Tensor");
   library.impl("row_gather", c10::DispatchKey::CPU, row_gather);
 }

@@ -27,8 +27,8 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++20", "-fPIC", "-fop
 
 
 @functools.cache
-def native_row_gather() -> Callable[[Tensor, Tensor, Tensor, list[int]], Tensor] | None:
-    """The compiled op (x, weight, thresholds, segments) -> y, or None, said once on stderr, if it cannot be built."""
+def native_row_gather() -> Callable[[Tensor, Tensor, Tensor, list[int], Tensor | None, Tensor | None], Tensor] | None:
+    """The compiled op with the arguments of sparse_linear, or None, said once on stderr, if it cannot be built."""
     try:
         library = _built_library()
         torch.ops.load_library(library)

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "files", "params", "model", "plan"},
     {"cli", "kernels"},
-    {"teal_layers", "fused_block", "hardware", "compilation", "sampling"},
+    {"quantization", "teal_layers", "fused_block", "hardware", "compilation", "sampling"},
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
     {"texts", "greedy", "calibration", "evaluation", "harness", "teal_import", "plots"},
     {"engine"},
-    {"generate", "calibrate", "evaluate", "bench"},
+    {"generate", "calibrate", "evaluate", "quantize", "bench"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(p for p in ROOT.rglob("*.py") if "tests" not in p.parts and not any(s.startswith(".") for s in p.parts))

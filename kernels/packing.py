@@ -1,0 +1,94 @@
+"""Weights of 8 or 4 bits, input-channel-major like all others, with a scale for each group of columns of a channel.
+
+A quantized weight [K, N] is three tensors. Of 8 bits: values int8 [K, N], scales [K, N/group], no zeros; a weight is
+value * scale. Of 4 bits: values int32 [K, N/8], eight to a word, scales [K, N/group], zeros uint8 [K, N/group]; a weight
+is (value - zero) * scale. Groups lie along the output dimension, within one input channel: a channel that is not read
+takes its scales with it, and a scale multiplies the one activation that all weights of its group meet.
+
+Nibble j of word w of a group holds the group's column j * group/8 + w, so that the same nibble of neighbouring words
+is neighbouring columns.
+"""
+
+import torch
+from torch import Tensor
+
+NIBBLES = 8  # to an int32 word
+COLUMNS_AT_ONCE = 4096  # that quantized_matmul turns into floats: 4096 x 14336 bf16 are 117 MB
+
+
+def packed_columns(values: Tensor) -> int:
+    """How many weights a row of values holds."""
+    return values.shape[1] * (NIBBLES if values.dtype == torch.int32 else 1)
+
+
+def pack_int4(values: Tensor, group_size: int) -> Tensor:
+    """Integers 0 to 15, any integer dtype [K, N] -> int32 [K, N/8]. N must be a multiple of group_size, that of 8."""
+    K, N = values.shape
+    nibbles = values.to(torch.int32).view(K, N // group_size, NIBBLES, group_size // NIBBLES)
+    words = torch.zeros_like(nibbles[:, :, 0])
+    for j in range(NIBBLES):
+        words |= nibbles[:, :, j] << (4 * j)
+    return words.reshape(K, N // NIBBLES)
+
+
+def unpack_int4(words: Tensor, group_size: int) -> Tensor:
+    """The inverse of pack_int4: uint8 [K, N]."""
+    K = words.shape[0]
+    grouped = words.view(K, -1, 1, group_size // NIBBLES)
+    shifts = 4 * torch.arange(NIBBLES, dtype=torch.int32, device=words.device)[:, None]
+    return (grouped >> shifts & 15).to(torch.uint8).reshape(K, -1)
+
+
+def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The weight [K, N] that values, scales and zeros stand for, in the scales' dtype, rounded once from fp32."""
+    K, groups = scales.shape
+    group_size = packed_columns(values) // groups
+    if values.dtype == torch.int32:
+        assert zeros is not None
+        integers = unpack_int4(values, group_size).float().view(K, groups, group_size) - zeros.float()[:, :, None]
+    else:
+        integers = values.float().view(K, groups, group_size)
+    return (integers * scales.float()[:, :, None]).to(scales.dtype).view(K, -1)
+
+
+@torch.library.custom_op("teal::quantized_matmul", mutates_args=())
+def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """x [..., K] times a quantized weight [K, N], a block of columns at a time: no full copy in floats. [..., N]."""
+    check_quantized(values, scales, zeros, x.shape[-1])
+    if x.dtype != scales.dtype:
+        raise ValueError(f"x is {x.dtype} and scales {scales.dtype}: expected the same")
+    N, groups = packed_columns(values), scales.shape[1]
+    group_size = N // groups
+    step = max(1, COLUMNS_AT_ONCE // group_size)  # groups
+    words = values.shape[1] // groups
+    y = x.new_empty(*x.shape[:-1], N)
+    for g in range(0, groups, step):
+        weight = dequantize(
+            values[:, g * words : (g + step) * words],
+            scales[:, g : g + step],
+            None if zeros is None else zeros[:, g : g + step],
+        )
+        y[..., g * group_size : g * group_size + weight.shape[1]] = x @ weight
+    return y
+
+
+@quantized_matmul.register_fake
+def _(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed_columns(values))
+
+
+def check_quantized(values: Tensor, scales: Tensor, zeros: Tensor | None, K: int) -> None:
+    """Raise ValueError unless the three are one quantized weight [K, N]."""
+    if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != K:
+        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{K}, ...]")
+    if scales.dim() != 2 or scales.shape[0] != K or not scales.is_floating_point() or scales.shape[1] < 1:
+        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
+    if packed_columns(values) % scales.shape[1]:
+        raise ValueError(f"{scales.shape[1]} groups do not divide {packed_columns(values)} columns")
+    if (zeros is None) != (values.dtype == torch.int8):
+        raise ValueError("zeros: expected with 4 bits, and not with 8")
+    if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
+        raise ValueError(f"zeros are {zeros.dtype} {tuple(zeros.shape)}: expected uint8 {tuple(scales.shape)}")
+    for tensor in (scales, zeros):
+        if tensor is not None and tensor.device != values.device:
+            raise ValueError(f"values are on {values.device}, scales or zeros on {tensor.device}: expected the same")

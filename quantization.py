@@ -1,0 +1,148 @@
+"""Weight quantization: rounding to nearest, and the module that replaces nn.Linear from outside.
+
+int8 is symmetric, int4 has a zero point; both have a scale for each group of weights (kernels/packing.py). Groups lie
+along the output dimension, within an input channel, so that activation sparsity skips scales with their weights and an
+outlier channel keeps to itself (AdaDim, ICLR 2024, arXiv 2309.15531, groups this way too).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from kernels.packing import NIBBLES, dequantize, pack_int4, quantized_matmul
+from kernels.sparse_linear import sparse_linear
+from model import ModelConfig, Transformer
+
+QUANT_METHOD = "teal"
+QUANT_VERSION = 1
+BITS = {"int8": 8, "int4": 4}
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """How a checkpoint's projections are quantized; lm_head: whether the head is too, in 8 bits."""
+
+    mode: str
+    group_size: int
+    lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in BITS:
+            raise UserError(f"quantization mode {self.mode!r} is unknown; expected one of {', '.join(BITS)}")
+        if self.group_size not in GROUP_SIZES:
+            raise UserError(f"group size {self.group_size} is not usable; expected one of {GROUP_SIZES}")
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.mode]
+
+    def as_json(self) -> dict[str, Any]:
+        """What config.json keeps under quantization_config."""
+        return {"quant_method": QUANT_METHOD, "version": QUANT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: str) -> "QuantConfig":
+        """The inverse of as_json. Raises UserError, naming where, for another method, version or value."""
+        if raw.get("quant_method") != QUANT_METHOD:
+            raise UserError(f"{where}: quant_method {raw.get('quant_method')!r} is not supported; expected 'teal'")
+        if raw.get("version") != QUANT_VERSION:
+            raise UserError(f"{where}: quantization version {raw.get('version')!r}; this code reads {QUANT_VERSION}")
+        fields = {name: raw[name] for name in cls.__slots__ if name in raw}
+        try:
+            return cls(**fields)
+        except (TypeError, UserError) as error:
+            raise UserError(f"{where}: quantization_config: {error}") from None
+
+
+def pick_group_size(config: ModelConfig, asked: int | None) -> int:
+    """The group size asked for, or the largest usable one. Raises UserError, saying which divide, if it does not."""
+    widths = {"q": config.q_size, "k and v": config.kv_size, "hidden": config.hidden_size}
+    widths["intermediate"] = config.intermediate_size
+    usable = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
+    size = asked or (usable[0] if usable else GROUP_SIZES[-1])
+    if size in usable:
+        return size
+    odd = next((f"the {name} width {width}" for name, width in widths.items() if width % size), "the packed layout")
+    others = f"expected one of {', '.join(map(str, usable))}" if usable else "no group size divides all of its widths"
+    raise UserError(f"--group-size {size} does not fit {odd} of this model; {others}")
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight [K, N] -> values, scales (of its dtype), zeros, as kernels/packing.py lays them out.
+
+    Scales are rounded to weight's dtype before values are, so that rounding them costs nothing more.
+    """
+    K, N = weight.shape
+    groups = weight.float().view(K, N // group_size, group_size)
+    scales, zeros = group_scales(groups, bits, weight.dtype)
+    values = round_groups(groups, scales, zeros, bits).view(K, N)
+    if bits == 8:
+        return values.to(torch.int8), scales, None
+    return pack_int4(values, group_size), scales, zeros.to(torch.uint8)
+
+
+def group_scales(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales in dtype and zeros fp32, both [..., G], that cover groups fp32 [..., G, group_size]."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = torch.maximum(-low, high) / 127 if bits == 8 else (high - low) / 15
+    smallest = torch.finfo(dtype).tiny
+    scales = torch.where(scales < smallest, 1.0, scales).to(dtype)  # a group of zeros: any scale will do
+    zeros = torch.zeros_like(low) if bits == 8 else (-low / scales.float()).round().clamp(0, 15)
+    return scales, zeros
+
+
+def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """The integers nearest to groups [..., G, group_size], as fp32."""
+    low, high = (-127, 127) if bits == 8 else (0, 15)
+    return (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(low, high)
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear with weights of 8 or 4 bits in the layout of kernels/packing.py."""
+
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
+        super().__init__()
+        K, N = linear.in_features, linear.out_features
+        columns, dtype = (N, torch.int8) if bits == 8 else (N // NIBBLES, torch.int32)
+        like = linear.weight
+        self.weight = nn.Parameter(like.new_empty(K, columns, dtype=dtype), requires_grad=False)
+        self.scales = nn.Parameter(like.new_empty(K, N // group_size), requires_grad=False)
+        zeros = None if bits == 8 else nn.Parameter(self.scales.new_empty(self.scales.shape, dtype=torch.uint8), False)
+        self.zeros = zeros
+        self.keep_all = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
+        self.bias = linear.bias
+        self.bits, self.group_size, self.out_features = bits, group_size, N
+
+    def set_weight(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+        """Take these as the weight."""
+        for own, new in ((self.weight, values), (self.scales, scales), (self.zeros, zeros)):
+            if own is not None and new is not None:
+                own.copy_(new)
+
+    def dequantized(self) -> Tensor:
+        """The weight [K, N] in the scales' dtype."""
+        return dequantize(self.weight, self.scales, self.zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, K] or [..., K] -> [..., N]; one token a row takes the kernels of the sparse product."""
+        if x.dim() == 3 and x.shape[1] > 1:
+            y = quantized_matmul(x, self.weight, self.scales, self.zeros)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            y = sparse_linear(rows, self.weight, self.keep_all, [self.out_features], self.scales, self.zeros)
+            y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def use_quantized_linears(model: Transformer, config: QuantConfig) -> None:
+    """Replace the projections, and the head if config says so, in place by QuantizedLinear modules without values."""
+    for block in model.blocks:
+        for parent, names in ((block.attention, ("wqkv", "wo")), (block.feed_forward, ("gate_up", "down"))):
+            for name in names:
+                setattr(parent, name, QuantizedLinear(getattr(parent, name), config.bits, config.group_size))
+    if config.lm_head:
+        model.lm_head = QuantizedLinear(model.lm_head, 8, config.group_size)  # type: ignore[assignment]

@@ -1,0 +1,180 @@
+"""Quantize a checkpoint's weights: python quantize.py --checkpoint DIR --mode int4 -o OUT
+
+Hugging Face folder in, Hugging Face-style folder out, which every other command takes as --checkpoint. One layer at a
+time: memory holds a tensor in floats and the layer's quantized weights. An interrupted run goes on where it stopped.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import cli
+from errors import UserError
+
+SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of quantize.py."""
+    parser = cli.Parser("Quantize a checkpoint's weights to 8 or 4 bits.")
+    parser.add_argument(
+        "--checkpoint", help="model folder, .gguf file or hub id (org/name); default SmolLM2-135M-Instruct"
+    )
+    parser.add_argument("--mode", choices=("int8", "int4"), required=True, help="bits of a weight")
+    parser.add_argument("--group-size", type=cli.positive_int, help="weights to a scale; default the largest that fits")
+    parser.add_argument("--lm-head", choices=("none", "int8"), default="none", help="quantize the output head too")
+    parser.add_argument(
+        "--grouping",
+        choices=("output", "input"),
+        default="output",
+        help="dimension along which groups lie; input is the usual one, for comparison: written as floats",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    return parser
+
+
+def main() -> None:
+    """Quantize and say what came of it on stderr."""
+    args = build_parser().parse_args()
+    from checkpoint import find_shards
+    from hf_config import load_config, load_quantization
+    from quantization import QuantConfig, pick_group_size
+    from source import resolve_checkpoint
+
+    source = resolve_checkpoint(args.checkpoint)
+    config = load_config(source)
+    if load_quantization(source) is not None:
+        raise UserError(f"--checkpoint {args.checkpoint}: is quantized already; give the original model")
+    if args.output.resolve() == source.resolve():
+        raise UserError(f"--output {args.output}: is the checkpoint itself; name another folder")
+    if args.output.exists() and not args.force:
+        raise UserError(f"--output {args.output}: exists; remove it, name another or pass --force")
+    scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8")
+    before = sum(shard.stat().st_size for shard in find_shards(source))
+    quantize_folder(source, args.output, scheme, as_floats=args.grouping == "input")
+    after = sum(shard.stat().st_size for shard in find_shards(args.output))
+    print(
+        f"{args.output}: {args.mode}, groups of {scheme.group_size} along the {args.grouping}, "
+        f"{before / 1e6:.0f} -> {after / 1e6:.0f} MB",
+        file=sys.stderr,
+    )
+
+
+def quantize_folder(source: Path, output: Path, scheme: Any, as_floats: bool = False) -> None:
+    """Write source's quantized model to output, through a folder beside it that a later call may go on with.
+
+    as_floats: with groups along the input dimension, written as floats that hold the rounded values. Raises UserError.
+    """
+    from filelock import FileLock
+
+    output = output.resolve()
+    work = output.with_name(f".{output.name}.part")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.with_name(f".{output.name}.lock")):
+        _start_or_resume(work, source, scheme, as_floats)
+        _write_shards(source, work, scheme, as_floats)
+        for path in source.iterdir():
+            if path.is_file() and not path.name.endswith(SKIPPED_FILES) and not path.name.startswith("."):
+                shutil.copyfile(path, work / path.name)
+        description = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        description["quantized_values" if as_floats else "quantization_config"] = scheme.as_json()
+        (work / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (work / "progress.json").unlink()
+        if output.exists():  # only with --force
+            shutil.rmtree(output)
+        work.rename(output)
+
+
+def _start_or_resume(work: Path, source: Path, scheme: Any, as_floats: bool) -> None:
+    """Make work a folder of this very job: what another job left there is removed."""
+    from checkpoint import model_identity
+
+    key = {"source": model_identity(source), **scheme.as_json(), "as_floats": as_floats}
+    marker = work / "progress.json"
+    if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != key:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        marker.write_text(json.dumps(key), encoding="utf-8")
+
+
+def _write_shards(source: Path, work: Path, scheme: Any, as_floats: bool) -> None:
+    """A shard for each layer and one for the rest, skipping those that are there, and their index."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from files import atomic_file
+
+    jobs = _jobs(source, scheme)
+    index: dict[str, str] = {}
+    total = 0
+    for i, names in enumerate(tqdm(jobs, desc="quantizing", unit="layer", disable=None)):
+        path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
+        if not path.exists():
+            with atomic_file(path) as temporary:
+                save_file(_quantized_tensors(names, scheme, as_floats), temporary, metadata={"format": "pt"})
+        with safe_open(path, framework="pt") as tensors:
+            index |= dict.fromkeys(tensors.keys(), path.name)
+        total += path.stat().st_size
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (work / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _jobs(source: Path, scheme: Any) -> list[dict[str, Path]]:
+    """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
+    from checkpoint import find_shards, open_shard
+    from hf_config import load_config
+
+    where: dict[str, Path] = {}
+    for shard in find_shards(source):
+        with open_shard(shard) as tensors:
+            where |= dict.fromkeys(tensors.keys(), shard)
+    config = load_config(source)
+    if scheme.lm_head and config.tie_embeddings:
+        where["lm_head.weight"] = where["model.embed_tokens.weight"]
+    elif config.tie_embeddings:
+        where.pop("lm_head.weight", None)
+    prefixes = [f"model.layers.{i}." for i in range(config.num_layers)]
+    jobs = [{name: path for name, path in where.items() if name.startswith(prefix)} for prefix in prefixes]
+    layers = set().union(*jobs)
+    return [*jobs, {name: path for name, path in where.items() if name not in layers}]
+
+
+def _quantized_tensors(names: dict[str, Path], scheme: Any, as_floats: bool) -> dict[str, Any]:
+    """What a shard holds of these tensors: projections quantized, the rest as it is. Raises UserError."""
+    from checkpoint import open_shard
+    from kernels.packing import dequantize
+    from quantization import round_to_nearest
+
+    result: dict[str, Any] = {}
+    dtypes: dict[Any, str] = {}
+    for name, path in sorted(names.items()):
+        with open_shard(path) as tensors:
+            stored = "model.embed_tokens.weight" if name not in tensors.keys() else name  # noqa: SIM118 - a tied head
+            tensor = tensors.get_tensor(stored)
+        head = name == "lm_head.weight" and scheme.lm_head
+        if not head and not name.endswith("_proj.weight"):
+            result[name] = tensor.contiguous()
+            continue
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged")
+        dtypes.setdefault(tensor.dtype, name)
+        if len(dtypes) > 1:
+            (one, first), (other, second) = dtypes.items()
+            raise UserError(f"{path}: {first} is {one} and {second} is {other}; expected one dtype in a layer")
+        bits = 8 if head else scheme.bits
+        if as_floats and not head:
+            result[name] = dequantize(*round_to_nearest(tensor, bits, scheme.group_size)).contiguous()
+            continue
+        parts = round_to_nearest(tensor.t().contiguous(), bits, scheme.group_size)
+        prefix = name.removesuffix("weight")
+        result |= {prefix + n: t for n, t in zip(("qweight", "scales", "zeros"), parts, strict=True) if t is not None}
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,321 @@
+"""Quantized weights: layout, rounding, products against plain fp32, and the way from quantize.py to text."""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import calibrate
+import cli
+import evaluate
+import generate
+import quantize
+from checkpoint import find_shards, load_model
+from errors import UserError
+from kernels.packing import dequantize, pack_int4, quantized_matmul, unpack_int4
+from kernels.reference import sparse_linear_reference
+from kernels.sparse_linear import sparse_linear
+from model import KVCache, Transformer
+from quantization import QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest
+from tests.conftest import assert_one_line_error, relative_error, save_tiny_model, tiny_config
+
+Command = Callable[..., tuple[int, str, str]]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
+    """A checkpoint whose widths are multiples of 32, with q, k and v biases."""
+    folder = tmp_path_factory.mktemp("quantizable")
+    config = tiny_config("qwen2", **SIZES, vocab_size=320, max_position_embeddings=400, tie_word_embeddings=True)
+    save_tiny_model(config, folder)
+    (folder / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Call a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(module: Any, *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(module.main)
+        out, err = capsys.readouterr()
+        return int(exit_info.value.code or 0), out, err
+
+    return call
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_packing_is_undone_by_unpacking(group_size: int) -> None:
+    values = torch.randint(0, 16, (5, 256), generator=torch.Generator().manual_seed(0))
+    words = pack_int4(values, group_size)
+    assert words.dtype == torch.int32 and words.shape == (5, 32)
+    assert torch.equal(unpack_int4(words, group_size), values.to(torch.uint8))
+    # the documented place of a column: nibble j of word w of group g
+    g, j, w = 1, 5, 2
+    column = g * group_size + j * group_size // 8 + w
+    assert int(words[3, g * group_size // 8 + w]) >> 4 * j & 15 == int(values[3, column])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounding_errs_by_half_a_step(bits: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values, scales, zeros = round_to_nearest(weight, bits, 32)
+    assert scales.dtype == dtype and (zeros is None) == (bits == 8)
+    exact = dequantize(values, scales.float(), zeros)
+    steps = scales.float().repeat_interleave(32, dim=1)
+    # int4: the zero point is rounded as well, which can cut off half a step at one end
+    assert ((exact - weight.float()).abs() <= steps * (0.51 if bits == 8 else 1.01)).all()
+    assert relative_error(exact, weight.float()) <= (0.01 if bits == 8 else 0.11)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [0.0, 3.0, -0.25, 1e-30])
+def test_constant_rows_are_exact(value: float, bits: int) -> None:
+    weight = torch.full((3, 64), value)
+    values, scales, zeros = round_to_nearest(weight, bits, 32)
+    assert torch.allclose(dequantize(values, scales, zeros), weight, rtol=1e-6, atol=1e-29)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("B", [1, 2, 4, 9])
+def test_products_equal_those_of_the_dequantized_weight(
+    B: int, group_size: int, bits: int, dtype: torch.dtype
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, 77, generator=generator).to(dtype)
+    weight = round_to_nearest(torch.randn(77, 1152, generator=generator).to(dtype), bits, group_size)
+    values, scales, zeros = weight
+    exact = dequantize(values, scales.float(), zeros)
+    thresholds, segments = torch.tensor([0.3, 0.9, 0.0]), [640, 384, 128]
+    actual = sparse_linear(x, values, thresholds, segments, scales, zeros)
+    expected = sparse_linear_reference(x, exact, thresholds, segments)
+    assert actual.dtype == dtype and relative_error(actual, expected) <= TOLERANCE[dtype]
+    dense = quantized_matmul(x, *weight)
+    assert relative_error(dense, x.float() @ exact) <= 2 * TOLERANCE[dtype]
+
+
+def test_a_product_in_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 16), torch.randn(16, 320)
+    packed = round_to_nearest(weight, 4, 32)
+    whole = quantized_matmul(x, *packed)
+    monkeypatch.setattr("kernels.packing.COLUMNS_AT_ONCE", 96)
+    assert relative_error(quantized_matmul(x, *packed), whole) <= 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_that_x_drops_are_never_read(bits: int) -> None:
+    x = torch.randn(1, 64)
+    values, scales, zeros = round_to_nearest(torch.randn(64, 96), bits, 32)
+    limits = torch.tensor([0.7])
+    expected = sparse_linear_reference(x, dequantize(values, scales, zeros), limits, [96])
+    scales[(x.abs() < limits)[0]] = math.nan
+    assert relative_error(sparse_linear(x, values, limits, [96], scales, zeros), expected) <= 2e-6
+
+
+def test_bad_quantized_arguments_are_refused() -> None:
+    x, limits = torch.ones(1, 4), torch.zeros(1)
+    values, scales, zeros = round_to_nearest(torch.ones(4, 64), 4, 32)
+    bad = {
+        "zeros: expected": (x, values, limits, [64], scales, None),
+        "expected the same": (x.bfloat16(), values, limits, [64], scales, zeros),
+        "expected floats": (x, values, limits, [64], scales[:3], zeros),
+        "expected uint8": (x, values, limits, [64], scales, scales),
+        "no multiples of the group size": (x, values, torch.zeros(2), [48, 16], scales, zeros),
+        "do not cover": (x, values, limits, [32], scales, zeros),
+        "expected int8 or int32": (x, values.to(torch.int64), limits, [64], scales, zeros),
+    }
+    for message, arguments in bad.items():
+        with pytest.raises(ValueError) as error:
+            sparse_linear(*arguments)
+        assert message in str(error.value), message
+
+
+def test_opcheck() -> None:
+    values, scales, zeros = round_to_nearest(torch.randn(16, 64), 4, 32)
+    torch.library.opcheck(sparse_linear, (torch.randn(1, 16), values, torch.zeros(1), [64], scales, zeros))
+    torch.library.opcheck(quantized_matmul, (torch.randn(2, 3, 16), values, scales, zeros))
+
+
+def dequantized_twin(folder: Path, quantized: Transformer) -> Transformer:
+    """The dense model of folder with the weights that quantized stands for."""
+    twin = load_model(folder, torch.device("cpu"), torch.float32)
+    modules = dict(quantized.named_modules())
+    for name, module in twin.named_modules():
+        if isinstance(module, torch.nn.Linear) and isinstance(modules[name], QuantizedLinear):
+            module.weight = torch.nn.Parameter(modules[name].dequantized().t(), requires_grad=False)
+    return twin
+
+
+@torch.inference_mode()
+def logits(model: Transformer, tokens: int = 30) -> torch.Tensor:
+    """Of a prompt of 10 tokens and then one token a call."""
+    ids = torch.randint(0, 300, (1, tokens), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 1, tokens, torch.device("cpu"), torch.float32)
+    at = torch.arange(tokens)[None]
+    parts = [model(ids[:, :10], at[:, :10], cache)]
+    parts += [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(10, tokens)]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("mode,head", [("int8", "none"), ("int4", "none"), ("int4", "int8")])
+def test_a_quantized_folder_computes_what_its_weights_say(
+    folder: Path, tmp_path: Path, run: Command, mode: str, head: str
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    code, stdout, err = run(quantize, "--checkpoint", folder, "--mode", mode, "--lm-head", head, "-o", out)
+    assert code == 0 and stdout == "" and f"{mode}, groups of 32 along the output" in err, err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["out"]
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    model = load_model(out, torch.device("cpu"), torch.float32)
+    assert isinstance(model.lm_head, QuantizedLinear) == (head == "int8")
+    assert relative_error(logits(model), logits(dequantized_twin(folder, model))) <= 1e-5
+    dense = logits(load_model(folder, torch.device("cpu"), torch.float32))
+    assert relative_error(logits(model), dense) <= (0.1 if mode == "int8" else 0.9)
+
+
+def test_every_command_takes_a_quantized_folder(folder: Path, tmp_path: Path, run: Command) -> None:
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    assert run(quantize, "--checkpoint", folder, "--mode", "int4", "-o", out)[0] == 0
+    options = ("--checkpoint", out, "--device", "cpu", "--dtype", "fp32")
+    code, _, err = run(calibrate, *options, "--sparsity", "0.5", "--sequences", "2", "--length", "64", "-o", plan)
+    assert code == 0, err
+    code, text, err = run(generate, *options, "--prompt", "The", "--plan", plan, "--max-new-tokens", "8", "--stats")
+    assert code == 0 and text.strip(), err
+    code, table, err = run(evaluate, *options, "--plan", plan, "--tokens", "128", "--json")
+    assert code == 0 and "perplexity" in table, err
+
+
+def test_groups_along_the_input_are_written_as_floats(folder: Path, tmp_path: Path, run: Command) -> None:
+    out = tmp_path / "out"
+    assert run(quantize, "--checkpoint", folder, "--mode", "int4", "--grouping", "input", "-o", out)[0] == 0
+    name = "model.layers.1.mlp.down_proj.weight"
+    [original] = [load_file(shard)[name] for shard in find_shards(folder)]
+    [rounded] = [tensors[name] for shard in find_shards(out) if name in (tensors := load_file(shard))]
+    assert torch.equal(rounded, dequantize(*round_to_nearest(original, 4, 32)))
+    assert json.loads((out / "config.json").read_text())["quantized_values"]["mode"] == "int4"
+    assert logits(load_model(out, torch.device("cpu"), torch.float32)).isfinite().all()
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, tmp_path: Path) -> None:
+    scheme = QuantConfig("int4", 32)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    quantize.quantize_folder(folder, whole, scheme)
+    original, calls = quantize._quantized_tensors, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "_quantized_tensors", failing)
+        with pytest.raises(KeyboardInterrupt):
+            quantize.quantize_folder(folder, resumed, scheme)
+        assert not resumed.exists()
+        quantize.quantize_folder(folder, resumed, scheme)
+    assert len(calls) == 5  # two of the four shards were there; the interrupted one was made again
+    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir())
+    for path in whole.iterdir():
+        assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
+
+
+def test_leftovers_of_another_job_are_not_used(folder: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    quantize.quantize_folder(folder, other, QuantConfig("int8", 32))
+    shutil.move(other, tmp_path / ".out.part")
+    (tmp_path / ".out.part" / "progress.json").write_text(json.dumps({"source": "another"}))
+    quantize.quantize_folder(folder, out, QuantConfig("int4", 32))
+    assert {t.dtype for t in load_file(find_shards(out)[0]).values()} == {torch.int32, torch.uint8, torch.float32}
+
+
+def damaged(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of folder with changed weights."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def test_mistakes_are_one_line_and_leave_nothing(folder: Path, tiny_folder: Path, tmp_path: Path, run: Command) -> None:
+    out, done = tmp_path / "out", tmp_path / "done"
+    quantize.quantize_folder(folder, done, QuantConfig("int8", 32))
+
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = math.inf
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].half()
+
+    options = {
+        "model.layers.1.self_attn.o_proj.weight holds NaN or infinity": (
+            damaged(folder, tmp_path / "inf", poison),
+            out,
+        ),
+        "expected one dtype": (damaged(folder, tmp_path / "mixed", mix), out),
+        "is quantized already": (done, out),
+        "exists; remove it": (folder, done),
+        "is the checkpoint itself": (folder, folder),
+        "no group size divides": (tiny_folder, out),
+        "no such folder": (tmp_path / "missing", out),
+    }
+    for message, (source, target) in options.items():
+        code, stdout, err = run(quantize, "--checkpoint", source, "--mode", "int4", "-o", target)
+        assert stdout == ""
+        assert_one_line_error(code, err, message)
+        assert not out.exists()
+    code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int4", "--group-size", "64", "-o", out)
+    assert_one_line_error(code, err, "--group-size 64", "k and v width 32", "expected one of 32")
+    code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int3", "-o", out)
+    assert_one_line_error(code, err, "int3")
+    assert run(quantize, "--checkpoint", folder, "--mode", "int4", "--force", "-o", done)[0] == 0
+    assert json.loads((done / "config.json").read_text())["quantization_config"]["mode"] == "int4"
+
+
+def test_group_sizes() -> None:
+    from presets import PRESETS
+
+    assert pick_group_size(PRESETS["Llama-3-8B"], None) == 128
+    assert pick_group_size(PRESETS["SmolLM2-135M"], None) == 64
+    assert pick_group_size(PRESETS["SmolLM2-135M"], 32) == 32
+    with pytest.raises(UserError, match="128 does not fit the q width 576"):
+        pick_group_size(PRESETS["SmolLM2-135M"], 128)
+
+
+@pytest.mark.parametrize(
+    "change,fragment",
+    [
+        ({"version": 99}, "version 99"),
+        ({"quant_method": "awq"}, "'awq' is not supported"),
+        ({"mode": "int2"}, "int2"),
+        ({"group_size": 5}, "group size 5"),
+    ],
+)
+def test_foreign_schemes_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any], fragment: str) -> None:
+    quantize.quantize_folder(folder, tmp_path / "out", QuantConfig("int8", 32))
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=fragment):
+        load_model(tmp_path / "out", torch.device("cpu"), torch.float32)
+
+
+def test_options_have_help() -> None:
+    assert all(action.help for action in quantize.build_parser()._actions)
