@@ -51,16 +51,21 @@ class FusedBlock(nn.Module):
         q_norm, k_norm = attention.q_norm, attention.k_norm
         norms = (q_norm.weight, k_norm.weight) if isinstance(q_norm, RMSNorm) else (None, None)
         before, between = self.block.attention_norm, self.block.ffn_norm
-        x = x.flatten(0, 1)  # [B, C]
-        qkv = norm_gemv(x, before.weight, before.eps, wqkv.weight, wqkv.thresholds, wqkv.segments)
+        x, positions = x.flatten(0, 1), positions.contiguous()  # [B, C], [B, 1]
+        qkv = norm_gemv(
+            x, before.weight, before.eps, wqkv.weight, wqkv.thresholds, wqkv.segments, wqkv.scales, wqkv.zeros
+        )
         heads = attention.config.num_heads
         shares = rope_attention(
             qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads, self.window
         )
-        o = attention_gemv(*shares, wo.weight, wo.thresholds)
+        o = attention_gemv(*shares, wo.weight, wo.thresholds, wo.scales, wo.zeros)
         x = reduce_partials(o, x.dtype, wo.bias, x)
-        hidden = norm_gemv(x, between.weight, between.eps, gate_up.weight, gate_up.thresholds, gate_up.segments)
-        y = silu_gemv(hidden, down.weight, down.thresholds)
+        hidden = norm_gemv(
+            x, between.weight, between.eps, gate_up.weight, gate_up.thresholds, gate_up.segments,
+            gate_up.scales, gate_up.zeros,
+        )  # fmt: skip
+        y = silu_gemv(hidden, down.weight, down.thresholds, down.scales, down.zeros)
         return reduce_partials(y, x.dtype, None, x)[:, None]
 
 

@@ -20,6 +20,7 @@ import cli
 from bench.steps import graph_microseconds, wall_microseconds
 from errors import UserError
 from hardware import DTYPES, pick_device, read_bandwidth
+from kernels.launch import Weight
 from kernels.reduce_partials import reduce_partials
 from kernels.sparse_gemv import launch
 from kernels.sparse_linear import sparse_linear
@@ -86,7 +87,7 @@ class ColdWeights:
         x, weight = self.inputs[i], self.weights[i]
         if not weight.is_cuda:
             return sparse_linear(x, weight, thresholds, segments)
-        return reduce_partials(launch(x, weight, thresholds, segments, tile), dtype or weight.dtype, None, None)
+        return reduce_partials(launch(x, Weight(weight), thresholds, segments, tile), dtype or weight.dtype, None, None)
 
     def errors(self, thresholds: Tensor, segments: list[int]) -> tuple[float, float]:
         """Relative error to fp64: (of the fp32 sum, of the rounded result)."""

@@ -5,22 +5,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_work, rounded, sparse_product, wait_for_previous
-from kernels.launch import check_gemv, empty_partials, plan_gemv
+from kernels.gather import owned_work, rounded, wait_for_previous
+from kernels.launch import Weight, check_gemv, empty_partials, plan_gemv
+from kernels.sparse_product import sparse_product
 from kernels.tuning import GemvTile
 
 
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def attention_gemv_kernel(
-    p_sum, p_max, p_share, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N,
-    n_0, n_1, n_2,
+    p_sum, p_max, p_share, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
+    B, K, N, n_0, n_1, n_2,
     D: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    dtype = p_weight.dtype.element_ty
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
     )
     wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
@@ -35,15 +35,15 @@ def attention_gemv_kernel(
         factor = tl.exp(tl.load(p_max + slot + s, mask=inside, other=0.0) - largest)
         total += factor * tl.load(p_sum + (slot + s) * D + (channels % D)[None, :], mask=inside, other=0.0)
         weight += factor * tl.load(p_share + slot + s, mask=inside, other=1.0)
-    x = rounded(total / weight, dtype)
+    x = rounded(total / weight, DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
+        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
+        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, PDL,
     )  # fmt: skip
 
 
 def launch(
-    sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor, tile: GemvTile | None = None
+    sums: Tensor, largest: Tensor, shares: Tensor, weight: Weight, thresholds: Tensor, tile: GemvTile | None = None
 ) -> Tensor:
     """As attention_gemv, with a chosen tile."""
     B, H, count, D = sums.shape
@@ -51,23 +51,29 @@ def launch(
                                 ("shares", shares, (B, H, count))):  # fmt: skip
         if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected contiguous fp32 {shape}")
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} is on {tensor.device} and weight on {weight.device}: expected the same")
-    check_gemv(weight, thresholds, [weight.shape[1]], H * D, B)
-    plan = plan_gemv(weight, thresholds, [weight.shape[1]], B, tile)
+        if tensor.device != weight.values.device:
+            raise ValueError(f"{name} is on {tensor.device}, weight on {weight.values.device}: expected the same")
+    check_gemv(weight, thresholds, [weight.N], H * D, B)
+    plan = plan_gemv(weight, thresholds, [weight.N], B, tile)
     attention_gemv_kernel[plan.grid](sums, largest, shares, *plan.args, D=D, SHARES=count, **plan.meta)
     return plan.partials
 
 
 @torch.library.custom_op("teal::attention_gemv", mutates_args=())
-def attention_gemv(sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
-    """As sparse_gemv of the attention output [B, H D] whose shares decode_attention returned.
+def attention_gemv(
+    sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor,
+    scales: Tensor | None = None, zeros: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As sparse_gemv of the attention output [B, H D] whose shares rope_attention returned.
 
     weight is [H D, N]; thresholds fp32 [1] or [1, H D]. The attention output is rounded to weight's dtype.
     """
-    return launch(sums, largest, shares, weight, thresholds)
+    return launch(sums, largest, shares, Weight(weight, scales, zeros), thresholds)
 
 
 @attention_gemv.register_fake
-def _(sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
-    return empty_partials(weight, sums.shape[0])
+def _(
+    sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor,
+    scales: Tensor | None = None, zeros: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return empty_partials(Weight(weight, scales, zeros), sums.shape[0])

@@ -124,25 +124,11 @@ def keep_loads_above():
 
 
 @triton.jit
-def gather_sum(
-    p_weight, stride, p_index, p_value, count, B, start, end, R: tl.constexpr, BLOCK_B: tl.constexpr,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BLOCK_B (at least 16 if not 1), BLOCK_N] sum over the listed channels of value times weight row."""
-    if BLOCK_B == 1:
-        total = sum_one_row(p_weight, stride, p_index, p_value, count, start, end, LANES, UNROLL, BLOCK_N, EVEN_N)
-    else:
-        STEP: tl.constexpr = LANES * UNROLL
-        total = sum_rows(p_weight, stride, p_index, p_value, count, B, start, end, R, STEP, BLOCK_N, EVEN_N)
-    return total
-
-
-@triton.jit
 def sum_one_row(
     p_weight, stride, p_index, p_value, count, start, end,
     LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """gather_sum for one row of x: [1, BLOCK_N].
+    """Sum over the listed channels of value times weight row, for one row of x: [1, BLOCK_N].
 
     Weights are read once and leave the L2 cache first, so that what the kernels hand each other stays there: 98 us
     instead of 103 for one layer of Llama-3-8B at 50% on an H100.
@@ -184,7 +170,7 @@ def sum_rows(
     p_weight, stride, p_index, p_value, count, B, start, end,
     R: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """gather_sum for several rows of x, on tensor cores: [16, BLOCK_N], their smallest tile."""
+    """As sum_one_row for several rows of x, on tensor cores: [16, BLOCK_N], their smallest tile."""
     columns = start + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, 16)[:, None]
     lanes = tl.arange(0, STEP)
@@ -212,32 +198,3 @@ def sum_rows(
             total = tl.dot(value.to(weight.dtype), weight, total, input_precision="ieee")
         weight = arriving
     return total
-
-
-@triton.jit
-def store_partial(
-    p_partial, total, i_split, B, N, start, end, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Write total to partials [i_split, :B, start:end]."""
-    rows = tl.arange(0, total.shape[0])[:, None]
-    columns = (start + tl.arange(0, BLOCK_N))[None, :]
-    tl.store(p_partial + (i_split * B + rows) * N + columns, total, mask=(rows < B) & (columns < end))
-
-
-@triton.jit
-def sparse_product(
-    x, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
-    R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """What follows once a program has its x [BLOCK_B, BLOCK_R]: compact it, gather and sum, write the partial sums."""
-    i_split = tl.program_id(1)
-    program = (tl.program_id(0) * SPLITS + i_split).to(tl.int64)
-    p_index += program * R
-    p_value += program * B * R
-    count = threshold_and_compact(x, threshold, channels, K, B, p_index, p_value, R, 2 * LANES * UNROLL, BLOCK_B)
-    total = gather_sum(
-        p_weight, stride, p_index, p_value, count, B, start, end, R, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N
-    )
-    let_next_start(PDL)
-    store_partial(p_partial, total, i_split, B, N, start, end, BLOCK_B, BLOCK_N)

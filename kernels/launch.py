@@ -1,24 +1,55 @@
 """Host side the sparse GEMV launchers share: argument checks, tile sizes, scratch."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels.gather import GROUP, INTERPRETED
+from kernels.packing import check_quantized, packed_columns
 from kernels.tuning import GemvTile, gemv_tile
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+DTYPES = tuple(TRITON_DTYPES)
 MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense product is faster
 
 
-def check_rows(x: Tensor, weight: Tensor) -> None:
+class Weight(NamedTuple):
+    """The weight [K, N] of a product: floats, or values with scales and zeros (packing.py)."""
+
+    values: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @property
+    def N(self) -> int:
+        return self.values.shape[1] if self.scales is None else packed_columns(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of x and of what the product is rounded to."""
+        return self.values.dtype if self.scales is None else self.scales.dtype
+
+    @property
+    def bits(self) -> int:
+        """8 or 4, or 16 for any floats."""
+        return 16 if self.scales is None else 8 if self.values.dtype == torch.int8 else 4
+
+    @property
+    def group_size(self) -> int:
+        return 1 if self.scales is None else self.N // self.scales.shape[1]
+
+
+def check_rows(x: Tensor, weight: Weight) -> None:
     """Raise ValueError unless x is contiguous [B, K], of weight's dtype and beside it."""
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"x has shape {tuple(x.shape)} and strides {x.stride()}: expected contiguous [B, K]")
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}: expected the same")
+    device = weight.values.device
+    if x.dtype != weight.dtype or x.device != device:
+        raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {device}: expected the same")
 
 
 def check_partials(partials: Tensor, N: int, like: Tensor) -> None:
@@ -29,21 +60,31 @@ def check_partials(partials: Tensor, N: int, like: Tensor) -> None:
         raise ValueError(f"partials have strides {partials.stride()} on {partials.device}: expected contiguous ones")
 
 
-def empty_partials(weight: Tensor, B: int) -> Tensor:
+def empty_partials(weight: Weight, B: int) -> Tensor:
     """What a sparse GEMV with B rows returns, unfilled: fp32 [splits, B, N]."""
-    K, N = weight.shape
-    splits = gemv_tile(int(K), int(N), int(B), weight.device, weight.dtype).splits
-    return torch.empty(splits, B, N, dtype=torch.float32, device=weight.device)
+    return torch.empty(_tile(weight, B).splits, B, weight.N, dtype=torch.float32, device=weight.values.device)
 
 
-def check_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
+def _tile(weight: Weight, B: int) -> GemvTile:
+    values = weight.values
+    return gemv_tile(int(values.shape[0]), int(weight.N), int(B), values.device, weight.dtype, weight.bits)
+
+
+def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
     """Raise ValueError unless weight [K, N], thresholds fp32 [J] or [J, K] and segments fit a product with [B, K]."""
-    if weight.dim() != 2 or weight.shape[0] != K or weight.dtype not in DTYPES:
-        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}: expected 16- or 32-bit floats [{K}, N]")
-    if weight.stride(1) != 1:
-        raise ValueError(f"weight has strides {weight.stride()}: its rows must be contiguous")
-    if not 1 <= len(segments) <= 3 or sum(segments) != weight.shape[1] or min(segments) < 1:
-        raise ValueError(f"segments {segments} do not cut {weight.shape[1]} columns into 1 to 3 parts")
+    values = weight.values
+    if weight.scales is not None:
+        check_quantized(values, weight.scales, weight.zeros, K)
+        if not all(t.is_contiguous() for t in weight if t is not None):
+            raise ValueError("a quantized weight must be contiguous")
+        if any(n % weight.group_size for n in segments):
+            raise ValueError(f"segments {segments} are no multiples of the group size {weight.group_size}")
+    if values.dim() != 2 or values.shape[0] != K or weight.dtype not in DTYPES:
+        raise ValueError(f"weight is {weight.dtype} {tuple(values.shape)}: expected 16- or 32-bit floats [{K}, N]")
+    if values.stride(1) != 1:
+        raise ValueError(f"weight has strides {values.stride()}: its rows must be contiguous")
+    if not 1 <= len(segments) <= 3 or sum(segments) != weight.N or min(segments) < 1:
+        raise ValueError(f"segments {segments} do not cut {weight.N} columns into 1 to 3 parts")
     J = len(segments)
     if thresholds.dtype != torch.float32 or thresholds.shape not in ((J,), (J, K)):
         raise ValueError(
@@ -51,8 +92,8 @@ def check_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], K: int, 
         )
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"{B} rows: expected 1 to {MAX_ROWS}")
-    if thresholds.device != weight.device:
-        raise ValueError(f"thresholds are on {thresholds.device} and weight on {weight.device}: expected the same")
+    if thresholds.device != values.device:
+        raise ValueError(f"thresholds are on {thresholds.device} and weight on {values.device}: expected the same")
 
 
 @dataclass(slots=True)
@@ -66,17 +107,18 @@ class GemvLaunch:
     meta: dict
 
 
-def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, tile: GemvTile | None) -> GemvLaunch:
+def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, tile: GemvTile | None) -> GemvLaunch:
     """Tile, scratch, outputs and common arguments of a launch."""
-    K, N = weight.shape
-    tile = tile or gemv_tile(K, N, B, weight.device, weight.dtype)
+    K, N, device = weight.values.shape[0], weight.N, weight.values.device
+    tile = tile or _tile(weight, B)
     if B > 1 and tile.lanes * tile.unroll < 16:
         raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth, for {B} rows")
+    if tile.block_n < weight.group_size:
+        raise ValueError(f"{tile}: block_n must be at least the group size {weight.group_size}")
     group = int(GROUP)
     owned = triton.cdiv(triton.cdiv(K, group), tile.splits) * group
     capacity = owned + 2 * tile.lanes * tile.unroll
     blocks = sum(triton.cdiv(n, tile.block_n) for n in segments)
-    device = weight.device
     partials = torch.empty(tile.splits, B, N, dtype=torch.float32, device=device)
     programs = blocks * tile.splits
     index = torch.empty(programs, capacity, dtype=torch.int32, device=device)
@@ -84,14 +126,14 @@ def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, t
     widths = (*segments, 0, 0)[:3]
     if thresholds.dim() == 1:
         thresholds = thresholds[:, None].expand(-1, K)
-    options = launch_options(device, tile.num_warps)
-    even = all(n % tile.block_n == 0 for n in segments)
-    aligned = all(n % 16 == 0 for n in segments) and weight.stride(0) % 16 == 0
+    values = weight.values.view(torch.int32) if weight.bits == 8 else weight.values  # read as words of four
+    aligned = all(n % 16 == 0 for n in segments) and values.stride(0) % 16 == 0
+    weights = (values, values.stride(0), weight.scales, weight.zeros)
     return GemvLaunch(
         tile,
         partials,
         (blocks, tile.splits),
-        (weight, weight.stride(0), thresholds, *thresholds.stride(), index, value, partials, B, K, N, *widths),
+        (*weights, thresholds, *thresholds.stride(), index, value, partials, B, K, N, *widths),
         {
             "R": capacity,
             "BLOCK_R": triton.next_power_of_2(owned),
@@ -100,9 +142,12 @@ def plan_gemv(weight: Tensor, thresholds: Tensor, segments: list[int], B: int, t
             "LANES": tile.lanes,
             "UNROLL": tile.unroll,
             "BLOCK_N": tile.block_n,
-            "EVEN_N": even,
+            "EVEN_N": all(n % tile.block_n == 0 for n in segments),
+            "BITS": weight.bits,
+            "GROUP_N": weight.group_size,
             "ALIGNED": aligned,
-            **options,
+            "DTYPE": TRITON_DTYPES[weight.dtype],
+            **launch_options(device, tile.num_warps),
         },
     )
 

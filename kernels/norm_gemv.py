@@ -5,22 +5,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_work, rounded, sparse_product, wait_for_previous
-from kernels.launch import check_gemv, check_rows, empty_partials, plan_gemv
+from kernels.gather import owned_work, rounded, wait_for_previous
+from kernels.launch import Weight, check_gemv, check_rows, empty_partials, plan_gemv
+from kernels.sparse_product import sparse_product
 from kernels.tuning import GemvTile
 
 
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def norm_gemv_kernel(
-    p_x, p_norm, eps, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N,
-    n_0, n_1, n_2,
+    p_x, p_norm, eps, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
+    B, K, N, n_0, n_1, n_2,
     CHUNK: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr,
     LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    dtype = p_x.dtype.element_ty
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
     )
     norm = tl.load(p_norm + channels, mask=channels < K, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
@@ -32,15 +32,15 @@ def norm_gemv_kernel(
         part = tl.load(p_x + rows * K + k, mask=(rows < B) & (k < K), other=0.0).to(tl.float32)
         squares += part * part
     scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
-    normed = rounded(rounded(x.to(tl.float32) * scale[:, None], dtype) * norm[None, :], dtype)
+    normed = rounded(rounded(x.to(tl.float32) * scale[:, None], DTYPE) * norm[None, :], DTYPE)
     sparse_product(
-        normed, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
+        normed, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
+        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, PDL,
     )  # fmt: skip
 
 
 def launch(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int],
+    x: Tensor, norm: Tensor, eps: float, weight: Weight, thresholds: Tensor, segments: list[int],
     tile: GemvTile | None = None,
 ) -> Tensor:  # fmt: skip
     """As norm_gemv, with a chosen tile."""
@@ -57,15 +57,19 @@ def launch(
 
 @torch.library.custom_op("teal::norm_gemv", mutates_args=())
 def norm_gemv(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int]
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int],
+    scales: Tensor | None = None, zeros: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As sparse_gemv of RMSNorm(x) * norm, for x [B, K] and norm [K] of one dtype.
 
     Every program computes the mean square itself: K values from the L2 cache cost less than another kernel.
     """
-    return launch(x, norm, eps, weight, thresholds, segments)
+    return launch(x, norm, eps, Weight(weight, scales, zeros), thresholds, segments)
 
 
 @norm_gemv.register_fake
-def _(x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
-    return empty_partials(weight, x.shape[0])
+def _(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int],
+    scales: Tensor | None = None, zeros: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return empty_partials(Weight(weight, scales, zeros), x.shape[0])

@@ -268,8 +268,8 @@ def _check(
         raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}: expected one layout")
     if k_cache.stride(3) != 1 or D % 2:
         raise ValueError(f"k_cache has strides {k_cache.stride()}, head size {D}: expected contiguous, even heads")
-    if positions.dtype != torch.int64 or positions.numel() != B:
-        raise ValueError(f"positions are {positions.dtype} {tuple(positions.shape)}: expected {B} int64")
+    if positions.dtype != torch.int64 or positions.numel() != B or not positions.is_contiguous():
+        raise ValueError(f"positions are {positions.dtype} {tuple(positions.shape)}: expected {B} contiguous int64")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm: expected both or none")
     for name, tensor, count in (("bias", bias, N), ("q_norm", q_norm, D), ("k_norm", k_norm, D)):

@@ -5,21 +5,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_work, rounded, sparse_product, wait_for_previous
-from kernels.launch import check_gemv, check_partials, empty_partials, plan_gemv
+from kernels.gather import owned_work, rounded, wait_for_previous
+from kernels.launch import Weight, check_gemv, check_partials, empty_partials, plan_gemv
+from kernels.sparse_product import sparse_product
 from kernels.tuning import GemvTile
 
 
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def silu_gemv_kernel(
-    p_gate_up, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N, n_0, n_1, n_2,
+    p_gate_up, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
+    B, K, N, n_0, n_1, n_2,
     SPLITS_IN: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr,
     LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    dtype = p_weight.dtype.element_ty
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
     )
     wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
@@ -30,34 +31,39 @@ def silu_gemv_kernel(
         p_row = p_gate_up + (s * B + rows) * (2 * K) + channels[None, :]
         gate += tl.load(p_row, mask=inside, other=0.0)
         up += tl.load(p_row + K, mask=inside, other=0.0)
-    gate = rounded(gate, dtype)
-    x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, dtype), dtype)
+    gate = rounded(gate, DTYPE)
+    x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, DTYPE), DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
+        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
+        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, PDL,
     )  # fmt: skip
 
 
-def launch(gate_up: Tensor, weight: Tensor, thresholds: Tensor, tile: GemvTile | None = None) -> Tensor:
+def launch(gate_up: Tensor, weight: Weight, thresholds: Tensor, tile: GemvTile | None = None) -> Tensor:
     """As silu_gemv, with a chosen tile."""
-    check_partials(gate_up, 2 * weight.shape[0], weight)
+    K = weight.values.shape[0]
+    check_partials(gate_up, 2 * K, weight.values)
     splits_in, B, _ = gate_up.shape
-    check_gemv(weight, thresholds, [weight.shape[1]], weight.shape[0], B)
-    plan = plan_gemv(weight, thresholds, [weight.shape[1]], B, tile)
+    check_gemv(weight, thresholds, [weight.N], K, B)
+    plan = plan_gemv(weight, thresholds, [weight.N], B, tile)
     silu_gemv_kernel[plan.grid](gate_up, *plan.args, SPLITS_IN=splits_in, **plan.meta)
     return plan.partials
 
 
 @torch.library.custom_op("teal::silu_gemv", mutates_args=())
-def silu_gemv(gate_up: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
+def silu_gemv(
+    gate_up: Tensor, weight: Tensor, thresholds: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """As sparse_gemv of silu(gate) * up, from the partial sums gate_up fp32 [splits, B, 2 K] of the two projections.
 
     weight is [K, N]; thresholds fp32 [1] or [1, K]. Gate and up are rounded to weight's dtype, as their linear
     layers would, and so is their product.
     """
-    return launch(gate_up, weight, thresholds)
+    return launch(gate_up, Weight(weight, scales, zeros), thresholds)
 
 
 @silu_gemv.register_fake
-def _(gate_up: Tensor, weight: Tensor, thresholds: Tensor) -> Tensor:
-    return empty_partials(weight, gate_up.shape[1])
+def _(
+    gate_up: Tensor, weight: Tensor, thresholds: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    return empty_partials(Weight(weight, scales, zeros), gate_up.shape[1])

@@ -5,31 +5,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_work, sparse_product, wait_for_previous
-from kernels.launch import check_gemv, check_rows, empty_partials, plan_gemv
+from kernels.gather import owned_work, wait_for_previous
+from kernels.launch import Weight, check_gemv, check_rows, empty_partials, plan_gemv
+from kernels.sparse_product import sparse_product
 from kernels.tuning import GemvTile
 
 
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def sparse_gemv_kernel(
-    p_x, p_weight, stride, p_threshold, stride_j, stride_k, p_index, p_value, p_partial, B, K, N, n_0, n_1, n_2,
+    p_x, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
+    B, K, N, n_0, n_1, n_2,
     R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, LANES: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, p_weight.dtype.element_ty
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
     )
     wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
     sparse_product(
-        x.to(tl.float32), threshold, channels, start, end, p_weight, stride, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, PDL,
+        x.to(tl.float32), threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value,
+        p_partial, B, K, N, R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, PDL,
     )  # fmt: skip
 
 
-def launch(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> Tensor:
+def launch(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> Tensor:
     """As sparse_gemv, with a chosen tile."""
     check_rows(x, weight)
     check_gemv(weight, thresholds, segments, x.shape[1], x.shape[0])
@@ -39,16 +41,21 @@ def launch(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], t
 
 
 @torch.library.custom_op("teal::sparse_gemv", mutates_args=())
-def sparse_gemv(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
+def sparse_gemv(
+    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Partial sums of x @ weight over channels whose |x| reaches the threshold of their column segment.
 
-    x [B, K] contiguous, B from 1 to 8; weight [K, N] with contiguous rows, of x's dtype; thresholds fp32 [J] or
+    x [B, K] contiguous, B from 1 to 8; weight [K, N] with contiguous rows, of x's dtype, or with
+    scales and zeros a quantized weight (packing.py) whose scales are; thresholds fp32 [J] or
     [J, K]; segments: J widths, at most 3, that add up to N. Returns fp32 [splits, B, N], to be summed over the first
     dimension (reduce_partials). Raises ValueError on a mismatch.
     """
-    return launch(x, weight, thresholds, segments)
+    return launch(x, Weight(weight, scales, zeros), thresholds, segments)
 
 
 @sparse_gemv.register_fake
-def _(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
-    return empty_partials(weight, x.shape[0])
+def _(
+    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    return empty_partials(Weight(weight, scales, zeros), x.shape[0])

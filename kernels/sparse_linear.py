@@ -34,11 +34,13 @@ def sparse_linear(
     Raises ValueError on a mismatch.
     """
     _check(x, weight, thresholds, segments, scales, zeros)
-    if scales is None and x.is_cuda and x.shape[0] <= MAX_KERNEL_ROWS and len(segments) <= 3:
+    if x.is_cuda and x.shape[0] <= MAX_KERNEL_ROWS and len(segments) <= 3:
         from kernels.reduce_partials import reduce_partials  # a CPU needs no Triton
         from kernels.sparse_gemv import sparse_gemv
 
-        return reduce_partials(sparse_gemv(x.contiguous(), weight, thresholds, segments), x.dtype, None, None)
+        return reduce_partials(
+            sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros), x.dtype, None, None
+        )
     if x.device.type == "cpu" and x.shape[0] <= MAX_GATHER_ROWS and (gather := native_row_gather()) is not None:
         return gather(x.contiguous(), weight, thresholds, segments, scales, zeros)
     products = [

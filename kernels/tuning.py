@@ -47,28 +47,36 @@ TILES: dict[tuple[str, int, int], GemvTile] = {
 INTERPRETED_MULTIPROCESSORS = 4  # programs run one after the other there: few suffice
 PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shapes above, with block_n 1024
 MAX_BLOCK_N = 1024
+MAX_GROUP = 128  # columns to a scale of quantized weights: a block holds whole groups
 MAX_SPLITS = 128  # the kernels that sum the partials hold one value of each split
 
 
-def gemv_tile(K: int, N: int, B: int, device: torch.device, dtype: torch.dtype) -> GemvTile:
+def gemv_tile(K: int, N: int, B: int, device: torch.device, dtype: torch.dtype, bits: int = 16) -> GemvTile:
     """The tile for x [B, K] and weight [K, N]. The same arguments give the same tile all through a process."""
     name, multiprocessors = _device_facts(device)
-    if B == 1 and dtype.itemsize == 2:
+    if B == 1 and dtype.itemsize == 2 and bits == 16:
         known = user_tiles().get((name, K, N)) or TILES.get((name, K, N))
         if known is not None:
             return known
-    return default_tile(K, N, B, multiprocessors)
+    return default_tile(K, N, B, multiprocessors, bits)
 
 
-def default_tile(K: int, N: int, B: int, multiprocessors: int) -> GemvTile:
+def default_tile(K: int, N: int, B: int, multiprocessors: int, bits: int = 16) -> GemvTile:
     """A tile by rule: wide blocks, and splits for a few programs on each multiprocessor."""
-    if B == 1:
+    programs_per_multiprocessor = PROGRAMS_PER_MULTIPROCESSOR
+    if bits < 16 and B == 1:  # a thread reads 16 bytes of a row: 2 warps to a block, and twice the programs
+        block_n = min(2048 * 4 // bits, max(MAX_GROUP, triton.next_power_of_2(N)))
+        num_warps, lanes, unroll = max(1, block_n * bits // 4096), 1, 4
+        programs_per_multiprocessor *= 2
+    elif bits < 16:
+        block_n, lanes, unroll, num_warps = min(256, max(MAX_GROUP, triton.next_power_of_2(N))), 2, 8, 4
+    elif B == 1:
         block_n = min(MAX_BLOCK_N, triton.next_power_of_2(N))
         num_warps = max(1, block_n // 256)
         lanes, unroll = 1, 8
     else:  # tensor cores, 16 rows of weights a step: 198 us a layer of Llama-3-8B with 4 rows, 248 with 32 x 256
         block_n, lanes, unroll, num_warps = min(512, max(16, triton.next_power_of_2(N))), 2, 8, 4
-    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    programs = programs_per_multiprocessor * multiprocessors
     splits = max(1, min(programs // triton.cdiv(N, block_n), triton.cdiv(K, 32), MAX_SPLITS))
     return GemvTile(block_n, lanes, unroll, splits, num_warps)
 

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-POINTERS |= {torch.int64: "*i64"}
+POINTERS |= {torch.int64: "*i64", torch.uint8: "*u8"}
 compiled: list[str] = []
 
 
@@ -74,6 +74,9 @@ def main() -> None:
             gate_up = norm_gemv(x, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
             silu_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
             sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
+            scales, zeros = torch.zeros(C, 4, dtype=dtype), torch.zeros(C, 4, dtype=torch.uint8)
+            sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
+            norm_gemv(x, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 
 

@@ -19,6 +19,7 @@ from kernels import silu_gemv as silu_gemv_file
 from kernels import sparse_gemv as sparse_gemv_file
 from kernels import tuning
 from kernels.attention_gemv import attention_gemv
+from kernels.launch import Weight
 from kernels.norm_gemv import norm_gemv
 from kernels.reduce_partials import reduce_partials
 from kernels.reference import (
@@ -67,7 +68,7 @@ def test_sparse_gemv(K: int, segments: list[int], B: int, dtype: torch.dtype) ->
     expected = reference(x, weight, thresholds, segments)
     close(sparse_gemv(x, weight, thresholds, segments), expected, "rule's tile")
     for tile in TILES[1 if B == 1 else 4]:
-        close(sparse_gemv_file.launch(x, weight, thresholds, segments, tile), expected, str(tile))
+        close(sparse_gemv_file.launch(x, Weight(weight), thresholds, segments, tile), expected, str(tile))
 
 
 def reference(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
@@ -284,6 +285,11 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         with pytest.raises(ValueError) as error:
             sparse_gemv(*arguments)
         assert message in str(error.value), message
+    one, cache = torch.ones(2, 8, device=DEVICE), torch.ones(2, 2, 4, 16, device=DEVICE)
+    same_row = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE).expand(2, 1)
+    parts = torch.ones(2, 2, 8 * 16, device=DEVICE)
+    with pytest.raises(ValueError, match="2 contiguous int64"):
+        rope_attention(parts, None, None, None, 1e-5, one, one, same_row, cache, cache.clone(), 4, 0)
     for call in (
         lambda: norm_gemv(x, torch.ones(63, device=DEVICE), 1e-5, weight, limits, [48]),
         lambda: silu_gemv(torch.ones(2, 1, 64, device=DEVICE), weight, limits),
@@ -306,10 +312,10 @@ def test_every_launcher_takes_a_tile() -> None:
     one = torch.ones(64, dtype=torch.bfloat16, device=DEVICE)
     sums, ones = torch.rand(1, 4, 2, 16, device=DEVICE), torch.ones(1, 4, 2, device=DEVICE)
     for partials in (
-        sparse_gemv_file.launch(x, weight, limits, [48], tile),
-        norm_gemv_file.launch(x, one, 1e-5, weight, limits, [48], tile),
-        silu_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), weight, limits, tile),
-        attention_gemv_file.launch(sums, ones, ones, weight, limits, tile),
+        sparse_gemv_file.launch(x, Weight(weight), limits, [48], tile),
+        norm_gemv_file.launch(x, one, 1e-5, Weight(weight), limits, [48], tile),
+        silu_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), Weight(weight), limits, tile),
+        attention_gemv_file.launch(sums, ones, ones, Weight(weight), limits, tile),
     ):
         assert partials.shape == (4, 1, 48) and partials.isfinite().all()
 

@@ -1,0 +1,158 @@
+"""The Triton kernels on weights of 8 and 4 bits against plain fp32; interpreted on a CPU, real on CUDA."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import quantize
+from checkpoint import load_model
+from fused_block import fuse_blocks
+from kernels import sparse_gemv as sparse_gemv_file
+from kernels.attention_gemv import attention_gemv
+from kernels.launch import Weight
+from kernels.norm_gemv import norm_gemv
+from kernels.packing import dequantize
+from kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
+from kernels.silu_gemv import silu_gemv
+from kernels.sparse_gemv import sparse_gemv
+from kernels.tuning import GemvTile, default_tile
+from model import KVCache, Transformer
+from plan import PROJECTIONS, ProjectionPlan, SparsityPlan, config_fields
+from quantization import QuantConfig, round_to_nearest
+from teal_layers import sparsify
+from tests.conftest import relative_error, save_tiny_model, tiny_config
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+Packed = tuple[Tensor, Tensor, Tensor | None]
+
+
+def make(B: int, K: int, N: int, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Packed, Tensor]:
+    """x [B, K], a quantized weight [K, N] and the weight it stands for, fp32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, K, generator=generator).to(DEVICE, dtype)
+    values, scales, zeros = round_to_nearest(torch.randn(K, N, generator=generator).to(DEVICE, dtype), bits, group)
+    return x, (values, scales, zeros), dequantize(values, scales.float(), zeros)
+
+
+def tolerance(B: int, dtype: torch.dtype) -> float:
+    """Sums are fp32; several rows take weights rounded to the dtype, as tensor cores need them."""
+    return 1e-6 if B == 1 else {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("B", [1, 3, 8])
+@pytest.mark.parametrize(
+    "K,segments,group", [(1, [32], 32), (97, [64, 32, 32], 32), (300, [192], 64), (64, [384, 128], 128)]
+)
+def test_sparse_gemv(K: int, segments: list[int], group: int, B: int, bits: int, dtype: torch.dtype) -> None:
+    x, (values, scales, zeros), exact = make(B, K, sum(segments), bits, group, dtype)
+    limits = torch.linspace(0.0, 0.9, len(segments)).to(DEVICE)
+    expected = sparse_linear_reference(x, exact, limits, segments)
+    actual = sparse_gemv(x, values, limits, segments, scales, zeros).sum(0)
+    assert relative_error(actual, expected) <= tolerance(B, dtype)
+    tile = GemvTile(group, 2, 8, 3, 1)
+    weight = Weight(values, scales, zeros)
+    actual = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    assert relative_error(actual, expected) <= tolerance(B, dtype), tile
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("threshold", [0.0, math.inf])
+def test_extreme_thresholds_and_skipped_rows(threshold: float, bits: int) -> None:
+    x, (values, scales, zeros), exact = make(1, 130, 96, bits, 32, torch.bfloat16)
+    limits = torch.tensor([threshold], device=DEVICE)
+    expected = sparse_linear_reference(x, exact, limits, [96])
+    actual = sparse_gemv(x, values, limits, [96], scales, zeros).sum(0)
+    assert relative_error(actual, expected) <= 1e-6 if threshold == 0 else actual.abs().max() == 0
+    half = torch.tensor([0.7], device=DEVICE)
+    expected = sparse_linear_reference(x, exact, half, [96])
+    scales[(x.abs() < half.bfloat16())[0]] = math.nan  # a dropped channel's scales are not read
+    assert relative_error(sparse_gemv(x, values, half, [96], scales, zeros).sum(0), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("B", [1, 2])
+def test_the_fused_products(B: int, bits: int) -> None:
+    K, N, dtype = 64, 96, torch.float32
+    x, (values, scales, zeros), exact = make(B, K, N, bits, 32, dtype)
+    limits = torch.tensor([0.6], device=DEVICE)
+    norm = torch.rand(K, device=DEVICE) + 0.5
+    normed = rms_norm_reference(x, norm, 1e-5)
+    actual = norm_gemv(x, norm, 1e-5, values, limits, [N], scales, zeros).sum(0)
+    assert relative_error(actual, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5
+    gate_up = torch.randn(3, B, 2 * K, device=DEVICE)
+    hidden = silu_reference(*gate_up.sum(0).chunk(2, dim=-1))
+    actual = silu_gemv(gate_up, values, limits, scales, zeros).sum(0)
+    assert relative_error(actual, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5
+    sums, one = torch.randn(B, 4, 1, 16, device=DEVICE), torch.ones(B, 4, 1, device=DEVICE)
+    actual = attention_gemv(sums, 0 * one, one, values, limits, scales, zeros).sum(0)
+    assert relative_error(actual, sparse_linear_reference(sums.view(B, K), exact, limits, [N])) <= 1e-5
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_opcheck(B: int) -> None:
+    x, (values, scales, zeros), _ = make(B, 64, 96, 4, 32, torch.float32)
+    limits = torch.tensor([0.6], device=DEVICE)
+    torch.library.opcheck(sparse_gemv, (x, values, limits, [96], scales, zeros))
+    one = torch.ones(64, device=DEVICE)
+    torch.library.opcheck(norm_gemv, (x, one, 1e-5, values, limits, [96], scales, zeros))
+    torch.library.opcheck(silu_gemv, (torch.randn(2, B, 128, device=DEVICE), values, limits, scales, zeros))
+
+
+def test_bad_arguments_are_refused_before_a_launch() -> None:
+    x, (values, scales, zeros), _ = make(1, 64, 96, 4, 32, torch.float32)
+    limits = torch.zeros(1, device=DEVICE)
+    for message, arguments in {
+        "zeros: expected": (x, values, limits, [96], scales, None),
+        "expected the same": (x.bfloat16(), values, limits, [96], scales, zeros),
+        "no multiples of the group size": (x, values, torch.zeros(2, device=DEVICE), [48, 48], scales, zeros),
+        "must be contiguous": (x, values, limits, [96], scales.t().contiguous().t(), zeros),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            sparse_gemv(*arguments)
+        assert message in str(error.value), message
+    with pytest.raises(ValueError, match="at least the group size"):
+        sparse_gemv_file.launch(x, Weight(values, scales, zeros), limits, [96], GemvTile(16, 1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("B", [1, 4])
+def test_the_rule_gives_usable_tiles(B: int, bits: int) -> None:
+    for K, N in ((4096, 6144), (4096, 28672), (14336, 4096), (576, 960), (64, 96), (8192, 128256)):
+        tile = default_tile(K, N, B, 132, bits)
+        assert tile.block_n >= 128 and tile.lanes * tile.unroll >= (1 if B == 1 else 16)
+        if B == 1:  # a thread's 16 bytes of a row, side by side over the block
+            assert tile.num_warps * 32 * 128 // bits >= min(tile.block_n, 1024)
+
+
+@torch.inference_mode()
+def decode_logits(model: Transformer, B: int) -> Tensor:
+    ids = torch.randint(0, 199, (B, 11), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    cache = KVCache(model.config, B, 32, DEVICE, torch.float32)
+    at = torch.arange(11, device=DEVICE).expand(B, -1)
+    parts = [model(ids[:, :8], at[:, :8], cache)]
+    return torch.cat(parts + [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(8, 11)], dim=1)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_fused_quantized_model_equals_the_unfused_one(tmp_path: Path, B: int, mode: str) -> None:
+    config = tiny_config(
+        "llama", hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2
+    )  # fmt: skip
+    save_tiny_model(config, tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    quantize.quantize_folder(tmp_path / "dense", tmp_path / "quantized", QuantConfig(mode, 32))
+    model = load_model(tmp_path / "quantized", DEVICE, torch.float32)
+    layer = {name: ProjectionPlan(0.4, 0.3) for name in PROJECTIONS}
+    plan = SparsityPlan(config_fields(model.config), "uniform", 0.4, (layer,) * model.config.num_layers)
+    sparsify(model, plan)
+    expected = decode_logits(model, B)
+    fuse_blocks(model)
+    assert relative_error(decode_logits(model, B), expected) <= 1e-4
