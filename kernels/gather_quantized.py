@@ -10,41 +10,165 @@ and a multiply-add for each weight.
 import triton
 import triton.language as tl
 
-from kernels.gather import INTERPRETED, keep_loads_above
+from kernels.gather import INTERPRETED, keep_loads_above, let_next_start
 
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 FLIP_SIGNS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: int8 q to q + 128
 
 
 @triton.jit
-def load_groups(
-    p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Words [R, GROUPS, WORDS] of the rows index [R] from column start on, scales [R, GROUPS] and zeros likewise.
+def widened_scale(p, DTYPE: tl.constexpr):
+    """Scales at the addresses p, as fp32.
 
-    Groups from column end on have scale 0. zeros is the scales again for 8 bits, which have none.
+    A tl.load would be laid out over the threads by its own addresses, and moved through shared memory to where the
+    weights are, once a step; inline assembly takes the layout of what it is multiplied with.
     """
-    WORDS: tl.constexpr = GROUP_N * BITS // 32
-    g = tl.arange(0, GROUPS)
-    inside = start + g * GROUP_N < end
-    words = start * BITS // 32 + g[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    word = tl.load(
-        p_weight + (index.to(tl.int64) * stride)[:, None, None] + words[None, :, :],
-        mask=inside[None, :, None], other=0, eviction_policy="evict_first",
-    )  # fmt: skip
-    at = index[:, None] * groups_of_row + (start // GROUP_N + g)[None, :]
-    scale = tl.load(p_scale + at, mask=inside[None, :], other=0.0).to(tl.float32)
-    zero = scale
-    if BITS == 4:
-        zero = tl.load(p_zero + at, mask=inside[None, :], other=0)
-        zero = ((zero.to(tl.int32) << 19) | ONE).to(tl.float32, bitcast=True)  # 1 + zero/16
+    if INTERPRETED:
+        y = tl.load(p).to(tl.float32)
+    elif tl.bfloat16 == DTYPE:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b16 h; .reg .b16 z; mov.b16 z, 0; ld.global.nc.b16 h, [$1]; mov.b32 $0, {z, h}; }",
+            "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif tl.float16 == DTYPE:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h; }",
+            "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        y = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def widened_zero(p):
+    """1 + zero/16 of the zero points at the addresses p, as widened_scale."""
+    if INTERPRETED:
+        y = ((tl.load(p).to(tl.int32) << 19) | ONE).to(tl.float32, bitcast=True)
+    else:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b16 h; .reg .b32 r; ld.global.nc.u8 h, [$1]; cvt.u32.u16 r, h; shl.b32 r, r, 19; "
+            "or.b32 $0, r, 0x3f800000; }",
+            "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def load_words(
+    p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """Words [R, BLOCK_W/4, 4] of the rows index [R] from column start on; of each four, the scale and what stands for 0.
+
+    The last two are [R, BLOCK_W/4]; what stands for 0 is what mantissa() gives for it. Words from column end on are 0.
+    """
+    PARTS: tl.constexpr = 32 // BITS
+    QUADS: tl.constexpr = GROUP_N // PARTS // 4  # to a group
+    q = tl.arange(0, BLOCK_W // 4)
+    w = q[:, None] * 4 + tl.arange(0, 4)[None, :]
+    first = tl.multiple_of(start // PARTS, 4)  # start is a multiple of GROUP_N, at least 32
+    inside = None if EVEN_N else (start + w * PARTS < end)[None, :, :]
+    p_words = p_weight + (index.to(tl.int64) * stride)[:, None, None] + (first + w)[None, :, :]
+    # Only the order of the axes over the threads follows from the 2: words first, then quads, rows within a thread.
+    word = tl.load(tl.max_contiguous(p_words, [1, 2, 4]), mask=inside, eviction_policy="evict_first")
+    g = tl.minimum(start // GROUP_N + q // QUADS, end // GROUP_N - 1)
+    at = index[:, None] * groups_of_row + g[None, :]
+    scale = widened_scale(p_scale + at, p_scale.dtype.element_ty)
+    zero = widened_zero(p_zero + at) if BITS == 4 else tl.zeros_like(scale) + 1.5
     return word, scale, zero
 
 
 @triton.jit
+def mantissa(word, J: tl.constexpr, BITS: tl.constexpr):
+    """The J-th integer of each word in a float: 1 + q/16, or 1 + (q + 128)/256 for words with FLIP_SIGNS applied."""
+    LEFT: tl.constexpr = 23 - BITS - BITS * J  # to the top of the mantissa
+    shifted = word << LEFT if LEFT >= 0 else word >> -LEFT
+    if INTERPRETED:
+        bits = (shifted & (0x780000 if BITS == 4 else 0x7F8000)) | ONE
+    elif BITS == 4:  # one instruction; the compiler makes two
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x780000, 0x3f800000, 0xea;", "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        bits = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x7f8000, 0x3f800000, 0xea;", "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_part(
+    p_row, total, start, end, J: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_W: tl.constexpr
+):  # fmt: skip
+    """Write the sums [BLOCK_W/4, 4] of the J-th integers of all words to their columns of p_row."""
+    WORDS: tl.constexpr = GROUP_N * BITS // 32
+    w = tl.arange(0, BLOCK_W // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    columns = start + (w // WORDS * GROUP_N + J * WORDS + w % WORDS if BITS == 4 else 4 * w + J)
+    tl.store(p_row + columns, total, mask=columns < end)
+
+
+@triton.jit
+def store_one_row_quantized(
+    p_weight, stride, p_scale, p_zero, groups_of_row, p_index, p_value, count, p_row, start, end,
+    UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As gather.sum_one_row, with UNROLL rows of weights a step, and store the sums in p_row.
+
+    Each place of an integer in its word has a sum of its own, so that all arithmetic is where the words are.
+    """
+    BLOCK_W: tl.constexpr = BLOCK_N * BITS // 32
+    SHIFTED: tl.constexpr = 1 << BITS
+    steps = tl.arange(0, UNROLL)
+    too_much = tl.zeros([BLOCK_W // 4], tl.float32)
+    nothing = tl.zeros([BLOCK_W // 4, 4], tl.float32)
+    sum_0, sum_1, sum_2, sum_3 = nothing, nothing, nothing, nothing
+    sum_4, sum_5, sum_6, sum_7 = nothing, nothing, nothing, nothing  # of 4 bits
+    index = tl.load(p_index + steps)
+    word, scale, zero = load_words(
+        p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, BLOCK_W, EVEN_N
+    )
+    index = tl.load(p_index + UNROLL + steps)
+    for i in range(0, count, UNROLL):
+        next_word, next_scale, next_zero = load_words(
+            p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, BLOCK_W, EVEN_N
+        )
+        index = tl.load(p_index + tl.minimum(i + 2 * UNROLL, count) + steps)
+        keep_loads_above()
+        a = (tl.load(p_value + i + steps) * SHIFTED)[:, None] * scale
+        too_much += tl.sum(a * zero, axis=0)
+        a = a[:, :, None]
+        if BITS == 8:
+            word = word ^ FLIP_SIGNS
+        sum_0 += tl.sum(a * mantissa(word, 0, BITS), axis=0)
+        sum_1 += tl.sum(a * mantissa(word, 1, BITS), axis=0)
+        sum_2 += tl.sum(a * mantissa(word, 2, BITS), axis=0)
+        sum_3 += tl.sum(a * mantissa(word, 3, BITS), axis=0)
+        if BITS == 4:
+            sum_4 += tl.sum(a * mantissa(word, 4, BITS), axis=0)
+            sum_5 += tl.sum(a * mantissa(word, 5, BITS), axis=0)
+            sum_6 += tl.sum(a * mantissa(word, 6, BITS), axis=0)
+            sum_7 += tl.sum(a * mantissa(word, 7, BITS), axis=0)
+        word, scale, zero = next_word, next_scale, next_zero
+    let_next_start(PDL)
+    too_much = too_much[:, None]
+    store_part(p_row, sum_0 - too_much, start, end, 0, BITS, GROUP_N, BLOCK_W)
+    store_part(p_row, sum_1 - too_much, start, end, 1, BITS, GROUP_N, BLOCK_W)
+    store_part(p_row, sum_2 - too_much, start, end, 2, BITS, GROUP_N, BLOCK_W)
+    store_part(p_row, sum_3 - too_much, start, end, 3, BITS, GROUP_N, BLOCK_W)
+    if BITS == 4:
+        store_part(p_row, sum_4 - too_much, start, end, 4, BITS, GROUP_N, BLOCK_W)
+        store_part(p_row, sum_5 - too_much, start, end, 5, BITS, GROUP_N, BLOCK_W)
+        store_part(p_row, sum_6 - too_much, start, end, 6, BITS, GROUP_N, BLOCK_W)
+        store_part(p_row, sum_7 - too_much, start, end, 7, BITS, GROUP_N, BLOCK_W)
+
+
+@triton.jit
 def mantissas(word, BITS: tl.constexpr):
-    """Words [R, GROUPS, WORDS] -> floats, in the order of their columns: [R, GROUPS, 8, WORDS] or [R, GROUPS, WORDS, 4]."""
+    """mantissa() of all integers in the order of their columns: [R, GROUPS, 8, WORDS] or [R, GROUPS, WORDS, 4]."""
     if BITS == 4:
         shift = (4 * tl.arange(0, 8))[None, None, :, None]
         bits = ((word[:, :, None, :] >> shift) << 19) & 0x780000
@@ -55,49 +179,14 @@ def mantissas(word, BITS: tl.constexpr):
 
 
 @triton.jit
-def excess(zero, BITS: tl.constexpr):
-    """What mantissas() give for the integer that stands for 0."""
-    return zero if BITS == 4 else tl.zeros_like(zero) + 1.5
-
-
-@triton.jit
-def sum_one_row_quantized(
-    p_weight, stride, p_scale, p_zero, groups_of_row, p_index, p_value, count, start, end,
-    UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr,
-):  # fmt: skip
-    """As gather.sum_one_row, with UNROLL rows of weights a step."""
-    GROUPS: tl.constexpr = BLOCK_N // GROUP_N
-    PARTS: tl.constexpr = 32 // BITS
-    WORDS: tl.constexpr = GROUP_N // PARTS
-    SHIFTED: tl.constexpr = 1 << BITS
-    steps = tl.arange(0, UNROLL)
-    total = tl.zeros([GROUPS, PARTS, WORDS] if BITS == 4 else [GROUPS, WORDS, PARTS], tl.float32)
-    too_much = tl.zeros([GROUPS], tl.float32)
-    index = tl.load(p_index + steps)
-    word, scale, zero = load_groups(
-        p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, GROUPS
-    )
-    index = tl.load(p_index + UNROLL + steps)
-    for i in range(0, count, UNROLL):
-        next_word, next_scale, next_zero = load_groups(
-            p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, GROUPS
-        )
-        index = tl.load(p_index + tl.minimum(i + 2 * UNROLL, count) + steps)
-        keep_loads_above()
-        a = (tl.load(p_value + i + steps) * SHIFTED)[:, None] * scale
-        total += tl.sum(a[:, :, None, None] * mantissas(word, BITS), axis=0)
-        too_much += tl.sum(a * excess(zero, BITS), axis=0)
-        word, scale, zero = next_word, next_scale, next_zero
-    return tl.reshape(total - too_much[:, None, None], [1, BLOCK_N])
-
-
-@triton.jit
 def sum_rows_quantized(
     p_weight, stride, p_scale, p_zero, groups_of_row, p_index, p_value, count, B, start, end,
     R: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """As gather.sum_rows. Weights are rounded to the scales' dtype."""
-    GROUPS: tl.constexpr = BLOCK_N // GROUP_N
+    BLOCK_W: tl.constexpr = BLOCK_N * BITS // 32
+    SHAPE: tl.constexpr = [STEP, BLOCK_N // GROUP_N, GROUP_N * BITS // 32]
     SHIFTED: tl.constexpr = 1 << BITS
     dtype = p_scale.dtype.element_ty
     rows = tl.arange(0, 16)[:, None]
@@ -106,11 +195,17 @@ def sum_rows_quantized(
     for i in range(0, count, STEP):
         index = tl.load(p_index + i + lanes)
         value = tl.load(p_value + rows * R + (i + lanes)[None, :], mask=rows < B, other=0.0)
-        word, scale, zero = load_groups(
-            p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, GROUPS
+        word, scale, zero = load_words(
+            p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, BLOCK_W, EVEN_N
         )
-        integers = mantissas(word, BITS) - excess(zero, BITS)[:, :, None, None]
-        weight = tl.reshape(integers * (scale * SHIFTED)[:, :, None, None], [STEP, BLOCK_N])
+        scale = tl.reshape(tl.broadcast_to((scale * SHIFTED)[:, :, None], word.shape), SHAPE)
+        zero = tl.reshape(tl.broadcast_to(zero[:, :, None], word.shape), SHAPE)
+        if BITS == 4:
+            integers = mantissas(tl.reshape(word, SHAPE), BITS) - zero[:, :, None, :]
+            weight = tl.reshape(integers * scale[:, :, None, :], [STEP, BLOCK_N])
+        else:
+            integers = mantissas(tl.reshape(word, SHAPE), BITS) - zero[:, :, :, None]
+            weight = tl.reshape(integers * scale[:, :, :, None], [STEP, BLOCK_N])
         if INTERPRETED:
             total = tl.dot(value, weight, total, input_precision="ieee")
         else:

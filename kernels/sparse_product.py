@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.gather import let_next_start, sum_one_row, sum_rows, threshold_and_compact
-from kernels.gather_quantized import sum_one_row_quantized, sum_rows_quantized
+from kernels.gather_quantized import store_one_row_quantized, sum_rows_quantized
 
 
 @triton.jit
@@ -20,23 +20,22 @@ def sparse_product(
     p_index += program * R
     p_value += program * B * R
     count = threshold_and_compact(x, threshold, channels, K, B, p_index, p_value, R, 2 * STEP, BLOCK_B)
-    if BITS < 16:
-        groups = N // GROUP_N
-        if BLOCK_B == 1:
-            total = sum_one_row_quantized(
-                p_weight, stride, p_scale, p_zero, groups, p_index, p_value, count, start, end,
-                STEP, BLOCK_N, BITS, GROUP_N,
-            )  # fmt: skip
-        else:
-            total = sum_rows_quantized(
-                p_weight, stride, p_scale, p_zero, groups, p_index, p_value, count, B, start, end,
-                R, STEP, BLOCK_N, BITS, GROUP_N,
-            )  # fmt: skip
-    elif BLOCK_B == 1:
-        total = sum_one_row(p_weight, stride, p_index, p_value, count, start, end, LANES, UNROLL, BLOCK_N, EVEN_N)
+    if (BITS < 16) & (BLOCK_B == 1):
+        store_one_row_quantized(
+            p_weight, stride, p_scale, p_zero, N // GROUP_N, p_index, p_value, count, p_partial + i_split * N, start, end,
+            STEP, BLOCK_N, BITS, GROUP_N, EVEN_N, PDL,
+        )  # fmt: skip
     else:
-        total = sum_rows(p_weight, stride, p_index, p_value, count, B, start, end, R, STEP, BLOCK_N, EVEN_N)
-    let_next_start(PDL)
-    rows = tl.arange(0, total.shape[0])[:, None]
-    columns = (start + tl.arange(0, BLOCK_N))[None, :]
-    tl.store(p_partial + (i_split * B + rows) * N + columns, total, mask=(rows < B) & (columns < end))
+        if BITS < 16:
+            total = sum_rows_quantized(
+                p_weight, stride, p_scale, p_zero, N // GROUP_N, p_index, p_value, count, B, start, end,
+                R, STEP, BLOCK_N, BITS, GROUP_N, EVEN_N,
+            )  # fmt: skip
+        elif BLOCK_B == 1:
+            total = sum_one_row(p_weight, stride, p_index, p_value, count, start, end, LANES, UNROLL, BLOCK_N, EVEN_N)
+        else:
+            total = sum_rows(p_weight, stride, p_index, p_value, count, B, start, end, R, STEP, BLOCK_N, EVEN_N)
+        let_next_start(PDL)
+        rows = tl.arange(0, total.shape[0])[:, None]
+        columns = (start + tl.arange(0, BLOCK_N))[None, :]
+        tl.store(p_partial + (i_split * B + rows) * N + columns, total, mask=(rows < B) & (columns < end))

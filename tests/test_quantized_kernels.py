@@ -40,8 +40,9 @@ def make(B: int, K: int, N: int, bits: int, group: int, dtype: torch.dtype) -> t
 
 
 def tolerance(B: int, dtype: torch.dtype) -> float:
-    """Sums are fp32; several rows take weights rounded to the dtype, as tensor cores need them."""
-    return 1e-6 if B == 1 else {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6}[dtype]
+    """Sums are fp32, of terms up to five times the wanted ones; several rows take weights rounded to the dtype, as
+    tensor cores need them."""
+    return 4e-6 if B == 1 else {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 4e-6}[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,11 +70,11 @@ def test_extreme_thresholds_and_skipped_rows(threshold: float, bits: int) -> Non
     limits = torch.tensor([threshold], device=DEVICE)
     expected = sparse_linear_reference(x, exact, limits, [96])
     actual = sparse_gemv(x, values, limits, [96], scales, zeros).sum(0)
-    assert relative_error(actual, expected) <= 1e-6 if threshold == 0 else actual.abs().max() == 0
+    assert relative_error(actual, expected) <= 4e-6 if threshold == 0 else actual.abs().max() == 0
     half = torch.tensor([0.7], device=DEVICE)
     expected = sparse_linear_reference(x, exact, half, [96])
     scales[(x.abs() < half.bfloat16())[0]] = math.nan  # a dropped channel's scales are not read
-    assert relative_error(sparse_gemv(x, values, half, [96], scales, zeros).sum(0), expected) <= 1e-6
+    assert relative_error(sparse_gemv(x, values, half, [96], scales, zeros).sum(0), expected) <= 4e-6
 
 
 @pytest.mark.parametrize("bits", [8, 4])
