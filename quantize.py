@@ -5,14 +5,21 @@ time: memory holds a tensor in floats and the layer's quantized weights. An inte
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cli
+from calibrate import add_text_arguments
 from errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantization import QuantConfig
 
 SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 
@@ -25,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mode", choices=("int8", "int4"), required=True, help="bits of a weight")
     parser.add_argument("--group-size", type=cli.positive_int, help="weights to a scale; default the largest that fits")
+    parser.add_argument(
+        "--method", choices=("rtn", "gptq"), default="rtn", help="round to nearest, or GPTQ on a calibration text"
+    )
     parser.add_argument("--lm-head", choices=("none", "int8"), default="none", help="quantize the output head too")
     parser.add_argument(
         "--grouping",
@@ -34,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    calibration = parser.add_argument_group("calibration of --method gptq")
+    add_text_arguments(calibration)
+    calibration.add_argument("--sequences", type=cli.positive_int, default=32, help="token sequences")
+    calibration.add_argument("--length", type=cli.positive_int, default=512, help="tokens each")
+    calibration.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
     return parser
 
 
@@ -54,20 +69,40 @@ def main() -> None:
     if args.output.exists() and not args.force:
         raise UserError(f"--output {args.output}: exists; remove it, name another or pass --force")
     scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8")
+    if args.method == "gptq" and args.grouping == "input":
+        raise UserError("--method gptq with --grouping input is not implemented; use --method rtn or --grouping output")
+    sequences = calibration_sequences(args, source, config.max_seq_len) if args.method == "gptq" else None
     before = sum(shard.stat().st_size for shard in find_shards(source))
-    quantize_folder(source, args.output, scheme, as_floats=args.grouping == "input")
+    quantize_folder(source, args.output, scheme, args.grouping == "input", sequences, args.device)
     after = sum(shard.stat().st_size for shard in find_shards(args.output))
     print(
-        f"{args.output}: {args.mode}, groups of {scheme.group_size} along the {args.grouping}, "
+        f"{args.output}: {args.mode} by {args.method}, groups of {scheme.group_size} along the {args.grouping}, "
         f"{before / 1e6:.0f} -> {after / 1e6:.0f} MB",
         file=sys.stderr,
     )
 
 
-def quantize_folder(source: Path, output: Path, scheme: Any, as_floats: bool = False) -> None:
+def calibration_sequences(args: argparse.Namespace, source: Path, limit: int) -> "Tensor":
+    """Token ids [sequences, length] of the calibration text. Raises UserError if it is too short."""
+    from texts import read_texts, token_sequences
+    from tokenizer import load_tokenizer
+
+    text = read_texts(args.text, args.field)
+    return token_sequences(load_tokenizer(source).encode, text, args.sequences, min(args.length, limit))
+
+
+def quantize_folder(
+    source: Path,
+    output: Path,
+    scheme: "QuantConfig",
+    as_floats: bool = False,
+    sequences: "Tensor | None" = None,
+    device: str = "auto",
+) -> None:
     """Write source's quantized model to output, through a folder beside it that a later call may go on with.
 
-    as_floats: with groups along the input dimension, written as floats that hold the rounded values. Raises UserError.
+    as_floats: with groups along the input dimension, written as floats that hold the rounded values. sequences: token
+    ids for GPTQ, which runs on device; rounding to nearest without. Raises UserError.
     """
     from filelock import FileLock
 
@@ -75,8 +110,8 @@ def quantize_folder(source: Path, output: Path, scheme: Any, as_floats: bool = F
     work = output.with_name(f".{output.name}.part")
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_name(f".{output.name}.lock")):
-        _start_or_resume(work, source, scheme, as_floats)
-        _write_shards(source, work, scheme, as_floats)
+        _start_or_resume(work, source, scheme, as_floats, sequences)
+        _write_shards(source, work, scheme, as_floats, sequences, device)
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(SKIPPED_FILES) and not path.name.startswith("."):
                 shutil.copyfile(path, work / path.name)
@@ -89,11 +124,14 @@ def quantize_folder(source: Path, output: Path, scheme: Any, as_floats: bool = F
         work.rename(output)
 
 
-def _start_or_resume(work: Path, source: Path, scheme: Any, as_floats: bool) -> None:
+def _start_or_resume(
+    work: Path, source: Path, scheme: "QuantConfig", as_floats: bool, sequences: "Tensor | None"
+) -> None:  # fmt: skip
     """Make work a folder of this very job: what another job left there is removed."""
     from checkpoint import model_identity
 
-    key = {"source": model_identity(source), **scheme.as_json(), "as_floats": as_floats}
+    text = None if sequences is None else hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+    key = {"source": model_identity(source), **scheme.as_json(), "as_floats": as_floats, "text": text}
     marker = work / "progress.json"
     if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != key:
         shutil.rmtree(work, ignore_errors=True)
@@ -101,22 +139,41 @@ def _start_or_resume(work: Path, source: Path, scheme: Any, as_floats: bool) -> 
         marker.write_text(json.dumps(key), encoding="utf-8")
 
 
-def _write_shards(source: Path, work: Path, scheme: Any, as_floats: bool) -> None:
+def _write_shards(
+    source: Path,
+    work: Path,
+    scheme: "QuantConfig",
+    as_floats: bool,
+    sequences: "Tensor | None",
+    device: str,
+) -> None:
     """A shard for each layer and one for the rest, skipping those that are there, and their index."""
     from safetensors import safe_open
     from safetensors.torch import save_file
     from tqdm import tqdm
 
     from files import atomic_file
+    from gptq import BlockwiseGptq
+    from hardware import pick_device
 
     jobs = _jobs(source, scheme)
+    gptq = None
+    if sequences is not None:
+        where = {name: path for names in jobs for name, path in names.items()}
+        gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device))
     index: dict[str, str] = {}
     total = 0
     for i, names in enumerate(tqdm(jobs, desc="quantizing", unit="layer", disable=None)):
         path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
+        is_layer = i + 1 < len(jobs)
         if not path.exists():
+            others = _quantized_tensors(names, scheme, as_floats, round_projections=gptq is None)
+            if gptq is not None and is_layer:
+                others |= gptq.layer(i)
             with atomic_file(path) as temporary:
-                save_file(_quantized_tensors(names, scheme, as_floats), temporary, metadata={"format": "pt"})
+                save_file(others, temporary, metadata={"format": "pt"})
+        elif gptq is not None and is_layer:
+            gptq.skip(i, path)
         with safe_open(path, framework="pt") as tensors:
             index |= dict.fromkeys(tensors.keys(), path.name)
         total += path.stat().st_size
@@ -124,7 +181,7 @@ def _write_shards(source: Path, work: Path, scheme: Any, as_floats: bool) -> Non
     (work / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _jobs(source: Path, scheme: Any) -> list[dict[str, Path]]:
+def _jobs(source: Path, scheme: "QuantConfig") -> list[dict[str, Path]]:
     """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
     from checkpoint import find_shards, open_shard
     from hf_config import load_config
@@ -144,13 +201,15 @@ def _jobs(source: Path, scheme: Any) -> list[dict[str, Path]]:
     return [*jobs, {name: path for name, path in where.items() if name not in layers}]
 
 
-def _quantized_tensors(names: dict[str, Path], scheme: Any, as_floats: bool) -> dict[str, Any]:
-    """What a shard holds of these tensors: projections quantized, the rest as it is. Raises UserError."""
+def _quantized_tensors(
+    names: dict[str, Path], scheme: "QuantConfig", as_floats: bool, round_projections: bool = True
+) -> dict[str, "Tensor"]:  # fmt: skip
+    """What a shard holds of these tensors: projections rounded, or left out, the rest as it is. Raises UserError."""
     from checkpoint import open_shard
     from kernels.packing import dequantize
     from quantization import round_to_nearest
 
-    result: dict[str, Any] = {}
+    result: dict[str, Tensor] = {}
     dtypes: dict[Any, str] = {}
     for name, path in sorted(names.items()):
         with open_shard(path) as tensors:
@@ -166,6 +225,8 @@ def _quantized_tensors(names: dict[str, Path], scheme: Any, as_floats: bool) -> 
         if len(dtypes) > 1:
             (one, first), (other, second) = dtypes.items()
             raise UserError(f"{path}: {first} is {one} and {second} is {other}; expected one dtype in a layer")
+        if not head and not round_projections:
+            continue
         bits = 8 if head else scheme.bits
         if as_floats and not head:
             result[name] = dequantize(*round_to_nearest(tensor, bits, scheme.group_size)).contiguous()

@@ -12,7 +12,7 @@ LEVELS = [
     {"cli", "kernels"},
     {"quantization", "teal_layers", "fused_block", "hardware", "compilation", "sampling"},
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
-    {"texts", "greedy", "calibration", "evaluation", "harness", "teal_import", "plots"},
+    {"texts", "greedy", "calibration", "evaluation", "gptq", "harness", "teal_import", "plots"},
     {"engine"},
     {"generate", "calibrate", "evaluate", "quantize", "bench"},
 ]

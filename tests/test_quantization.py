@@ -19,12 +19,13 @@ import generate
 import quantize
 from checkpoint import find_shards, load_model
 from errors import UserError
+from gptq import BlockwiseGptq, gptq
 from kernels.packing import dequantize, pack_int4, quantized_matmul, unpack_int4
 from kernels.reference import sparse_linear_reference
 from kernels.sparse_linear import sparse_linear
 from model import KVCache, Transformer
 from quantization import QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest
-from tests.conftest import assert_one_line_error, relative_error, save_tiny_model, tiny_config
+from tests.conftest import ROOT, assert_one_line_error, relative_error, save_tiny_model, tiny_config
 
 Command = Callable[..., tuple[int, str, str]]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -178,7 +179,7 @@ def test_a_quantized_folder_computes_what_its_weights_say(
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
     code, stdout, err = run(quantize, "--checkpoint", folder, "--mode", mode, "--lm-head", head, "-o", out)
-    assert code == 0 and stdout == "" and f"{mode}, groups of 32 along the output" in err, err
+    assert code == 0 and stdout == "" and f"{mode} by rtn, groups of 32 along the output" in err, err
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["out"]
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     model = load_model(out, torch.device("cpu"), torch.float32)
@@ -217,11 +218,11 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, tmp_path: P
     quantize.quantize_folder(folder, whole, scheme)
     original, calls = quantize._quantized_tensors, []
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "_quantized_tensors", failing)
@@ -233,6 +234,62 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, tmp_path: P
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir())
     for path in whole.iterdir():
         assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gptq_changes_the_product_less_than_rounding(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)  # correlated channels
+    x[:, 7] = 0  # a channel that no token uses
+    weight = torch.randn(96, 128, generator=generator)
+    nearest, better = (
+        dequantize(*packed) for packed in (round_to_nearest(weight, bits, 32), gptq(weight, x.t() @ x, bits, 32))
+    )
+    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight)
+    assert relative_error(better[7], nearest[7]) <= 0.2
+
+
+def test_gptq_of_independent_channels_is_rounding() -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(gptq(weight, torch.eye(64), 4, 32), round_to_nearest(weight, 4, 32), strict=True):
+        assert found is not None and expected is not None and torch.equal(found, expected)
+
+
+def test_gptq_folder(folder: Path, tmp_path: Path, run: Command) -> None:
+    """Nearer to the dense model than rounding on the text it saw, and the same after an interruption."""
+    options = ("--sequences", "3", "--length", "100", "--text", ROOT / "README.md")
+    for method in ("rtn", "gptq"):
+        arguments = ("--checkpoint", folder, "--mode", "int4", "--method", method, *options, "-o", tmp_path / method)
+        code, _, err = run(quantize, *arguments)
+        assert code == 0 and f"int4 by {method}" in err, err
+    args = quantize.build_parser().parse_args(["--mode", "int4", *map(str, options), "-o", "x"])
+    sequences = quantize.calibration_sequences(args, folder, 400)
+    positions = torch.arange(100)[None]
+
+    def on_text(path: Path) -> torch.Tensor:
+        model = load_model(path, torch.device("cpu"), torch.float32)
+        cache = KVCache(model.config, 1, 100, torch.device("cpu"), torch.float32)
+        with torch.inference_mode():
+            return torch.cat([model(ids[None], positions, cache) for ids in sequences])
+
+    dense = on_text(folder)
+    assert relative_error(on_text(tmp_path / "gptq"), dense) < 0.9 * relative_error(on_text(tmp_path / "rtn"), dense)
+
+    original = BlockwiseGptq.layer
+
+    def failing(self: BlockwiseGptq, i: int) -> Any:
+        if i == 2:
+            raise KeyboardInterrupt
+        return original(self, i)
+
+    again = tmp_path / "again"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockwiseGptq, "layer", failing)
+        with pytest.raises(KeyboardInterrupt):
+            quantize.quantize_folder(folder, again, QuantConfig("int4", 32), sequences=sequences, device="cpu")
+    quantize.quantize_folder(folder, again, QuantConfig("int4", 32), sequences=sequences, device="cpu")
+    for path in (tmp_path / "gptq").iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
 def test_leftovers_of_another_job_are_not_used(folder: Path, tmp_path: Path) -> None:
@@ -282,6 +339,13 @@ def test_mistakes_are_one_line_and_leave_nothing(folder: Path, tiny_folder: Path
         assert not out.exists()
     code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int4", "--group-size", "64", "-o", out)
     assert_one_line_error(code, err, "--group-size 64", "k and v width 32", "expected one of 32")
+    both = ("--method", "gptq", "--grouping", "input")
+    code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int4", *both, "-o", out)
+    assert_one_line_error(code, err, "--grouping input")
+    code, _, err = run(
+        quantize, "--checkpoint", folder, "--mode", "int4", "--method", "gptq", "--text", tmp_path / "no", "-o", out
+    )
+    assert_one_line_error(code, err, str(tmp_path / "no"))
     code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int3", "-o", out)
     assert_one_line_error(code, err, "int3")
     assert run(quantize, "--checkpoint", folder, "--mode", "int4", "--force", "-o", done)[0] == 0
