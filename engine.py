@@ -20,8 +20,8 @@ from files import cache_folder
 from loading import LoadedModel, load_for_decoding
 from model import KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
-from plan import PLAN_VERSION, SparsityPlan, plan_name
-from quantization import QuantizedLinear
+from plan import PLAN_VERSION, SparsityPlan, keep_all_plan, plan_name
+from quantization import QuantizedLinear, is_quantized
 from sampling import sample
 from streaming import StopStrings, StreamDecoder
 from teal_layers import SparseLinear, set_counting, sparse_layers, sparsify
@@ -87,17 +87,18 @@ class Engine:
         dtype: str = "auto",
         compile: bool | None = None,
         count_sparsity: bool = False,
+        quant: str | None = None,
     ) -> "Engine":
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
-        sparsity 0 with no plan is the dense model. compile None means: on CUDA only. count_sparsity
+        sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights. compile None means: on CUDA only. count_sparsity
         measures achieved sparsity while generating. Raises UserError for anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
         start = time.perf_counter()
         sparse = sparsity > 0 or plan is not None
-        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse)
+        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant)
         load_s = time.perf_counter() - start
         chosen = choose_plan(loaded, sparsity, plan) if sparse else None
         engine = cls.from_loaded(loaded, chosen, compile, count_sparsity)
@@ -117,6 +118,8 @@ class Engine:
         compile = on_cuda if compile is None else compile
         engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
         engine.plan = plan
+        if plan is None and on_cuda and is_quantized(engine.model):
+            plan = keep_all_plan(engine.model.config)  # the fused kernels are the fast ones for quantized weights
         if plan is not None:
             sparsify(engine.model, plan)
             if on_cuda:

@@ -54,6 +54,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     sparse = how.add_mutually_exclusive_group()
     sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
+    how.add_argument("--quant", choices=("int8", "int4"), help="round the weights at load; quantize.py does it once")
     how.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -81,6 +82,7 @@ def main() -> None:
     engine = Engine.load(
         args.checkpoint,
         random_weights=args.random_weights,
+        quant=args.quant,
         sparsity=args.sparsity,
         plan=args.plan,
         device=args.device,

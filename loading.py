@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import load_model, model_identity
+from errors import UserError
 from hardware import pick_device, pick_dtype
 from model import Transformer
 from presets import random_model
+from quantization import QuantConfig, is_quantized, pick_group_size, quantize_model
 from source import resolve_checkpoint
 from tokenizer import IdBackend, Tokenizer, load_tokenizer
 
@@ -23,12 +25,23 @@ class LoadedModel:
 
 
 def load_for_decoding(
-    checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool
+    checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool, quant: str | None = None
 ) -> LoadedModel:
     """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
 
-    sparse says whether the model will run sparse, which decides the faster dtype on a CPU. Raises UserError.
+    sparse says whether the model will run sparse, which decides the faster dtype on a CPU; quant ("int8", "int4")
+    rounds the weights of one that is not quantized. Raises UserError.
     """
+    loaded = _load(checkpoint, random_weights, device, dtype, sparse)
+    if quant is not None:
+        if is_quantized(loaded.model):
+            raise UserError(f"--quant {quant}: {loaded.name} is quantized already; leave the option out")
+        quantize_model(loaded.model, QuantConfig(quant, pick_group_size(loaded.model.config, None)))
+        loaded.identity += f"-{quant}"
+    return loaded
+
+
+def _load(checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool) -> LoadedModel:
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device, sparse)
     if random_weights is not None:

@@ -156,6 +156,12 @@ class SparsityPlan:
             raise UserError(f"plan {path}: missing or malformed field ({error}); calibrate again") from error
 
 
+def keep_all_plan(config: ModelConfig) -> SparsityPlan:
+    """The plan that drops nothing: dense decoding by the sparse kernels."""
+    layer = dict.fromkeys(PROJECTIONS, ProjectionPlan(0.0, 0.0))
+    return SparsityPlan(config_fields(config), "none", 0.0, (layer,) * config.num_layers)
+
+
 def plan_name(target: float) -> str:
     """File name under which a plan for a target is found beside a checkpoint."""
     return f"teal-{target:g}.json"

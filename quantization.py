@@ -139,6 +139,27 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def quantize_model(model: Transformer, config: QuantConfig) -> None:
+    """Round a model's projections, and the head if config says so, to nearest, in place."""
+
+    def quantized(linear: nn.Linear, bits: int) -> QuantizedLinear:
+        holder = QuantizedLinear(linear, bits, config.group_size)
+        holder.set_weight(*round_to_nearest(linear.weight.t().contiguous(), bits, config.group_size))
+        return holder
+
+    for block in model.blocks:
+        for parent, names in ((block.attention, ("wqkv", "wo")), (block.feed_forward, ("gate_up", "down"))):
+            for name in names:
+                setattr(parent, name, quantized(getattr(parent, name), config.bits))
+    if config.lm_head:
+        model.lm_head = quantized(model.lm_head, 8)  # type: ignore[assignment]
+
+
+def is_quantized(model: Transformer) -> bool:
+    """Whether the model's projections are QuantizedLinear modules, as long as it is not sparse."""
+    return any(isinstance(module, QuantizedLinear) for module in model.layers.modules())
+
+
 def use_quantized_linears(model: Transformer, config: QuantConfig) -> None:
     """Replace the projections, and the head if config says so, in place by QuantizedLinear modules without values."""
     for block in model.blocks:

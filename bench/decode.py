@@ -112,12 +112,13 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     runners: dict[str, EngineRunner] = {}
     if 0.0 in args.sparsities:
         options: dict[str, Any] = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
+        options["quant"] = args.quant
         runners["dense"] = EngineRunner(Engine.load(args.checkpoint, **options, compile=args.compile), None)
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse:
         return runners
     start = time.perf_counter()
-    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, sparse=True)
+    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant)
     load_s = time.perf_counter() - start
     plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}
     if args.zero_through_sparse:

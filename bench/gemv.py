@@ -21,15 +21,18 @@ from bench.steps import graph_microseconds, wall_microseconds
 from errors import UserError
 from hardware import DTYPES, pick_device, read_bandwidth
 from kernels.launch import Weight
+from kernels.packing import dequantize
 from kernels.reduce_partials import reduce_partials
 from kernels.sparse_gemv import launch
 from kernels.sparse_linear import sparse_linear
 from kernels.tuning import GemvTile
 from presets import find_preset
+from quantization import BITS, round_to_nearest
 
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
 MAX_COPIES = 40
+QUANT_GROUP = 128
 
 
 def build_parser() -> cli.Parser:
@@ -39,6 +42,7 @@ def build_parser() -> cli.Parser:
     sparsities = (0.0, 0.25, 0.4, 0.5, 0.65, 0.8)
     parser.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
     parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
+    parser.add_argument("--quant", choices=("int8", "int4"), help="weights of 8 or 4 bits; dense stays in floats")
     parser.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     return parser
@@ -56,20 +60,25 @@ def shapes_of(model: str, option: str = "--models") -> dict[str, tuple[int, list
 
 
 class ColdWeights:
-    """Copies of a random weight [K, N] and inputs [B, K], enough to defeat the L2 cache."""
+    """Copies of a random weight [K, N], floats or of 8 or 4 bits, and inputs [B, K], enough to defeat the L2 cache."""
 
-    def __init__(self, K: int, N: int, B: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.count = max(3, min(MAX_COPIES, -(-COLD_BYTES // (K * N * dtype.itemsize))))
+    def __init__(self, K: int, N: int, B: int, dtype: torch.dtype, device: torch.device, bits: int = 16) -> None:
         generator = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
-        self.weights = [torch.randn(K, N, **options) for _ in range(self.count)]
+        self.count = _copies(K * N * dtype.itemsize)
+        self.floats = [torch.randn(K, N, **options) for _ in range(self.count)]
+        self.weights = [Weight(weight) for weight in self.floats]
+        if bits < 16:
+            packed = [Weight(*round_to_nearest(weight, bits, QUANT_GROUP)) for weight in self.floats]
+            self.count = _copies(K * N * bits // 8)
+            self.weights = [copied(packed[i % len(packed)]) for i in range(self.count)]
         self.inputs = [torch.randn(B, K, **options) for _ in range(self.count)]
         self.timed = graph_microseconds if device.type == "cuda" else wall_microseconds
 
     def dense_us(self) -> float:
         """Microseconds of torch's own x @ W^T with W [N, K], the layout that is fastest for it (cuBLAS on CUDA)."""
-        transposed = [weight.t().contiguous() for weight in self.weights]
-        return self.timed(lambda i: F.linear(self.inputs[i], transposed[i]), self.count)
+        transposed = [weight.t().contiguous() for weight in self.floats]
+        return self.timed(lambda i: F.linear(self.inputs[i], transposed[i]), len(transposed))
 
     def sparse_us(self, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> float:
         """Microseconds of the sparse product, from x to its rounded result."""
@@ -85,20 +94,32 @@ class ColdWeights:
     ) -> Tensor:
         """The sparse product with copy i, [B, N] in dtype (by default the weight's, the only one on a CPU)."""
         x, weight = self.inputs[i], self.weights[i]
-        if not weight.is_cuda:
-            return sparse_linear(x, weight, thresholds, segments)
-        return reduce_partials(launch(x, Weight(weight), thresholds, segments, tile), dtype or weight.dtype, None, None)
+        if not x.is_cuda:
+            return sparse_linear(x, weight.values, thresholds, segments, weight.scales, weight.zeros)
+        return reduce_partials(launch(x, weight, thresholds, segments, tile), dtype or weight.dtype, None, None)
 
     def errors(self, thresholds: Tensor, segments: list[int]) -> tuple[float, float]:
         """Relative error to fp64: (of the fp32 sum, of the rounded result)."""
         x, weight = self.inputs[0], self.weights[0]
         kept = torch.where(x.abs() < thresholds[0].to(x.dtype), 0, x)
-        expected = kept.double() @ weight.double()
+        exact = weight.values
+        if weight.scales is not None:
+            exact = dequantize(weight.values, weight.scales.float(), weight.zeros)
+        expected = kept.double() @ exact.double()
         found = []
         for dtype in (torch.float32, x.dtype):
             difference = self.product(0, thresholds, segments, dtype=dtype).double() - expected
             found.append(float(difference.norm() / expected.norm()))
         return found[0], found[1]
+
+
+def copied(weight: Weight) -> Weight:
+    """The same weight at another address."""
+    return Weight(weight.values.clone(), *(None if t is None else t.clone() for t in weight[1:]))
+
+
+def _copies(size: int) -> int:
+    return max(3, min(MAX_COPIES, -(-COLD_BYTES // size)))
 
 
 def thresholds_for(sparsity: float, segments: list[int], device: torch.device) -> Tensor:
@@ -119,12 +140,13 @@ def measure(args: argparse.Namespace, device: torch.device, ceiling: float) -> l
                     print(f"{model} {name} {dtype}: as {seen[key]}")
                     continue
                 seen[key] = f"{model} {name}"
-                cold = ColdWeights(K, sum(segments), args.rows, DTYPES[dtype], device)
+                bits = BITS[args.quant] if args.quant else 8 * DTYPES[dtype].itemsize
+                cold = ColdWeights(K, sum(segments), args.rows, DTYPES[dtype], device, bits)
                 dense = cold.dense_us()
                 for sparsity in args.sparsities:
                     thresholds = thresholds_for(sparsity, segments, device)
                     us = cold.sparse_us(thresholds, segments)
-                    gb_per_s = K * sum(segments) * DTYPES[dtype].itemsize * 1e-3 * (1 - sparsity) / us
+                    gb_per_s = K * sum(segments) * bits / 8e3 * (1 - sparsity) / us
                     sums, rounded = cold.errors(thresholds, segments)
                     row = {"model": model, "projection": name, "dtype": dtype, "K": K, "N": sum(segments)}
                     row |= {"sparsity": sparsity, "us": us, "dense_us": dense, "ratio": dense / us}

@@ -43,7 +43,7 @@ def candidates(K: int, segments: list[int], multiprocessors: int) -> list[GemvTi
 
 def fastest(cold: ColdWeights, K: int, segments: list[int], sparsity: float, multiprocessors: int) -> GemvTile:
     """The candidate with the least time; prints each."""
-    thresholds = thresholds_for(sparsity, segments, cold.weights[0].device)
+    thresholds = thresholds_for(sparsity, segments, cold.floats[0].device)
     times = {}
     for tile in candidates(K, segments, multiprocessors):
         times[tile] = cold.sparse_us(thresholds, segments, tile)

@@ -24,7 +24,7 @@ class FakeWeights:
     """Stands for ColdWeights: a tile's time is its distance from the tile that is best here."""
 
     best = GemvTile(1024, 1, 4, 44, 4)
-    weights = (torch.zeros(1),)
+    floats = (torch.zeros(1),)
 
     def sparse_us(self, thresholds: torch.Tensor, segments: list[int], tile: GemvTile) -> float:
         return abs(tile.block_n - self.best.block_n) + abs(tile.unroll - self.best.unroll) + abs(tile.splits - 44) / 9
@@ -112,6 +112,16 @@ def test_fitted_thresholds_drop_their_targets(tiny_folder: Path) -> None:
 
     assert worst_miss(plan) > 0.3
     assert worst_miss(fitted_plan(engine, plan, prompt, tokens=60)) <= 0.08  # a last change moves what comes after it
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_shapes_are_timed_too(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv, "COLD_BYTES", 4_000_000)
+    cold = gemv.ColdWeights(256, 768, 1, torch.bfloat16, torch.device("cpu"), bits)
+    assert cold.count > len(cold.floats) and len({w.values.data_ptr() for w in cold.weights}) == cold.count
+    thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device("cpu"))
+    assert max(cold.errors(thresholds, [512, 256])) <= 3e-3
+    assert cold.sparse_us(thresholds, [512, 256]) > 0
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -201,6 +201,27 @@ def test_every_command_takes_a_quantized_folder(folder: Path, tmp_path: Path, ru
     assert code == 0 and "perplexity" in table, err
 
 
+def test_rounding_at_load_is_what_quantize_writes(folder: Path, tmp_path: Path, run: Command) -> None:
+    options = (
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--prompt",
+        "The lobster",
+        "--max-new-tokens",
+        "20",
+        "--ignore-eos",
+    )
+    quantize.quantize_folder(folder, tmp_path / "out", QuantConfig("int4", 32))
+    code, written, err = run(generate, "--checkpoint", tmp_path / "out", *options)
+    assert code == 0, err
+    assert run(generate, "--checkpoint", folder, "--quant", "int4", *options)[1] == written
+    assert run(generate, "--checkpoint", folder, "--quant", "int4", "--sparsity", "0.3", *options)[0] == 0
+    code, _, err = run(generate, "--checkpoint", tmp_path / "out", "--quant", "int8", *options)
+    assert_one_line_error(code, err, "--quant int8", "quantized already")
+
+
 def test_groups_along_the_input_are_written_as_floats(folder: Path, tmp_path: Path, run: Command) -> None:
     out = tmp_path / "out"
     assert run(quantize, "--checkpoint", folder, "--mode", "int4", "--grouping", "input", "-o", out)[0] == 0

@@ -1,0 +1,33 @@
+"""On a CUDA device: quantized models give the CPU's text, dense and sparse, captured in a graph."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantize
+from engine import Engine
+from params import SamplingParams
+from quantization import QuantConfig
+from tests.conftest import save_tiny_model, tiny_config
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.4])
+def test_text_equals_the_cpus(tmp_path: Path, byte_level_tokenizer_json: str, sparsity: float, mode: str) -> None:
+    config = tiny_config(
+        "llama", hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, vocab_size=320
+    )  # fmt: skip
+    source, folder = tmp_path / "dense", tmp_path / "quantized"
+    save_tiny_model(config, source)
+    (source / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
+    quantize.quantize_folder(source, folder, QuantConfig(mode, 32, lm_head=True))
+    texts = []
+    for device, compile in (("cpu", False), ("cuda", False), ("cuda", True)):
+        engine = Engine.load(str(folder), device=device, dtype="fp32", sparsity=sparsity, compile=compile)
+        assert engine.use_graph == compile
+        texts.append(list(engine.generate([5, 9, 33, 120, 7], SamplingParams(), 40, ignore_eos=True)))
+        torch._dynamo.reset()
+    assert texts[0] == texts[1] == texts[2]
