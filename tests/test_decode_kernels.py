@@ -185,7 +185,7 @@ def combined(shares: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return (sums * factor[..., None]).sum(2) / (weights * factor).sum(2)[..., None]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias,norm", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("B,H,KV,D,window", [(1, 4, 2, 16, 0), (3, 6, 2, 12, 5), (8, 2, 2, 64, 0), (2, 8, 1, 64, 70)])
 def test_rope_attention(
@@ -214,7 +214,7 @@ def test_rope_attention(
         heads[:2] = [rms_norm_reference(h, w, 1e-6) for h, w in zip(heads, norms, strict=False) if w is not None]
     cos, sin = angles.cos().view(B, -1), angles.sin().view(B, -1)
     q, *expected = rope_reference(heads[0], cos, sin), rope_reference(heads[1], cos, sin), heads[2]
-    tolerance = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 2e-6}[dtype]
+    tolerance = 6e-3 if dtype == torch.bfloat16 else 2e-6
     rows = torch.arange(B, device=DEVICE)
     for cache, value, before, name in zip((k, v), expected, untouched, "kv", strict=True):
         assert relative_error(cache[1][rows, :, positions[:, 0]], value) <= tolerance, name
