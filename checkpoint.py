@@ -22,7 +22,7 @@ from tqdm import tqdm
 from errors import UserError
 from files import fingerprint
 from hf_config import load_config, load_quantization, read_json
-from model import ModelConfig, Transformer
+from model import Block, ModelConfig, Transformer
 from quantization import QuantConfig, QuantizedLinear, use_quantized_linears
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
@@ -73,20 +73,25 @@ def weight_targets(model: Transformer) -> dict[str, Tensor]:
     targets = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
     if not c.tie_embeddings or isinstance(model.lm_head, QuantizedLinear):
         targets |= projection_targets(model.lm_head, {"lm_head": c.vocab_size})
-    for i, layer in enumerate(model.blocks):
-        attention, feed_forward = layer.attention, layer.feed_forward
-        sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}
-        found = projection_targets(attention.wqkv, {f"self_attn.{n}_proj": size for n, size in sizes.items()})
-        found |= projection_targets(attention.wo, {"self_attn.o_proj": c.hidden_size})
-        found |= projection_targets(
-            feed_forward.gate_up, {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
-        )
-        found |= projection_targets(feed_forward.down, {"mlp.down_proj": c.hidden_size})
-        found |= {f"self_attn.q_norm.{n}": p for n, p in attention.q_norm.named_parameters()}
-        found |= {f"self_attn.k_norm.{n}": p for n, p in attention.k_norm.named_parameters()}
-        found["input_layernorm.weight"] = layer.attention_norm.weight
-        found["post_attention_layernorm.weight"] = layer.ffn_norm.weight
-        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in found.items()}
+    for i, block in enumerate(model.blocks):
+        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in block_targets(block, c).items()}
+    return targets
+
+
+def block_targets(block: Block, c: ModelConfig) -> dict[str, Tensor]:
+    """As weight_targets, for one block; names without its prefix model.layers.N."""
+    attention, feed_forward = block.attention, block.feed_forward
+    sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}
+    targets = projection_targets(attention.wqkv, {f"self_attn.{n}_proj": size for n, size in sizes.items()})
+    targets |= projection_targets(attention.wo, {"self_attn.o_proj": c.hidden_size})
+    targets |= projection_targets(
+        feed_forward.gate_up, {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
+    )
+    targets |= projection_targets(feed_forward.down, {"mlp.down_proj": c.hidden_size})
+    targets |= {f"self_attn.q_norm.{n}": p for n, p in attention.q_norm.named_parameters()}
+    targets |= {f"self_attn.k_norm.{n}": p for n, p in attention.k_norm.named_parameters()}
+    targets["input_layernorm.weight"] = block.attention_norm.weight
+    targets["post_attention_layernorm.weight"] = block.ffn_norm.weight
     return targets
 
 

@@ -5,17 +5,16 @@ those that remain. With scales of an input channel in its own row, each channel'
 is, and channels can go in the order of their importance (the paper's act-order) without regard to groups.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from calibration import BlockStages
-from checkpoint import open_shard, projection_targets, weight_targets
+from calibration import BlockStages, Stream
+from checkpoint import block_targets, open_shard, projection_targets
 from hf_config import load_config
 from kernels.packing import dequantize, pack_int4
-from model import Block, Transformer
+from model import Transformer
 from quantization import QuantConfig, QuantizedLinear, group_scales, round_groups
 
 LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product
@@ -73,7 +72,8 @@ class BlockwiseGptq:
         with torch.device("meta"):
             self.model = Transformer(load_config(source)).eval().requires_grad_(False)
         embedding = self._read("model.embed_tokens.weight")
-        self.stream = [embedding[ids][None].float().to(device) for ids in sequences]
+        self.stream = Stream([embedding[ids][None].float() for ids in sequences], device, offload=False)
+        self.length = sequences.shape[1]
         tells_device_and_dtype = torch.empty(1, 1, device=device)
         self.model.embedding.weight = nn.Parameter(tells_device_and_dtype, requires_grad=False)
 
@@ -81,30 +81,40 @@ class BlockwiseGptq:
         with open_shard(self.where[name]) as tensors:
             return tensors.get_tensor(name)
 
-    def _load(self, i: int) -> Block:
-        """Block i in fp32."""
+    def _load(self, i: int, quantized: Path | None = None) -> torch.dtype:
+        """Fill block i, in fp32, projections from the shard quantized if given; returns the projections' dtype."""
         block = self.model.blocks[i].to_empty(device=self.device)
         prefix = f"model.layers.{i}."
-        for name, tensor in weight_targets(self.model).items():
-            if name.startswith(prefix):
-                tensor.copy_(self._read(name))
-        return block
+        for name, target in block_targets(block, self.model.config).items():
+            projection = name.endswith("_proj.weight")
+            if projection and quantized is not None:
+                values = self._read_quantized(quantized, prefix + name.removesuffix("weight"))
+            else:
+                values = self._read(prefix + name)
+            target.copy_(values)
+            if projection:
+                dtype = values.dtype
+        return dtype
+
+    def _read_quantized(self, shard: Path, prefix: str) -> Tensor:
+        """The weight [N, K] that the tensors of this prefix stand for."""
+        with open_shard(shard) as tensors:
+            zeros = tensors.get_tensor(prefix + "zeros") if self.scheme.bits == 4 else None
+            return dequantize(tensors.get_tensor(prefix + "qweight"), tensors.get_tensor(prefix + "scales"), zeros).t()
 
     @torch.inference_mode()
     def layer(self, i: int) -> dict[str, Tensor]:
         """The quantized tensors of block i's projections, by name; the text moves on through the quantized block."""
-        block = self._load(i)
-        stages = BlockStages(self.model, i, self.stream[0].shape[1])
+        dtype = self._load(i)
+        block, stages = self.model.blocks[i], BlockStages(self.model, i, self.length)
         attention, feed_forward = block.attention, block.feed_forward
         c = self.model.config
         found: dict[str, Tensor] = {}
 
-        def quantize(module: nn.Linear, inputs: Callable[[Tensor], Tensor], sizes: dict[str, int]) -> None:
-            dtype = self._read(f"model.layers.{i}.{next(iter(sizes))}.weight").dtype
+        def quantize(module: nn.Linear, inputs: Stream, sizes: dict[str, int]) -> None:
             hessian = torch.zeros(module.in_features, module.in_features, device=self.device)
-            for x in self.stream:
-                rows = inputs(x)[0]
-                hessian += rows.t() @ rows
+            for part in inputs.parts:
+                hessian += part[0].t() @ part[0]
             packed = gptq(module.weight.t().to(dtype), hessian, self.scheme.bits, self.scheme.group_size)
             module.weight.copy_(dequantize(*packed).t())
             holder = QuantizedLinear(module, self.scheme.bits, self.scheme.group_size).to(dtype)
@@ -114,29 +124,21 @@ class BlockwiseGptq:
                     found[f"model.layers.{i}.{name}"] = part.contiguous().cpu()
 
         sizes = {"self_attn.q_proj": c.q_size, "self_attn.k_proj": c.kv_size, "self_attn.v_proj": c.kv_size}
-        quantize(attention.wqkv, block.attention_norm, sizes)
-        mixed = {id(x): stages.attention_output(x) for x in self.stream}
-        quantize(attention.wo, lambda x: mixed[id(x)], {"self_attn.o_proj": c.hidden_size})
-        self.stream = [stages.after_attention(x, mixed[id(x)]) for x in self.stream]
+        quantize(attention.wqkv, self.stream.map(block.attention_norm), sizes)
+        mixed = self.stream.map(stages.attention_output)
+        quantize(attention.wo, mixed, {"self_attn.o_proj": c.hidden_size})
+        self.stream = self.stream.map(stages.after_attention, mixed)
         sizes = {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
-        quantize(feed_forward.gate_up, block.ffn_norm, sizes)
-        hidden = {id(x): stages.hidden(x) for x in self.stream}
-        quantize(feed_forward.down, lambda x: hidden[id(x)], {"mlp.down_proj": c.hidden_size})
-        self.stream = [stages.output(x, hidden[id(x)]) for x in self.stream]
+        quantize(feed_forward.gate_up, self.stream.map(block.ffn_norm), sizes)
+        hidden = self.stream.map(stages.hidden)
+        quantize(feed_forward.down, hidden, {"mlp.down_proj": c.hidden_size})
+        self.stream = self.stream.map(stages.output, hidden)
         block.to_empty(device="meta")
         return found
 
     @torch.inference_mode()
     def skip(self, i: int, shard: Path) -> None:
         """As layer(i), whose result is in shard already."""
-        block = self._load(i)
-        with open_shard(shard) as tensors:
-            for name, target in weight_targets(self.model).items():
-                if name.startswith(f"model.layers.{i}.") and name.endswith("_proj.weight"):
-                    prefix = name.removesuffix("weight")
-                    zeros = tensors.get_tensor(prefix + "zeros") if self.scheme.bits == 4 else None
-                    values, scales = (tensors.get_tensor(prefix + part) for part in ("qweight", "scales"))
-                    target.copy_(dequantize(values, scales, zeros).t())
-        stages = BlockStages(self.model, i, self.stream[0].shape[1])
-        self.stream = [stages.forward(x) for x in self.stream]
-        block.to_empty(device="meta")
+        self._load(i, shard)
+        self.stream = self.stream.map(BlockStages(self.model, i, self.length).forward)
+        self.model.blocks[i].to_empty(device="meta")

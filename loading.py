@@ -8,7 +8,7 @@ from errors import UserError
 from hardware import pick_device, pick_dtype
 from model import Transformer
 from presets import random_model
-from quantization import QuantConfig, is_quantized, pick_group_size, quantize_model
+from quantization import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
 from source import resolve_checkpoint
 from tokenizer import IdBackend, Tokenizer, load_tokenizer
 
@@ -36,7 +36,8 @@ def load_for_decoding(
     if quant is not None:
         if is_quantized(loaded.model):
             raise UserError(f"--quant {quant}: {loaded.name} is quantized already; leave the option out")
-        quantize_model(loaded.model, QuantConfig(quant, pick_group_size(loaded.model.config, None)))
+        scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None))
+        use_quantized_linears(loaded.model, scheme, fill=True)
         loaded.identity += f"-{quant}"
     return loaded
 

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from kernels.packing import NIBBLES, dequantize, pack_int4, quantized_matmul
+from kernels.packing import GROUP_SIZES, NIBBLES, dequantize, pack_int4, quantized_matmul
 from kernels.sparse_linear import sparse_linear
 from model import ModelConfig, Transformer
 
 QUANT_METHOD = "teal"
 QUANT_VERSION = 1
 BITS = {"int8": 8, "int4": 4}
-GROUP_SIZES = (128, 64, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +138,17 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def quantize_model(model: Transformer, config: QuantConfig) -> None:
-    """Round a model's projections, and the head if config says so, to nearest, in place."""
+def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = False) -> None:
+    """Replace the projections, and the head if config says so, in place by QuantizedLinear modules.
+
+    fill: with their weights rounded to nearest; without values otherwise.
+    """
 
     def quantized(linear: nn.Linear, bits: int) -> QuantizedLinear:
-        holder = QuantizedLinear(linear, bits, config.group_size)
-        holder.set_weight(*round_to_nearest(linear.weight.t().contiguous(), bits, config.group_size))
-        return holder
+        module = QuantizedLinear(linear, bits, config.group_size)
+        if fill:
+            module.set_weight(*round_to_nearest(linear.weight.t().contiguous(), bits, config.group_size))
+        return module
 
     for block in model.blocks:
         for parent, names in ((block.attention, ("wqkv", "wo")), (block.feed_forward, ("gate_up", "down"))):
@@ -158,13 +161,3 @@ def quantize_model(model: Transformer, config: QuantConfig) -> None:
 def is_quantized(model: Transformer) -> bool:
     """Whether the model's projections are QuantizedLinear modules, as long as it is not sparse."""
     return any(isinstance(module, QuantizedLinear) for module in model.layers.modules())
-
-
-def use_quantized_linears(model: Transformer, config: QuantConfig) -> None:
-    """Replace the projections, and the head if config says so, in place by QuantizedLinear modules without values."""
-    for block in model.blocks:
-        for parent, names in ((block.attention, ("wqkv", "wo")), (block.feed_forward, ("gate_up", "down"))):
-            for name in names:
-                setattr(parent, name, QuantizedLinear(getattr(parent, name), config.bits, config.group_size))
-    if config.lm_head:
-        model.lm_head = QuantizedLinear(model.lm_head, 8, config.group_size)  # type: ignore[assignment]

@@ -106,6 +106,8 @@ def quantize_folder(
     """
     from filelock import FileLock
 
+    from hf_config import read_json
+
     output = output.resolve()
     work = output.with_name(f".{output.name}.part")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ def quantize_folder(
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(SKIPPED_FILES) and not path.name.startswith("."):
                 shutil.copyfile(path, work / path.name)
-        description = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        description = read_json(source / "config.json")
         description["quantized_values" if as_floats else "quantization_config"] = scheme.as_json()
         (work / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (work / "progress.json").unlink()
@@ -148,17 +150,18 @@ def _write_shards(
     device: str,
 ) -> None:
     """A shard for each layer and one for the rest, skipping those that are there, and their index."""
-    from safetensors import safe_open
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    from checkpoint import open_shard
     from files import atomic_file
-    from gptq import BlockwiseGptq
-    from hardware import pick_device
 
     jobs = _jobs(source, scheme)
     gptq = None
     if sequences is not None:
+        from gptq import BlockwiseGptq
+        from hardware import pick_device
+
         where = {name: path for names in jobs for name, path in names.items()}
         gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device))
     index: dict[str, str] = {}
@@ -167,15 +170,15 @@ def _write_shards(
         path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
         is_layer = i + 1 < len(jobs)
         if not path.exists():
-            others = _quantized_tensors(names, scheme, as_floats, round_projections=gptq is None)
+            tensors = _quantized_tensors(names, scheme, as_floats, round_projections=gptq is None)
             if gptq is not None and is_layer:
-                others |= gptq.layer(i)
+                tensors |= gptq.layer(i)
             with atomic_file(path) as temporary:
-                save_file(others, temporary, metadata={"format": "pt"})
+                save_file(tensors, temporary, metadata={"format": "pt"})
         elif gptq is not None and is_layer:
             gptq.skip(i, path)
-        with safe_open(path, framework="pt") as tensors:
-            index |= dict.fromkeys(tensors.keys(), path.name)
+        with open_shard(path) as shard:
+            index |= dict.fromkeys(shard.keys(), path.name)
         total += path.stat().st_size
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (work / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

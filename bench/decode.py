@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import cli
-from bench.steps import batched_step_s, fitted_plan, profile_step
+from bench.steps import batched_step_s, counting, fitted_plan, profile_step
 from engine import Engine, choose_plan, weight_bytes_per_token
 from errors import UserError
 from generate import add_decode_arguments
@@ -28,7 +28,7 @@ from hardware import read_bandwidth
 from loading import load_for_decoding
 from params import SamplingParams
 from plan import SparsityPlan
-from teal_layers import achieved_sparsity, set_counting
+from teal_layers import achieved_sparsity
 
 Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
 
@@ -76,14 +76,10 @@ class EngineRunner:
         model = self.engine.model
         if self.plan is None:
             return weight_bytes_per_token(model), 0.0
-        graph, self.engine.use_graph = self.engine.use_graph, False  # a captured step counts nothing
-        set_counting(model, True)
-        self(prompt, 8)
-        bytes_read = weight_bytes_per_token(model)
-        shares = [share for layer in achieved_sparsity(model) for share in layer.values()]
-        set_counting(model, False)
-        self.engine.use_graph = graph
-        return bytes_read, statistics.mean(shares)
+        with counting(self.engine):
+            self(prompt, 8)
+            shares = [share for layer in achieved_sparsity(model) for share in layer.values()]
+            return weight_bytes_per_token(model), statistics.mean(shares)
 
 
 def llama_cpp_round(path: Path, context: int) -> Runner:
@@ -148,7 +144,7 @@ def main() -> None:
                 rounds[label].append(result)
     rows = [row_of(label, results, runners.get(label), prompt) for label, results in rounds.items()]
     if device.type == "cuda":
-        add_gpu_figures(args, rows, runners)
+        add_gpu_figures(args, rows, runners, prompt)
     print_table(rows, ceiling)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     facts = {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
@@ -170,7 +166,9 @@ def row_of(
     return row
 
 
-def add_gpu_figures(args: argparse.Namespace, rows: list[dict[str, Any]], runners: dict[str, EngineRunner]) -> None:
+def add_gpu_figures(
+    args: argparse.Namespace, rows: list[dict[str, Any]], runners: dict[str, EngineRunner], prompt: list[int]
+) -> None:
     """Steps of several rows, and the per-kernel table, where asked for."""
     for row in rows:
         runner = runners[row["label"]]
@@ -179,7 +177,7 @@ def add_gpu_figures(args: argparse.Namespace, rows: list[dict[str, Any]], runner
             row["batch"] = args.batch
             row["batch_step_ms"] = 1e3 * batched_step_s(runner.engine.model, args.batch, args.context)
         if args.profile:
-            row["kernels_us"] = profile_step(runner.engine, args.context)
+            row["kernels_us"] = profile_step(runner.engine, prompt)
 
 
 def print_table(rows: list[dict[str, Any]], ceiling: float) -> None:

@@ -20,8 +20,7 @@ import cli
 from bench.steps import graph_microseconds, wall_microseconds
 from errors import UserError
 from hardware import DTYPES, pick_device, read_bandwidth
-from kernels.launch import Weight
-from kernels.packing import dequantize
+from kernels.packing import GROUP_SIZES, Weight, dequantize
 from kernels.reduce_partials import reduce_partials
 from kernels.sparse_gemv import launch
 from kernels.sparse_linear import sparse_linear
@@ -32,7 +31,7 @@ from quantization import BITS, round_to_nearest
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
 MAX_COPIES = 40
-QUANT_GROUP = 128
+QUANT_GROUP = max(GROUP_SIZES)
 
 
 def build_parser() -> cli.Parser:

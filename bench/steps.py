@@ -4,7 +4,8 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -57,6 +58,18 @@ def wall_microseconds(run: Callable[[int], object], count: int, repeats: int = R
     return statistics.median(times)
 
 
+@contextmanager
+def counting(engine: Engine) -> Iterator[None]:
+    """Within the block, tokens go through the modules, which count what they keep: a captured step counts nothing."""
+    graph, engine.use_graph = engine.use_graph, False
+    set_counting(engine.model, True)
+    try:
+        yield
+    finally:
+        set_counting(engine.model, False)
+        engine.use_graph = graph
+
+
 @torch.inference_mode()
 def fitted_plan(
     engine: Engine, plan: SparsityPlan, prompt: list[int], tokens: int = 16, passes: int = 3
@@ -67,10 +80,8 @@ def fitted_plan(
     shrinks with the length of the text, and thresholds of calibration text would drop too much. Each pass changes what
     later projections meet, hence several.
     """
-    graph, engine.use_graph = engine.use_graph, False
     for _ in range(passes):
         engine.use_plan(plan)
-        set_counting(engine.model, True)  # which sends a fused block's tokens through its modules
         histograms: dict[SparseLinear, Histogram] = {}
 
         def collect(module: SparseLinear, arguments: tuple[Tensor], into: dict[SparseLinear, Histogram]) -> None:
@@ -79,8 +90,9 @@ def fitted_plan(
 
         hook = functools.partial(collect, into=histograms)
         hooks = [m.register_forward_pre_hook(hook) for layer in sparse_layers(engine.model) for m in layer]
-        for _ in engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True):
-            pass
+        with counting(engine):  # which sends a fused block's tokens through its modules
+            for _ in engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True):
+                pass
         for handle in hooks:
             handle.remove()
         layers = []
@@ -88,8 +100,6 @@ def fitted_plan(
             met = {name: histograms[module] for module in modules for name in module.names}
             layers.append({n: ProjectionPlan(p.sparsity, met[n].quantile(p.sparsity)) for n, p in layer.items()})
         plan = replace(plan, layers=tuple(layers))
-    set_counting(engine.model, False)
-    engine.use_graph = graph
     return plan
 
 
@@ -105,14 +115,13 @@ def batched_step_s(model: Transformer, batch: int, context: int) -> float:
     return 1e-6 * graph_microseconds(lambda _: model(tokens, positions, cache).argmax(-1), 1)
 
 
-def profile_step(engine: Engine, context: int, tokens: int = 16) -> dict[str, float]:
+def profile_step(engine: Engine, prompt: list[int], tokens: int = 16) -> dict[str, float]:
     """Microseconds a token spends in each kernel, longest first, by torch.profiler over a stretch of decoding.
 
     A kernel is charged the time from the end of the one before to its own: launches overlap (programmatic dependent
     launch), and only so do the figures add up to the step.
     """
     engine.cached_ids = []
-    prompt = [1000 + i % 1000 for i in range(context)]
     stream = engine.generate(prompt, SamplingParams(), tokens + 8, ignore_eos=True)
     for _ in range(8):
         next(stream)

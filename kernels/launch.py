@@ -1,7 +1,6 @@
 """Host side the sparse GEMV launchers share: argument checks, tile sizes, scratch."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -9,38 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gather import GROUP, INTERPRETED
-from kernels.packing import check_quantized, packed_columns
+from kernels.packing import Weight, check_quantized
 from kernels.tuning import GemvTile, gemv_tile
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 DTYPES = tuple(TRITON_DTYPES)
 MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense product is faster
-
-
-class Weight(NamedTuple):
-    """The weight [K, N] of a product: floats, or values with scales and zeros (packing.py)."""
-
-    values: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-
-    @property
-    def N(self) -> int:
-        return self.values.shape[1] if self.scales is None else packed_columns(self.values)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of x and of what the product is rounded to."""
-        return self.values.dtype if self.scales is None else self.scales.dtype
-
-    @property
-    def bits(self) -> int:
-        """8 or 4, or 16 for any floats."""
-        return 16 if self.scales is None else 8 if self.values.dtype == torch.int8 else 4
-
-    @property
-    def group_size(self) -> int:
-        return 1 if self.scales is None else self.N // self.scales.shape[1]
 
 
 def check_rows(x: Tensor, weight: Weight) -> None:
@@ -74,11 +47,9 @@ def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, 
     """Raise ValueError unless weight [K, N], thresholds fp32 [J] or [J, K] and segments fit a product with [B, K]."""
     values = weight.values
     if weight.scales is not None:
-        check_quantized(values, weight.scales, weight.zeros, K)
+        check_quantized(weight, K, segments)
         if not all(t.is_contiguous() for t in weight if t is not None):
             raise ValueError("a quantized weight must be contiguous")
-        if any(n % weight.group_size for n in segments):
-            raise ValueError(f"segments {segments} are no multiples of the group size {weight.group_size}")
     if values.dim() != 2 or values.shape[0] != K or weight.dtype not in DTYPES:
         raise ValueError(f"weight is {weight.dtype} {tuple(values.shape)}: expected 16- or 32-bit floats [{K}, N]")
     if values.stride(1) != 1:

@@ -9,11 +9,40 @@ Nibble j of word w of a group holds the group's column j * group/8 + w, so that 
 is neighbouring columns.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 NIBBLES = 8  # to an int32 word
+GROUP_SIZES = (128, 64, 32)  # columns to a scale; the kernels know these
 COLUMNS_AT_ONCE = 4096  # that quantized_matmul turns into floats: 4096 x 14336 bf16 are 117 MB
+
+
+class Weight(NamedTuple):
+    """The weight [K, N] of a product: floats, or values with scales and zeros (packing.py)."""
+
+    values: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @property
+    def N(self) -> int:
+        return self.values.shape[1] if self.scales is None else packed_columns(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of x and of what the product is rounded to."""
+        return self.values.dtype if self.scales is None else self.scales.dtype
+
+    @property
+    def bits(self) -> int:
+        """8 or 4, or 16 for any floats."""
+        return 16 if self.scales is None else 8 if self.values.dtype == torch.int8 else 4
+
+    @property
+    def group_size(self) -> int:
+        return 1 if self.scales is None else self.N // self.scales.shape[1]
 
 
 def packed_columns(values: Tensor) -> int:
@@ -54,7 +83,7 @@ def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
 @torch.library.custom_op("teal::quantized_matmul", mutates_args=())
 def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """x [..., K] times a quantized weight [K, N], a block of columns at a time: no full copy in floats. [..., N]."""
-    check_quantized(values, scales, zeros, x.shape[-1])
+    check_quantized(Weight(values, scales, zeros), x.shape[-1])
     if x.dtype != scales.dtype:
         raise ValueError(f"x is {x.dtype} and scales {scales.dtype}: expected the same")
     N, groups = packed_columns(values), scales.shape[1]
@@ -77,8 +106,10 @@ def _(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor
     return x.new_empty(*x.shape[:-1], packed_columns(values))
 
 
-def check_quantized(values: Tensor, scales: Tensor, zeros: Tensor | None, K: int) -> None:
-    """Raise ValueError unless the three are one quantized weight [K, N]."""
+def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -> None:
+    """Raise ValueError unless weight is a quantized one [K, N], and segments, widths of its columns, hold whole groups."""
+    values, scales, zeros = weight
+    assert scales is not None
     if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != K:
         raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{K}, ...]")
     if scales.dim() != 2 or scales.shape[0] != K or not scales.is_floating_point() or scales.shape[1] < 1:
@@ -92,3 +123,5 @@ def check_quantized(values: Tensor, scales: Tensor, zeros: Tensor | None, K: int
     for tensor in (scales, zeros):
         if tensor is not None and tensor.device != values.device:
             raise ValueError(f"values are on {values.device}, scales or zeros on {tensor.device}: expected the same")
+    if any(n % weight.group_size for n in segments or []):
+        raise ValueError(f"segments {segments} are no multiples of the group size {weight.group_size}")

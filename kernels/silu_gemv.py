@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gather import owned_work, rounded, wait_for_previous
-from kernels.launch import Weight, check_gemv, check_partials, empty_partials, plan_gemv
+from kernels.launch import check_gemv, check_partials, empty_partials, plan_gemv
+from kernels.packing import Weight
 from kernels.sparse_product import sparse_product
 from kernels.tuning import GemvTile
 

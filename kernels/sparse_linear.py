@@ -8,7 +8,7 @@ multiplied densely.
 import torch
 from torch import Tensor
 
-from kernels.packing import check_quantized, dequantize, packed_columns
+from kernels.packing import Weight, check_quantized, dequantize
 from kernels.row_gather import native_row_gather
 
 # With more rows of x nearly every weight row is kept by one of them, and a dense product is faster: 1536 x 3072
@@ -33,7 +33,7 @@ def sparse_linear(
     rounded to x's dtype before they are compared; segments: J widths that add up to N. Returns [B, N] in x's dtype.
     Raises ValueError on a mismatch.
     """
-    _check(x, weight, thresholds, segments, scales, zeros)
+    _check(x, Weight(weight, scales, zeros), thresholds, segments)
     if x.is_cuda and x.shape[0] <= MAX_KERNEL_ROWS and len(segments) <= 3:
         from kernels.reduce_partials import reduce_partials  # a CPU needs no Triton
         from kernels.sparse_gemv import sparse_gemv
@@ -43,9 +43,10 @@ def sparse_linear(
         )
     if x.device.type == "cpu" and x.shape[0] <= MAX_GATHER_ROWS and (gather := native_row_gather()) is not None:
         return gather(x.contiguous(), weight, thresholds, segments, scales, zeros)
+    columns = (weight if scales is None else dequantize(weight, scales, zeros)).split(segments, dim=1)
     products = [
-        x.masked_fill(x.abs() < threshold, 0) @ columns
-        for threshold, columns in zip(thresholds.to(x.dtype), _columns(weight, segments, scales, zeros), strict=True)
+        x.masked_fill(x.abs() < threshold, 0) @ part
+        for threshold, part in zip(thresholds.to(x.dtype), columns, strict=True)
     ]
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
@@ -62,36 +63,20 @@ def _(
     return x.new_empty(x.shape[0], sum(segments))
 
 
-def _columns(
-    weight: Tensor, segments: list[int], scales: Tensor | None, zeros: Tensor | None
-) -> tuple[Tensor, ...]:  # fmt: skip
-    if scales is not None:
-        weight = dequantize(weight, scales, zeros)
-    return weight.split(segments, dim=1)
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    thresholds: Tensor,
-    segments: list[int],
-    scales: Tensor | None,
-    zeros: Tensor | None,
-) -> None:
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[0]:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected [B, K] and [K, N]")
+def _check(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int]) -> None:
+    values = weight.values
+    if x.dim() != 2 or values.dim() != 2 or x.shape[1] != values.shape[0]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(values.shape)}: expected [B, K] and [K, N]")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or thresholds.dtype != torch.float32:
         raise ValueError(f"x is {x.dtype} and thresholds {thresholds.dtype}: expected fp32, bf16 or fp16, and fp32")
-    if scales is not None:
-        check_quantized(weight, scales, zeros, x.shape[1])
-        group_size = packed_columns(weight) // scales.shape[1]
-        if any(n % group_size for n in segments):
-            raise ValueError(f"segments {segments} are no multiples of the group size {group_size}")
-    dtype, N = (weight.dtype, weight.shape[1]) if scales is None else (scales.dtype, packed_columns(weight))
-    if x.dtype != dtype or x.device != weight.device or thresholds.device != x.device:
-        raise ValueError(f"x is {x.dtype} on {x.device}, weight {dtype} on {weight.device}: expected the same")
-    if weight.stride(1) != 1:
-        raise ValueError(f"weight has strides {weight.stride()}: its rows must be contiguous")
-    J, K = len(segments), weight.shape[0]
-    if thresholds.shape not in ((J,), (J, K)) or sum(segments) != N:
-        raise ValueError(f"segments {segments} with thresholds {tuple(thresholds.shape)} do not cover {N} columns")
+    if weight.scales is not None:
+        check_quantized(weight, x.shape[1], segments)
+    if x.dtype != weight.dtype or x.device != values.device or thresholds.device != x.device:
+        raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {values.device}: expected the same")
+    if values.stride(1) != 1:
+        raise ValueError(f"weight has strides {values.stride()}: its rows must be contiguous")
+    J, K = len(segments), values.shape[0]
+    if thresholds.shape not in ((J,), (J, K)) or sum(segments) != weight.N:
+        raise ValueError(
+            f"segments {segments} with thresholds {tuple(thresholds.shape)} do not cover {weight.N} columns"
+        )

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from errors import UserError
+from kernels.packing import GROUP_SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ TILES: dict[tuple[str, int, int], GemvTile] = {
 INTERPRETED_MULTIPROCESSORS = 4  # programs run one after the other there: few suffice
 PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shapes above, with block_n 1024
 MAX_BLOCK_N = 1024
-MAX_GROUP = 128  # columns to a scale of quantized weights: a block holds whole groups
+MAX_GROUP = max(GROUP_SIZES)  # a block holds whole groups of quantized weights
 MAX_SPLITS = 128  # the kernels that sum the partials hold one value of each split
 
 

@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models made by transformers, the default model, and a way to run the command lines."""
 
+import functools
 import io
 import os
 import subprocess
@@ -45,6 +46,15 @@ def nan_filled_empty() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# Of a tiny model that quantizes: the smallest group of weights divides every width.
+QUANTIZABLE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> transformers.PretrainedConfig:
@@ -150,18 +160,26 @@ def default_folder() -> Path:
 
 
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Call generate.py's command line in this process: (exit code, stdout, stderr), without another torch import."""
+def call_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:  # fmt: skip
+    """Call main() of a command line with arguments in this process: (exit code, stdout, stderr), torch imported once."""
 
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+    def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:
-            cli.run(generate.main)
+            cli.run(main)
         out, err = capsys.readouterr()
         return int(exit_info.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def invoke(call_main: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """call_main of generate.py."""
+    return functools.partial(call_main, generate.main)
 
 
 def assert_one_line_error(code: int, err: str, *fragments: str) -> None:

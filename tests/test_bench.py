@@ -1,6 +1,5 @@
 """The GPU benchmarks' own logic, as far as it needs no GPU."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 from bench import gemv, tune
 from bench.steps import fitted_plan
 from engine import Engine
@@ -80,15 +78,11 @@ def test_mistakes_are_one_line(
     main: Callable[[], None],
     arguments: tuple[str, ...],
     fragment: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call_main: Callable[..., tuple[int, str, str]],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run(main)
-    out, err = capsys.readouterr()
+    code, out, err = call_main(main, *arguments)
     assert out == ""
-    assert_one_line_error(int(exit_info.value.code or 0), err, fragment)
+    assert_one_line_error(code, err, fragment)
 
 
 def test_options_have_help() -> None:

@@ -19,8 +19,8 @@ from kernels import silu_gemv as silu_gemv_file
 from kernels import sparse_gemv as sparse_gemv_file
 from kernels import tuning
 from kernels.attention_gemv import attention_gemv
-from kernels.launch import Weight
 from kernels.norm_gemv import norm_gemv
+from kernels.packing import Weight
 from kernels.reduce_partials import reduce_partials
 from kernels.reference import (
     attention_reference,

@@ -152,23 +152,10 @@ def test_too_few_tokens(model: Transformer) -> None:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> InvokeMain:
-    """Run a command line's main in this process with its own cache: (exit code, stdout, stderr)."""
-    import sys
-
-    import cli
-
+def call(call_main: InvokeMain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> InvokeMain:
+    """call_main with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(main)
-        out, err = capsys.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    return run
+    return call_main
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import quantize
 from engine import Engine
 from params import SamplingParams
 from quantization import QuantConfig
-from tests.conftest import save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, save_tiny_model, tiny_config
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("sparsity", [0.0, 0.4])
 def test_text_equals_the_cpus(tmp_path: Path, byte_level_tokenizer_json: str, sparsity: float, mode: str) -> None:
     config = tiny_config(
-        "llama", hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, vocab_size=320
+        "llama", **QUANTIZABLE, vocab_size=320
     )  # fmt: skip
     source, folder = tmp_path / "dense", tmp_path / "quantized"
     save_tiny_model(config, source)

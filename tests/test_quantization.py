@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import calibrate
-import cli
 import evaluate
 import generate
 import quantize
@@ -25,36 +23,20 @@ from kernels.reference import sparse_linear_reference
 from kernels.sparse_linear import sparse_linear
 from model import KVCache, Transformer
 from quantization import QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest
-from tests.conftest import ROOT, assert_one_line_error, relative_error, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, ROOT, assert_one_line_error, relative_error, save_tiny_model, tiny_config
 
 Command = Callable[..., tuple[int, str, str]]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
     """A checkpoint whose widths are multiples of 32, with q, k and v biases."""
     folder = tmp_path_factory.mktemp("quantizable")
-    config = tiny_config("qwen2", **SIZES, vocab_size=320, max_position_embeddings=400, tie_word_embeddings=True)
+    config = tiny_config("qwen2", **QUANTIZABLE, vocab_size=320, max_position_embeddings=400, tie_word_embeddings=True)
     save_tiny_model(config, folder)
     (folder / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Call a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(module: Any, *arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.run(module.main)
-        out, err = capsys.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    return call
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -175,10 +157,10 @@ def logits(model: Transformer, tokens: int = 30) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode,head", [("int8", "none"), ("int4", "none"), ("int4", "int8")])
 def test_a_quantized_folder_computes_what_its_weights_say(
-    folder: Path, tmp_path: Path, run: Command, mode: str, head: str
+    folder: Path, tmp_path: Path, call_main: Command, mode: str, head: str
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    code, stdout, err = run(quantize, "--checkpoint", folder, "--mode", mode, "--lm-head", head, "-o", out)
+    code, stdout, err = call_main(quantize.main, "--checkpoint", folder, "--mode", mode, "--lm-head", head, "-o", out)
     assert code == 0 and stdout == "" and f"{mode} by rtn, groups of 32 along the output" in err, err
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["out"]
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
@@ -189,19 +171,23 @@ def test_a_quantized_folder_computes_what_its_weights_say(
     assert relative_error(logits(model), dense) <= (0.1 if mode == "int8" else 0.9)
 
 
-def test_every_command_takes_a_quantized_folder(folder: Path, tmp_path: Path, run: Command) -> None:
+def test_every_command_takes_a_quantized_folder(folder: Path, tmp_path: Path, call_main: Command) -> None:
     out, plan = tmp_path / "out", tmp_path / "plan.json"
-    assert run(quantize, "--checkpoint", folder, "--mode", "int4", "-o", out)[0] == 0
+    assert call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", "-o", out)[0] == 0
     options = ("--checkpoint", out, "--device", "cpu", "--dtype", "fp32")
-    code, _, err = run(calibrate, *options, "--sparsity", "0.5", "--sequences", "2", "--length", "64", "-o", plan)
+    code, _, err = call_main(
+        calibrate.main, *options, "--sparsity", "0.5", "--sequences", "2", "--length", "64", "-o", plan
+    )
     assert code == 0, err
-    code, text, err = run(generate, *options, "--prompt", "The", "--plan", plan, "--max-new-tokens", "8", "--stats")
+    code, text, err = call_main(
+        generate.main, *options, "--prompt", "The", "--plan", plan, "--max-new-tokens", "8", "--stats"
+    )
     assert code == 0 and text.strip(), err
-    code, table, err = run(evaluate, *options, "--plan", plan, "--tokens", "128", "--json")
+    code, table, err = call_main(evaluate.main, *options, "--plan", plan, "--tokens", "128", "--json")
     assert code == 0 and "perplexity" in table, err
 
 
-def test_rounding_at_load_is_what_quantize_writes(folder: Path, tmp_path: Path, run: Command) -> None:
+def test_rounding_at_load_is_what_quantize_writes(folder: Path, tmp_path: Path, call_main: Command) -> None:
     options = (
         "--device",
         "cpu",
@@ -214,17 +200,17 @@ def test_rounding_at_load_is_what_quantize_writes(folder: Path, tmp_path: Path, 
         "--ignore-eos",
     )
     quantize.quantize_folder(folder, tmp_path / "out", QuantConfig("int4", 32))
-    code, written, err = run(generate, "--checkpoint", tmp_path / "out", *options)
+    code, written, err = call_main(generate.main, "--checkpoint", tmp_path / "out", *options)
     assert code == 0, err
-    assert run(generate, "--checkpoint", folder, "--quant", "int4", *options)[1] == written
-    assert run(generate, "--checkpoint", folder, "--quant", "int4", "--sparsity", "0.3", *options)[0] == 0
-    code, _, err = run(generate, "--checkpoint", tmp_path / "out", "--quant", "int8", *options)
+    assert call_main(generate.main, "--checkpoint", folder, "--quant", "int4", *options)[1] == written
+    assert call_main(generate.main, "--checkpoint", folder, "--quant", "int4", "--sparsity", "0.3", *options)[0] == 0
+    code, _, err = call_main(generate.main, "--checkpoint", tmp_path / "out", "--quant", "int8", *options)
     assert_one_line_error(code, err, "--quant int8", "quantized already")
 
 
-def test_groups_along_the_input_are_written_as_floats(folder: Path, tmp_path: Path, run: Command) -> None:
+def test_groups_along_the_input_are_written_as_floats(folder: Path, tmp_path: Path, call_main: Command) -> None:
     out = tmp_path / "out"
-    assert run(quantize, "--checkpoint", folder, "--mode", "int4", "--grouping", "input", "-o", out)[0] == 0
+    assert call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", "--grouping", "input", "-o", out)[0] == 0
     name = "model.layers.1.mlp.down_proj.weight"
     [original] = [load_file(shard)[name] for shard in find_shards(folder)]
     [rounded] = [tensors[name] for shard in find_shards(out) if name in (tensors := load_file(shard))]
@@ -276,12 +262,12 @@ def test_gptq_of_independent_channels_is_rounding() -> None:
         assert found is not None and expected is not None and torch.equal(found, expected)
 
 
-def test_gptq_folder(folder: Path, tmp_path: Path, run: Command) -> None:
+def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command) -> None:
     """Nearer to the dense model than rounding on the text it saw, and the same after an interruption."""
     options = ("--sequences", "3", "--length", "100", "--text", ROOT / "README.md")
     for method in ("rtn", "gptq"):
         arguments = ("--checkpoint", folder, "--mode", "int4", "--method", method, *options, "-o", tmp_path / method)
-        code, _, err = run(quantize, *arguments)
+        code, _, err = call_main(quantize.main, *arguments)
         assert code == 0 and f"int4 by {method}" in err, err
     args = quantize.build_parser().parse_args(["--mode", "int4", *map(str, options), "-o", "x"])
     sequences = quantize.calibration_sequences(args, folder, 400)
@@ -331,7 +317,9 @@ def damaged(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor
     return target
 
 
-def test_mistakes_are_one_line_and_leave_nothing(folder: Path, tiny_folder: Path, tmp_path: Path, run: Command) -> None:
+def test_mistakes_are_one_line_and_leave_nothing(
+    folder: Path, tiny_folder: Path, tmp_path: Path, call_main: Command
+) -> None:
     out, done = tmp_path / "out", tmp_path / "done"
     quantize.quantize_folder(folder, done, QuantConfig("int8", 32))
 
@@ -354,22 +342,32 @@ def test_mistakes_are_one_line_and_leave_nothing(folder: Path, tiny_folder: Path
         "no such folder": (tmp_path / "missing", out),
     }
     for message, (source, target) in options.items():
-        code, stdout, err = run(quantize, "--checkpoint", source, "--mode", "int4", "-o", target)
+        code, stdout, err = call_main(quantize.main, "--checkpoint", source, "--mode", "int4", "-o", target)
         assert stdout == ""
         assert_one_line_error(code, err, message)
         assert not out.exists()
-    code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int4", "--group-size", "64", "-o", out)
+    code, _, err = call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", "--group-size", "64", "-o", out)
     assert_one_line_error(code, err, "--group-size 64", "k and v width 32", "expected one of 32")
     both = ("--method", "gptq", "--grouping", "input")
-    code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int4", *both, "-o", out)
+    code, _, err = call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", *both, "-o", out)
     assert_one_line_error(code, err, "--grouping input")
-    code, _, err = run(
-        quantize, "--checkpoint", folder, "--mode", "int4", "--method", "gptq", "--text", tmp_path / "no", "-o", out
+    code, _, err = call_main(
+        quantize.main,
+        "--checkpoint",
+        folder,
+        "--mode",
+        "int4",
+        "--method",
+        "gptq",
+        "--text",
+        tmp_path / "no",
+        "-o",
+        out,
     )
     assert_one_line_error(code, err, str(tmp_path / "no"))
-    code, _, err = run(quantize, "--checkpoint", folder, "--mode", "int3", "-o", out)
+    code, _, err = call_main(quantize.main, "--checkpoint", folder, "--mode", "int3", "-o", out)
     assert_one_line_error(code, err, "int3")
-    assert run(quantize, "--checkpoint", folder, "--mode", "int4", "--force", "-o", done)[0] == 0
+    assert call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", "--force", "-o", done)[0] == 0
     assert json.loads((done / "config.json").read_text())["quantization_config"]["mode"] == "int4"
 
 

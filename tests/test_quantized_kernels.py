@@ -12,9 +12,8 @@ from checkpoint import load_model
 from fused_block import fuse_blocks
 from kernels import sparse_gemv as sparse_gemv_file
 from kernels.attention_gemv import attention_gemv
-from kernels.launch import Weight
 from kernels.norm_gemv import norm_gemv
-from kernels.packing import dequantize
+from kernels.packing import Weight, dequantize
 from kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
 from kernels.silu_gemv import silu_gemv
 from kernels.sparse_gemv import sparse_gemv
@@ -23,7 +22,7 @@ from model import KVCache, Transformer
 from plan import PROJECTIONS, ProjectionPlan, SparsityPlan, config_fields
 from quantization import QuantConfig, round_to_nearest
 from teal_layers import sparsify
-from tests.conftest import relative_error, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, relative_error, save_tiny_model, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -145,7 +144,7 @@ def decode_logits(model: Transformer, B: int) -> Tensor:
 @pytest.mark.parametrize("B", [1, 2])
 def test_a_fused_quantized_model_equals_the_unfused_one(tmp_path: Path, B: int, mode: str) -> None:
     config = tiny_config(
-        "llama", hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2
+        "llama", **QUANTIZABLE, num_hidden_layers=2
     )  # fmt: skip
     save_tiny_model(config, tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.json").write_text("{}")
