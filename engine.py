@@ -88,17 +88,19 @@ class Engine:
         compile: bool | None = None,
         count_sparsity: bool = False,
         quant: str | None = None,
+        quant_lm_head: bool = False,
     ) -> "Engine":
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
-        sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights. compile None means: on CUDA only. count_sparsity
-        measures achieved sparsity while generating. Raises UserError for anything the user can mend.
+        sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
+        output head to 8 bits. compile None means: on CUDA only. count_sparsity measures achieved sparsity while
+        generating. Raises UserError for anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
         start = time.perf_counter()
         sparse = sparsity > 0 or plan is not None
-        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant)
+        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head)
         load_s = time.perf_counter() - start
         chosen = choose_plan(loaded, sparsity, plan) if sparse else None
         engine = cls.from_loaded(loaded, chosen, compile, count_sparsity)

@@ -55,6 +55,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
     how.add_argument("--quant", choices=("int8", "int4"), help="round the weights at load; quantize.py does it once")
+    how.add_argument("--lm-head", choices=("none", "int8"), default="none", help="with --quant: round the head too")
     how.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -83,6 +84,7 @@ def main() -> None:
         args.checkpoint,
         random_weights=args.random_weights,
         quant=args.quant,
+        quant_lm_head=args.lm_head == "int8",
         sparsity=args.sparsity,
         plan=args.plan,
         device=args.device,

@@ -25,20 +25,28 @@ class LoadedModel:
 
 
 def load_for_decoding(
-    checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool, quant: str | None = None
+    checkpoint: str | None,
+    random_weights: str | None,
+    device: str,
+    dtype: str,
+    sparse: bool,
+    quant: str | None = None,
+    quant_lm_head: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
 
     sparse says whether the model will run sparse, which decides the faster dtype on a CPU; quant ("int8", "int4")
-    rounds the weights of one that is not quantized. Raises UserError.
+    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits. Raises UserError.
     """
     loaded = _load(checkpoint, random_weights, device, dtype, sparse)
+    if quant_lm_head and quant is None:
+        raise UserError("--lm-head int8 goes with --quant; to keep the rest in floats is not supported")
     if quant is not None:
         if is_quantized(loaded.model):
             raise UserError(f"--quant {quant}: {loaded.name} is quantized already; leave the option out")
-        scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None))
+        scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head)
         use_quantized_linears(loaded.model, scheme, fill=True)
-        loaded.identity += f"-{quant}"
+        loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "")
     return loaded
 
 

@@ -106,18 +106,22 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
 def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, EngineRunner]:
     """A runner for each sparsity asked for, by label; two engines at most."""
     runners: dict[str, EngineRunner] = {}
-    if 0.0 in args.sparsities:
+    if 0.0 in args.sparsities and args.quant is None:
         options: dict[str, Any] = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
-        options["quant"] = args.quant
         runners["dense"] = EngineRunner(Engine.load(args.checkpoint, **options, compile=args.compile), None)
     targets = [target for target in args.sparsities if target > 0]
-    if not targets and not args.zero_through_sparse:
+    if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
     start = time.perf_counter()
-    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant)
+    loaded = load_for_decoding(
+        args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant,
+        args.lm_head == "int8",
+    )  # fmt: skip
     load_s = time.perf_counter() - start
     plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}
-    if args.zero_through_sparse:
+    if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
+        plans = {"dense": choose_plan(loaded, 0.0, None)} | plans
+    elif args.zero_through_sparse:
         plans = {"0% by sparse kernels": choose_plan(loaded, 0.0, None)} | plans
     engine = Engine.from_loaded(loaded, next(iter(plans.values())), args.compile)
     engine.load_s = load_s

@@ -64,6 +64,7 @@ class ColdWeights:
     def __init__(self, K: int, N: int, B: int, dtype: torch.dtype, device: torch.device, bits: int = 16) -> None:
         generator = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
+        self.K, self.bits = K, bits
         self.count = _copies(K * N * dtype.itemsize)
         self.floats = [torch.randn(K, N, **options) for _ in range(self.count)]
         self.weights = [Weight(weight) for weight in self.floats]

@@ -118,9 +118,24 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
             "GROUP_N": weight.group_size,
             "ALIGNED": aligned,
             "DTYPE": TRITON_DTYPES[weight.dtype],
+            "TENSOR_CORE": _takes_tensor_core(weight, B, tile),
             **launch_options(device, tile.num_warps),
         },
     )
+
+
+def _takes_tensor_core(weight: Weight, B: int, tile: GemvTile) -> bool:
+    """Whether the product is one of gather_tensor_core.py."""
+    if weight.bits == 16 or B > 1 or weight.dtype.itemsize != 2 or not has_tensor_cores(weight.values.device):
+        return False
+    warp_columns = 1024 // weight.bits
+    fits = tile.lanes * tile.unroll == 16 and tile.block_n == tile.num_warps * warp_columns
+    return fits and warp_columns // weight.group_size in (1, 2, 4)
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether kernels can use the instruction for bf16 matrices, of compute capability 8.0 on."""
+    return device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def kernels_run_on(device: torch.device) -> bool:

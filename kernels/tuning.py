@@ -36,16 +36,23 @@ class GemvTile:
                 raise UserError(f"tile {name} {value!r} is not usable; expected a power of two (splits: at least 1)")
 
 
-# (device name, K, N) -> tile for one row of 16-bit x, fastest at 50% sparsity with cold weights on that device.
-# lanes 1 everywhere: threads side by side over columns need no sum across warps at the end, which cost 1.5 us.
-# Wider blocks need fewer programs, whose start and end cost about 1 us per program on a multiprocessor.
-TILES: dict[tuple[str, int, int], GemvTile] = {
-    ("NVIDIA H100 80GB HBM3", 4096, 6144): GemvTile(1024, 1, 8, 44, 4),  # 12.6 us; 88 splits 12.4, but a slower sum
-    ("NVIDIA H100 80GB HBM3", 4096, 4096): GemvTile(1024, 1, 8, 66, 4),  # 9.1 us; 33 splits 11.0
-    ("NVIDIA H100 80GB HBM3", 4096, 28672): GemvTile(2048, 1, 4, 19, 8),  # 45.2 us; block_n 1024, 9 splits 46.9
-    ("NVIDIA H100 80GB HBM3", 14336, 4096): GemvTile(2048, 1, 8, 66, 8),  # 25.8 us; block_n 512 26.6, 33 splits 31.6
+H100 = "NVIDIA H100 80GB HBM3"
+# (device name, bits of a weight, K, N) -> tile for one row of 16-bit x, fastest at 50% sparsity with cold weights on that
+# device. For floats lanes 1 everywhere: threads side by side over columns need no sum across warps at the end, which
+# cost 1.5 us. Wider blocks need fewer programs, whose start and end cost about 1 us per program on a multiprocessor.
+# For integers the times are those of a layer of Llama-3-8B: programs that just fill the places there are, three for
+# each of 132 multiprocessors, win (14 splits of gate and up 49.1 us, 19 splits 54.5); fewer where the next kernel adds.
+TILES: dict[tuple[str, int, int, int], GemvTile] = {
+    (H100, 16, 4096, 6144): GemvTile(1024, 1, 8, 44, 4),  # 12.6 us; 88 splits 12.4, but a slower sum
+    (H100, 16, 4096, 4096): GemvTile(1024, 1, 8, 66, 4),  # 9.1 us; 33 splits 11.0
+    (H100, 16, 4096, 28672): GemvTile(2048, 1, 4, 19, 8),  # 45.2 us; block_n 1024, 9 splits 46.9
+    (H100, 16, 14336, 4096): GemvTile(2048, 1, 8, 66, 8),  # 25.8 us; block_n 512 26.6, 33 splits 31.6
+    (H100, 4, 4096, 6144): GemvTile(1024, 4, 4, 33, 4),  # 2.3 us less than 44 splits: rope_attention adds them
+    (H100, 4, 4096, 4096): GemvTile(1024, 4, 4, 66, 4),
 }
 INTERPRETED_MULTIPROCESSORS = 4  # programs run one after the other there: few suffice
+QUANTIZED_PROGRAMS = 3  # for each multiprocessor: what the registers of gather_tensor_core.py leave room for
+FULL_ENOUGH = 0.8  # a share of the places
 PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shapes above, with block_n 1024
 MAX_BLOCK_N = 1024
 MAX_GROUP = max(GROUP_SIZES)  # a block holds whole groups of quantized weights
@@ -55,8 +62,9 @@ MAX_SPLITS = 128  # the kernels that sum the partials hold one value of each spl
 def gemv_tile(K: int, N: int, B: int, device: torch.device, dtype: torch.dtype, bits: int = 16) -> GemvTile:
     """The tile for x [B, K] and weight [K, N]. The same arguments give the same tile all through a process."""
     name, multiprocessors = _device_facts(device)
-    if B == 1 and dtype.itemsize == 2 and bits == 16:
-        known = user_tiles().get((name, K, N)) or TILES.get((name, K, N))
+    if B == 1 and dtype.itemsize == 2:
+        key = (name, bits, K, N)
+        known = user_tiles().get(key) or TILES.get(key)
         if known is not None:
             return known
     return default_tile(K, N, B, multiprocessors, bits)
@@ -64,12 +72,11 @@ def gemv_tile(K: int, N: int, B: int, device: torch.device, dtype: torch.dtype, 
 
 def default_tile(K: int, N: int, B: int, multiprocessors: int, bits: int = 16) -> GemvTile:
     """A tile by rule: wide blocks, and splits for a few programs on each multiprocessor."""
-    programs_per_multiprocessor = PROGRAMS_PER_MULTIPROCESSOR
-    if bits < 16 and B == 1:  # a thread reads 16 bytes of a row: 2 warps to a block, and twice the programs
-        block_n = min(2048 * 4 // bits, max(MAX_GROUP, triton.next_power_of_2(N)))
-        num_warps, lanes, unroll = max(1, block_n * bits // 4096), 1, 4
-        programs_per_multiprocessor *= 2
-    elif bits < 16:
+    if bits < 16 and B == 1:  # of gather_tensor_core.py, which wants 16 rows and 128 bytes of each row to a warp
+        block_n = min(4096 // bits, max(1024 // bits, triton.next_power_of_2(N)))
+        splits = _filling_splits(triton.cdiv(N, block_n), QUANTIZED_PROGRAMS * multiprocessors)
+        return GemvTile(block_n, 4, 4, min(splits, triton.cdiv(K, 32), MAX_SPLITS), block_n * bits // 1024)
+    if bits < 16:
         block_n, lanes, unroll, num_warps = min(256, max(MAX_GROUP, triton.next_power_of_2(N))), 2, 8, 4
     elif B == 1:
         block_n = min(MAX_BLOCK_N, triton.next_power_of_2(N))
@@ -77,9 +84,15 @@ def default_tile(K: int, N: int, B: int, multiprocessors: int, bits: int = 16) -
         lanes, unroll = 1, 8
     else:  # tensor cores, 16 rows of weights a step: 198 us a layer of Llama-3-8B with 4 rows, 248 with 32 x 256
         block_n, lanes, unroll, num_warps = min(512, max(16, triton.next_power_of_2(N))), 2, 8, 4
-    programs = programs_per_multiprocessor * multiprocessors
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
     splits = max(1, min(programs // triton.cdiv(N, block_n), triton.cdiv(K, 32), MAX_SPLITS))
     return GemvTile(block_n, lanes, unroll, splits, num_warps)
+
+
+def _filling_splits(blocks: int, places: int) -> int:
+    """Splits whose programs fill the places on all multiprocessors once, or twice if that leaves many empty."""
+    once = places // blocks
+    return once if once * blocks >= FULL_ENOUGH * places else max(1, 2 * places // blocks)
 
 
 def user_tiles_path() -> Path:
@@ -88,12 +101,12 @@ def user_tiles_path() -> Path:
 
 
 @functools.cache
-def user_tiles() -> dict[tuple[str, int, int], GemvTile]:
-    """The user's tiles by (device name, K, N); none if there is no file. Raises UserError for a damaged one."""
+def user_tiles() -> dict[tuple[str, int, int, int], GemvTile]:
+    """The user's tiles by (device name, bits, K, N); none if there is no file. Raises UserError for a damaged one."""
     path = user_tiles_path()
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return {(row["device"], row["K"], row["N"]): GemvTile(**row["tile"]) for row in rows}
+        return {(row["device"], row["bits"], row["K"], row["N"]): GemvTile(**row["tile"]) for row in rows}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:

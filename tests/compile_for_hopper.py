@@ -44,6 +44,7 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     kernel = triton.compile(source, target=HOPPER, options=options)
     if values.get("BITS", 16) < 16 and self.fn.__name__ == "sparse_gemv_kernel" and values["BLOCK_B"] == 1:
         assert "cvt.rn.f32" not in kernel.asm["ptx"], "integers are converted, at a quarter of the rate"
+        assert values["TENSOR_CORE"] == ("mma.sync" in kernel.asm["ptx"])
     compiled.append(self.fn.__name__)
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     """Go through a decode step's kernels for each dtype and one or several rows."""
     from kernels import launch
 
+    launch.has_tensor_cores = lambda device: True
     launch.launch_options = lambda device, num_warps: {"PDL": True, "num_warps": num_warps}
     from kernels.attention_gemv import attention_gemv
     from kernels.norm_gemv import norm_gemv
@@ -79,6 +81,7 @@ def main() -> None:
             scales, zeros = torch.zeros(C, 4, dtype=dtype), torch.zeros(C, 4, dtype=torch.uint8)
             sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
             norm_gemv(x, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
+            sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 
 

@@ -23,6 +23,7 @@ class FakeWeights:
 
     best = GemvTile(1024, 1, 4, 44, 4)
     floats = (torch.zeros(1),)
+    K, bits = 4096, 16
 
     def sparse_us(self, thresholds: torch.Tensor, segments: list[int], tile: GemvTile) -> float:
         return abs(tile.block_n - self.best.block_n) + abs(tile.unroll - self.best.unroll) + abs(tile.splits - 44) / 9
@@ -50,13 +51,14 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
     user_tiles.cache_clear()
     try:
         shape = (4096, [4096, 1024, 1024])
-        assert len(tune.candidates(*shape, 132)) == len(set(tune.candidates(*shape, 132))) > 10
-        tile = tune.fastest(FakeWeights(), *shape, 0.5, 132)  # type: ignore[arg-type]
+        for bits in (16, 8, 4):
+            assert len(tune.candidates(*shape, 132, bits)) == len(set(tune.candidates(*shape, 132, bits))) > 10
+        tile = tune.fastest(FakeWeights(), shape[1], 0.5, 132)  # type: ignore[arg-type]
         assert (tile.block_n, tile.unroll, tile.splits) == (1024, 4, 44)
-        older = {("A", 1, 2): GemvTile(16, 1, 1, 1, 1), ("B", 4096, 6144): GemvTile(512, 1, 8, 9, 2)}
+        older = {("A", 4, 1, 2): GemvTile(16, 1, 1, 1, 1), ("B", 16, 4096, 6144): GemvTile(512, 1, 8, 9, 2)}
         tune.keep(older)
-        tune.keep({("B", 4096, 6144): tile})
-        assert user_tiles() == {("A", 1, 2): older["A", 1, 2], ("B", 4096, 6144): tile}
+        tune.keep({("B", 16, 4096, 6144): tile})
+        assert user_tiles() == {("A", 4, 1, 2): older["A", 4, 1, 2], ("B", 16, 4096, 6144): tile}
         assert [p.name for p in user_tiles_path().parent.iterdir()] == ["tiles.json"]
         monkeypatch.setattr(tuning, "_device_facts", lambda device: ("B", 132))
         assert tuning.gemv_tile(4096, 6144, 1, torch.device("cpu"), torch.bfloat16) == tile

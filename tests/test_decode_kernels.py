@@ -324,6 +324,7 @@ def test_user_tiles_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     row: dict[str, Any] = {
         "device": DEVICE.type,
+        "bits": 16,
         "K": 64,
         "N": 48,
         "tile": {"block_n": 16, "lanes": 1, "unroll": 2, "splits": 3},

@@ -1,0 +1,275 @@
+"""The sum of gather_quantized.py for one row of x on tensor cores: 1.6 instructions for four bits of weights, not 4.4.
+
+The integers become bf16 without a conversion: 0x4300 | n is 128 + n for n below 16, and one instruction makes two of
+them. An int8 q is two such, of which the tensor cores add 16 times the high one: q + 128 = 16 high + low. Every lane
+multiplies its own columns, so the code is written lane by lane: a tensor has one element for each thread of the
+program, in order, and an instruction of inline assembly works on one register of each.
+
+Lane 4 r + c of a warp holds the 16 bytes r of 128 bytes of row, of four of a step's 16 rows; c says which. That is what
+mma.m16n8k16 wants as A, if its 16 rows are two nibbles of the 16 bytes r, and its depth is the 16 weight rows. B has
+x times scale in its columns, one column for each group of weights in the 128 bytes. Products with bf16 would leave an
+error of 1e-3, so x times scale is the sum of two bf16, high and low, in two columns. What is too much (128 + zero) is
+summed beside.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.gather import keep_loads_above, let_next_start
+
+STEP = tl.constexpr(16)  # rows of weights, the depth of the instruction
+WARP_BYTES = tl.constexpr(128)  # of each row
+
+
+def _tile_assembly(flip: int) -> str:
+    """Assembly: 16 sums += 8 nibbles of a word of each of four rows, times B. flip is xored into odd nibbles."""
+    even, odd = 0x43004300, 0x43004300 | flip | flip << 16
+    lines = [".reg .b32 p, q, t, a0, a1, a2, a3;"]
+    for half in (0, 1):
+        select = "0x5410" if half == 0 else "0x7632"
+        lines += [f"prmt.b32 p, $16, $17, {select};", f"prmt.b32 q, $18, $19, {select};"]
+        for pair in (0, 1):
+            for i, (source, register) in enumerate((("p", "a0"), ("p", "a1"), ("q", "a2"), ("q", "a3"))):
+                nibble = 2 * pair + i % 2
+                if nibble:
+                    lines.append(f"shr.u32 t, {source}, {4 * nibble};")
+                value = "t" if nibble else source
+                lines.append(f"lop3.b32 {register}, {value}, 0x000f000f, {odd if i % 2 else even}, 0x6a;")
+            d = 4 * (2 * half + pair)
+            sums = [f"{{{', '.join(f'${base + d + j}' for j in range(4))}}}" for base in (0, 22)]
+            lines.append(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                f"{sums[0]}, {{a0, a1, a2, a3}}, {{$20, $21}}, {sums[1]};"
+            )
+    return "{ " + " ".join(lines) + " }"
+
+
+TILE_4 = tl.constexpr(_tile_assembly(0))
+TILE_8 = tl.constexpr(_tile_assembly(8))  # int8 q to q + 128
+TILE_REGISTERS = tl.constexpr(",".join(["=&f"] * 16 + ["r"] * 6 + ["f"] * 16))
+
+
+@triton.jit
+def leave_first(lane):
+    """The cache policy of load_weights."""
+    return tl.inline_asm_elementwise(
+        "createpolicy.fractional.L2::evict_first.b64 $0, 1.0; // $1",
+        "=l,r",
+        [lane],
+        dtype=tl.int64,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def address(base, row, size):
+    """base + row * size, where row and size have 32 bits and base 64."""
+    return tl.inline_asm_elementwise(
+        "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l", [row, size, base], dtype=tl.int64, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def load_four(p):
+    """The four words of 32 bits at each address p [THREADS]."""
+    return tl.inline_asm_elementwise(
+        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [p],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_weights(p, policy):
+    """As load_four, of weights: they leave the L2 cache first."""
+    return tl.inline_asm_elementwise(
+        "ld.global.L1::evict_first.L2::cache_hint.v4.b32 {$0, $1, $2, $3}, [$4], $5;", "=r,=r,=r,=r,l,l",
+        [p, policy], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_scale(p, DTYPE: tl.constexpr):
+    """A 16-bit scale at each address, as fp32."""
+    if tl.bfloat16 == DTYPE:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b16 h, z; mov.b16 z, 0; ld.global.b16 h, [$1]; mov.b32 $0, {z, h}; }",
+            "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b16 h; ld.global.b16 h, [$1]; cvt.f32.f16 $0, h; }",
+            "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def load_zero(p):
+    """128 + the zero point at each address."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 h; .reg .b32 r; ld.global.u8 h, [$1]; cvt.u32.u16 r, h; shl.b32 r, r, 16; "
+        "or.b32 $0, r, 0x43000000; }",
+        "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def pair(low, high):
+    """Two fp32 rounded to bf16 in one word."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def low_of(word):
+    return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_of(word):
+    return (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_tile(sums, w_0, w_1, w_2, w_3, b_0, b_1, BITS: tl.constexpr):
+    """sums, 16 registers, plus B times the nibbles of one word of each of four rows."""
+    return tl.inline_asm_elementwise(
+        TILE_4 if BITS == 4 else TILE_8,
+        TILE_REGISTERS,
+        [w_0, w_1, w_2, w_3, b_0, b_1, sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7],
+         sums[8], sums[9], sums[10], sums[11], sums[12], sums[13], sums[14], sums[15]],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32,
+               tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def exchange(x, DISTANCE: tl.constexpr):
+    """x of the lane whose number differs in the bit DISTANCE."""
+    return tl.inline_asm_elementwise(
+        f"shfl.sync.bfly.b32 $0, $1, {DISTANCE}, 0x1f, 0xffffffff;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def from_lane(x, lane):
+    """x of another lane of the warp."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def wanted(sums, first_wanted, second_wanted, J: tl.constexpr, BITS: tl.constexpr):
+    """The J-th integers' part of sums that is in this lane's columns of B and of its group."""
+    AT: tl.constexpr = 2 * J if BITS == 4 else 4 * J
+    if BITS == 4:
+        y = tl.where(first_wanted, sums[AT], 0.0) + tl.where(second_wanted, sums[AT + 1], 0.0)
+    else:  # a low and a high nibble
+        y = tl.where(first_wanted, sums[AT] + 16.0 * sums[AT + 2], 0.0)
+        y += tl.where(second_wanted, sums[AT + 1] + 16.0 * sums[AT + 3], 0.0)
+    return y
+
+
+@triton.jit
+def load_step(
+    words, stride, scale, zero, groups_of_row, index, policy, BITS: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Words, scales and zeros of a lane's four rows, whose addresses for row 0 are words, scale and zero (int64)."""
+    i_0, i_1, i_2, i_3 = index
+    size = 4 * stride
+    w_0, w_1 = load_weights(address(words, i_0, size), policy), load_weights(address(words, i_1, size), policy)
+    w_2, w_3 = load_weights(address(words, i_2, size), policy), load_weights(address(words, i_3, size), policy)
+    size = 2 * groups_of_row
+    s = (load_scale(address(scale, i_0, size), DTYPE), load_scale(address(scale, i_1, size), DTYPE),
+         load_scale(address(scale, i_2, size), DTYPE), load_scale(address(scale, i_3, size), DTYPE))  # fmt: skip
+    z = s
+    if BITS == 4:
+        size = groups_of_row
+        z = (load_zero(address(zero, i_0, size)), load_zero(address(zero, i_1, size)),
+             load_zero(address(zero, i_2, size)), load_zero(address(zero, i_3, size)))  # fmt: skip
+    return w_0, w_1, w_2, w_3, s, z
+
+
+@triton.jit
+def store_one_row_tensor_core(
+    p_weight, stride, p_scale, p_zero, groups_of_row, p_index, p_value, count, p_row, start, end,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows."""
+    WARP_N: tl.constexpr = WARP_BYTES * 8 // BITS  # columns of a warp
+    THREADS: tl.constexpr = BLOCK_N // WARP_N * 32
+    GROUPS: tl.constexpr = WARP_N // GROUP_N  # in a warp's columns: 1, 2 or 4
+    tl.static_assert((GROUPS == 1) | (GROUPS == 2) | (GROUPS == 4))
+    dtype: tl.constexpr = p_scale.dtype.element_ty
+    lane = tl.arange(0, THREADS)
+    r, c = lane % 32 // 4, lane % 4
+    column = start + lane // 32 * WARP_N  # the warp's first
+    word = tl.minimum((column * BITS // 32) + 4 * r, end * BITS // 32 - 4)
+    words = (p_weight + word).to(tl.int64)
+    group = tl.minimum(column // GROUP_N + r % GROUPS, end // GROUP_N - 1)  # r is B's column here
+    scale = (p_scale + group).to(tl.int64)
+    zero = (p_zero + group).to(tl.int64) if BITS == 4 else scale
+    is_low = (r >= GROUPS) & (r < 2 * GROUPS)
+    policy = leave_first(lane)
+    nothing = tl.zeros([THREADS], tl.float32)
+    sums = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
+            nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)  # fmt: skip
+    sums_0, sums_1, sums_2, sums_3 = sums, sums, sums, sums
+    too_much = nothing
+    index_at, value_at = (p_index + 4 * c).to(tl.int64), (p_value + 4 * c).to(tl.int64)
+    last = tl.cdiv(count, STEP) * STEP
+    index = load_four(index_at)
+    w_0, w_1, w_2, w_3, s, z = load_step(words, stride, scale, zero, groups_of_row, index, policy, BITS, dtype)
+    value = load_four(value_at)
+    index = load_four(index_at + 4 * STEP)
+    for i in range(0, count, STEP):
+        n_0, n_1, n_2, n_3, n_s, n_z = load_step(words, stride, scale, zero, groups_of_row, index, policy, BITS, dtype)
+        n_value = load_four(value_at + 4 * (i + STEP))
+        index = load_four(index_at + 4 * tl.minimum(i + 2 * STEP, last))
+        keep_loads_above()
+        v_0 = value[0].to(tl.float32, bitcast=True) * s[0]
+        v_1 = value[1].to(tl.float32, bitcast=True) * s[1]
+        v_2 = value[2].to(tl.float32, bitcast=True) * s[2]
+        v_3 = value[3].to(tl.float32, bitcast=True) * s[3]
+        b_0, b_1 = pair(v_0, v_1), pair(v_2, v_3)
+        b_0 = tl.where(is_low, pair(v_0 - low_of(b_0), v_1 - high_of(b_0)), b_0)
+        b_1 = tl.where(is_low, pair(v_2 - low_of(b_1), v_3 - high_of(b_1)), b_1)
+        if BITS == 4:
+            too_much += low_of(b_0) * z[0] + high_of(b_0) * z[1] + low_of(b_1) * z[2] + high_of(b_1) * z[3]
+        else:
+            too_much += low_of(b_0) + high_of(b_0) + low_of(b_1) + high_of(b_1)
+        sums_0 = add_tile(sums_0, w_0[0], w_1[0], w_2[0], w_3[0], b_0, b_1, BITS)
+        sums_1 = add_tile(sums_1, w_0[1], w_1[1], w_2[1], w_3[1], b_0, b_1, BITS)
+        sums_2 = add_tile(sums_2, w_0[2], w_1[2], w_2[2], w_3[2], b_0, b_1, BITS)
+        sums_3 = add_tile(sums_3, w_0[3], w_1[3], w_2[3], w_3[3], b_0, b_1, BITS)
+        w_0, w_1, w_2, w_3, s, z, value = n_0, n_1, n_2, n_3, n_s, n_z, n_value
+    let_next_start(PDL)
+    # A lane's own columns of B are 2 c and 2 c + 1; wanted are its group's, high and low part.
+    own = r * GROUPS // 8
+    first_wanted = (2 * c == own) | (2 * c == own + GROUPS)
+    second_wanted = (2 * c + 1 == own) | (2 * c + 1 == own + GROUPS)
+    too_much += exchange(too_much, 1)
+    too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
+    too_much = from_lane(too_much, 4 * own) + from_lane(too_much, 4 * (own + GROUPS))
+    WORDS: tl.constexpr = GROUP_N * BITS // 32
+    w = column * BITS // 32 + 4 * r + c  # after the exchanges a lane has word c of its 16 bytes
+    first = w // WORDS * GROUP_N + w % WORDS if BITS == 4 else 4 * w
+    for j in tl.static_range(32 // BITS):
+        y_0 = wanted(sums_0, first_wanted, second_wanted, j, BITS)
+        y_1 = wanted(sums_1, first_wanted, second_wanted, j, BITS)
+        y_2 = wanted(sums_2, first_wanted, second_wanted, j, BITS)
+        y_3 = wanted(sums_3, first_wanted, second_wanted, j, BITS)
+        # Each of two exchanges halves the words a lane is concerned with.
+        y_0, y_2 = tl.where(c < 2, y_0, y_2), tl.where(c < 2, y_2, y_0)
+        y_1, y_3 = tl.where(c < 2, y_1, y_3), tl.where(c < 2, y_3, y_1)
+        y_0 += exchange(y_2, 2)
+        y_1 += exchange(y_3, 2)
+        y_0, y_1 = tl.where(c % 2 == 0, y_0, y_1), tl.where(c % 2 == 0, y_1, y_0)
+        y = y_0 + exchange(y_1, 1) - (too_much if BITS == 4 else 2304.0 * too_much)  # 128 + 16 * 128 + 128
+        at = first + (j * WORDS if BITS == 4 else j)
+        tl.store(p_row + at, y, mask=at < end)
