@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from evaluation import Case
     from loading import LoadedModel
+    from model import Transformer
     from plan import SparsityPlan
 
 METHODS = ("uniform", "greedy", "wina-uniform", "wina-greedy")
@@ -46,6 +47,10 @@ def build_parser() -> cli.Parser:
     calibration.add_argument("--sequences", type=cli.positive_int, default=DEFAULT_SEQUENCES, help="token sequences")
     calibration.add_argument("--length", type=cli.positive_int, default=DEFAULT_LENGTH, help="tokens each")
     more = parser.add_argument_group("more measurements")
+    more.add_argument(
+        "--reference", metavar="CHECKPOINT",
+        help="model to measure divergence and agreement from, for a quantized one; default: the model itself, dense",
+    )  # fmt: skip
     more.add_argument("--continuations", type=int, default=0, help="prompts to continue greedily; 0 is off")
     more.add_argument("--decode-tokens", type=int, default=0, help="score so many tokens one by one, too; 0 is off")
     more.add_argument(
@@ -90,7 +95,8 @@ def main() -> None:
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
     cases = build_cases(args, loaded)
     window = min(args.window, loaded.model.config.max_seq_len)
-    results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window - 1))
+    reference = load_reference(args, loaded)
+    results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window - 1), reference)
     more = more_measurements(args, loaded, cases, tokens)
     rows = [result.as_row() | further for result, further in zip(results, more, strict=True)]
     if args.json:
@@ -103,6 +109,19 @@ def main() -> None:
         from plots import plot_quality
 
         plot_quality(rows, args.plot)
+
+
+def load_reference(args: argparse.Namespace, loaded: "LoadedModel") -> "Transformer | None":
+    """The model of --reference. Raises UserError if its vocabulary is another one."""
+    from loading import load_for_decoding
+
+    if args.reference is None:
+        return None
+    model = load_for_decoding(args.reference, None, args.device, args.dtype, sparse=True).model
+    expected, found = loaded.model.config.vocab_size, model.config.vocab_size
+    if found != expected:
+        raise UserError(f"--reference {args.reference} has {found} tokens in its vocabulary, {loaded.name} {expected}")
+    return model
 
 
 def build_cases(args: argparse.Namespace, loaded: "LoadedModel") -> "list[Case]":

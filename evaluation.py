@@ -90,10 +90,12 @@ def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, in
 
 
 @torch.inference_mode()
-def evaluate(model: Transformer, tokens: Tensor, cases: list[Case], length: int, stride: int) -> list[Result]:
+def evaluate(
+    model: Transformer, tokens: Tensor, cases: list[Case], length: int, stride: int, reference: Transformer | None = None
+) -> list[Result]:
     """Score every case on tokens [T], window by window; the dense model's logits of a window serve all cases.
 
-    model must be sparse already if any case has a plan (thresholds change in place). Raises UserError if there are
+    KL divergence and agreement are with reference, by default the dense model itself. model must be sparse already if any case has a plan (thresholds change in place). Raises UserError if there are
     too few tokens.
     """
     if len(tokens) < 2:
@@ -105,6 +107,7 @@ def evaluate(model: Transformer, tokens: Tensor, cases: list[Case], length: int,
     for begin, first, end in tqdm(spans, desc="evaluating", unit="window", leave=False, disable=None):
         ids = tokens[None, begin:end].to(weight.device)
         dense = window_logits(model, ids, first - begin)
+        expected = dense if reference is None else window_logits(reference, ids, first - begin)
         for i, result in enumerate(results):
             case = result.case
             logits = dense
@@ -115,7 +118,7 @@ def evaluate(model: Transformer, tokens: Tensor, cases: list[Case], length: int,
                     logits = window_logits(model, ids, first - begin)
                 add_shares(sums[i], achieved_sparsity(model), end - begin)
                 set_counting(model, False)
-            add_score(result.score, logits, dense, ids[0, first - begin :])
+            add_score(result.score, logits, expected, ids[0, first - begin :])
     total = sum(end - begin for begin, _, end in spans)
     for result, layers in zip(results, sums, strict=True):
         result.achieved = [{name: value / total for name, value in layer.items()} for layer in layers]
@@ -139,17 +142,17 @@ def window_logits(model: Transformer, ids: Tensor, first: int) -> Tensor:
     return model.logits(hidden[0, first - 1 : -1]).float()
 
 
-def add_score(score: Score, logits: Tensor, dense: Tensor, targets: Tensor) -> None:
-    """Add to score what logits [n, V] give for targets [n], beside the dense model's logits."""
+def add_score(score: Score, logits: Tensor, expected: Tensor, targets: Tensor) -> None:
+    """Add to score what logits [n, V] give for targets [n], beside the logits expected of a perfect model."""
     score.tokens += len(targets)
     log_probs = logits.log_softmax(-1)
     score.nll += float(F.nll_loss(log_probs, targets, reduction="sum"))
-    if logits is dense:
+    if logits is expected:
         score.agreed += len(targets)
         return
-    reference = dense.log_softmax(-1)
-    score.kl += float((reference.exp() * (reference - log_probs)).sum())
-    score.agreed += int((logits.argmax(-1) == dense.argmax(-1)).sum())
+    true = expected.log_softmax(-1)
+    score.kl += float((true.exp() * (true - log_probs)).sum())
+    score.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
 
 
 @torch.inference_mode()

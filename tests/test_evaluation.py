@@ -119,6 +119,19 @@ def test_sparsity_diverges_and_half_a_window_less_so(model: Transformer, tokens:
     assert row["worst_sparsity_gap"] < 0.05 and row["tokens"] == len(tokens) - 1
 
 
+def test_divergence_from_a_reference(model: Transformer, tokens: Tensor, plan: SparsityPlan, tiny_folder: Path) -> None:
+    other = load_model(tiny_folder, CPU, torch.float32)
+    sparsify(model, plan)
+    cases = [Case("dense", 0.0, None), Case("sparse", 0.5, plan)]
+    own = evaluate(model, tokens, cases, 32, 16)
+    same = evaluate(model, tokens, cases, 32, 16, other)
+    assert [r.score.kl for r in same] == pytest.approx([r.score.kl for r in own], abs=1e-4)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(3)
+    far = evaluate(model, tokens, cases, 32, 16, other)
+    assert all(b.score.kl > a.score.kl + 1 and b.score.nll == a.score.nll for a, b in zip(own, far, strict=True))
+
+
 def test_decode_path_agrees_with_the_batched_path(model: Transformer, tokens: Tensor, plan: SparsityPlan) -> None:
     """The figure users get token by token is the batched decode policy's, and not the half policy's."""
     cases = [Case("u", 0.5, plan), Case("u", 0.5, plan, "half")]
