@@ -91,7 +91,12 @@ def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, in
 
 @torch.inference_mode()
 def evaluate(
-    model: Transformer, tokens: Tensor, cases: list[Case], length: int, stride: int, reference: Transformer | None = None
+    model: Transformer,
+    tokens: Tensor,
+    cases: list[Case],
+    length: int,
+    stride: int,
+    reference: Transformer | None = None,
 ) -> list[Result]:
     """Score every case on tokens [T], window by window; the dense model's logits of a window serve all cases.
 

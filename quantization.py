@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from kernels.packing import GROUP_SIZES, NIBBLES, dequantize, pack_int4, quantized_matmul
+from kernels.packing import GROUP_SIZES, NIBBLES, dequantize, pack_int4
+from kernels.quantized_matmul import quantized_matmul
 from kernels.sparse_linear import sparse_linear
 from model import ModelConfig, Transformer
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kernels.packing import dequantize, quantized_matmul
+from kernels.packing import dequantize
+from kernels.quantized_matmul import quantized_matmul
 from kernels.sparse_linear import sparse_linear
 from model import Block, ModelConfig, Transformer
 from plan import SparsityPlan

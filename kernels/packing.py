@@ -16,7 +16,6 @@ from torch import Tensor
 
 NIBBLES = 8  # to an int32 word
 GROUP_SIZES = (128, 64, 32)  # columns to a scale; the kernels know these
-COLUMNS_AT_ONCE = 4096  # that quantized_matmul turns into floats: 4096 x 14336 bf16 are 117 MB
 
 
 class Weight(NamedTuple):
@@ -78,32 +77,6 @@ def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     else:
         integers = values.float().view(K, groups, group_size)
     return (integers * scales.float()[:, :, None]).to(scales.dtype).view(K, -1)
-
-
-@torch.library.custom_op("teal::quantized_matmul", mutates_args=())
-def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """x [..., K] times a quantized weight [K, N], a block of columns at a time: no full copy in floats. [..., N]."""
-    check_quantized(Weight(values, scales, zeros), x.shape[-1])
-    if x.dtype != scales.dtype:
-        raise ValueError(f"x is {x.dtype} and scales {scales.dtype}: expected the same")
-    N, groups = packed_columns(values), scales.shape[1]
-    group_size = N // groups
-    step = max(1, COLUMNS_AT_ONCE // group_size)  # groups
-    words = values.shape[1] // groups
-    y = x.new_empty(*x.shape[:-1], N)
-    for g in range(0, groups, step):
-        weight = dequantize(
-            values[:, g * words : (g + step) * words],
-            scales[:, g : g + step],
-            None if zeros is None else zeros[:, g : g + step],
-        )
-        y[..., g * group_size : g * group_size + weight.shape[1]] = x @ weight
-    return y
-
-
-@quantized_matmul.register_fake
-def _(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], packed_columns(values))
 
 
 def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -> None:

@@ -8,7 +8,8 @@ multiplied densely.
 import torch
 from torch import Tensor
 
-from kernels.packing import Weight, check_quantized, dequantize
+from kernels.packing import Weight, check_quantized
+from kernels.quantized_matmul import floats
 from kernels.row_gather import native_row_gather
 
 # With more rows of x nearly every weight row is kept by one of them, and a dense product is faster: 1536 x 3072
@@ -43,7 +44,7 @@ def sparse_linear(
         )
     if x.device.type == "cpu" and x.shape[0] <= MAX_GATHER_ROWS and (gather := native_row_gather()) is not None:
         return gather(x.contiguous(), weight, thresholds, segments, scales, zeros)
-    columns = (weight if scales is None else dequantize(weight, scales, zeros)).split(segments, dim=1)
+    columns = (weight if scales is None else floats(weight, scales, zeros)).split(segments, dim=1)
     products = [
         x.masked_fill(x.abs() < threshold, 0) @ part
         for threshold, part in zip(thresholds.to(x.dtype), columns, strict=True)

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-POINTERS |= {torch.int64: "*i64", torch.uint8: "*u8"}
+POINTERS |= {torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8"}
 compiled: list[str] = []
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     launch.has_tensor_cores = lambda device: True
     launch.launch_options = lambda device, num_warps: {"PDL": True, "num_warps": num_warps}
     from kernels.attention_gemv import attention_gemv
+    from kernels.dequantize import launch as floats
     from kernels.norm_gemv import norm_gemv
     from kernels.reduce_partials import reduce_partials
     from kernels.rope_attention import rope_attention
@@ -82,6 +83,8 @@ def main() -> None:
             sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
             norm_gemv(x, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
             sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
+            floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
+            floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 
 

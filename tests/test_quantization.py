@@ -18,7 +18,8 @@ import quantize
 from checkpoint import find_shards, load_model
 from errors import UserError
 from gptq import BlockwiseGptq, gptq
-from kernels.packing import dequantize, pack_int4, quantized_matmul, unpack_int4
+from kernels.packing import dequantize, pack_int4, unpack_int4
+from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import sparse_linear_reference
 from kernels.sparse_linear import sparse_linear
 from model import KVCache, Transformer
@@ -96,7 +97,7 @@ def test_a_product_in_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch)
     x, weight = torch.randn(3, 16), torch.randn(16, 320)
     packed = round_to_nearest(weight, 4, 32)
     whole = quantized_matmul(x, *packed)
-    monkeypatch.setattr("kernels.packing.COLUMNS_AT_ONCE", 96)
+    monkeypatch.setattr("kernels.quantized_matmul.COLUMNS_AT_ONCE", 96)
     assert relative_error(quantized_matmul(x, *packed), whole) <= 1e-6
 
 

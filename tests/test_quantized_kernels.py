@@ -10,6 +10,7 @@ from torch import Tensor
 import quantize
 from checkpoint import load_model
 from fused_block import fuse_blocks
+from kernels import dequantize as dequantize_file
 from kernels import launch
 from kernels import sparse_gemv as sparse_gemv_file
 from kernels.attention_gemv import attention_gemv
@@ -106,6 +107,21 @@ def test_tensor_cores_are_used_only_where_the_sum_fits_them(monkeypatch: pytest.
         weight = Weight(*make(1, 32, 512, bits, group, dtype)[1])
         plan = launch.plan_gemv(weight, torch.zeros(1, device=DEVICE), [512], B, tile)
         assert plan.meta["TENSOR_CORE"] == expected, (bits, group, dtype, B, tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("K,N,group", [(1, 32, 32), (37, 320, 64), (16, 640, 128)])
+def test_weights_become_floats(K: int, N: int, group: int, bits: int, dtype: torch.dtype) -> None:
+    _, (values, scales, zeros), exact = make(1, K, N, bits, group, dtype)
+    whole = dequantize_file.launch(values, scales, zeros)
+    assert torch.equal(whole, exact.to(dtype))  # rounded once
+    half = N // group // 2 or 1
+    words = values.shape[1] // (N // group) * half
+    part = dequantize_file.launch(values[:, :words], scales[:, :half], None if zeros is None else zeros[:, :half])
+    assert torch.equal(part, exact[:, : half * group].to(dtype))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        dequantize_file.launch(values, scales.t().contiguous().t() if K > 1 else scales.expand(2, -1).t(), zeros)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

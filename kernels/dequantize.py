@@ -1,0 +1,58 @@
+"""Quantized weights to floats on a GPU: one kernel that reads the integers once and writes the floats once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gather import rounded
+from kernels.packing import packed_columns
+
+BLOCK_ROWS = 8
+BLOCK_GROUPS = 4
+
+
+@triton.jit
+def dequantize_kernel(
+    p_values, stride, p_scale, p_zero, stride_scale, p_out, K, GROUPS,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = 8 if BITS == 4 else 1  # integers of a word, or the one of a byte
+    WORDS: tl.constexpr = GROUP_N // PARTS
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    w = tl.arange(0, BLOCK_GROUPS * WORDS)
+    groups = tl.program_id(1) * BLOCK_GROUPS + w // WORDS
+    inside = (rows < K)[:, None] & (groups < GROUPS)[None, :]
+    column = groups * GROUP_N + w % WORDS
+    at_scale = rows[:, None] * stride_scale + groups[None, :]
+    scale = tl.load(p_scale + at_scale, mask=inside, other=0.0).to(tl.float32)
+    row = rows[:, None].to(tl.int64)
+    value = tl.load(p_values + row * stride + (groups * WORDS + w % WORDS)[None, :], mask=inside, other=0)
+    p_out += row * GROUPS * GROUP_N + column[None, :]
+    dtype = p_out.dtype.element_ty
+    if BITS == 8:
+        tl.store(p_out, rounded(value.to(tl.float32) * scale, dtype), mask=inside)
+    else:
+        zero = tl.load(p_zero + at_scale, mask=inside, other=0).to(tl.float32)
+        for j in tl.static_range(8):
+            integer = ((value >> (4 * j)) & 15).to(tl.float32)
+            tl.store(p_out + j * WORDS, rounded((integer - zero) * scale, dtype), mask=inside)
+
+
+def launch(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """As packing.dequantize, also of some columns of a larger weight, whose rows are not side by side.
+
+    Raises ValueError for other strides.
+    """
+    if values.stride(1) != 1 or scales.stride(1) != 1:
+        raise ValueError(f"values have strides {values.stride()}, scales {scales.stride()}: rows must be contiguous")
+    if zeros is not None and zeros.stride() != scales.stride():
+        raise ValueError(f"zeros have strides {zeros.stride()}, scales {scales.stride()}: expected the same")
+    K, groups = scales.shape
+    group_size = packed_columns(values) // groups
+    out = torch.empty(K, groups * group_size, dtype=scales.dtype, device=values.device)
+    dequantize_kernel[(triton.cdiv(K, BLOCK_ROWS), triton.cdiv(groups, BLOCK_GROUPS))](
+        values, values.stride(0), scales, zeros, scales.stride(0), out, K, groups,
+        BITS=8 if zeros is None else 4, GROUP_N=group_size, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4,
+    )  # fmt: skip
+    return out
