@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from awq_gptq import Packing
 from errors import UserError
 from files import fingerprint
 from hf_config import load_config, load_quantization, read_json
@@ -37,17 +38,45 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     config = load_config(folder)
     quantized = load_quantization(folder)
     shards = find_shards(folder)
-    model = empty_model(config, device, dtype, quantized)
+    model = empty_model(config, device, dtype, quantized if isinstance(quantized, QuantConfig) else None)
     targets = weight_targets(model)
+    packed = Unpacker(quantized, targets) if isinstance(quantized, Packing) else None
     with tqdm(total=len(shards), desc="loading weights", unit="shard", leave=False, disable=None) as bar:
-        _check_shards(shards, targets, config)
+        _check_shards(shards, targets if packed is None else packed.stored, config)
         for shard in shards:
             with open_shard(shard) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                     if name in targets:
                         targets[name].copy_(tensors.get_tensor(name).to(targets[name].device))
+                    elif packed is not None and name in packed.stored:
+                        packed.take(name, tensors.get_tensor(name))
             bar.update()
     return model
+
+
+class Unpacker:
+    """Weights of an AWQ or GPTQ checkpoint, set as soon as all parts of one have been read."""
+
+    def __init__(self, packing: Packing, targets: dict[str, Tensor]) -> None:
+        self.packing = packing
+        self.targets = targets
+        self.stored: dict[str, Tensor] = {}  # tensor name -> its shape and dtype, of all that the files must hold
+        self.waiting: dict[str, dict[str, Tensor]] = {}
+        for name, target in targets.items():
+            if name.endswith("_proj.weight"):
+                parts = packing.parts(target.shape[0], target.shape[1], target.dtype)
+                self.stored |= {f"{name.removesuffix('weight')}{part}": like for part, like in parts.items()}
+            else:
+                self.stored[name] = target
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """Keep one part; with the last one of a weight set it."""
+        prefix, _, part = name.rpartition(".")
+        target = self.targets[f"{prefix}.weight"]
+        parts = self.waiting.setdefault(prefix, {})
+        parts[part] = tensor
+        if len(parts) == len(self.packing.parts(target.shape[0], target.shape[1], target.dtype)):
+            target.copy_(self.packing.weight(self.waiting.pop(prefix)))
 
 
 def empty_model(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from awq_gptq import Packing
 from errors import UserError
 from model import ModelConfig, RopeScaling
 from quantization import QuantConfig
@@ -59,7 +60,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
 
 
-def load_quantization(folder: Path) -> QuantConfig | None:
+def load_quantization(folder: Path) -> QuantConfig | Packing | None:
     """How the folder's weights are quantized, None if they are not. Raises UserError for a scheme unknown here."""
     path = folder / "config.json"
     raw = read_json(path).get("quantization_config")
@@ -67,7 +68,7 @@ def load_quantization(folder: Path) -> QuantConfig | None:
         return None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: quantization_config {raw!r} is not usable; expected an object")
-    return QuantConfig.from_json(raw, str(path))
+    return Packing.from_json(raw, str(path)) or QuantConfig.from_json(raw, str(path))
 
 
 def _positive(

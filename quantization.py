@@ -49,7 +49,9 @@ class QuantConfig:
         """The inverse of as_json. Raises UserError, naming where, for another method, version or value."""
         if raw.get("quant_method") != QUANT_METHOD:
             found = raw.get("quant_method")
-            raise UserError(f"{where}: quantization_config quant_method {found!r} is not supported; expected 'teal'")
+            raise UserError(
+                f"{where}: quantization_config quant_method {found!r} is not supported; expected teal, awq or gptq"
+            )
         if raw.get("version") != QUANT_VERSION:
             raise UserError(f"{where}: quantization version {raw.get('version')!r}; this code reads {QUANT_VERSION}")
         fields = {name: raw[name] for name in cls.__slots__ if name in raw}

@@ -386,7 +386,7 @@ def test_group_sizes() -> None:
     "change,fragment",
     [
         ({"version": 99}, "version 99"),
-        ({"quant_method": "awq"}, "'awq' is not supported"),
+        ({"quant_method": "fp8"}, "'fp8' is not supported"),
         ({"mode": "int2"}, "int2"),
         ({"group_size": 5}, "group size 5"),
     ],
