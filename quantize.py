@@ -106,12 +106,14 @@ def quantize_folder(
     """
     from filelock import FileLock
 
+    from files import cache_folder
     from hf_config import read_json
 
     output = output.resolve()
     work = output.with_name(f".{output.name}.part")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.with_name(f".{output.name}.lock")):
+    lock = cache_folder("locks") / f"{hashlib.sha256(str(output).encode()).hexdigest()[:16]}.lock"
+    with FileLock(lock):
         _start_or_resume(work, source, scheme, as_floats, sequences)
         _write_shards(source, work, scheme, as_floats, sequences, device)
         for path in source.iterdir():

@@ -2,7 +2,11 @@
 
 import json
 import math
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,6 +403,31 @@ def test_foreign_schemes_are_refused(folder: Path, tmp_path: Path, change: dict[
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=fragment):
         load_model(tmp_path / "out", torch.device("cpu"), torch.float32)
+
+
+def limit_file_size() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_full_disk_is_one_line_and_the_next_run_succeeds(folder: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "quantize.py",
+        "--checkpoint",
+        str(folder),
+        "--mode",
+        "int8",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limit_file_size)
+    assert_one_line_error(done.returncode, done.stderr, "disk is full")
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    load_model(tmp_path / "out", torch.device("cpu"), torch.float32)
 
 
 def test_options_have_help() -> None:
