@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 # With this few query rows (decode) torch's fused attention fills a fraction of a GPU's cores; two
 # batched products and a softmax spread the cache over all: 5.86 against 6.30 ms a step on an H100,
-# Llama-3-8B shapes, context 512.
+# Llama-3-8B shapes, context 512. On a CPU in fp32 these products give a row the same bits alone as beside others, which
+# torch's fused attention does not.
 SMALL_ATTENTION_ROWS = 16
 
 
@@ -87,6 +88,12 @@ class KVCache:
     def length(self) -> int:
         return self.k.shape[3]
 
+    def part(self, rows: slice, length: int | None) -> "KVCache":
+        """A view of some rows and of their first length positions."""
+        view = object.__new__(KVCache)
+        view.k, view.v = self.k[:, rows, :, :length], self.v[:, rows, :, :length]
+        return view
+
     def resized(self, length: int) -> "KVCache":
         """A cache of the given length that starts with this one's contents (cut if shorter)."""
         grown = object.__new__(KVCache)
@@ -148,10 +155,11 @@ def attention_mask(positions: Tensor, length: int, groups: int, window: int | No
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over allowed slots: q [B, K, R, D], k and v [B, K, S, D], mask bool [B, 1, R, S]."""
-    if q.is_cuda and q.shape[2] <= SMALL_ATTENTION_ROWS:
+    if q.shape[2] <= SMALL_ATTENTION_ROWS and (q.is_cuda or q.dtype == torch.float32):
         B, K, R, D = q.shape
-        scores = torch.bmm(q.view(B * K, R, D), k.view(B * K, -1, D).mT, out_dtype=torch.float32).view(B, K, R, -1)
-        weights = (scores / math.sqrt(D)).masked_fill(~mask, -math.inf).softmax(dim=-1)
+        queries, keys = q.view(B * K, R, D), k.view(B * K, -1, D).mT
+        scores = torch.bmm(queries, keys, out_dtype=torch.float32) if q.is_cuda else torch.bmm(queries, keys)
+        weights = (scores.view(B, K, R, -1) / math.sqrt(D)).masked_fill(~mask, -math.inf).softmax(dim=-1)
         return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -31,6 +31,11 @@ def penalize(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
     return logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty))
 
 
+def penalize_counts(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+    """logits [B, V] less presence for each generated token and frequency times its count [B, V] (OpenAI's penalties)."""
+    return logits - presence * (counts > 0) - frequency * counts
+
+
 def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
     """logits [B, V] with -inf for what top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) exclude."""
     off = -math.inf

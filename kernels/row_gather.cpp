@@ -31,6 +31,16 @@ inline float widen(at::BFloat16 value) { return static_cast<float>(value); }
 // at::Half's own conversion may be one scalar instruction, which keeps the loop from being vectorized.
 inline float widen(at::Half value) { return c10::detail::fp16_ieee_to_fp32_value(value.x); }
 
+// sum + a b in one rounding where the processor can. Channels are added to a sum one by one, in their order: a row of x
+// then has the same bits alone and beside other rows, whose channels add 0.
+inline float add_product(float sum, float a, float b) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 struct Kept {
   std::vector<int32_t> channels;
   std::vector<float> values;  // [channel][columns], an entry for each row of x: 0 where it drops the channel
@@ -80,14 +90,15 @@ void sum_columns(const Kept& kept, const T* weight, int64_t stride, int64_t widt
       const float c = widen(w2[n]), d = widen(w3[n]);
       for (int r = 0; r < ROWS; ++r) {
         const float* v = values + i * ROWS + r;
-        sums[r][n] += (v[0] * a + v[ROWS] * b) + (v[2 * ROWS] * c + v[3 * ROWS] * d);
+        const float two = add_product(add_product(sums[r][n], v[0], a), v[ROWS], b);
+        sums[r][n] = add_product(add_product(two, v[2 * ROWS], c), v[3 * ROWS], d);
       }
     }
   }
   for (; i < count; ++i) {
     const T* w = weight + channels[i] * stride;
     for (int r = 0; r < ROWS; ++r)
-      for (int64_t n = 0; n < width; ++n) sums[r][n] += values[i * ROWS + r] * widen(w[n]);
+      for (int64_t n = 0; n < width; ++n) sums[r][n] = add_product(sums[r][n], values[i * ROWS + r], widen(w[n]));
   }
   for (int r = 0; r < ROWS; ++r)
     for (int64_t n = 0; n < width; ++n) y[r * y_stride + n] = static_cast<T>(sums[r][n]);
@@ -128,14 +139,16 @@ void sum_groups(const Kept& kept, const Quantized& weight, int64_t first_group, 
       for (int64_t u = 0; u < UNROLL; ++u) q[u] = values + (at[u] + g) * VALUES;
       float* out = sums[0] + g * GROUP;
       const auto add = [&](int64_t n, float w0, float w1, float w2, float w3) {
-        for (int r = 0; r < ROWS; ++r)
-          out[r * BLOCK + n] += (a[r][0] * w0 + a[r][1] * w1) + (a[r][2] * w2 + a[r][3] * w3);
+        for (int r = 0; r < ROWS; ++r) {
+          const float two = add_product(add_product(out[r * BLOCK + n], a[r][0], w0), a[r][1], w1);
+          out[r * BLOCK + n] = add_product(add_product(two, a[r][2], w2), a[r][3], w3);
+        }
       };
       if constexpr (BITS == 8) {
         for (int64_t n = 0; n < GROUP; ++n) add(n, q[0][n], q[1][n], q[2][n], q[3][n]);
       } else {
         for (int r = 0; r < ROWS; ++r)
-          for (int64_t u = 0; u < UNROLL; ++u) offsets[r][g] += a[r][u] * static_cast<float>(weight.zeros[at[u] + g]);
+          for (int64_t u = 0; u < UNROLL; ++u) offsets[r][g] = add_product(offsets[r][g], a[r][u], weight.zeros[at[u] + g]);
         for (int j = 0; j < 8; ++j)
           for (int64_t w = 0; w < WORDS; ++w)
             add(j * WORDS + w, q[0][w] >> (4 * j) & 15, q[1][w] >> (4 * j) & 15, q[2][w] >> (4 * j) & 15,

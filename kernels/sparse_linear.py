@@ -42,8 +42,10 @@ def sparse_linear(
         return reduce_partials(
             sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros), x.dtype, None, None
         )
-    if x.device.type == "cpu" and x.shape[0] <= MAX_GATHER_ROWS and (gather := native_row_gather()) is not None:
-        return gather(x.contiguous(), weight, thresholds, segments, scales, zeros)
+    if x.device.type == "cpu" and x.shape[0] <= MAX_KERNEL_ROWS and (gather := native_row_gather()) is not None:
+        parts = x.contiguous().split(MAX_GATHER_ROWS)
+        found = [gather(part, weight, thresholds, segments, scales, zeros) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
     columns = (weight if scales is None else floats(weight, scales, zeros)).split(segments, dim=1)
     products = [
         x.masked_fill(x.abs() < threshold, 0) @ part

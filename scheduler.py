@@ -1,0 +1,417 @@
+"""Several requests decoded together: a queue, rows of one KV cache, and one step for all running rows.
+
+A thread of its own owns the model. Running requests occupy the first rows of the cache; the rows behind keep what
+finished requests left, so that a prompt which begins like an earlier one starts from its keys and values. Only those
+made by prefill are shared, in whole blocks that are always computed alike: a request's text does not depend on what
+was served before it or is beside it, to the bit on a CPU (its kernels sum each row as if it were alone).
+"""
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine import CACHE_STEP, PREFILL_CHUNK, Engine
+from errors import UserError
+from model import KVCache
+from params import SamplingParams
+from plan import SparsityPlan
+from sampling import penalize_counts, sample
+from streaming import StopStrings, StreamDecoder
+from teal_layers import achieved_sparsity, set_counting
+
+CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on CUDA PREFILL_CHUNK
+MAX_ROWS = 8  # what the sparse kernels take at once
+IDLE_S = 0.5  # between looks at deadlines while nothing runs
+
+
+class QueueFull(Exception):
+    """No room for another request."""
+
+
+class Matcher(Protocol):
+    """A grammar's state: which tokens may come next (constrained.py)."""
+
+    def mask(self, logits: Tensor) -> Tensor: ...
+
+    def accept(self, token: int) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log probability under the model, before sampling parameters, and the likeliest tokens' beside it."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that became certain, and the log probabilities of the tokens since the last piece, if asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a request: finish_reason "stop" or "length", or an error's text."""
+
+    finish_reason: str
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One text to generate. emit is called in the scheduler's thread with each Piece and at last with Done."""
+
+    prompt_ids: list[int]
+    emit: Callable[[Piece | Done], None]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int = 256
+    stops: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int | None = None  # None: no log probabilities at all
+    matcher: Matcher | None = None
+    plan: SparsityPlan | None = None  # None: the engine's own
+    count_sparsity: bool = False
+    deadline: float | None = None  # time.monotonic() at which it ends, finished or not
+    cancelled: bool = False  # set by anyone; noticed before the next step
+    arrived: float = field(default_factory=time.monotonic)
+    prefilled: int = 0  # prompt tokens whose keys and values are in the row
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    first_token_s: float | None = None
+    last_token_at: float = 0.0
+    token: int = 0  # the newest, not yet fed to the model
+
+
+class Sequence:
+    """What only a running request needs."""
+
+    def __init__(self, request: Request, engine: Engine) -> None:
+        self.decoder = StreamDecoder(engine.tokenizer)
+        self.filter = StopStrings(request.stops)
+        self.logprobs: list[TokenLogprob] = []
+        self.generator = torch.Generator(engine.device)
+        self.generator.manual_seed(request.params.seed)
+        size = engine.model.config.vocab_size
+        self.counts = torch.zeros(1, size, device=engine.device)  # of generated tokens
+        self.seen = torch.zeros(1, size, dtype=torch.bool, device=engine.device)
+        self.seen[0, torch.tensor(request.prompt_ids, device=engine.device)] = True
+
+
+class Observer:
+    """Told what happens, in the scheduler's thread; a server's metrics override what they need."""
+
+    def first_token(self, seconds: float) -> None:
+        """A request's first token came so long after it arrived."""
+
+    def next_token(self, seconds: float) -> None:
+        """Another token came so long after the one before."""
+
+    def finished(self, request: Request, reason: str) -> None:
+        """A request ended: "stop", "length", "cancelled" or "error"."""
+
+
+class Scheduler:
+    """Runs requests on an engine's model, up to rows at once; submit and cancel from any thread."""
+
+    def __init__(self, engine: Engine, rows: int = MAX_ROWS, queue: int = 128, context: int | None = None) -> None:
+        if not 1 <= rows <= MAX_ROWS:
+            raise UserError(f"--rows {rows} is out of range; expected 1 to {MAX_ROWS}")
+        self.engine = engine
+        limit = engine.model.config.max_seq_len
+        self.context = min(context or limit, limit)
+        self.queue = queue
+        self.observer = Observer()
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # request i is in row i
+        self.prefilling: tuple[Request, int] | None = None  # and its row
+        self.sequences: dict[Request, Sequence] = {}
+        self.row_ids: list[list[int]] = [[] for _ in range(rows)]  # tokens whose keys and values are in each row
+        self.row_shared = [0] * rows  # how many of them were made by prefill
+        self.achieved: list[dict[str, float]] = []
+        self.own_plan = engine.plan
+        self.changed = threading.Condition()
+        self.closing = False
+        device, dtype = engine.device, engine.dtype
+        self.block = CPU_BLOCK if device.type == "cpu" else PREFILL_CHUNK
+        with torch.inference_mode():
+            self.rows_at_once = 1 if device.type == "cpu" and not self._head_is_row_invariant() else rows
+            self.cache = KVCache(engine.model.config, rows, min(CACHE_STEP, self.context), device, dtype)
+        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def _head_is_row_invariant(self) -> bool:
+        """Whether the output head gives a row the same bits alone as beside others; fp32 products often do not."""
+        config, like = self.engine.model.config, self.engine.model.embedding.weight
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(len(self.row_ids), config.hidden_size, generator=generator).to(like.dtype)
+        logits = self.engine.model.logits
+        return torch.equal(logits(hidden), torch.cat([logits(row) for row in hidden.split(1)]))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits [n, V] of hidden states [n, C]."""
+        return torch.cat([self.engine.model.logits(part) for part in hidden.split(self.rows_at_once)]).float()
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.thread.start()
+
+    def submit(self, *requests: Request) -> None:
+        """Queue requests. Raises QueueFull if they do not all fit, UserError for a prompt that cannot be run."""
+        for request in requests:
+            count = len(request.prompt_ids)
+            if count < 1:
+                raise UserError("the prompt is empty; give at least one token of text")
+            if count >= self.context:
+                raise UserError(f"the prompt has {count} tokens; the context of {self.context} must exceed it")
+            request.max_new_tokens = min(request.max_new_tokens, self.context - count)
+        with self.changed:
+            if self.closing or len(self.waiting) + len(requests) > self.queue:
+                raise QueueFull
+            self.waiting.extend(requests)
+            self.changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """End a request before the next step; its emit is not called again."""
+        request.cancelled = True
+        with self.changed:
+            self.changed.notify()
+
+    def close(self, timeout: float) -> None:
+        """Take no more requests, let those there are finish for so many seconds, then end them."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.thread.join(timeout)
+        for request in (*self.waiting, *self.running):
+            request.deadline = 0.0
+        self.thread.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(requests that wait, requests that run)."""
+        return len(self.waiting), len(self.running) + (self.prefilling is not None)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                while not (self.waiting or self.running or self.prefilling):
+                    if self.closing:
+                        return
+                    self.changed.wait(IDLE_S)
+            try:
+                self._drop_ended()
+                self._admit()
+                self._prefill_chunk()
+                self._step()
+            except Exception as error:  # a bug or the device's limit: the requests learn of it, the server lives on
+                traceback.print_exc()
+                self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, message: str) -> None:
+        for request in [*self.running, *([self.prefilling[0]] if self.prefilling else [])]:
+            self._end(request, "error", message)
+        self.row_ids = [[] for _ in self.row_ids]
+        self.row_shared = [0] * len(self.row_shared)
+
+    def _drop_ended(self) -> None:
+        now = time.monotonic()
+        for request in [*self.running, *([self.prefilling[0]] if self.prefilling else []), *self.waiting]:
+            if request.cancelled:
+                self._end(request, "cancelled")
+            elif request.deadline is not None and now > request.deadline:
+                self._end(request, "length")
+
+    def _end(self, request: Request, reason: str, error: str | None = None) -> None:
+        """Take request out of wherever it is and say so to whoever waits for it."""
+        sequence = self.sequences.pop(request, None)
+        if request in self.running:
+            row, last = self.running.index(request), len(self.running) - 1
+            self._swap(row, last)
+            self.running[row] = self.running[last]
+            self.running.pop()
+            if request.count_sparsity:
+                self.achieved = achieved_sparsity(self.engine.model)
+                if not any(other.count_sparsity for other in self.running):
+                    set_counting(self.engine.model, False)
+        elif self.prefilling is not None and self.prefilling[0] is request:
+            self.prefilling = None
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.observer.finished(request, reason)
+        if request.cancelled:
+            return
+        if sequence is not None and reason != "error":
+            tail = sequence.filter.push(sequence.decoder.flush()) + sequence.filter.flush()
+            if tail or sequence.logprobs:
+                request.emit(Piece(tail, tuple(sequence.logprobs)))
+        request.emit(Done(reason, error))
+
+    def _swap(self, a: int, b: int) -> None:
+        """Exchange two rows of the cache."""
+        if a == b:
+            return
+        length = max(len(self.row_ids[a]), len(self.row_ids[b]))
+        for tensor in (self.cache.k, self.cache.v):
+            kept = tensor[:, a, :, :length].clone()
+            tensor[:, a, :, :length] = tensor[:, b, :, :length]
+            tensor[:, b, :, :length] = kept
+        self.row_ids[a], self.row_ids[b] = self.row_ids[b], self.row_ids[a]
+        self.row_shared[a], self.row_shared[b] = self.row_shared[b], self.row_shared[a]
+
+    def _admit(self) -> None:
+        """Begin the oldest request's prefill, if a row is free and it decodes with the thresholds in use."""
+        if self.prefilling is not None or not self.waiting or len(self.running) == len(self.row_ids):
+            return
+        request = self.waiting[0]
+        plan = request.plan or self.own_plan
+        if plan is not self.engine.plan:
+            if self.running:  # it waits for its turn, and those behind it too: first come, first served
+                return
+            assert plan is not None
+            self.engine.use_plan(plan)
+        if request.count_sparsity and not any(other.count_sparsity for other in self.running):
+            set_counting(self.engine.model, True)
+        self.waiting.popleft()
+        row = self._row_for(request)
+        self.prefilling = (request, row)
+        self._reserve(len(request.prompt_ids) + request.max_new_tokens)
+
+    def _row_for(self, request: Request) -> int:
+        """A free row that holds the longest start of the prompt there is, and how much that is, in request."""
+        ids = request.prompt_ids
+
+        def common(row: int) -> int:
+            # At least two tokens are left for prefill: one alone would count as decoding and be sparse.
+            limit = min(self.row_shared[row], len(ids) - 2)
+            same = next((i for i in range(limit) if self.row_ids[row][i] != ids[i]), max(limit, 0))
+            return same // self.block * self.block
+
+        best = max(range(len(self.row_ids)), key=lambda r: (common(r), -len(self.row_ids[r])))
+        reused = common(best)
+        row = best
+        if best < len(self.running):  # in use: copy from it
+            row = min(range(len(self.running), len(self.row_ids)), key=lambda r: len(self.row_ids[r]))
+            for tensor in (self.cache.k, self.cache.v):
+                tensor[:, row, :, :reused] = tensor[:, best, :, :reused]
+        self.row_ids[row] = ids[:reused]
+        self.row_shared[row] = reused
+        request.prefilled = request.reused_tokens = reused
+        return row
+
+    def _reserve(self, length: int) -> None:
+        if length > self.cache.length:
+            self.cache = self.cache.resized(min(-(-length // CACHE_STEP) * CACHE_STEP, self.context))
+
+    def _prefill_chunk(self) -> None:
+        """Put the next part of the prompt into the cache; with the last part the request runs."""
+        if self.prefilling is None:
+            return
+        request, row = self.prefilling
+        ids, device = request.prompt_ids, self.engine.device
+        end = request.prefilled + self.block
+        if end >= len(ids) - 1:  # one token that is left over joins the block before
+            end = len(ids)
+        tokens = torch.tensor([ids[request.prefilled : end]], device=device)
+        positions = torch.arange(request.prefilled, end, device=device)[None]
+        hidden = self.engine.model.hidden_states(tokens, positions, self._part(slice(row, row + 1), end))
+        request.prefilled = end
+        self.row_ids[row] = ids[:end]
+        self.row_shared[row] = end
+        if end < len(ids):
+            return
+        self._swap(row, len(self.running))
+        self.prefilling = None
+        self.running.append(request)
+        self.sequences[request] = Sequence(request, self.engine)
+        self._choose([request], self._logits(hidden[:, -1]))
+
+    def _step(self) -> None:
+        """One token more for every running request."""
+        if not self.running:
+            return
+        running, device = list(self.running), self.engine.device
+        lengths = [len(self.row_ids[row]) for row in range(len(running))]
+        tokens = torch.tensor([[request.token] for request in running], device=device)
+        positions = torch.tensor([[length] for length in lengths], device=device)
+        part = self._part(slice(0, len(running)), max(lengths) + 1)
+        hidden = self.engine.model.hidden_states(tokens, positions, part)
+        for row, request in enumerate(running):
+            self.row_ids[row].append(request.token)
+        self._choose(running, self._logits(hidden[:, -1]))
+
+    def _part(self, rows: slice, length: int) -> KVCache:
+        """These rows of the cache, as far as needed: attention on a CPU takes time for all it is shown."""
+        return self.cache.part(rows, min(self.cache.length, -(-length // CACHE_STEP) * CACHE_STEP))
+
+    def _choose(self, requests: list[Request], logits: Tensor) -> None:
+        """Sample a token for each of requests from its row of logits, pass its text on, end what is finished."""
+        greedy = logits.argmax(-1).tolist()
+        for row, request in enumerate(requests):
+            sequence = self.sequences[request]
+            own = logits[row : row + 1]
+            token = self._sampled(request, sequence, own) if not _is_plain(request) else greedy[row]
+            sequence.counts[0, token] += 1
+            sequence.seen[0, token] = True
+            self._timed(request)
+            request.token = token
+            if request.top_logprobs is not None:
+                sequence.logprobs.append(token_logprob(own[0], token, request.top_logprobs))
+            self._pass_on(request, sequence, token)
+
+    def _sampled(self, request: Request, sequence: Sequence, logits: Tensor) -> int:
+        if request.presence_penalty or request.frequency_penalty:
+            logits = penalize_counts(logits, sequence.counts, request.presence_penalty, request.frequency_penalty)
+        if request.matcher is not None:
+            logits = request.matcher.mask(logits)
+        return int(sample(logits, request.params, sequence.seen, sequence.generator))
+
+    def _timed(self, request: Request) -> None:
+        now = time.monotonic()
+        request.new_tokens += 1
+        if request.first_token_s is None:
+            request.first_token_s = now - request.arrived
+            self.observer.first_token(request.first_token_s)
+        else:
+            self.observer.next_token(now - request.last_token_at)
+        request.last_token_at = now
+
+    def _pass_on(self, request: Request, sequence: Sequence, token: int) -> None:
+        if token in self.engine.tokenizer.eos_ids and not request.ignore_eos:
+            self._end(request, "stop")
+            return
+        text = sequence.filter.push(sequence.decoder.push(token))
+        if text:
+            request.emit(Piece(text, tuple(sequence.logprobs)))
+            sequence.logprobs.clear()
+        complete = request.matcher is not None and request.matcher.accept(token)
+        if sequence.filter.stopped or complete:
+            self._end(request, "stop")
+        elif request.new_tokens >= request.max_new_tokens:
+            self._end(request, "length")
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether the likeliest token is the one to take."""
+    params: SamplingParams = request.params
+    penalties: Any = request.presence_penalty or request.frequency_penalty or params.repetition_penalty != 1
+    return params.temperature == 0 and not penalties and request.matcher is None
+
+
+def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    """Of one row of logits [V]."""
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0].long())
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
