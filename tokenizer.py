@@ -6,6 +6,7 @@ come from the checkpoint folder; the template runs in Jinja2's sandbox.
 
 import base64
 import binascii
+import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +30,10 @@ LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1
 LLAMA3_SPECIAL_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 8: "eom_id"}
 LLAMA3_SPECIAL_NAMES |= {9: "eot_id", 10: "python_tag"}
 LLAMA3_SPECIAL_COUNT = 256
+TOOLS_MESSAGE = (
+    "You can call functions. To call one, answer only with "
+    '<tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>. Functions:\n'
+)
 
 
 class Backend(Protocol):
@@ -156,23 +161,26 @@ class Tokenizer:
         """Ids of a plain prompt, with the beginning-of-text token where the model expects one."""
         return self.bos_ids + self.backend.encode(text)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of a conversation ({"role", "content"} dicts), ready for the assistant's next answer.
 
-        Raises UserError if the folder has no chat template or the template rejects the messages.
+        tools: function descriptions for the template, or for a system message if it has no place for them. Raises UserError if the folder has no chat template or the template rejects the messages.
         """
-        return self.backend.encode(self.render_chat(messages))
+        return self.backend.encode(self.render_chat(messages, tools))
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The conversation as the text the model was trained on. Raises UserError as encode_chat does."""
         if self.chat_template is None:
             raise UserError("this checkpoint has no chat template; use --prompt, or a chat-tuned checkpoint")
+        if tools and "tools" not in self.chat_template:
+            described = TOOLS_MESSAGE + "\n".join(json.dumps(tool["function"]) for tool in tools)
+            messages = [{"role": "system", "content": described}, *messages]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": datetime.now().strftime}
         texts = {f"{role}_token": text or "" for role, text in self.special_texts.items()}
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=True, **texts)
+            return template.render(messages=messages, tools=tools, add_generation_prompt=True, **texts)
         except jinja2.TemplateError as error:
             raise UserError(f"the checkpoint's chat template rejected the conversation ({error})") from error
 
