@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 # With this few query rows (decode) torch's fused attention fills a fraction of a GPU's cores; two
 # batched products and a softmax spread the cache over all: 5.86 against 6.30 ms a step on an H100,
-# Llama-3-8B shapes, context 512. On a CPU in fp32 these products give a row the same bits alone as beside others, which
-# torch's fused attention does not.
+# Llama-3-8B shapes, context 512.
 SMALL_ATTENTION_ROWS = 16
 
 
@@ -155,12 +154,14 @@ def attention_mask(positions: Tensor, length: int, groups: int, window: int | No
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over allowed slots: q [B, K, R, D], k and v [B, K, S, D], mask bool [B, 1, R, S]."""
-    if q.shape[2] <= SMALL_ATTENTION_ROWS and (q.is_cuda or q.dtype == torch.float32):
+    if q.is_cuda and q.shape[2] <= SMALL_ATTENTION_ROWS:
         B, K, R, D = q.shape
-        queries, keys = q.view(B * K, R, D), k.view(B * K, -1, D).mT
-        scores = torch.bmm(queries, keys, out_dtype=torch.float32) if q.is_cuda else torch.bmm(queries, keys)
-        weights = (scores.view(B, K, R, -1) / math.sqrt(D)).masked_fill(~mask, -math.inf).softmax(dim=-1)
+        scores = torch.bmm(q.view(B * K, R, D), k.view(B * K, -1, D).mT, out_dtype=torch.float32).view(B, K, R, -1)
+        weights = (scores / math.sqrt(D)).masked_fill(~mask, -math.inf).softmax(dim=-1)
         return weights.to(v.dtype) @ v
+    if not q.is_cuda and q.shape[0] > 1:  # a row's bits are then those it has alone
+        rows = zip(q.split(1), k.split(1), v.split(1), mask.split(1), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*row[:3], attn_mask=row[3]) for row in rows])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -1,6 +1,6 @@
 """Several requests decoded together: a queue, rows of one KV cache, and one step for all running rows.
 
-A thread of its own owns the model. Running requests occupy the first rows of the cache; the rows behind keep what
+One thread owns the model. Running requests occupy the first rows of the cache; the rows behind keep what
 finished requests left, so that a prompt which begins like an earlier one starts from its keys and values. Only those
 made by prefill are shared, in whole blocks that are always computed alike: a request's text does not depend on what
 was served before it or is beside it, to the bit on a CPU (its kernels sum each row as if it were alone).
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine import CACHE_STEP, PREFILL_CHUNK, Engine
+from engine import PREFILL_CHUNK, Engine
 from errors import UserError
 from model import KVCache
 from params import SamplingParams
@@ -26,6 +26,9 @@ from sampling import penalize_counts, sample
 from streaming import StopStrings, StreamDecoder
 from teal_layers import achieved_sparsity, set_counting
 
+# Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
+# altogether changes no bit, while a longer part of one would.
+LENGTH_STEP = 512
 CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on CUDA PREFILL_CHUNK
 MAX_ROWS = 8  # what the sparse kernels take at once
 IDLE_S = 0.5  # between looks at deadlines while nothing runs
@@ -148,8 +151,8 @@ class Scheduler:
         self.block = CPU_BLOCK if device.type == "cpu" else PREFILL_CHUNK
         with torch.inference_mode():
             self.rows_at_once = 1 if device.type == "cpu" and not self._head_is_row_invariant() else rows
-            self.cache = KVCache(engine.model.config, rows, min(CACHE_STEP, self.context), device, dtype)
-        self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+            self.cache = KVCache(engine.model.config, rows, min(LENGTH_STEP, self.context), device, dtype)
+        self.ended = threading.Event()
 
     def _head_is_row_invariant(self) -> bool:
         """Whether the output head gives a row the same bits alone as beside others; fp32 products often do not."""
@@ -164,8 +167,8 @@ class Scheduler:
         return torch.cat([self.engine.model.logits(part) for part in hidden.split(self.rows_at_once)]).float()
 
     def start(self) -> None:
-        """Begin to serve."""
-        self.thread.start()
+        """Run in a thread of its own."""
+        threading.Thread(target=self.run, name="scheduler", daemon=True).start()
 
     def submit(self, *requests: Request) -> None:
         """Queue requests. Raises QueueFull if they do not all fit, UserError for a prompt that cannot be run."""
@@ -193,18 +196,27 @@ class Scheduler:
         with self.changed:
             self.closing = True
             self.changed.notify()
-        self.thread.join(timeout)
-        for request in (*self.waiting, *self.running):
-            request.deadline = 0.0
-        self.thread.join()
+        if not self.ended.wait(timeout):
+            for request in (*self.waiting, *self.running):
+                request.deadline = 0.0
+            self.ended.wait()
 
     @property
     def load(self) -> tuple[int, int]:
         """(requests that wait, requests that run)."""
         return len(self.waiting), len(self.running) + (self.prefilling is not None)
 
-    @torch.inference_mode()
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Serve until close. On a CPU in the thread that loaded the model: OpenMP's teams of two threads of a program
+        get in each other's way, and a token took 21 ms instead of 13.
+        """
+        try:
+            with torch.inference_mode():
+                self._serve()
+        finally:
+            self.ended.set()
+
+    def _serve(self) -> None:
         while True:
             with self.changed:
                 while not (self.waiting or self.running or self.prefilling):
@@ -313,7 +325,7 @@ class Scheduler:
 
     def _reserve(self, length: int) -> None:
         if length > self.cache.length:
-            self.cache = self.cache.resized(min(-(-length // CACHE_STEP) * CACHE_STEP, self.context))
+            self.cache = self.cache.resized(min(-(-length // LENGTH_STEP) * LENGTH_STEP, self.context))
 
     def _prefill_chunk(self) -> None:
         """Put the next part of the prompt into the cache; with the last part the request runs."""
@@ -354,7 +366,7 @@ class Scheduler:
 
     def _part(self, rows: slice, length: int) -> KVCache:
         """These rows of the cache, as far as needed: attention on a CPU takes time for all it is shown."""
-        return self.cache.part(rows, min(self.cache.length, -(-length // CACHE_STEP) * CACHE_STEP))
+        return self.cache.part(rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
 
     def _choose(self, requests: list[Request], logits: Tensor) -> None:
         """Sample a token for each of requests from its row of logits, pass its text on, end what is finished."""

@@ -41,7 +41,9 @@ def main() -> None:
     args = build_parser().parse_args()
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port} is out of range; expected 0 to 65535")
+    import signal
     import socket
+    import threading
 
     import uvicorn
 
@@ -65,7 +67,13 @@ def main() -> None:
     host, port = listener.getsockname()[:2]
     print(f"{name} at http://{host}:{port}/ (API under /v1)", file=sys.stderr, flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.drain_seconds)
-    uvicorn.Server(config).run(sockets=[listener])
+    web = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(web, "should_exit", True))
+    thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, name="web")
+    thread.start()
+    scheduler.run()  # in this thread: see there
+    thread.join()
 
 
 def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, SparsityPlan]]":

@@ -236,7 +236,7 @@ class Api:
 
     async def health(self, http: Request) -> Response:
         waiting, running = self.service.scheduler.load
-        alive = self.service.scheduler.thread.is_alive()
+        alive = not self.service.scheduler.ended.is_set()
         body = {"status": "ok" if alive else "stopped", "waiting": waiting, "running": running}
         return JSONResponse(body, 200 if alive else 503)
 
@@ -276,12 +276,11 @@ class Api:
 
 
 def build_app(service: Service, limits: Limits) -> Starlette:
-    """The application; its lifespan starts and drains the scheduler."""
+    """The application; its end is the end of the scheduler, which someone else runs."""
     api = Api(service, limits)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.scheduler.start()
         yield
         await asyncio.to_thread(service.scheduler.close, limits.drain_seconds)
 
