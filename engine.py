@@ -18,7 +18,7 @@ from compilation import compile_model
 from errors import UserError
 from files import cache_folder
 from loading import LoadedModel, load_for_decoding
-from model import KVCache, Transformer
+from model import Block, KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import PLAN_VERSION, SparsityPlan, keep_all_plan, plan_name
 from quantization import QuantizedLinear, is_quantized
@@ -61,6 +61,7 @@ class Engine:
         self.name = name
         self.use_graph = use_graph
         self.plan: SparsityPlan | None = None
+        self.loaded: LoadedModel | None = None
         self.load_s = 0.0
         self.compile_s = 0.0
         self.stats = GenerationStats()
@@ -120,6 +121,7 @@ class Engine:
         compile = on_cuda if compile is None else compile
         engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
         engine.plan = plan
+        engine.loaded = loaded
         if plan is None and on_cuda and is_quantized(engine.model):
             plan = keep_all_plan(engine.model.config)  # the fused kernels are the fast ones for quantized weights
         if plan is not None:
@@ -144,6 +146,14 @@ class Engine:
         self.cached_ids = []
         if shapes != [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]:
             self.graphs.clear()
+
+    def use_sparsity(self, sparsity: float) -> None:
+        """As use_plan, with the plan that load takes for a sparsity. Raises UserError if it would have to be made now."""
+        if self.loaded is None or sparsity == 0:
+            self.use_plan(keep_all_plan(self.model.config))
+            return
+        plain = all(isinstance(layer, Block) for layer in self.model.layers)  # not wrapped by now
+        self.use_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain and self.plan is not None))
 
     def _compile(self) -> None:
         """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""
@@ -325,12 +335,14 @@ class Engine:
         return graph
 
 
-def choose_plan(loaded: LoadedModel, sparsity: float, plan: str | None) -> SparsityPlan:
+def choose_plan(
+    loaded: LoadedModel, sparsity: float, plan: str | None, can_calibrate: bool = True
+) -> SparsityPlan:  # fmt: skip
     """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick uniform one."""
     beside = loaded.folder / plan_name(sparsity) if loaded.folder is not None else None
     path = Path(plan) if plan is not None else beside
     if path is None or (plan is None and not path.exists()):
-        return quick_plan(loaded, sparsity)
+        return quick_plan(loaded, sparsity, can_calibrate)
     chosen = SparsityPlan.load(path)
     try:
         chosen.check_fits(loaded.model.config)
@@ -339,13 +351,20 @@ def choose_plan(loaded: LoadedModel, sparsity: float, plan: str | None) -> Spars
     return chosen
 
 
-def quick_plan(loaded: LoadedModel, sparsity: float) -> SparsityPlan:
-    """A uniform plan calibrated on the default text, or found in the cache; calibrating makes the model sparse."""
+def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True) -> SparsityPlan:
+    """A uniform plan calibrated on the default text, or found in the cache; calibrating makes the model sparse.
+
+    Raises UserError if it is not in the cache and can_calibrate says that the model cannot be calibrated.
+    """
     text = default_text()
     name = f"{loaded.identity}-{text_hash(text)}-uniform-{sparsity:g}-v{PLAN_VERSION}.json"
     path = cache_folder("plans") / name
     if path.exists():
         return SparsityPlan.load(path)
+    if not can_calibrate:
+        raise UserError(
+            f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
+        )
     plan = calibrate_uniform(loaded.model, loaded.tokenizer.encode, sparsity, text)
     plan.save(path)
     return plan

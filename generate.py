@@ -125,9 +125,12 @@ def _decode(content: bytes, name: str | Path) -> str:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}); convert it") from None
 
 
-def answer(engine: "Engine", ids: list[int], args: argparse.Namespace, params: SamplingParams, quiet: bool) -> str:
-    """Generate from ids, printing the text as it comes unless quiet; returns it whole."""
-    pieces = []
+def answer(
+    engine: "Engine", ids: list[int], args: argparse.Namespace, params: SamplingParams, quiet: bool,
+    pieces: list[str] | None = None,
+) -> str:  # fmt: skip
+    """Generate from ids, printing the text as it comes unless quiet, and adding it to pieces; returns it whole."""
+    pieces = [] if pieces is None else pieces
     for piece in engine.stream(ids, params, args.max_new_tokens, tuple(filter(None, args.stop)), args.ignore_eos):
         pieces.append(piece)
         if not quiet:
@@ -139,22 +142,21 @@ def answer(engine: "Engine", ids: list[int], args: argparse.Namespace, params: S
 
 def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> None:
     """Hold a conversation; each turn feeds the model only what its KV cache lacks."""
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    from conversation import Conversation
+
     first = read_prompt(args) if args.prompt is not None or args.prompt_file is not None else None
-    while True:
-        if first is None:
-            if sys.stdin.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return
-        message, first = (first if first is not None else line).strip(), None
-        if not message:
-            continue
-        messages.append({"role": "user", "content": message})
-        text = answer(engine, engine.tokenizer.encode_chat(messages), args, params, quiet=False)
-        messages.append({"role": "assistant", "content": text})
-        print_statistics(collect_statistics(engine, args.stats))
+    conversation = Conversation(engine, args.system)
+    for message in conversation.messages_of_user(first):
+        pieces: list[str] = []
+        try:
+            answer(engine, conversation.prompt_ids(message), args, params, quiet=False, pieces=pieces)
+        except KeyboardInterrupt:  # of the answer, not of the conversation
+            if not sys.stdin.isatty():
+                raise
+            print("\n[stopped]", file=sys.stderr)
+        conversation.add_answer("".join(pieces))
+        conversation.figures = collect_statistics(engine, args.stats)
+        print_statistics(conversation.figures)
 
 
 def collect_statistics(engine: "Engine", detailed: bool) -> dict[str, Any]:

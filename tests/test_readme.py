@@ -39,6 +39,14 @@ def test_example_runs(line: str) -> None:
         assert all(row["tokens_per_s"] > 0 and row["gb_per_s"] > 0 for row in result["rows"])
 
 
+@pytest.mark.usefixtures("default_folder")
+def test_python_example_runs() -> None:
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "engine" in block]
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 1 and len(done.stdout) > 20
+
+
 def test_there_are_two_set_up_commands_of_one_line() -> None:
     lines = [line for block in BLOCKS for line in block.splitlines() if "venv" in line]
     assert len(lines) == 2

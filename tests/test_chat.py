@@ -1,0 +1,90 @@
+"""generate.py --chat: commands, and in a terminal history and a Ctrl-C that ends the answer only."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, run_command
+
+
+@pytest.fixture
+def options(tiny_folder: Path) -> tuple[str, ...]:
+    return ("--checkpoint", str(tiny_folder), "--device", "cpu", "--dtype", "fp32", "--chat", "--ignore-eos")
+
+
+def test_commands(options: tuple[str, ...], tmp_path: Path) -> None:
+    lines = ["Hello", "/sparsity 0", "/sparsity 1.5", "/sparsity x", "/nonsense", f"/save {tmp_path / 'c.json'}"]
+    lines += [f"/save {tmp_path / 'no' / 'c.json'}", "/save", "/stats", "/reset", "Again", "/quit", "never read"]
+    done = run_command(*options, "--sparsity", "0.5", "--max-new-tokens", "5", stdin="\n".join(lines))
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    for text in (
+        "sparsity 0 from now on",
+        "/sparsity 1.5 is out of range",
+        "/sparsity x: expected a number",
+        "/nonsense is no command",
+        "2 messages",
+        "error: /save needs a file name",
+        '"new_tokens": 5',
+        "a new conversation",
+    ):
+        assert text in said, text
+    assert "No such file" in said and "Traceback" not in said
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert [turn["role"] for turn in saved] == ["user", "assistant"] and saved[0]["content"] == "Hello"
+    assert said.count("end: length") == 2 and "prompt 3" not in done.stdout.decode()
+
+
+def test_a_dense_engine_has_no_other_sparsity(options: tuple[str, ...]) -> None:
+    done = run_command(*options, "--max-new-tokens", "2", stdin="/sparsity 0.5\n")
+    assert done.returncode == 0 and b"loaded dense" in done.stderr
+
+
+class Terminal:
+    """The command in a pseudo-terminal."""
+
+    def __init__(self, options: tuple[str, ...], cache: Path) -> None:
+        self.main, other = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "generate.py", *options], cwd=ROOT, stdin=other, stdout=other, stderr=other, close_fds=True,
+            start_new_session=True, env=os.environ | {"XDG_CACHE_HOME": str(cache), "TERM": "dumb"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        os.close(other)
+        self.seen = ""
+
+    def wait_for(self, text: str, count: int = 1) -> None:
+        end = time.monotonic() + 60
+        while self.seen.count(text) < count:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.main], [], [], 0.1)[0]:
+                self.seen += os.read(self.main, 4096).decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        os.write(self.main, text.encode())
+
+
+def test_ctrl_c_stops_the_answer_only(options: tuple[str, ...], tmp_path: Path) -> None:
+    terminal = Terminal((*options, "--max-new-tokens", "300"), tmp_path)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("Hello\n")
+        time.sleep(0.5)
+        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for("> ", 2)
+        terminal.type("/stats\n")
+        terminal.wait_for('"new_tokens"')
+        terminal.type("/quit\n")
+        terminal.wait_for("/quit")
+        assert terminal.process.wait(20) == 0
+        assert (tmp_path / "teal" / "chat" / "history").read_text().splitlines()[-3:] == ["Hello", "/stats", "/quit"]
+    finally:
+        terminal.process.kill()
