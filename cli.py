@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from errors import UserError
 
@@ -14,11 +14,25 @@ EXIT_ERROR, EXIT_USAGE = 1, 2
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
 
+class Completion(argparse.Action):
+    """Print a completion script of the parser for a shell, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        import shtab
+
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and whose help shows defaults."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.add_argument(
+            "--print-completion", choices=("bash", "zsh", "tcsh"), action=Completion, default=argparse.SUPPRESS,
+            help="print a completion script for this shell and exit",
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
