@@ -26,6 +26,7 @@ from errors import UserError
 from generate import add_decode_arguments
 from hardware import read_bandwidth
 from loading import load_for_decoding
+from model import ModelConfig
 from params import SamplingParams
 from plan import SparsityPlan
 from teal_layers import achieved_sparsity
@@ -130,9 +131,8 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
 
 
-def main() -> None:
-    """Measure and print a table; the last line is JSON."""
-    args = build_parser().parse_args()
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
+    """Run what the command line asks for: facts about the machine with a row for each configuration, and the model's."""
     prompt = [1000 + i % 1000 for i in range(args.context)]
     runners = build_runners(args, prompt)
     device = next(iter(runners.values())).engine.device
@@ -149,10 +149,17 @@ def main() -> None:
     rows = [row_of(label, results, runners.get(label), prompt) for label, results in rounds.items()]
     if device.type == "cuda":
         add_gpu_figures(args, rows, runners, prompt)
-    print_table(rows, ceiling)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     facts = {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
-    print(json.dumps(facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}))
+    config = next(iter(runners.values())).engine.model.config
+    return facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}, config
+
+
+def main() -> None:
+    """Measure and print a table; the last line is JSON."""
+    found, _ = measure(build_parser().parse_args())
+    print_table(found["rows"], 1e9 * found["read_gb_per_s"])
+    print(json.dumps(found))
 
 
 def row_of(

@@ -25,6 +25,7 @@ from kernels.reduce_partials import reduce_partials
 from kernels.sparse_gemv import launch
 from kernels.sparse_linear import sparse_linear
 from kernels.tuning import GemvTile
+from model import ModelConfig
 from presets import find_preset
 from quantization import BITS, round_to_nearest
 
@@ -49,7 +50,11 @@ def build_parser() -> cli.Parser:
 
 def shapes_of(model: str, option: str = "--models") -> dict[str, tuple[int, list[int]]]:
     """(K, segments) of each projection of a known architecture. Raises UserError for an unknown one."""
-    c = find_preset(model, option)
+    return projection_shapes(find_preset(model, option))
+
+
+def projection_shapes(c: ModelConfig) -> dict[str, tuple[int, list[int]]]:
+    """(K, segments) of each projection of an architecture."""
     return {
         "qkv": (c.hidden_size, [c.q_size, c.kv_size, c.kv_size]),
         "o": (c.q_size, [c.hidden_size]),
@@ -128,12 +133,14 @@ def thresholds_for(sparsity: float, segments: list[int], device: torch.device) -
     return torch.full((len(segments),), float(cut) if sparsity else 0.0, device=device)
 
 
-def measure(args: argparse.Namespace, device: torch.device, ceiling: float) -> list[dict[str, Any]]:
-    """A row for each distinct shape, dtype and sparsity; prints them as they come."""
+def measure(
+    args: argparse.Namespace, models: dict[str, dict[str, tuple[int, list[int]]]], device: torch.device, ceiling: float
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each distinct shape, dtype and sparsity of models' projections; prints them as they come."""
     rows: list[dict[str, Any]] = []
     seen: dict[tuple[int, tuple[int, ...], str], str] = {}
-    for model in args.models.split(","):
-        for name, (K, segments) in shapes_of(model).items():
+    for model, shapes in models.items():
+        for name, (K, segments) in shapes.items():
             for dtype in args.dtypes.split(","):
                 key = (K, tuple(segments), dtype)
                 if key in seen:
@@ -171,13 +178,12 @@ def main() -> None:
     for dtype in args.dtypes.split(","):
         if dtype not in DTYPES:
             raise UserError(f"--dtypes {dtype}: expected bf16, fp16 or fp32")
-    for model in args.models.split(","):
-        shapes_of(model)  # a mistyped name is told before anything is measured
+    models = {model: shapes_of(model) for model in args.models.split(",")}
     device = pick_device(args.device)
     ceiling = read_bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"{name}, read bandwidth {ceiling / 1e9:.0f} GB/s")
-    rows = measure(args, device, ceiling)
+    rows = measure(args, models, device, ceiling)
     facts = {"device": name, "torch": torch.__version__}
     facts |= {"date": date.today().isoformat(), "argv": sys.argv[1:]}  # type: ignore[dict-item]
     print(json.dumps(facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}))

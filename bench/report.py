@@ -1,0 +1,142 @@
+"""One page about this machine and a model: python -m bench.report --checkpoint DIR -o report.html
+
+Read bandwidth, the sparse product of each projection beside torch's own, and decode speed by sparsity, as an HTML file that
+needs no other and a JSON file with the same figures beside it.
+"""
+
+import argparse
+import io
+import json
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+import cli
+from bench import decode, gemv
+from errors import UserError
+from files import atomic_file, cpu_name
+from generate import add_decode_arguments
+from hardware import pick_device, read_bandwidth
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<title>{{ r.model }} on {{ r.hardware }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1rem 0; background: #fff; } figure svg { width: 100%; height: auto; }
+</style></head><body>
+<h1>{{ r.model }} on {{ r.hardware }}</h1>
+<p>{{ r.date }} · torch {{ r.torch }} · Python {{ r.python }} · {{ r.system }} ·
+read bandwidth {{ "%.1f" | format(r.read_gb_per_s) }} GB/s</p>
+<h2>Decoding, one token at a time</h2>
+<table><tr><th></th><th>tok/s</th><th>ratio</th><th>first token</th><th>GB/s</th><th>share of bandwidth</th></tr>
+{% for row in r.decode %}<tr><td>{{ row.label }}</td><td>{{ "%.1f" | format(row.tokens_per_s) }}</td>
+<td>{{ "%.2f" | format(row.tokens_per_s / r.decode[0].tokens_per_s) }}</td><td>{{ "%.0f" | format(1000 * row.first_token_s) }} ms</td>
+<td>{{ "%.1f" | format(row.gb_per_s) }}</td><td>{{ "%.0f" | format(100 * row.gb_per_s / r.read_gb_per_s) }}%</td></tr>
+{% endfor %}</table>
+<figure>{{ plots.decode | safe }}</figure>
+<h2>One projection at a time</h2>
+<table><tr><th></th><th>sparsity</th><th>sparse</th><th>dense by torch</th><th>ratio</th><th>GB/s</th></tr>
+{% for row in r.gemv %}<tr><td>{{ row.projection }} {{ row.K }} × {{ row.N }}</td><td>{{ "%.0f" | format(100 * row.sparsity) }}%</td>
+<td>{{ "%.1f" | format(row.us) }} µs</td><td>{{ "%.1f" | format(row.dense_us) }} µs</td><td>{{ "%.2f" | format(row.ratio) }}</td>
+<td>{{ "%.0f" | format(row.gb_per_s) }}</td></tr>
+{% endfor %}</table>
+<figure>{{ plots.gemv | safe }}</figure>
+<p>Command: <code>{{ r.command }}</code></p>
+</body></html>
+"""
+
+
+def build_parser() -> cli.Parser:
+    """The command line of bench.report."""
+    parser = cli.Parser("Measure this machine with a model and write a page about it.")
+    add_decode_arguments(parser)
+    parser.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.25, 0.4, 0.5), help="commas between")
+    parser.add_argument("--context", type=cli.positive_int, default=256, help="prompt tokens before the timed ones")
+    parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
+    parser.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page to write; .json beside it")
+    return parser
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    device = pick_device(args.device)
+    ceiling = read_bandwidth(device)
+    options = {"zero_through_sparse": False, "batch": None, "profile": False, "gguf": None}
+    decoded, config = decode.measure(argparse.Namespace(**{**vars(args), **options}))
+    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[decoded["rows"][0]["dtype"]]
+    asked = argparse.Namespace(dtypes=dtype, sparsities=args.sparsities, quant=args.quant, rows=1)
+    name = args.checkpoint or args.random_weights or "SmolLM2-135M-Instruct"
+    rows = gemv.measure(asked, {name: gemv.projection_shapes(config)}, device, ceiling)
+    return {
+        "model": name,
+        "hardware": decoded["device"] if device.type == "cuda" else cpu_name(),
+        "read_gb_per_s": ceiling / 1e9,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "date": date.today().isoformat(),
+        "command": "python -m bench.report " + " ".join(sys.argv[1:]),
+        "decode": decoded["rows"],
+        "gemv": rows,
+    }
+
+
+def plots(report: dict[str, Any]) -> dict[str, str]:
+    """SVG figures: speed by sparsity, and each projection's ratio to dense."""
+    return {
+        "decode": _svg({"decoding": [(row["sparsity"], row["tokens_per_s"]) for row in report["decode"]]}, "tokens/s"),
+        "gemv": _svg(
+            {
+                name: [(row["sparsity"], row["ratio"]) for row in report["gemv"] if row["projection"] == name]
+                for name in dict.fromkeys(row["projection"] for row in report["gemv"])
+            },
+            "times as fast as dense",
+        ),
+    }
+
+
+def _svg(lines: dict[str, list[tuple[float, float]]], label: str) -> str:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("bench.report draws with matplotlib; pip install matplotlib") from None
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set_xlabel("sparsity")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend()
+    out = io.StringIO()
+    figure.savefig(out, format="svg")
+    return out.getvalue().split("?>", 1)[-1].split(">", 1)[-1]  # without the XML and document type declarations
+
+
+def main() -> None:
+    """Measure and write both files; the last line is JSON."""
+    args = build_parser().parse_args()
+    if not args.output.parent.is_dir():
+        raise UserError(f"-o {args.output}: no such folder; create it first")
+    report = measure(args)
+    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(r=report, plots=plots(report))
+    for path, text in ((args.output, page), (args.output.with_suffix(".json"), json.dumps(report, indent=1) + "\n")):
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(json.dumps({"page": str(args.output), "figures": str(args.output.with_suffix(".json"))}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
