@@ -11,10 +11,11 @@ from typing import Any
 from constrained import Grammars
 from engine import Engine
 from errors import UserError
+from generation import Done, Piece, Request, TokenLogprob
 from openai_schema import BadRequest, ChatRequest, CompletionRequest, Sampling
 from params import SamplingParams
 from plan import SparsityPlan
-from scheduler import Done, Piece, Request, Scheduler, TokenLogprob
+from scheduler import Scheduler
 
 TOOL_OPEN, TOOL_CLOSE = "<tool_call>", "</tool_call>"
 

@@ -10,20 +10,15 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
+from generation import Done, Observer, Piece, Request, Sequence, is_plain, token_logprob
 from model import KVCache
-from params import SamplingParams
-from plan import SparsityPlan
 from sampling import penalize_counts, sample
-from streaming import StopStrings, StreamDecoder
 from teal_layers import achieved_sparsity, set_counting
 
 # Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
@@ -36,94 +31,6 @@ IDLE_S = 0.5  # between looks at deadlines while nothing runs
 
 class QueueFull(Exception):
     """No room for another request."""
-
-
-class Matcher(Protocol):
-    """A grammar's state: which tokens may come next (constrained.py)."""
-
-    def mask(self, logits: Tensor) -> Tensor: ...
-
-    def accept(self, token: int) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token's log probability under the model, before sampling parameters, and the likeliest tokens' beside it."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that became certain, and the log probabilities of the tokens since the last piece, if asked for."""
-
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The end of a request: finish_reason "stop" or "length", or an error's text."""
-
-    finish_reason: str
-    error: str | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One text to generate. emit is called in the scheduler's thread with each Piece and at last with Done."""
-
-    prompt_ids: list[int]
-    emit: Callable[[Piece | Done], None]
-    params: SamplingParams = field(default_factory=SamplingParams)
-    max_new_tokens: int = 256
-    stops: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    top_logprobs: int | None = None  # None: no log probabilities at all
-    matcher: Matcher | None = None
-    plan: SparsityPlan | None = None  # None: the engine's own
-    count_sparsity: bool = False
-    deadline: float | None = None  # time.monotonic() at which it ends, finished or not
-    cancelled: bool = False  # set by anyone; noticed before the next step
-    arrived: float = field(default_factory=time.monotonic)
-    prefilled: int = 0  # prompt tokens whose keys and values are in the row
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    first_token_s: float | None = None
-    last_token_at: float = 0.0
-    token: int = 0  # the newest, not yet fed to the model
-
-
-class Sequence:
-    """What only a running request needs."""
-
-    def __init__(self, request: Request, engine: Engine) -> None:
-        self.decoder = StreamDecoder(engine.tokenizer)
-        self.filter = StopStrings(request.stops)
-        self.logprobs: list[TokenLogprob] = []
-        self.generator = torch.Generator(engine.device)
-        self.generator.manual_seed(request.params.seed)
-        size = engine.model.config.vocab_size
-        self.counts = torch.zeros(1, size, device=engine.device)  # of generated tokens
-        self.seen = torch.zeros(1, size, dtype=torch.bool, device=engine.device)
-        self.seen[0, torch.tensor(request.prompt_ids, device=engine.device)] = True
-
-
-class Observer:
-    """Told what happens, in the scheduler's thread; a server's metrics override what they need."""
-
-    def first_token(self, seconds: float) -> None:
-        """A request's first token came so long after it arrived."""
-
-    def next_token(self, seconds: float) -> None:
-        """Another token came so long after the one before."""
-
-    def finished(self, request: Request, reason: str) -> None:
-        """A request ended: "stop", "length", "cancelled" or "error"."""
 
 
 class Scheduler:
@@ -374,7 +281,7 @@ class Scheduler:
         for row, request in enumerate(requests):
             sequence = self.sequences[request]
             own = logits[row : row + 1]
-            token = self._sampled(request, sequence, own) if not _is_plain(request) else greedy[row]
+            token = self._sampled(request, sequence, own) if not is_plain(request) else greedy[row]
             sequence.counts[0, token] += 1
             sequence.seen[0, token] = True
             self._timed(request)
@@ -413,17 +320,3 @@ class Scheduler:
             self._end(request, "stop")
         elif request.new_tokens >= request.max_new_tokens:
             self._end(request, "length")
-
-
-def _is_plain(request: Request) -> bool:
-    """Whether the likeliest token is the one to take."""
-    params: SamplingParams = request.params
-    penalties: Any = request.presence_penalty or request.frequency_penalty or params.repetition_penalty != 1
-    return params.temperature == 0 and not penalties and request.matcher is None
-
-
-def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    """Of one row of logits [V]."""
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0].long())
-    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -21,10 +21,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from errors import UserError
+from generation import Done, Observer, Piece
+from generation import Request as Generation
 from openai_api import Answer, Choice, Service, chat_choice, completion_logprobs, usage
 from openai_schema import BadRequest, ChatRequest, CompletionRequest, Sampling, parse
-from scheduler import Done, Observer, Piece, QueueFull
-from scheduler import Request as Generation
+from scheduler import QueueFull
 
 WEB = Path(__file__).with_name("web")
 RETRY_AFTER_S = 1

@@ -196,6 +196,40 @@ def load_step(
 
 
 @triton.jit
+def store_sums(
+    sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end,
+    GROUPS: tl.constexpr, GROUP_N: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Write what the lanes of a warp hold of its columns, from column on, to their places in p_row."""
+    lane = tl.arange(0, too_much.shape[0])
+    r, c = lane % 32 // 4, lane % 4
+    # A lane's own columns of B are 2 c and 2 c + 1; wanted are its group's, high and low part.
+    own = r * GROUPS // 8
+    first_wanted = (2 * c == own) | (2 * c == own + GROUPS)
+    second_wanted = (2 * c + 1 == own) | (2 * c + 1 == own + GROUPS)
+    too_much += exchange(too_much, 1)
+    too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
+    too_much = from_lane(too_much, 4 * own) + from_lane(too_much, 4 * (own + GROUPS))
+    WORDS: tl.constexpr = GROUP_N * BITS // 32
+    w = column * BITS // 32 + 4 * r + c  # after the exchanges a lane has word c of its 16 bytes
+    first = w // WORDS * GROUP_N + w % WORDS if BITS == 4 else 4 * w
+    for j in tl.static_range(32 // BITS):
+        y_0 = wanted(sums_0, first_wanted, second_wanted, j, BITS)
+        y_1 = wanted(sums_1, first_wanted, second_wanted, j, BITS)
+        y_2 = wanted(sums_2, first_wanted, second_wanted, j, BITS)
+        y_3 = wanted(sums_3, first_wanted, second_wanted, j, BITS)
+        # Each of two exchanges halves the words a lane is concerned with.
+        y_0, y_2 = tl.where(c < 2, y_0, y_2), tl.where(c < 2, y_2, y_0)
+        y_1, y_3 = tl.where(c < 2, y_1, y_3), tl.where(c < 2, y_3, y_1)
+        y_0 += exchange(y_2, 2)
+        y_1 += exchange(y_3, 2)
+        y_0, y_1 = tl.where(c % 2 == 0, y_0, y_1), tl.where(c % 2 == 0, y_1, y_0)
+        y = y_0 + exchange(y_1, 1) - (too_much if BITS == 4 else 2304.0 * too_much)  # 128 + 16 * 128 + 128
+        at = first + (j * WORDS if BITS == 4 else j)
+        tl.store(p_row + at, y, mask=at < end)
+
+
+@triton.jit
 def store_one_row_tensor_core(
     p_weight, stride, p_scale, p_zero, groups_of_row, p_index, p_value, count, p_row, start, end,
     BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, PDL: tl.constexpr,
@@ -249,27 +283,4 @@ def store_one_row_tensor_core(
         sums_3 = add_tile(sums_3, w_0[3], w_1[3], w_2[3], w_3[3], b_0, b_1, BITS)
         w_0, w_1, w_2, w_3, s, z, value = n_0, n_1, n_2, n_3, n_s, n_z, n_value
     let_next_start(PDL)
-    # A lane's own columns of B are 2 c and 2 c + 1; wanted are its group's, high and low part.
-    own = r * GROUPS // 8
-    first_wanted = (2 * c == own) | (2 * c == own + GROUPS)
-    second_wanted = (2 * c + 1 == own) | (2 * c + 1 == own + GROUPS)
-    too_much += exchange(too_much, 1)
-    too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
-    too_much = from_lane(too_much, 4 * own) + from_lane(too_much, 4 * (own + GROUPS))
-    WORDS: tl.constexpr = GROUP_N * BITS // 32
-    w = column * BITS // 32 + 4 * r + c  # after the exchanges a lane has word c of its 16 bytes
-    first = w // WORDS * GROUP_N + w % WORDS if BITS == 4 else 4 * w
-    for j in tl.static_range(32 // BITS):
-        y_0 = wanted(sums_0, first_wanted, second_wanted, j, BITS)
-        y_1 = wanted(sums_1, first_wanted, second_wanted, j, BITS)
-        y_2 = wanted(sums_2, first_wanted, second_wanted, j, BITS)
-        y_3 = wanted(sums_3, first_wanted, second_wanted, j, BITS)
-        # Each of two exchanges halves the words a lane is concerned with.
-        y_0, y_2 = tl.where(c < 2, y_0, y_2), tl.where(c < 2, y_2, y_0)
-        y_1, y_3 = tl.where(c < 2, y_1, y_3), tl.where(c < 2, y_3, y_1)
-        y_0 += exchange(y_2, 2)
-        y_1 += exchange(y_3, 2)
-        y_0, y_1 = tl.where(c % 2 == 0, y_0, y_1), tl.where(c % 2 == 0, y_1, y_0)
-        y = y_0 + exchange(y_1, 1) - (too_much if BITS == 4 else 2304.0 * too_much)  # 128 + 16 * 128 + 128
-        at = first + (j * WORDS if BITS == 4 else j)
-        tl.store(p_row + at, y, mask=at < end)
+    store_sums(sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, GROUPS, GROUP_N, BITS)

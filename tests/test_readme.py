@@ -37,7 +37,9 @@ def test_example_runs(line: str) -> None:
         report = json.loads(Path("/tmp/report.json").read_text())
         assert [row["sparsity"] > 0.4 for row in report["decode"]] == [False, True] and len(report["gemv"]) == 8
         page = Path("/tmp/report.html").read_text()
-        assert page.count("<svg") == 2 and "http" not in re.sub(r'(xmlns|rdf)[^"]*"[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.DOTALL)
+        assert page.count("<svg") == 2 and "http" not in re.sub(
+            r'(xmlns|rdf)[^"]*"[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.DOTALL
+        )
     if "bench.decode" in line:
         result = json.loads(done.stdout.splitlines()[-1])
         assert [row["label"] for row in result["rows"]] == ["dense", "50% sparse"]

@@ -12,8 +12,9 @@ import torch
 
 from engine import Engine
 from errors import UserError
+from generation import Done, Observer, Piece, Request
 from params import SamplingParams
-from scheduler import Done, Observer, Piece, QueueFull, Request, Scheduler
+from scheduler import QueueFull, Scheduler
 
 
 @pytest.fixture(params=["fp32", "bf16"])
