@@ -5,6 +5,9 @@ of a float: 1 + q/16 or 1 + (q + 128)/256, exactly. With a = 16 (256) times an e
 a (1 + q/16) is wanted plus 16 times the entry and scale; what is too much is the same for all weights of a group and
 row, is summed once, and taken off at the end, together with the zero point. That leaves a shift, a logical operation
 and a multiply-add for each weight.
+
+One row of 16-bit x goes to gather_tensor_core.py instead, where the GPU has tensor cores and the groups fit; what is here
+takes everything else: fp32, the smallest groups, several rows, and Triton's interpreter.
 """
 
 import triton
@@ -14,46 +17,6 @@ from kernels.gather import INTERPRETED, keep_loads_above, let_next_start
 
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 FLIP_SIGNS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: int8 q to q + 128
-
-
-@triton.jit
-def widened_scale(p, DTYPE: tl.constexpr):
-    """Scales at the addresses p, as fp32.
-
-    A tl.load would be laid out over the threads by its own addresses, and moved through shared memory to where the
-    weights are, once a step; inline assembly takes the layout of what it is multiplied with.
-    """
-    if INTERPRETED:
-        y = tl.load(p).to(tl.float32)
-    elif tl.bfloat16 == DTYPE:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b16 h; .reg .b16 z; mov.b16 z, 0; ld.global.nc.b16 h, [$1]; mov.b32 $0, {z, h}; }",
-            "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    elif tl.float16 == DTYPE:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h; }",
-            "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        y = tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return y
-
-
-@triton.jit
-def widened_zero(p):
-    """1 + zero/16 of the zero points at the addresses p, as widened_scale."""
-    if INTERPRETED:
-        y = ((tl.load(p).to(tl.int32) << 19) | ONE).to(tl.float32, bitcast=True)
-    else:
-        y = tl.inline_asm_elementwise(
-            "{ .reg .b16 h; .reg .b32 r; ld.global.nc.u8 h, [$1]; cvt.u32.u16 r, h; shl.b32 r, r, 19; "
-            "or.b32 $0, r, 0x3f800000; }",
-            "=r,l", [p.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return y
 
 
 @triton.jit
@@ -76,8 +39,10 @@ def load_words(
     word = tl.load(tl.max_contiguous(p_words, [1, 2, 4]), mask=inside, eviction_policy="evict_first")
     g = tl.minimum(start // GROUP_N + q // QUADS, end // GROUP_N - 1)
     at = index[:, None] * groups_of_row + g[None, :]
-    scale = widened_scale(p_scale + at, p_scale.dtype.element_ty)
-    zero = widened_zero(p_zero + at) if BITS == 4 else tl.zeros_like(scale) + 1.5
+    scale = tl.load(p_scale + at).to(tl.float32)
+    zero = tl.zeros_like(scale) + 1.5
+    if BITS == 4:
+        zero = ((tl.load(p_zero + at).to(tl.int32) << 19) | ONE).to(tl.float32, bitcast=True)
     return word, scale, zero
 
 
@@ -86,16 +51,7 @@ def mantissa(word, J: tl.constexpr, BITS: tl.constexpr):
     """The J-th integer of each word in a float: 1 + q/16, or 1 + (q + 128)/256 for words with FLIP_SIGNS applied."""
     LEFT: tl.constexpr = 23 - BITS - BITS * J  # to the top of the mantissa
     shifted = word << LEFT if LEFT >= 0 else word >> -LEFT
-    if INTERPRETED:
-        bits = (shifted & (0x780000 if BITS == 4 else 0x7F8000)) | ONE
-    elif BITS == 4:  # one instruction; the compiler makes two
-        bits = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x780000, 0x3f800000, 0xea;", "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        bits = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x7f8000, 0x3f800000, 0xea;", "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1
-        )
+    bits = (shifted & (0x780000 if BITS == 4 else 0x7F8000)) | ONE
     return bits.to(tl.float32, bitcast=True)
 
 
