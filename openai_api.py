@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from constrained import Grammars
@@ -121,8 +122,11 @@ class Service:
 
     def token_text(self, token: int) -> str:
         """A token alone as text; special tokens by name."""
-        special = {i: name for name, i in self.engine.tokenizer.backend.special.items()}
-        return special.get(token) or self.engine.tokenizer.decode([token])
+        return self._special.get(token) or self.engine.tokenizer.decode([token])
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {i: name for name, i in self.engine.tokenizer.backend.special.items()}
 
 
 @dataclass(slots=True)

@@ -272,7 +272,9 @@ class Scheduler:
         self._choose(running, self._logits(hidden[:, -1]))
 
     def _part(self, rows: slice, length: int) -> KVCache:
-        """These rows of the cache, as far as needed: attention on a CPU takes time for all it is shown."""
+        """These rows of the cache; on a CPU, where attention takes time for all it is shown, as far as needed."""
+        if self.engine.device.type != "cpu":
+            return self.cache.part(rows, None)
         return self.cache.part(rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
 
     def _choose(self, requests: list[Request], logits: Tensor) -> None:

@@ -288,7 +288,7 @@ def build_app(service: Service, limits: Limits) -> Starlette:
     async def page(http: Request) -> Response:
         return FileResponse(WEB / "index.html")
 
-    async def not_found(http: Request, error: Exception) -> Response:
+    async def failure(http: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 500)
         return error_response(f"{http.method} {http.url.path}: {getattr(error, 'detail', 'server error')}", status)
 
@@ -301,4 +301,4 @@ def build_app(service: Service, limits: Limits) -> Starlette:
     }
     routes: list[Any] = [Route(path, api.guarded(run), methods=[method]) for path, (run, method) in guarded.items()]
     routes += [Route("/health", api.health), Route("/", page), Mount("/web", StaticFiles(directory=WEB))]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: not_found, 405: not_found})
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: failure, 405: failure, 500: failure})

@@ -181,7 +181,7 @@ class Tokenizer:
         try:
             template = environment.from_string(self.chat_template)
             return template.render(messages=messages, tools=tools, add_generation_prompt=True, **texts)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program, and messages from outside may be of any shape
             raise UserError(f"the checkpoint's chat template rejected the conversation ({error})") from error
 
     def decode(self, ids: list[int]) -> str:

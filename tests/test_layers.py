@@ -15,7 +15,7 @@ LEVELS = [
     {"texts", "greedy", "calibration", "evaluation", "gptq", "harness", "teal_import", "plots"},
     {"engine"},
     {"generation", "scheduler", "conversation", "constrained", "openai_schema", "openai_api", "server"},
-    {"generate", "serve", "calibrate", "evaluate", "quantize", "bench", "commands"},
+    {"generate", "serve", "calibrate", "evaluate", "quantize", "bench", "commands", "examples"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(p for p in ROOT.rglob("*.py") if "tests" not in p.parts and not any(s.startswith(".") for s in p.parts))

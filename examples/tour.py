@@ -1,0 +1,56 @@
+"""What sparsity does to one model, step by step: python -m examples.tour -o tour
+
+Run it whole, or cell by cell in an editor that knows the # %% marks. Draws the distributions of the inputs with their
+thresholds and the trade of quality for sparsity; prints a text at each sparsity with its speed.
+"""
+
+# %%
+import argparse
+from pathlib import Path
+
+from calibration import Settings, calibrate
+from engine import Engine
+from evaluation import Case, evaluate
+from loading import load_for_decoding
+from plan import Histogram
+from plots import plot_inputs, plot_quality
+from texts import first_tokens, read_texts, split_text, token_sequences
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--checkpoint", help="model folder, .gguf file or hub id; default SmolLM2-135M-Instruct")
+parser.add_argument("--text", type=Path, action="append", default=[], help="to calibrate and evaluate on")
+parser.add_argument("--sequences", type=int, default=2, help="of 512 tokens, to calibrate on")
+parser.add_argument("--tokens", type=int, default=1024, help="to evaluate on")
+parser.add_argument("-o", "--output", type=Path, default=Path("tour"), help="folder for the figures")
+args = parser.parse_args()
+args.output.mkdir(parents=True, exist_ok=True)
+
+# %% A dense model, and a text of which one part calibrates and the other evaluates
+loaded = load_for_decoding(args.checkpoint, None, "auto", "auto", sparse=True)
+encode = loaded.tokenizer.encode
+calibrating, evaluating = split_text(read_texts(args.text, "text"))
+
+# %% Thresholds: the quantiles of what each projection's input looks like. The histograms say how much a threshold drops.
+seen: list[list[dict[str, Histogram]]] = []
+targets = (0.25, 0.4, 0.5)
+plans = calibrate(
+    loaded.model, token_sequences(encode, calibrating, args.sequences, 512), Settings(targets), {}, seen=seen
+)
+plot_inputs([block[-1] for block in seen], plans[-1], args.output / "inputs.png")
+
+# %% What it costs: perplexity, and how far the predictions move from the dense model's
+cases = [Case("dense", 0.0, None)] + [Case("uniform", plan.target, plan) for plan in plans]
+rows = [
+    result.as_row() for result in evaluate(loaded.model, first_tokens(encode, evaluating, args.tokens), cases, 512, 256)
+]
+plot_quality(rows, args.output / "quality.png")
+for row in rows:
+    print(f"{row['sparsity']:4.0%} sparse: perplexity {row['perplexity']:6.2f}, KL {row['kl']:.3f}")
+
+# %% What it gives: a text at each sparsity
+engine = Engine.from_loaded(loaded, plans[0])
+ids = encode("The best thing about a cold winter morning is")
+for plan in plans:
+    engine.use_plan(plan)
+    text = "".join(engine.stream(ids, max_new_tokens=24))
+    print(f"{plan.target:4.0%} sparse, {engine.stats.tokens_per_s or 0:.1f} tokens/s:{text!r}")
