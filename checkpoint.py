@@ -62,9 +62,11 @@ class Unpacker:
         self.targets = targets
         self.stored: dict[str, Tensor] = {}  # tensor name -> its shape and dtype, of all that the files must hold
         self.waiting: dict[str, dict[str, Tensor]] = {}
+        self.count = 0  # of the parts of each weight
         for name, target in targets.items():
             if name.endswith("_proj.weight"):
                 parts = packing.parts(target.shape[0], target.shape[1], target.dtype)
+                self.count = len(parts)
                 self.stored |= {f"{name.removesuffix('weight')}{part}": like for part, like in parts.items()}
             else:
                 self.stored[name] = target
@@ -75,7 +77,7 @@ class Unpacker:
         target = self.targets[f"{prefix}.weight"]
         parts = self.waiting.setdefault(prefix, {})
         parts[part] = tensor
-        if len(parts) == len(self.packing.parts(target.shape[0], target.shape[1], target.dtype)):
+        if len(parts) == self.count:
             target.copy_(self.packing.weight(self.waiting.pop(prefix)))
 
 

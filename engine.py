@@ -138,8 +138,7 @@ class Engine:
 
     def use_plan(self, plan: SparsityPlan) -> None:
         """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError."""
-        if self.plan is None:
-            raise UserError("this engine was loaded dense; load it with a sparsity or a plan")
+        self._require_sparse()
         shapes = [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]
         sparsify(self.model, plan)
         self.plan = plan
@@ -149,11 +148,14 @@ class Engine:
 
     def use_sparsity(self, sparsity: float) -> None:
         """As use_plan, with the plan that load takes for a sparsity. Raises UserError if it would have to be made now."""
-        if self.loaded is None or sparsity == 0:
-            self.use_plan(keep_all_plan(self.model.config))
-            return
+        self._require_sparse()
+        assert self.loaded is not None
         plain = all(isinstance(layer, Block) for layer in self.model.layers)  # not wrapped by now
-        self.use_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain and self.plan is not None))
+        self.use_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain))
+
+    def _require_sparse(self) -> None:
+        if self.plan is None:
+            raise UserError("this engine was loaded dense; load it with a sparsity or a plan")
 
     def _compile(self) -> None:
         """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""
@@ -338,7 +340,12 @@ class Engine:
 def choose_plan(
     loaded: LoadedModel, sparsity: float, plan: str | None, can_calibrate: bool = True
 ) -> SparsityPlan:  # fmt: skip
-    """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick uniform one."""
+    """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick uniform one.
+
+    Sparsity 0 without a file is the plan that keeps all.
+    """
+    if plan is None and sparsity == 0:
+        return keep_all_plan(loaded.model.config)
     beside = loaded.folder / plan_name(sparsity) if loaded.folder is not None else None
     path = Path(plan) if plan is not None else beside
     if path is None or (plan is None and not path.exists()):

@@ -172,11 +172,12 @@ def more_measurements(
     args: argparse.Namespace, loaded: "LoadedModel", cases: "list[Case]", tokens: "Tensor"
 ) -> list[dict[str, Any]]:
     """For each case the measurements that options ask for; generated tokens are all sparse whatever the policy."""
-    from evaluation import POLICY_SHARES, agreements_with_dense, decode_score, dense_plan
+    from evaluation import POLICY_SHARES, agreements_with_dense, decode_score
+    from plan import keep_all_plan
     from teal_layers import sparsify
 
     model = loaded.model
-    plans = [case.plan or dense_plan(model) for case in cases]
+    plans = [case.plan or keep_all_plan(model.config) for case in cases]
     found: list[dict[str, Any]] = [{} for _ in cases]
     if args.continuations > 0:
         for row, length in zip(found, agreements_with_dense(model, plans, tokens, args.continuations), strict=True):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from model import KVCache, Transformer
-from plan import PROJECTIONS, ProjectionPlan, SparsityPlan
+from plan import SparsityPlan, keep_all_plan
 from teal_layers import achieved_sparsity, set_counting, sparse_prefill, sparsify
 
 # Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get; "half" is the
@@ -198,12 +198,6 @@ def departures(expected: Tensor, actual: Tensor) -> list[int]:
     return equal.sum(dim=1).tolist()
 
 
-def dense_plan(model: Transformer) -> SparsityPlan:
-    """Thresholds of 0: a sparse model that drops nothing."""
-    layer = {name: ProjectionPlan(0.0, 0.0) for name in PROJECTIONS}
-    return SparsityPlan({}, "dense", 0.0, (layer,) * model.config.num_layers)
-
-
 def agreements_with_dense(model: Transformer, plans: list[SparsityPlan], tokens: Tensor, prompts: int) -> list[float]:
     """For each plan the median, over prompts cut from tokens, of the tokens before sparse text departs from dense."""
     if len(tokens) < prompts * CONTINUATION_PROMPT:
@@ -212,7 +206,7 @@ def agreements_with_dense(model: Transformer, plans: list[SparsityPlan], tokens:
         )
     starts = [i * (len(tokens) // prompts) for i in range(prompts)]
     batch = torch.stack([tokens[start : start + CONTINUATION_PROMPT] for start in starts])
-    sparsify(model, dense_plan(model))
+    sparsify(model, keep_all_plan(model.config))
     expected = continue_greedily(model, batch, CONTINUATION_LENGTH)
     found = []
     for plan in plans:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,12 @@ class Request:
     last_token_at: float = 0.0
     token: int = 0  # the newest, not yet fed to the model
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is the one to take."""
+        penalized = self.presence_penalty or self.frequency_penalty or self.params.repetition_penalty != 1
+        return self.params.temperature == 0 and not penalized and self.matcher is None
+
 
 class Sequence:
     """What only a running request needs."""
@@ -84,7 +90,8 @@ class Sequence:
         self.generator = torch.Generator(engine.device)
         self.generator.manual_seed(request.params.seed)
         size = engine.model.config.vocab_size
-        self.counts = torch.zeros(1, size, device=engine.device)  # of generated tokens
+        # Generated tokens, counted, and all tokens seen; kept for requests whose tokens are sampled.
+        self.counts = torch.zeros(1, size, device=engine.device)
         self.seen = torch.zeros(1, size, dtype=torch.bool, device=engine.device)
         self.seen[0, torch.tensor(request.prompt_ids, device=engine.device)] = True
 
@@ -100,13 +107,6 @@ class Observer:
 
     def finished(self, request: Request, reason: str) -> None:
         """A request ended: "stop", "length", "cancelled" or "error"."""
-
-
-def is_plain(request: Request) -> bool:
-    """Whether the likeliest token is the one to take."""
-    params: SamplingParams = request.params
-    penalties: Any = request.presence_penalty or request.frequency_penalty or params.repetition_penalty != 1
-    return params.temperature == 0 and not penalties and request.matcher is None
 
 
 def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:

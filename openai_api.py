@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from constrained import Grammars
@@ -45,7 +46,7 @@ class Service:
     def chat_prompt(self, body: ChatRequest) -> list[int]:
         """Token ids of a conversation. Raises BadRequest if the model's template takes no such one."""
         messages = [message.as_template_input() for message in body.messages]
-        tools = [tool.model_dump() for tool in body.tools] if body.tools and body.tool_choice != "none" else None
+        tools = [tool.model_dump() for tool in body.tools or []] if body.may_call_tools else None
         try:
             return self.engine.tokenizer.encode_chat(messages, tools)
         except UserError as error:
@@ -190,7 +191,7 @@ def tool_calls(text: str, names: list[str]) -> list[dict[str, Any]] | None:
 
 def chat_choice(service: Service, body: ChatRequest, i: int, choice: Choice) -> dict[str, Any]:
     """A whole answer as chat.completions has it."""
-    calls = tool_calls(choice.text, body.tool_names) if body.tools and body.tool_choice != "none" else None
+    calls = tool_calls(choice.text, body.tool_names) if body.may_call_tools else None
     message: dict[str, Any] = {"role": "assistant", "content": None if calls else choice.text, "refusal": None}
     if calls:
         message["tool_calls"] = calls
@@ -202,7 +203,7 @@ def chat_choice(service: Service, body: ChatRequest, i: int, choice: Choice) -> 
 def completion_logprobs(service: Service, entries: list[TokenLogprob], offset: int) -> dict[str, Any]:
     """As plain completions list them; offset: where the first token's text begins."""
     tokens = [service.token_text(entry.token) for entry in entries]
-    offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    offsets = list(accumulate(map(len, tokens), initial=offset))[:-1]
     top = [{service.token_text(token): logprob for token, logprob in entry.top} for entry in entries]
     return {
         "tokens": tokens,

@@ -140,6 +140,10 @@ class ChatRequest(Sampling):
         return [tool.function.name for tool in self.tools or []]
 
     @property
+    def may_call_tools(self) -> bool:
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
     def answer_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
-from generation import Done, Observer, Piece, Request, Sequence, is_plain, token_logprob
+from generation import Done, Observer, Piece, Request, Sequence, token_logprob
 from model import KVCache
 from sampling import penalize_counts, sample
 from teal_layers import achieved_sparsity, set_counting
@@ -104,14 +104,14 @@ class Scheduler:
             self.closing = True
             self.changed.notify()
         if not self.ended.wait(timeout):
-            for request in (*self.waiting, *self.running):
+            for request in (*self.waiting, *self._admitted()):
                 request.deadline = 0.0
             self.ended.wait()
 
     @property
     def load(self) -> tuple[int, int]:
         """(requests that wait, requests that run)."""
-        return len(self.waiting), len(self.running) + (self.prefilling is not None)
+        return len(self.waiting), len(self._admitted())
 
     def run(self) -> None:
         """Serve until close. On a CPU in the thread that loaded the model: OpenMP's teams of two threads of a program
@@ -139,15 +139,20 @@ class Scheduler:
                 traceback.print_exc()
                 self._fail(f"{type(error).__name__}: {error}")
 
+    def _admitted(self) -> list[Request]:
+        """Requests that have a row of the cache."""
+        prefilling = self.prefilling
+        return [*self.running, *([prefilling[0]] if prefilling else [])]
+
     def _fail(self, message: str) -> None:
-        for request in [*self.running, *([self.prefilling[0]] if self.prefilling else [])]:
+        for request in self._admitted():
             self._end(request, "error", message)
         self.row_ids = [[] for _ in self.row_ids]
         self.row_shared = [0] * len(self.row_shared)
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
-        for request in [*self.running, *([self.prefilling[0]] if self.prefilling else []), *self.waiting]:
+        for request in [*self._admitted(), *self.waiting]:
             if request.cancelled:
                 self._end(request, "cancelled")
             elif request.deadline is not None and now > request.deadline:
@@ -163,12 +168,12 @@ class Scheduler:
             self.running.pop()
             if request.count_sparsity:
                 self.achieved = achieved_sparsity(self.engine.model)
-                if not any(other.count_sparsity for other in self.running):
-                    set_counting(self.engine.model, False)
         elif self.prefilling is not None and self.prefilling[0] is request:
             self.prefilling = None
         elif request in self.waiting:
             self.waiting.remove(request)
+        if request.count_sparsity and not any(other.count_sparsity for other in self._admitted()):
+            set_counting(self.engine.model, False)
         self.observer.finished(request, reason)
         if request.cancelled:
             return
@@ -283,9 +288,7 @@ class Scheduler:
         for row, request in enumerate(requests):
             sequence = self.sequences[request]
             own = logits[row : row + 1]
-            token = self._sampled(request, sequence, own) if not is_plain(request) else greedy[row]
-            sequence.counts[0, token] += 1
-            sequence.seen[0, token] = True
+            token = greedy[row] if request.is_plain else self._sampled(request, sequence, own)
             self._timed(request)
             request.token = token
             if request.top_logprobs is not None:
@@ -297,7 +300,10 @@ class Scheduler:
             logits = penalize_counts(logits, sequence.counts, request.presence_penalty, request.frequency_penalty)
         if request.matcher is not None:
             logits = request.matcher.mask(logits)
-        return int(sample(logits, request.params, sequence.seen, sequence.generator))
+        token = int(sample(logits, request.params, sequence.seen, sequence.generator))
+        sequence.counts[0, token] += 1
+        sequence.seen[0, token] = True
+        return token
 
     def _timed(self, request: Request) -> None:
         now = time.monotonic()

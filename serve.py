@@ -80,15 +80,12 @@ def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, Sparsity
     """The engine, by the sparse kernels even at 0%, and the plans that requests may name, by sparsity."""
     from engine import Engine, choose_plan
     from loading import load_for_decoding
-    from plan import keep_all_plan
 
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant, args.lm_head == "int8"
     )
-    plans = {0.0: keep_all_plan(loaded.model.config)}
-    plans |= {target: choose_plan(loaded, target, None) for target in args.sparsities if target > 0}
-    sparse = args.sparsity > 0 or args.plan is not None
-    own = choose_plan(loaded, args.sparsity, args.plan) if sparse else plans[0.0]
+    plans = {target: choose_plan(loaded, target, None) for target in {0.0, *args.sparsities}}
+    own = choose_plan(loaded, args.sparsity, args.plan)
     return Engine.from_loaded(loaded, own, args.compile), plans | {own.target: own}
 
 

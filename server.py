@@ -208,14 +208,13 @@ class Api:
         self, body: ChatRequest, choices: list[Choice], i: int, event: Piece | Done
     ) -> dict[str, Any] | None:
         """A chat chunk's choice; calls of tools come whole, with the end."""
-        whole = body.tools is not None and body.tool_choice != "none"
         if isinstance(event, Piece):
-            if whole:
+            if body.may_call_tools:
                 return None
             entries = [self.service.token_entry(e) for e in event.logprobs]
             logprobs = {"content": entries} if body.logprobs else None
             return {"index": i, "delta": {"content": event.text}, "logprobs": logprobs, "finish_reason": None}
-        if not whole:
+        if not body.may_call_tools:
             return {"index": i, "delta": {}, "finish_reason": event.finish_reason}
         answer = chat_choice(self.service, body, i, choices[i])
         calls = [{"index": j, **call} for j, call in enumerate(answer["message"].get("tool_calls", []))]
@@ -246,7 +245,7 @@ class Api:
 
     async def sparsity(self, http: Request) -> Response:
         """The plans a request may name, and what the last counted generation dropped by layer and projection."""
-        plans = sorted({0.0, *self.service.plans} if self.service.plans else set())
+        plans = sorted(self.service.plans)
         own = self.service.scheduler.own_plan
         achieved = self.service.scheduler.achieved
         return JSONResponse({"plans": plans, "own": own.target if own else 0.0, "achieved": achieved})

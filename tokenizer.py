@@ -164,7 +164,8 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of a conversation ({"role", "content"} dicts), ready for the assistant's next answer.
 
-        tools: function descriptions for the template, or for a system message if it has no place for them. Raises UserError if the folder has no chat template or the template rejects the messages.
+        tools: function descriptions for the template, or for a system message if it has no place for them. Raises
+        UserError if the folder has no chat template or the template rejects the messages.
         """
         return self.backend.encode(self.render_chat(messages, tools))
 

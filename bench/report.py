@@ -21,7 +21,7 @@ from bench import decode, gemv
 from errors import UserError
 from files import atomic_file, cpu_name
 from generate import add_decode_arguments
-from hardware import pick_device, read_bandwidth
+from hardware import DTYPES, pick_device
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
@@ -69,18 +69,17 @@ def build_parser() -> cli.Parser:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
-    device = pick_device(args.device)
-    ceiling = read_bandwidth(device)
     options = {"zero_through_sparse": False, "batch": None, "profile": False, "gguf": None}
     decoded, config = decode.measure(argparse.Namespace(**{**vars(args), **options}))
-    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[decoded["rows"][0]["dtype"]]
+    device, ceiling = pick_device(args.device), 1e9 * decoded["read_gb_per_s"]
+    dtype = next(name for name, known in DTYPES.items() if str(known) == f"torch.{decoded['rows'][0]['dtype']}")
     asked = argparse.Namespace(dtypes=dtype, sparsities=args.sparsities, quant=args.quant, rows=1)
     name = args.checkpoint or args.random_weights or "SmolLM2-135M-Instruct"
     rows = gemv.measure(asked, {name: gemv.projection_shapes(config)}, device, ceiling)
     return {
         "model": name,
         "hardware": decoded["device"] if device.type == "cuda" else cpu_name(),
-        "read_gb_per_s": ceiling / 1e9,
+        "read_gb_per_s": decoded["read_gb_per_s"],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -26,15 +26,14 @@ from evaluation import (
     agreements_with_dense,
     continue_greedily,
     decode_score,
-    dense_plan,
     departures,
     evaluate,
     windows,
 )
 from model import Transformer
-from plan import SparsityPlan
+from plan import SparsityPlan, keep_all_plan
 from teal_layers import sparsify
-from tests.conftest import assert_one_line_error, run_command
+from tests.conftest import assert_one_line_error, file_size_limit, run_command
 from texts import default_text, first_tokens
 from tokenizer import load_tokenizer
 
@@ -104,7 +103,9 @@ def test_default_models_perplexity_equals_transformers(default_folder: Path) -> 
 
 
 def test_a_plan_that_drops_nothing_is_the_dense_model(model: Transformer, tokens: Tensor) -> None:
-    dense, same = evaluate(model, tokens, [Case("dense", 0.0, None), Case("x", 0.0, dense_plan(model))], 64, 32)
+    dense, same = evaluate(
+        model, tokens, [Case("dense", 0.0, None), Case("x", 0.0, keep_all_plan(model.config))], 64, 32
+    )
     assert dense.score.kl == 0.0 and dense.score.agreed == dense.score.tokens
     assert same.score.perplexity == pytest.approx(dense.score.perplexity, rel=1e-5)
     assert abs(same.score.kl) < 1e-4 and same.score.agreed == same.score.tokens
@@ -153,7 +154,7 @@ def test_greedy_continuations(tiny_folder: Path, model: Transformer, tokens: Ten
     reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     expected = reference.generate(prompts, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(continue_greedily(model, prompts, 12), expected[:, 10:])
-    same, other = agreements_with_dense(model, [dense_plan(model), plan], tokens, 2)
+    same, other = agreements_with_dense(model, [keep_all_plan(model.config), plan], tokens, 2)
     assert same == 128 and other < 128
     with pytest.raises(UserError, match="640 tokens"):
         agreements_with_dense(model, [plan], tokens, 10)
@@ -285,14 +286,6 @@ def test_plan_for_another_model(
     assert_one_line_error(code, err, "rope_theta 7.0", "calibrate for this model")
 
 
-def limit_file_size() -> None:
-    import resource
-    import signal
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-
-
 def test_full_disk_leaves_no_plan(tiny_folder: Path, plan: SparsityPlan, tmp_path: Path) -> None:
     import subprocess
     import sys
@@ -312,7 +305,7 @@ def test_full_disk_leaves_no_plan(tiny_folder: Path, plan: SparsityPlan, tmp_pat
         capture_output=True,
         text=True,
         cwd=ROOT,
-        preexec_fn=limit_file_size,
+        preexec_fn=file_size_limit(200),
     )
     assert_one_line_error(done.returncode, done.stderr, "disk is full")
     assert list(out.iterdir()) == []

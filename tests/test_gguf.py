@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import zipfile
@@ -32,6 +30,7 @@ from tests.conftest import (
     ROOT,
     TEXT,
     assert_one_line_error,
+    file_size_limit,
     relative_error,
     run_command,
     save_tiny_model,
@@ -329,13 +328,11 @@ def test_disk_full_during_conversion(tmp_path: Path, byte_level_tokenizer_json: 
     model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
     write_gguf(tmp_path / "m.gguf", model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
 
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
     command = [sys.executable, "generate.py", "--checkpoint", str(tmp_path / "m.gguf"), "--prompt", "a"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limit, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, preexec_fn=file_size_limit(1 << 20), env=environment
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: the disk is full"), done.stderr
     models = tmp_path / "cache" / "teal" / "models"

@@ -16,8 +16,8 @@ import harness
 from calibration import Settings, calibrate
 from checkpoint import load_model
 from errors import UserError
-from evaluation import dense_plan
 from harness import run_tasks
+from plan import keep_all_plan
 from teal_layers import sparsify
 from tests.conftest import TEXT
 from tests.test_evaluation import InvokeMain, call  # noqa: F401 - a fixture
@@ -98,9 +98,8 @@ def hf_results(folder: Path, tasks: Path) -> dict[str, float]:
 def test_results_equal_the_harness_own_model(tiny_folder: Path, task_folder: Path) -> None:
     expected = hf_results(tiny_folder, task_folder)
     assert len(expected) >= 5
-    model = sparsify(
-        load_model(tiny_folder, CPU, torch.float32), dense_plan(load_model(tiny_folder, CPU, torch.float32))
-    )
+    model = load_model(tiny_folder, CPU, torch.float32)
+    sparsify(model, keep_all_plan(model.config))
     actual = run_tasks(model, load_tokenizer(tiny_folder), list(TASKS), 0.0, None, task_folder)
     for name, value in expected.items():
         assert actual[name] == pytest.approx(value, rel=1e-4), name

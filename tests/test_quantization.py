@@ -2,9 +2,7 @@
 
 import json
 import math
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,7 +26,15 @@ from kernels.reference import sparse_linear_reference
 from kernels.sparse_linear import sparse_linear
 from model import KVCache, Transformer
 from quantization import QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest
-from tests.conftest import QUANTIZABLE, ROOT, assert_one_line_error, relative_error, save_tiny_model, tiny_config
+from tests.conftest import (
+    QUANTIZABLE,
+    ROOT,
+    assert_one_line_error,
+    file_size_limit,
+    relative_error,
+    save_tiny_model,
+    tiny_config,
+)
 
 Command = Callable[..., tuple[int, str, str]]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -405,11 +411,6 @@ def test_foreign_schemes_are_refused(folder: Path, tmp_path: Path, change: dict[
         load_model(tmp_path / "out", torch.device("cpu"), torch.float32)
 
 
-def limit_file_size() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
 def test_full_disk_is_one_line_and_the_next_run_succeeds(folder: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -421,7 +422,7 @@ def test_full_disk_is_one_line_and_the_next_run_succeeds(folder: Path, tmp_path:
         "-o",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limit_file_size)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=file_size_limit(20_000))
     assert_one_line_error(done.returncode, done.stderr, "disk is full")
     assert not (tmp_path / "out").exists()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
