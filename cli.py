@@ -106,6 +106,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_ints(text: str) -> tuple[int, ...]:
+    """Argument type: whole numbers of at least 1, commas between."""
+    return tuple(positive_int(part) for part in text.split(","))
+
+
 def sparsity(text: str) -> float:
     """Argument type: a number with 0 <= sparsity < 1."""
     try:

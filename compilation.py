@@ -1,10 +1,11 @@
-"""torch.compile, one transformer block at a time.
+"""torch.compile, one transformer block at a time, and CUDA graphs.
 
 All blocks share one compiled graph, so compile time does not grow with depth, and nothing is lost at
 the seams: a block ends in a matrix product whose epilogue takes the residual add, and the next one
 begins with a norm that needs the whole row anyway.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,3 +59,27 @@ def compile_model(model: Transformer) -> None:
             return (compiled if positions.shape[1] == 1 else eager)(positions, length)
 
         model.position_tensors = position_tensors  # type: ignore[method-assign]
+
+
+def capture(
+    step: Callable[[], object], changed: tuple[Tensor, ...], generator: torch.Generator | None = None
+) -> torch.cuda.CUDAGraph:
+    """Record step as a CUDA graph; the tensors that it changed get back what they held.
+
+    It runs once before, outside the graph, which compiles it and fills workspaces; the key and value it writes are
+    those the first replay writes again.
+    """
+    saved, device = [t.clone() for t in changed], changed[0].device
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        step()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()
+    for tensor, value in zip(changed, saved, strict=True):
+        tensor.copy_(value)
+    return graph

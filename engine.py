@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration import calibrate_uniform
-from compilation import compile_model
+from compilation import capture, compile_model
 from errors import UserError
 from files import cache_folder
 from loading import LoadedModel, load_for_decoding
@@ -136,15 +136,20 @@ class Engine:
             engine._compile()
         return engine
 
-    def use_plan(self, plan: SparsityPlan) -> None:
-        """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError."""
+    def use_plan(self, plan: SparsityPlan) -> bool:
+        """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError.
+
+        Returns whether they have other shapes, so that steps captured before are void.
+        """
         self._require_sparse()
         shapes = [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]
         sparsify(self.model, plan)
         self.plan = plan
         self.cached_ids = []
-        if shapes != [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]:
+        changed = shapes != [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]
+        if changed:
             self.graphs.clear()
+        return changed
 
     def use_sparsity(self, sparsity: float) -> None:
         """As use_plan, with the plan that load takes for a sparsity. Raises UserError if it would have to be made now."""
@@ -315,24 +320,9 @@ class Engine:
 
     @torch.inference_mode()
     def _capture(self, params: SamplingParams) -> torch.cuda.CUDAGraph:
-        """Record _step as a CUDA graph, leaving tensors and random state as they were.
-
-        The step runs once before, outside the graph, which compiles it and fills workspaces; the key and
-        value it writes are those the first replay writes again.
-        """
-        saved = [t.clone() for t in (self.token, self.position, self.seen)]
+        """Record _step as a CUDA graph, leaving tensors and random state as they were."""
         random_state = self.generator.get_state()
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._step(params)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            self._step(params)
-        for tensor, value in zip((self.token, self.position, self.seen), saved, strict=True):
-            tensor.copy_(value)
+        graph = capture(lambda: self._step(params), (self.token, self.position, self.seen), self.generator)
         self.generator.set_state(random_state)
         return graph
 

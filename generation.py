@@ -79,6 +79,11 @@ class Request:
         penalized = self.presence_penalty or self.frequency_penalty or self.params.repetition_penalty != 1
         return self.params.temperature == 0 and not penalized and self.matcher is None
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether that token is all it wants of a step."""
+        return self.is_plain and self.top_logprobs is None and not self.count_sparsity
+
 
 class Sequence:
     """What only a running request needs."""

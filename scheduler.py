@@ -14,16 +14,13 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from decode_rows import DecodeRows, Step
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
 from generation import Done, Observer, Piece, Request, Sequence, token_logprob
-from model import KVCache
-from sampling import penalize_counts, sample
+from sampling import first_max, penalize_counts, sample
 from teal_layers import achieved_sparsity, set_counting
 
-# Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
-# altogether changes no bit, while a longer part of one would.
-LENGTH_STEP = 512
 CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on CUDA PREFILL_CHUNK
 MAX_ROWS = 8  # what the sparse kernels take at once
 IDLE_S = 0.5  # between looks at deadlines while nothing runs
@@ -36,7 +33,15 @@ class QueueFull(Exception):
 class Scheduler:
     """Runs requests on an engine's model, up to rows at once; submit and cancel from any thread."""
 
-    def __init__(self, engine: Engine, rows: int = MAX_ROWS, queue: int = 128, context: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        rows: int = MAX_ROWS,
+        queue: int = 128,
+        context: int | None = None,
+        ahead: bool | None = None,
+    ) -> None:
+        """queue requests may wait; ahead: a step starts before the host has read the one before, None where a GPU can."""
         if not 1 <= rows <= MAX_ROWS:
             raise UserError(f"--rows {rows} is out of range; expected 1 to {MAX_ROWS}")
         self.engine = engine
@@ -54,24 +59,12 @@ class Scheduler:
         self.own_plan = engine.plan
         self.changed = threading.Condition()
         self.closing = False
-        device, dtype = engine.device, engine.dtype
-        self.block = CPU_BLOCK if device.type == "cpu" else PREFILL_CHUNK
+        self.block = CPU_BLOCK if engine.device.type == "cpu" else PREFILL_CHUNK
+        self.ahead = engine.device.type == "cuda" if ahead is None else ahead
+        self.in_flight: tuple[list[Request], Step] | None = None  # a step whose tokens nobody has read yet
         with torch.inference_mode():
-            self.rows_at_once = 1 if device.type == "cpu" and not self._head_is_row_invariant() else rows
-            self.cache = KVCache(engine.model.config, rows, min(LENGTH_STEP, self.context), device, dtype)
+            self.rows = DecodeRows(engine, rows, self.context)
         self.ended = threading.Event()
-
-    def _head_is_row_invariant(self) -> bool:
-        """Whether the output head gives a row the same bits alone as beside others; fp32 products often do not."""
-        config, like = self.engine.model.config, self.engine.model.embedding.weight
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(len(self.row_ids), config.hidden_size, generator=generator).to(like.dtype)
-        logits = self.engine.model.logits
-        return torch.equal(logits(hidden), torch.cat([logits(row) for row in hidden.split(1)]))
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits [n, V] of hidden states [n, C]."""
-        return torch.cat([self.engine.model.logits(part) for part in hidden.split(self.rows_at_once)]).float()
 
     def start(self) -> None:
         """Run in a thread of its own."""
@@ -119,6 +112,7 @@ class Scheduler:
         """
         try:
             with torch.inference_mode():
+                self.rows.warm()
                 self._serve()
         finally:
             self.ended.set()
@@ -145,6 +139,7 @@ class Scheduler:
         return [*self.running, *([prefilling[0]] if prefilling else [])]
 
     def _fail(self, message: str) -> None:
+        self.in_flight = None
         for request in self._admitted():
             self._end(request, "error", message)
         self.row_ids = [[] for _ in self.row_ids]
@@ -187,11 +182,8 @@ class Scheduler:
         """Exchange two rows of the cache."""
         if a == b:
             return
-        length = max(len(self.row_ids[a]), len(self.row_ids[b]))
-        for tensor in (self.cache.k, self.cache.v):
-            kept = tensor[:, a, :, :length].clone()
-            tensor[:, a, :, :length] = tensor[:, b, :, :length]
-            tensor[:, b, :, :length] = kept
+        newest = 1 if self.in_flight is not None else 0  # the position that a step started ahead fills
+        self.rows.swap(a, b, max(len(self.row_ids[a]), len(self.row_ids[b])) + newest)
         self.row_ids[a], self.row_ids[b] = self.row_ids[b], self.row_ids[a]
         self.row_shared[a], self.row_shared[b] = self.row_shared[b], self.row_shared[a]
 
@@ -205,13 +197,14 @@ class Scheduler:
             if self.running:  # it waits for its turn, and those behind it too: first come, first served
                 return
             assert plan is not None
-            self.engine.use_plan(plan)
+            if self.engine.use_plan(plan):
+                self.rows.graphs.clear()
         if request.count_sparsity and not any(other.count_sparsity for other in self.running):
             set_counting(self.engine.model, True)
         self.waiting.popleft()
         row = self._row_for(request)
         self.prefilling = (request, row)
-        self._reserve(len(request.prompt_ids) + request.max_new_tokens)
+        self.rows.reserve(len(request.prompt_ids) + request.max_new_tokens)
 
     def _row_for(self, request: Request) -> int:
         """A free row that holds the longest start of the prompt there is, and how much that is, in request."""
@@ -228,29 +221,22 @@ class Scheduler:
         row = best
         if best < len(self.running):  # in use: copy from it
             row = min(range(len(self.running), len(self.row_ids)), key=lambda r: len(self.row_ids[r]))
-            for tensor in (self.cache.k, self.cache.v):
-                tensor[:, row, :, :reused] = tensor[:, best, :, :reused]
+            self.rows.copy(best, row, reused)
         self.row_ids[row] = ids[:reused]
         self.row_shared[row] = reused
         request.prefilled = request.reused_tokens = reused
         return row
-
-    def _reserve(self, length: int) -> None:
-        if length > self.cache.length:
-            self.cache = self.cache.resized(min(-(-length // LENGTH_STEP) * LENGTH_STEP, self.context))
 
     def _prefill_chunk(self) -> None:
         """Put the next part of the prompt into the cache; with the last part the request runs."""
         if self.prefilling is None:
             return
         request, row = self.prefilling
-        ids, device = request.prompt_ids, self.engine.device
+        ids = request.prompt_ids
         end = request.prefilled + self.block
         if end >= len(ids) - 1:  # one token that is left over joins the block before
             end = len(ids)
-        tokens = torch.tensor([ids[request.prefilled : end]], device=device)
-        positions = torch.arange(request.prefilled, end, device=device)[None]
-        hidden = self.engine.model.hidden_states(tokens, positions, self._part(slice(row, row + 1), end))
+        logits = self.rows.prefill(row, ids[:end], request.prefilled)
         request.prefilled = end
         self.row_ids[row] = ids[:end]
         self.row_shared[row] = end
@@ -260,40 +246,42 @@ class Scheduler:
         self.prefilling = None
         self.running.append(request)
         self.sequences[request] = Sequence(request, self.engine)
-        self._choose([request], self._logits(hidden[:, -1]))
+        self._choose(request, logits, int(first_max(logits)))
 
     def _step(self) -> None:
         """One token more for every running request."""
         if not self.running:
+            self.in_flight = None
             return
-        running, device = list(self.running), self.engine.device
-        lengths = [len(self.row_ids[row]) for row in range(len(running))]
-        tokens = torch.tensor([[request.token] for request in running], device=device)
-        positions = torch.tensor([[length] for length in lengths], device=device)
-        part = self._part(slice(0, len(running)), max(lengths) + 1)
-        hidden = self.engine.model.hidden_states(tokens, positions, part)
-        for row, request in enumerate(running):
-            self.row_ids[row].append(request.token)
-        self._choose(running, self._logits(hidden[:, -1]))
+        requests, step = self.in_flight or self._launch()
+        self.in_flight = None
+        if self.ahead and requests == self.running and all(request.takes_likeliest for request in requests):
+            self.in_flight = self._launch(fed=True)
+        for request, ids in zip(self.running, self.row_ids, strict=False):
+            if request in requests:
+                ids.append(request.token)
+        for row, (request, token) in enumerate(zip(requests, step.likeliest(), strict=True)):
+            if request in self.running:  # it has not ended meanwhile
+                self._choose(request, step.logits[row : row + 1], token)
 
-    def _part(self, rows: slice, length: int) -> KVCache:
-        """These rows of the cache; on a CPU, where attention takes time for all it is shown, as far as needed."""
-        if self.engine.device.type != "cpu":
-            return self.cache.part(rows, None)
-        return self.cache.part(rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
+    def _launch(self, fed: bool = False) -> tuple[list[Request], Step]:
+        """Start a step of all running requests. fed: it goes on from one of the same requests that was just started."""
+        requests = list(self.running)
+        lengths = [len(self.row_ids[row]) for row in range(len(requests))]
+        if not fed:
+            self.rows.feed([request.token for request in requests], lengths)
+        counting = any(request.count_sparsity for request in requests)
+        return requests, self.rows.step(len(requests), max(lengths) + (2 if fed else 1), eager=counting)
 
-    def _choose(self, requests: list[Request], logits: Tensor) -> None:
-        """Sample a token for each of requests from its row of logits, pass its text on, end what is finished."""
-        greedy = logits.argmax(-1).tolist()
-        for row, request in enumerate(requests):
-            sequence = self.sequences[request]
-            own = logits[row : row + 1]
-            token = greedy[row] if request.is_plain else self._sampled(request, sequence, own)
-            self._timed(request)
-            request.token = token
-            if request.top_logprobs is not None:
-                sequence.logprobs.append(token_logprob(own[0], token, request.top_logprobs))
-            self._pass_on(request, sequence, token)
+    def _choose(self, request: Request, logits: Tensor, likeliest: int) -> None:
+        """Sample a token for request from its logits [1, V], pass its text on, end it if it is finished."""
+        sequence = self.sequences[request]
+        token = likeliest if request.is_plain else self._sampled(request, sequence, logits)
+        self._timed(request)
+        request.token = token
+        if request.top_logprobs is not None:
+            sequence.logprobs.append(token_logprob(logits[0], token, request.top_logprobs))
+        self._pass_on(request, sequence, token)
 
     def _sampled(self, request: Request, sequence: Sequence, logits: Tensor) -> int:
         if request.presence_penalty or request.frequency_penalty:

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
     parser.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
     parser.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
-    parser.add_argument("--batch", type=cli.positive_int, help="also time steps of so many rows at once (CUDA)")
+    parser.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel in a step (CUDA)")
     parser.add_argument("--gguf", type=Path, help="also run this GGUF file by llama-cpp-python, on CPU")
     return parser
@@ -184,9 +184,8 @@ def add_gpu_figures(
     for row in rows:
         runner = runners[row["label"]]
         runner.select()
-        if args.batch:
-            row["batch"] = args.batch
-            row["batch_step_ms"] = 1e3 * batched_step_s(runner.engine.model, args.batch, args.context)
+        model = runner.engine.model
+        row["batch_step_ms"] = {rows: 1e3 * batched_step_s(model, rows, args.context) for rows in args.batch}
         if args.profile:
             row["kernels_us"] = profile_step(runner.engine, prompt)
 
@@ -202,8 +201,10 @@ def print_table(rows: list[dict[str, Any]], ceiling: float) -> None:
             line += f"{row['load_s']:6.2f} s{row['compile_s']:7.1f} s{row['gb_per_s']:8.1f}"
             line += f"{1e9 * row['gb_per_s'] / ceiling:7.0%}  {row['dtype']}"
         print(line)
-        if "batch_step_ms" in row:
-            print(f"{'':22}{row['batch']} rows a step: {row['batch_step_ms']:.3f} ms")
+        for rows_at_once, milliseconds in row.get("batch_step_ms", {}).items():
+            print(
+                f"{'':22}{rows_at_once} rows a step: {milliseconds:.3f} ms, {1e3 * rows_at_once / milliseconds:.1f} tok/s"
+            )
         for name, microseconds in row.get("kernels_us", {}).items():
             print(f"{'':22}{microseconds:9.1f} us  {name}")
 

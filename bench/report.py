@@ -69,7 +69,7 @@ def build_parser() -> cli.Parser:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
-    options = {"zero_through_sparse": False, "batch": None, "profile": False, "gguf": None}
+    options = {"zero_through_sparse": False, "batch": (), "profile": False, "gguf": None}
     decoded, config = decode.measure(argparse.Namespace(**{**vars(args), **options}))
     device, ceiling = pick_device(args.device), 1e9 * decoded["read_gb_per_s"]
     dtype = next(name for name, known in DTYPES.items() if str(known) == f"torch.{decoded['rows'][0]['dtype']}")

@@ -10,8 +10,10 @@ import torch
 
 from checkpoint import load_model
 from engine import CACHE_STEP, Engine
+from generation import Done, Piece, Request
 from model import KVCache, attend
 from params import SamplingParams
+from scheduler import Scheduler
 from tests.conftest import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +95,25 @@ def test_random_weights_are_made_on_the_device() -> None:
     engine = Engine.load(random_weights="SmolLM2-135M", device="cuda", compile=False)
     assert engine.dtype == torch.bfloat16 and engine.model.embedding.weight.is_cuda
     assert len(tokens(engine, count=5)) == 5
+
+
+def test_rows_by_graphs_started_ahead_equal_eager_ones(tiny_folder: Path) -> None:
+    """Rows join and leave, and the cache grows while others run."""
+    found = []
+    for compile in (False, True):
+        engine = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", sparsity=0.5, compile=compile)
+        scheduler, texts = Scheduler(engine, rows=4, ahead=compile), [""] * 9
+        for i in range(9):
+
+            def take(event: Piece | Done, i: int = i) -> None:
+                assert not isinstance(event, Done) or event.error is None
+                texts[i] += event.text if isinstance(event, Piece) else ""
+
+            ids = [(7 * i + j) % 290 + 5 for j in range(10 + 60 * i)]
+            params = SamplingParams(temperature=0.8 * (i == 5), seed=i)
+            scheduler.submit(Request(ids, take, params, max_new_tokens=10 + 9 * i, ignore_eos=True))
+        scheduler.closing = True
+        scheduler.run()
+        assert len(scheduler.rows.graphs) == (4 if compile else 0)
+        found.append(texts)
+    assert found[0] == found[1] and all(found[0])

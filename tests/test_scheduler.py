@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from decode_rows import DecodeRows
 from engine import Engine
 from errors import UserError
 from generation import Done, Observer, Piece, Request
@@ -45,12 +46,14 @@ def prompts(engine: Engine, count: int) -> list[list[int]]:
     return [engine.tokenizer.encode(text) for text in texts]
 
 
-def run(engine: Engine, batch: list[list[int]], tokens: int = 24, **options: Any) -> list[Collected]:
+def run(
+    engine: Engine, batch: list[list[int]], tokens: int = 24, ahead: bool | None = None, **options: Any
+) -> list[Collected]:
     """All requests of a batch at once, to the end."""
-    scheduler = Scheduler(engine)
+    scheduler = Scheduler(engine, ahead=ahead)
     found = [Collected() for _ in batch]
     for collected, ids in zip(found, batch, strict=True):
-        scheduler.submit(Request(ids, collected.take, max_new_tokens=tokens, top_logprobs=0, **options))
+        scheduler.submit(Request(ids, collected.take, max_new_tokens=tokens, **{"top_logprobs": 0, **options}))
     scheduler.closing = True
     scheduler.run()
     assert all(collected.end is not None and collected.end.error is None for collected in found)
@@ -66,6 +69,34 @@ def test_an_answer_has_the_bits_it_has_alone(engine: Engine) -> None:
         together = run(engine, [batch[i] for i in order], ignore_eos=True)
         for i, collected in zip(order, together, strict=True):
             assert collected.text == alone[i].text and collected.logprobs == alone[i].logprobs
+
+
+def test_steps_started_ahead_change_no_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, started = prompts(engine, 12), []
+    step = DecodeRows.step
+    monkeypatch.setattr(DecodeRows, "step", lambda *a, **k: started.append(a[1]) or step(*a, **k))  # type: ignore[func-returns-value]
+    found: dict[bool, list[list[Collected]]] = {False: [], True: []}
+    steps = {}
+    for ahead, texts in found.items():
+        started.clear()
+        for tokens, options in ((24, {}), (3, {"ignore_eos": True}), (200, {"stops": ("the", "a")})):
+            texts.append(run(engine, batch, tokens, ahead=ahead, top_logprobs=None, **options))
+        steps[ahead] = len(started)
+    assert found[True] == found[False]
+    assert steps[True] > steps[False]  # some were for nothing, as their requests had ended
+
+
+def test_sampled_requests_beside_likeliest_ones_and_steps_ahead(engine: Engine) -> None:
+    batch, texts = prompts(engine, 8), []
+    for ahead in (False, True):
+        scheduler, found = Scheduler(engine, rows=4, ahead=ahead), [Collected() for _ in batch]
+        for i, (collected, ids) in enumerate(zip(found, batch, strict=True)):
+            params = SamplingParams(temperature=0.9 * (i % 3 == 1), seed=i)
+            scheduler.submit(Request(ids, collected.take, params, max_new_tokens=8 + 5 * i, ignore_eos=True))
+        scheduler.closing = True
+        scheduler.run()
+        texts.append([collected.text for collected in found])
+    assert texts[0] == texts[1]
 
 
 def test_a_shared_prefix_changes_nothing(engine: Engine) -> None:

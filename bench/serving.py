@@ -1,0 +1,89 @@
+"""Tokens/s through a running server while so many clients read streams: python -m bench.serving --clients 1,4,8
+
+Counted by the server's /metrics within a window in which every stream runs, from first token to before the last: the
+figure to hold beside a step's time by bench.decode --batch. Needs the openai package.
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from typing import Any
+
+import cli
+from bench.load import scrape
+from errors import UserError
+
+WINDOW_S = 1.5
+
+
+def build_parser() -> cli.Parser:
+    """The command line of bench.serving."""
+    parser = cli.Parser("Measure tokens/s through a running server, for several numbers of clients.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where serve.py listens")
+    parser.add_argument("--api-key", default="none", help="if the server wants one")
+    parser.add_argument("--clients", type=cli.positive_ints, default=(1, 4, 8), help="at once, commas between")
+    parser.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="of those the server has loaded")
+    parser.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens of each client")
+    parser.add_argument("--max-tokens", type=cli.positive_int, default=1536, help="must outlast the window of 1.5 s")
+    return parser
+
+
+async def window(args: argparse.Namespace, client: Any, model: str, clients: int, sparsity: float) -> dict[str, Any]:
+    """tokens_per_s by the server's counter and chunks_per_s by the clients, who are told to leave at the end."""
+    began, chunks, ended = asyncio.Semaphore(0), [0] * clients, [False] * clients
+
+    async def read(i: int) -> None:
+        extra = {"sparsity": sparsity, "ignore_eos": True}
+        prompt = [1000 + (i * 7919 + j) % 1000 for j in range(args.context)]
+        common: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": args.max_tokens, "stream": True}
+        async for _ in await client.completions.create(prompt=prompt, extra_body=extra, **common):
+            if not chunks[i]:
+                began.release()
+            chunks[i] += 1
+        ended[i] = True
+
+    readers = [asyncio.create_task(read(i)) for i in range(clients)]
+    for _ in range(clients):
+        await began.acquire()
+    start, tokens, received = time.perf_counter(), _generated(args), sum(chunks)
+    await asyncio.sleep(WINDOW_S)
+    seconds, tokens, received = time.perf_counter() - start, _generated(args) - tokens, sum(chunks) - received
+    if any(ended):
+        raise UserError(f"--max-tokens {args.max_tokens}: a stream ended within {WINDOW_S} s; expected more tokens")
+    for reader in readers:
+        reader.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+    figures = {"tokens_per_s": tokens / seconds, "chunks_per_s": received / seconds}
+    return {"clients": clients, "sparsity": sparsity} | figures
+
+
+def _generated(args: argparse.Namespace) -> float:
+    return scrape(args.url, args.api_key)["teal_generated_tokens_total"]
+
+
+async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A window for each number of clients and sparsity."""
+    from openai import AsyncOpenAI
+
+    async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=600) as client:
+        model = (await client.models.list()).data[0].id
+        return [await window(args, client, model, n, s) for s in args.sparsities for n in args.clients]
+
+
+def main() -> None:
+    """Measure and print; the last line is JSON."""
+    args = build_parser().parse_args()
+    try:
+        scrape(args.url, args.api_key)
+    except OSError as error:
+        raise UserError(f"--url {args.url}: no server answers ({error}); start serve.py") from None
+    rows = asyncio.run(run(args))
+    for row in rows:
+        figures = f"{row['tokens_per_s']:9.1f} tok/s {row['chunks_per_s']:9.1f} chunks/s"
+        print(f"{row['sparsity']:4.0%} {row['clients']:3} clients {figures}")
+    print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

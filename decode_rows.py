@@ -1,0 +1,133 @@
+"""Rows of one KV cache that are decoded together: prefill of one, a step of the first n, moves between rows.
+
+On CUDA a step of n rows is a graph of its own, captured when n first occurs, and it leaves the likeliest tokens where
+the next step reads them: the host may launch that one before it has looked at them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compilation import capture
+from engine import Engine
+from model import KVCache
+from sampling import first_max
+
+# Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
+# altogether changes no bit, while a longer part of one would.
+LENGTH_STEP = 512
+
+
+@dataclass(slots=True)
+class Step:
+    """What a step of n rows gives: fp32 logits [n, V], valid until the next step, and the likeliest tokens [n]."""
+
+    logits: Tensor
+    host: Tensor
+    event: torch.cuda.Event | None
+
+    def likeliest(self) -> list[int]:
+        """Waits for the step."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
+
+
+class DecodeRows:
+    """So many rows of a cache of up to context positions, for the model of an engine."""
+
+    def __init__(self, engine: Engine, count: int, context: int) -> None:
+        self.model, self.device, self.use_graph = engine.model, engine.device, engine.use_graph
+        self.context = context
+        config, like = engine.model.config, engine.model.embedding.weight
+        self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.head_rows = 1 if self.device.type == "cpu" and not self._head_is_row_invariant(count) else count
+        self.cache = KVCache(config, count, min(LENGTH_STEP, context), self.device, like.dtype)
+
+    def _head_is_row_invariant(self, count: int) -> bool:
+        """Whether the output head gives a row the same bits alone as beside others; fp32 products often do not."""
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(count, self.model.config.hidden_size, generator=generator)
+        hidden = hidden.to(self.model.embedding.weight.dtype)
+        return torch.equal(self.model.logits(hidden), torch.cat([self.model.logits(row) for row in hidden.split(1)]))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits [n, V] of hidden states [n, C]."""
+        parts = [self.model.logits(part).float() for part in hidden.split(self.head_rows)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many positions. On CUDA at least twice what there was, since graphs are captured anew."""
+        if length > self.cache.length:
+            least = length if self.device.type == "cpu" else max(length, 2 * self.cache.length)
+            self.cache = self.cache.resized(min(-(-least // LENGTH_STEP) * LENGTH_STEP, self.context))
+            self.graphs.clear()
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange the first length positions of two rows."""
+        for tensor in (self.cache.k, self.cache.v):
+            kept = tensor[:, a, :, :length].clone()
+            tensor[:, a, :, :length] = tensor[:, b, :, :length]
+            tensor[:, b, :, :length] = kept
+
+    def copy(self, source: int, to: int, length: int) -> None:
+        """Copy the first length positions of a row to another."""
+        for tensor in (self.cache.k, self.cache.v):
+            tensor[:, to, :, :length] = tensor[:, source, :, :length]
+
+    def _part(self, rows: slice, length: int) -> KVCache:
+        """These rows of the cache; on a CPU, where attention takes time for all it is shown, as far as needed."""
+        if self.device.type != "cpu":
+            return self.cache.part(rows, None)
+        return self.cache.part(rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
+
+    def prefill(self, row: int, ids: list[int], begin: int) -> Tensor:
+        """Put tokens ids[begin:] at their positions of a row; fp32 logits [1, V] after the last."""
+        tokens = torch.tensor([ids[begin:]], device=self.device)
+        positions = torch.arange(begin, len(ids), device=self.device)[None]
+        hidden = self.model.hidden_states(tokens, positions, self._part(slice(row, row + 1), len(ids)))
+        return self._logits(hidden[:, -1])
+
+    def feed(self, tokens: list[int], positions: list[int]) -> None:
+        """Say what the next step's rows read and where; after a step, the likeliest tokens at the next positions."""
+        for tensor, values in ((self.tokens, tokens), (self.positions, positions)):
+            tensor[: len(values), 0] = torch.tensor(values, device=self.device)
+
+    def step(self, count: int, length: int, eager: bool = False) -> Step:
+        """One token more for the first count rows, none of which gets longer than length. eager: not by a graph."""
+        if self.use_graph and not eager:
+            if count not in self.graphs:
+                self._capture(count)
+            graph, logits = self.graphs[count]
+            graph.replay()
+        else:
+            logits = self._run(count, length)
+        if self.device.type == "cpu":
+            return Step(logits, self.tokens[:count, 0].clone(), None)
+        host = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        host.copy_(self.tokens[:count, 0], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Step(logits, host, event)
+
+    def _run(self, count: int, length: int) -> Tensor:
+        tokens, positions = self.tokens[:count], self.positions[:count]
+        hidden = self.model.hidden_states(tokens, positions, self._part(slice(0, count), length))
+        logits = self._logits(hidden[:, -1])
+        tokens.copy_(first_max(logits)[:, None])
+        positions += 1
+        return logits
+
+    def _capture(self, count: int) -> None:
+        """Record a step of count rows. What running it writes, the first replay writes again."""
+        found: list[Tensor] = []
+        graph = capture(lambda: found.append(self._run(count, self.cache.length)), (self.tokens, self.positions))
+        self.graphs[count] = (graph, found[-1])
+
+    def warm(self) -> None:
+        """Compile and capture the steps of all counts now, on CUDA, not in the middle of someone's answer."""
+        if self.use_graph:
+            for count in range(1, len(self.tokens) + 1):
+                self._capture(count)
