@@ -1,5 +1,6 @@
 """On a CUDA device: the same model as on a CPU, the captured step as the eager one, and the same bits every run."""
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -97,23 +98,26 @@ def test_random_weights_are_made_on_the_device() -> None:
     assert len(tokens(engine, count=5)) == 5
 
 
+def answers_of(engine: Engine, ahead: bool) -> tuple[list[str], int]:
+    """Texts of nine requests, four at once, and how many graphs they left. Rows join and leave, the cache grows."""
+    scheduler, texts = Scheduler(engine, rows=4, ahead=ahead), [""] * 9
+
+    def take(event: Piece | Done, i: int) -> None:
+        assert not isinstance(event, Done) or event.error is None
+        texts[i] += event.text if isinstance(event, Piece) else ""
+
+    for i in range(9):
+        ids = [(7 * i + j) % 290 + 5 for j in range(10 + 35 * i)]
+        params = SamplingParams(temperature=0.8 * (i == 5), seed=i)
+        emit = functools.partial(take, i=i)
+        scheduler.submit(Request(ids, emit, params, max_new_tokens=10 + 8 * i, ignore_eos=True))
+    scheduler.closing = True
+    scheduler.run()
+    return texts, len(scheduler.rows.graphs)
+
+
 def test_rows_by_graphs_started_ahead_equal_eager_ones(tiny_folder: Path) -> None:
-    """Rows join and leave, and the cache grows while others run."""
-    found = []
-    for compile in (False, True):
-        engine = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", sparsity=0.5, compile=compile)
-        scheduler, texts = Scheduler(engine, rows=4, ahead=compile), [""] * 9
-        for i in range(9):
-
-            def take(event: Piece | Done, i: int = i) -> None:
-                assert not isinstance(event, Done) or event.error is None
-                texts[i] += event.text if isinstance(event, Piece) else ""
-
-            ids = [(7 * i + j) % 290 + 5 for j in range(10 + 60 * i)]
-            params = SamplingParams(temperature=0.8 * (i == 5), seed=i)
-            scheduler.submit(Request(ids, take, params, max_new_tokens=10 + 9 * i, ignore_eos=True))
-        scheduler.closing = True
-        scheduler.run()
-        assert len(scheduler.rows.graphs) == (4 if compile else 0)
-        found.append(texts)
-    assert found[0] == found[1] and all(found[0])
+    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "sparsity": 0.5}
+    eager, _ = answers_of(Engine.load(str(tiny_folder), **options, compile=False), ahead=False)
+    graphs, count = answers_of(Engine.load(str(tiny_folder), **options, compile=True), ahead=True)
+    assert graphs == eager and all(eager) and count == 4
