@@ -6,6 +6,7 @@ made by prefill are shared, in whole blocks that are always computed alike: a re
 was served before it or is beside it, to the bit on a CPU (its kernels sum each row as if it were alone).
 """
 
+import functools
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from decode_rows import DecodeRows, Step
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
 from generation import Done, Observer, Piece, Request, Sequence, token_logprob
+from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from sampling import first_max, penalize_counts, sample
 from teal_layers import achieved_sparsity, set_counting
 
@@ -91,11 +93,15 @@ class Scheduler:
         with self.changed:
             self.changed.notify()
 
-    def close(self, timeout: float) -> None:
-        """Take no more requests, let those there are finish for so many seconds, then end them."""
+    def close_when_idle(self) -> None:
+        """Take no more requests; run returns when those there are have finished."""
         with self.changed:
             self.closing = True
             self.changed.notify()
+
+    def close(self, timeout: float) -> None:
+        """Take no more requests, let those there are finish for so many seconds, then end them."""
+        self.close_when_idle()
         if not self.ended.wait(timeout):
             for request in (*self.waiting, *self._admitted()):
                 request.deadline = 0.0
@@ -316,3 +322,37 @@ class Scheduler:
             self._end(request, "stop")
         elif request.new_tokens >= request.max_new_tokens:
             self._end(request, "length")
+
+
+def generate_batch(
+    engine: Engine,
+    prompts: list[list[int]],
+    params: SamplingParams = SamplingParams(),
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    stops: tuple[str, ...] = (),
+    ignore_eos: bool = False,
+) -> list[str]:
+    """Texts that continue prompts (token ids), up to MAX_ROWS of them at once.
+
+    Raises UserError for a prompt that is empty or fills the model's context, RuntimeError if a step fails.
+    """
+    texts = [""] * len(prompts)
+    errors = []
+
+    def take(i: int, event: Piece | Done) -> None:
+        if isinstance(event, Piece):
+            texts[i] += event.text
+        elif event.error is not None:
+            errors.append(event.error)
+
+    scheduler = Scheduler(engine, rows=max(1, min(MAX_ROWS, len(prompts))), queue=len(prompts))
+    requests = [
+        Request(ids, functools.partial(take, i), params, max_new_tokens, stops, ignore_eos)
+        for i, ids in enumerate(prompts)
+    ]
+    scheduler.submit(*requests)
+    scheduler.close_when_idle()
+    scheduler.run()
+    if errors:
+        raise RuntimeError(errors[0])
+    return texts

@@ -111,7 +111,7 @@ def answers_of(engine: Engine, ahead: bool) -> tuple[list[str], int]:
         params = SamplingParams(temperature=0.8 * (i == 5), seed=i)
         emit = functools.partial(take, i=i)
         scheduler.submit(Request(ids, emit, params, max_new_tokens=10 + 8 * i, ignore_eos=True))
-    scheduler.closing = True
+    scheduler.close_when_idle()
     scheduler.run()
     return texts, len(scheduler.rows.graphs)
 

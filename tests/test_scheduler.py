@@ -15,7 +15,7 @@ from engine import Engine
 from errors import UserError
 from generation import Done, Observer, Piece, Request
 from params import SamplingParams
-from scheduler import QueueFull, Scheduler
+from scheduler import QueueFull, Scheduler, generate_batch
 
 
 @pytest.fixture(params=["fp32", "bf16"])
@@ -54,7 +54,7 @@ def run(
     found = [Collected() for _ in batch]
     for collected, ids in zip(found, batch, strict=True):
         scheduler.submit(Request(ids, collected.take, max_new_tokens=tokens, **{"top_logprobs": 0, **options}))
-    scheduler.closing = True
+    scheduler.close_when_idle()
     scheduler.run()
     assert all(collected.end is not None and collected.end.error is None for collected in found)
     return found
@@ -93,7 +93,7 @@ def test_sampled_requests_beside_likeliest_ones_and_steps_ahead(engine: Engine) 
         for i, (collected, ids) in enumerate(zip(found, batch, strict=True)):
             params = SamplingParams(temperature=0.9 * (i % 3 == 1), seed=i)
             scheduler.submit(Request(ids, collected.take, params, max_new_tokens=8 + 5 * i, ignore_eos=True))
-        scheduler.closing = True
+        scheduler.close_when_idle()
         scheduler.run()
         texts.append([collected.text for collected in found])
     assert texts[0] == texts[1]
@@ -110,7 +110,7 @@ def test_a_shared_prefix_changes_nothing(engine: Engine) -> None:
         scheduler.submit(request)
         found.append(collected)
         requests.append(request)
-    scheduler.closing = True
+    scheduler.close_when_idle()
     scheduler.run()
     assert requests[0].reused_tokens == 0
     assert all(request.reused_tokens == (len(ids) - 2) // 64 * 64 for request in (requests[1], requests[3]))
@@ -141,7 +141,7 @@ def test_first_come_first_served_and_the_queue_has_an_end(tiny_folder: Path) -> 
         scheduler.submit(request)
     with pytest.raises(QueueFull):
         scheduler.submit(requests[5])
-    scheduler.closing = True
+    scheduler.close_when_idle()
     scheduler.run()
     assert order == [0, 1, 2, 3, 4]
     with pytest.raises(QueueFull):
@@ -200,3 +200,21 @@ def test_prompts_that_cannot_run_are_refused(tiny_folder: Path) -> None:
     request = Request([1] * 45, Collected().take, max_new_tokens=99)
     scheduler.submit(request)
     assert request.max_new_tokens == 5
+
+
+def test_a_batch_gives_each_prompt_its_text(engine: Engine) -> None:
+    batch = prompts(engine, 11)
+    params = SamplingParams(temperature=0.7, seed=5)
+    texts = generate_batch(engine, batch, params, max_new_tokens=12, stops=("a",))
+    assert texts == [generate_batch(engine, [ids], params, max_new_tokens=12, stops=("a",))[0] for ids in batch]
+    assert len(set(texts)) > 6 and not any("a" in text for text in texts)
+    assert generate_batch(engine, []) == []
+    with pytest.raises(UserError, match="empty"):
+        generate_batch(engine, [[5], []])
+
+
+def test_a_batch_says_when_a_step_fails(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    monkeypatch.setattr(engine.model, "hidden_states", lambda *arguments: 1 / 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        generate_batch(engine, prompts(engine, 2), max_new_tokens=4)
