@@ -12,7 +12,7 @@ from torch import Tensor
 from compilation import capture
 from engine import Engine
 from model import KVCache
-from sampling import first_max
+from sampling import take_likeliest
 
 # Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
 # altogether changes no bit, while a longer part of one would.
@@ -116,8 +116,7 @@ class DecodeRows:
         tokens, positions = self.tokens[:count], self.positions[:count]
         hidden = self.model.hidden_states(tokens, positions, self._part(slice(0, count), length))
         logits = self._logits(hidden[:, -1])
-        tokens.copy_(first_max(logits)[:, None])
-        positions += 1
+        take_likeliest(logits, tokens, positions)
         return logits
 
     def _capture(self, count: int) -> None:

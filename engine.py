@@ -22,7 +22,7 @@ from model import Block, KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import PLAN_VERSION, SparsityPlan, keep_all_plan, plan_name
 from quantization import QuantizedLinear, is_quantized
-from sampling import sample
+from sampling import sample, take_likeliest
 from streaming import StopStrings, StreamDecoder
 from teal_layers import SparseLinear, set_counting, sparse_layers, sparsify
 from texts import default_text, text_hash
@@ -266,19 +266,22 @@ class Engine:
             hidden = self.model.hidden_states(part, at, self.cache)
         self.seen.zero_().scatter_(1, prompt, True)
         self.position.fill_(len(ids))
-        self._choose(hidden[:, -1], params)
+        self._choose(self.model.logits(hidden[:, -1]), params)
 
-    def _choose(self, hidden: Tensor, params: SamplingParams) -> None:
-        """Sample from the last hidden state [1, C] into self.token."""
-        token = sample(self.model.logits(hidden), params, self.seen, self.generator)
+    def _choose(self, logits: Tensor, params: SamplingParams) -> None:
+        """Sample from logits [1, V] into self.token."""
+        token = sample(logits, params, self.seen, self.generator)
         self.token.copy_(token[:, None])
         self.seen.scatter_(1, self.token, True)
 
     def _step(self, params: SamplingParams) -> None:
         """Feed self.token at self.position; leave the next token and position in their place."""
-        hidden = self.model.hidden_states(self.token, self.position, self.cache)
-        self.position += 1
-        self._choose(hidden[:, -1], params)
+        logits = self.model.logits(self.model.hidden_states(self.token, self.position, self.cache)[:, -1])
+        if params.takes_likeliest:
+            take_likeliest(logits, self.token, self.position)
+        else:
+            self.position += 1
+            self._choose(logits, params)
 
     def _tokens(self, params: SamplingParams, count: int) -> Iterator[int]:
         """The token that prefill chose and count - 1 more."""

@@ -76,8 +76,8 @@ class Request:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
-        penalized = self.presence_penalty or self.frequency_penalty or self.params.repetition_penalty != 1
-        return self.params.temperature == 0 and not penalized and self.matcher is None
+        penalized = self.presence_penalty or self.frequency_penalty
+        return self.params.takes_likeliest and not penalized and self.matcher is None
 
     @property
     def takes_likeliest(self) -> bool:

@@ -35,6 +35,11 @@ class SamplingParams:
         require(math.isfinite(penalty) and penalty > 0, "repetition_penalty", "a number > 0 (1 is off)")
         require(0 <= self.seed < 2**63, "seed", "0 <= seed < 2^63")
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token is always the likeliest one."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def without_seed(self) -> "SamplingParams":
         """Equal for parameters that run the same computation: the seed lives in the generator."""
         return replace(self, seed=0)

@@ -20,7 +20,7 @@ from engine import PREFILL_CHUNK, Engine
 from errors import UserError
 from generation import Done, Observer, Piece, Request, Sequence, token_logprob
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
-from sampling import first_max, penalize_counts, sample
+from sampling import penalize_counts, sample
 from teal_layers import achieved_sparsity, set_counting
 
 CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on CUDA PREFILL_CHUNK
@@ -252,7 +252,7 @@ class Scheduler:
         self.prefilling = None
         self.running.append(request)
         self.sequences[request] = Sequence(request, self.engine)
-        self._choose(request, logits, int(first_max(logits)))
+        self._choose(request, logits, int(logits.argmax()))
 
     def _step(self) -> None:
         """One token more for every running request."""

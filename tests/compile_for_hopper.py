@@ -61,6 +61,7 @@ def main() -> None:
     from kernels.rope_attention import rope_attention
     from kernels.silu_gemv import silu_gemv
     from kernels.sparse_gemv import sparse_gemv
+    from kernels.take_likeliest import take_likeliest
 
     JITFunction.run = compile_only
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -85,6 +86,7 @@ def main() -> None:
             sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
             floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
             floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+            take_likeliest(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 
 

@@ -31,6 +31,7 @@ from kernels.reference import (
 from kernels.rope_attention import rope_attention, shares_for
 from kernels.silu_gemv import silu_gemv
 from kernels.sparse_gemv import sparse_gemv
+from kernels.take_likeliest import take_likeliest
 from kernels.tuning import GemvTile, default_tile, gemv_tile
 from tests.conftest import ROOT, relative_error
 
@@ -178,6 +179,21 @@ def test_reduce_partials(B: int, N: int, splits: int, dtype: torch.dtype, bias: 
     assert actual.dtype == dtype and relative_error(actual, expected) <= tolerance
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B,V", [(1, 1), (3, 300), (1, 49_152), (8, 1000), (2, 70_001)])
+def test_take_likeliest(B: int, V: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(B, V, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)  # 16 bits have many ties
+    token, position = torch.full((B, 1), -1, device=DEVICE), torch.arange(B, device=DEVICE)[:, None].contiguous()
+    take_likeliest(logits, token, position)
+    assert torch.equal(logits.gather(1, token), logits.amax(1, keepdim=True))
+    first = (logits == logits.amax(1, keepdim=True)).int().argmax(1, keepdim=True)
+    assert torch.equal(token, first) and position.flatten().tolist() == list(range(1, B + 1))
+    logits[0, V // 2] = math.nan
+    logits[-1] = -math.inf if B > 1 else logits[-1]
+    take_likeliest(logits, token, position)
+    assert token[0] == V // 2 and (B == 1 or token[-1] == 0)
+
+
 def combined(shares: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Attention's output [B, H, D] in fp64 from its shares."""
     sums, largest, weights = (t.double() for t in shares)
@@ -260,6 +276,8 @@ def test_opcheck() -> None:
         torch.library.opcheck(silu_gemv, (torch.randn(2, B, 128, device=DEVICE), weight, thresholds[:1]))
         parts = torch.randn(2, B, 64, device=DEVICE)
         torch.library.opcheck(reduce_partials, (parts, torch.bfloat16, None, None))
+        where = (torch.zeros(B, 1, dtype=torch.int64, device=DEVICE) for _ in range(2))
+        torch.library.opcheck(take_likeliest, (torch.randn(B, 300, device=DEVICE), *where))
         cache = torch.randn(B, 2, 8, 16, device=DEVICE)
         positions = torch.full((B, 1), 5, device=DEVICE)
         angles = torch.randn(B, 8, device=DEVICE)
@@ -293,6 +311,9 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
     for call in (
         lambda: norm_gemv(x, torch.ones(63, device=DEVICE), 1e-5, weight, limits, [48]),
         lambda: silu_gemv(torch.ones(2, 1, 64, device=DEVICE), weight, limits),
+        lambda: take_likeliest(torch.ones(2, 8, device=DEVICE), torch.zeros(2, 1, device=DEVICE), same_row.clone()),
+        lambda: take_likeliest(torch.ones(2, 8, device=DEVICE).t(), same_row.clone(), same_row.clone()),
+        lambda: take_likeliest(torch.ones(3, 8, device=DEVICE), same_row.clone(), same_row.clone()),
         lambda: reduce_partials(torch.ones(2, 1, 8, device=DEVICE), torch.float64, None, None),
         lambda: reduce_partials(torch.ones(2, 1, 8, device=DEVICE), torch.float32, torch.ones(7, device=DEVICE), None),
         lambda: rope_attention(
@@ -357,4 +378,4 @@ def test_every_kernel_compiles_for_hopper() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "of 7 kernels compiled" in done.stdout
+    assert "of 9 kernels compiled" in done.stdout
