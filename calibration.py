@@ -22,7 +22,7 @@ from tqdm import tqdm
 from errors import UserError
 from files import atomic_file
 from greedy import greedy_sparsities
-from model import Block, KVCache, Transformer
+from model import Block, Transformer
 from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, config_fields
 from teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from texts import split_text, text_hash, token_sequences
@@ -68,9 +68,8 @@ class BlockStages:
         self.device = weight.device
         positions = torch.arange(length, device=weight.device).expand(batch, length)
         cos, sin, masks = model.position_tensors(positions, length)
-        shape = (batch, model.config.num_kv_heads, length, model.config.head_dim)
-        k, v = (torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2))
-        self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, k, v)
+        cache = model.new_cache(batch, length, layers=1)
+        self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, cache.k[0], cache.v[0])
         c = model.config
         self.sizes = {"q": c.q_size * c.hidden_size, "k": c.kv_size * c.hidden_size, "v": c.kv_size * c.hidden_size}
         self.sizes |= {"o": c.q_size * c.hidden_size}
@@ -322,7 +321,7 @@ def measure_sparsity(model: Transformer, sequences: Tensor) -> list[dict[str, fl
     """Achieved sparsity [layer][projection] of a sparsified model over sequences [N, L], sparse on every token."""
     weight = model.embedding.weight
     length = sequences.shape[1]
-    cache = KVCache(model.config, 1, length, weight.device, weight.dtype)
+    cache = model.new_cache(1, length)
     positions = torch.arange(length, device=weight.device)[None]
     set_counting(model, True)
     try:

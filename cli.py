@@ -95,6 +95,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: the faster one")
 
 
+def add_kv_cache_argument(group: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """The option that chooses how keys and values are kept."""
+    choices = ("float", "int8")
+    group.add_argument("--kv-cache", choices=choices, default="float", help="int8: keys and values in 8 bits")
+
+
 def positive_int(text: str) -> int:
     """Argument type: a whole number of at least 1."""
     try:

@@ -40,11 +40,10 @@ class DecodeRows:
     def __init__(self, engine: Engine, count: int, context: int) -> None:
         self.model, self.device, self.use_graph = engine.model, engine.device, engine.use_graph
         self.context = context
-        config, like = engine.model.config, engine.model.embedding.weight
         self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.head_rows = 1 if self.device.type == "cpu" and not self._head_is_row_invariant(count) else count
-        self.cache = KVCache(config, count, min(LENGTH_STEP, context), self.device, like.dtype)
+        self.cache = self.model.new_cache(count, min(LENGTH_STEP, context))
 
     def _head_is_row_invariant(self, count: int) -> bool:
         """Whether the output head gives a row the same bits alone as beside others; fp32 products often do not."""

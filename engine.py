@@ -71,7 +71,7 @@ class Engine:
         self.cached_ids: list[int] = []
         limit = model.config.max_seq_len
         with torch.inference_mode():  # tensors made outside and inside it would each be compiled for
-            self._set_cache(KVCache(model.config, 1, min(CACHE_STEP, limit), self.device, self.dtype))
+            self._set_cache(model.new_cache(1, min(CACHE_STEP, limit)))
             self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
             self.position = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
             self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self.device)
@@ -90,18 +90,19 @@ class Engine:
         count_sparsity: bool = False,
         quant: str | None = None,
         quant_lm_head: bool = False,
+        kv_cache: str = "float",
     ) -> "Engine":
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
         sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
-        output head to 8 bits. compile None means: on CUDA only. count_sparsity measures achieved sparsity while
+        output head to 8 bits, kv_cache "int8" keys and values. compile None means: on CUDA only. count_sparsity measures achieved sparsity while
         generating. Raises UserError for anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
         start = time.perf_counter()
         sparse = sparsity > 0 or plan is not None
-        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head)
+        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache)
         load_s = time.perf_counter() - start
         chosen = choose_plan(loaded, sparsity, plan) if sparse else None
         engine = cls.from_loaded(loaded, chosen, compile, count_sparsity)

@@ -27,6 +27,7 @@ def build_parser() -> cli.Parser:
     """The command line of evaluate.py."""
     parser = cli.Parser("Measure perplexity, divergence from the dense model and greedy agreement, by sparsity.")
     cli.add_model_arguments(parser)
+    cli.add_kv_cache_argument(parser)
     grid = parser.add_argument_group("what to evaluate (the dense model always comes first)")
     grid.add_argument("--sparsity", type=cli.sparsities, default=(0.5,), help="sparsities, commas between")
     grid.add_argument("--method", type=_choices(METHODS), default=("uniform",), help=f"of {', '.join(METHODS)}")
@@ -91,7 +92,9 @@ def main() -> None:
     from texts import first_tokens, read_texts
 
     text = read_texts(args.text, args.field)
-    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, sparse=True)
+    loaded = load_for_decoding(
+        args.checkpoint, args.random_weights, args.device, args.dtype, True, kv_cache=args.kv_cache
+    )
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
     cases = build_cases(args, loaded)
     window = min(args.window, loaded.model.config.max_seq_len)

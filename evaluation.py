@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import UserError
-from model import KVCache, Transformer
+from model import Transformer
 from plan import SparsityPlan, keep_all_plan
 from teal_layers import achieved_sparsity, set_counting, sparse_prefill, sparsify
 
@@ -141,7 +141,7 @@ def add_shares(sums: list[dict[str, float]], shares: list[dict[str, float]], wei
 def window_logits(model: Transformer, ids: Tensor, first: int) -> Tensor:
     """fp32 logits [n, V] that predict the tokens ids[0, first:] of ids [1, L]."""
     weight = model.embedding.weight
-    cache = KVCache(model.config, 1, ids.shape[1], weight.device, weight.dtype)
+    cache = model.new_cache(1, ids.shape[1])
     positions = torch.arange(ids.shape[1], device=weight.device)[None]
     hidden = model.hidden_states(ids, positions, cache)
     return model.logits(hidden[0, first - 1 : -1]).float()
@@ -167,7 +167,7 @@ def decode_score(model: Transformer, tokens: Tensor) -> Score:
     The decode policy's batched figure on one window of T tokens is the same but for rounding.
     """
     weight = model.embedding.weight
-    cache = KVCache(model.config, 1, len(tokens), weight.device, weight.dtype)
+    cache = model.new_cache(1, len(tokens))
     score = Score()
     ids = tokens.to(weight.device)
     for i in tqdm(range(len(ids) - 1), desc="decoding", unit="token", leave=False, disable=None):
@@ -182,7 +182,7 @@ def continue_greedily(model: Transformer, prompts: Tensor, count: int) -> Tensor
     """The count most likely next tokens [B, count] after prompts [B, P]: dense prefill, then token by token."""
     weight = model.embedding.weight
     B, P = prompts.shape
-    cache = KVCache(model.config, B, P + count, weight.device, weight.dtype)
+    cache = model.new_cache(B, P + count)
     positions = torch.arange(P, device=weight.device).expand(B, P)
     hidden = model.hidden_states(prompts.to(weight.device), positions, cache)
     made = [model.logits(hidden[:, -1:]).argmax(-1)]

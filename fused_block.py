@@ -57,8 +57,9 @@ class FusedBlock(nn.Module):
         )
         heads = attention.config.num_heads
         shares = rope_attention(
-            qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads, self.window
-        )
+            qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads, self.window,
+            x.dtype,
+        )  # fmt: skip
         o = attention_gemv(*shares, wo.weight, wo.thresholds, wo.scales, wo.zeros)
         x = reduce_partials(o, x.dtype, wo.bias, x)
         hidden = norm_gemv(

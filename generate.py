@@ -56,6 +56,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
     how.add_argument("--quant", choices=("int8", "int4"), help="round the weights at load; quantize.py does it once")
     how.add_argument("--lm-head", choices=("none", "int8"), default="none", help="with --quant: round the head too")
+    cli.add_kv_cache_argument(how)
     how.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -85,6 +86,7 @@ def main() -> None:
         random_weights=args.random_weights,
         quant=args.quant,
         quant_lm_head=args.lm_head == "int8",
+        kv_cache=args.kv_cache,
         sparsity=args.sparsity,
         plan=args.plan,
         device=args.device,

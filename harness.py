@@ -8,7 +8,7 @@ from torch import Tensor
 
 from errors import UserError
 from evaluation import continue_greedily
-from model import KVCache, Transformer
+from model import Transformer
 from streaming import StopStrings
 from teal_layers import sparse_prefill
 from tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):
         ids = (context + continuation)[-(self.max_length + 1) :]
         weight = self.model.embedding.weight
         tokens = torch.tensor([ids[:-1]], device=weight.device)
-        cache = KVCache(self.model.config, 1, tokens.shape[1], weight.device, weight.dtype)
+        cache = self.model.new_cache(1, tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=weight.device)[None]
         with sparse_prefill(self.model, self.sparse_share):
             hidden = self.model.hidden_states(tokens, positions, cache)

@@ -6,6 +6,7 @@ from pathlib import Path
 from checkpoint import load_model, model_identity
 from errors import UserError
 from hardware import pick_device, pick_dtype
+from int8_cache import KV_CACHES, use_int8_cache
 from model import Transformer
 from presets import random_model
 from quantization import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
@@ -32,11 +33,12 @@ def load_for_decoding(
     sparse: bool,
     quant: str | None = None,
     quant_lm_head: bool = False,
+    kv_cache: str = "float",
 ) -> LoadedModel:
     """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
 
     sparse says whether the model will run sparse, which decides the faster dtype on a CPU; quant ("int8", "int4")
-    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits. Raises UserError.
+    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of int8_cache.KV_CACHES. Raises UserError.
     """
     loaded = _load(checkpoint, random_weights, device, dtype, sparse)
     if quant_lm_head and quant is None:
@@ -47,6 +49,10 @@ def load_for_decoding(
         scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head)
         use_quantized_linears(loaded.model, scheme, fill=True)
         loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "")
+    if kv_cache not in KV_CACHES:
+        raise UserError(f"--kv-cache {kv_cache}: unknown; expected one of {', '.join(KV_CACHES)}")
+    if kv_cache == "int8":
+        use_int8_cache(loaded.model)
     return loaded
 
 

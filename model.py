@@ -75,10 +75,22 @@ class ModelConfig:
 
 
 class KVCache:
-    """Static key/value cache: k and v are [num_layers, B, K, S, D], written in place at given positions."""
+    """Static key/value cache: k and v are [num_layers, B, K, S, D], written in place at given positions.
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+    layers is how many of config's it is for, by default all; width is what a head's vector takes, if not D values.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        layers: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        shape = (layers or config.num_layers, batch, config.num_kv_heads, length, width or config.head_dim)
         # zeros, not empty: masked positions still enter the product with weight 0, and 0 * NaN is NaN
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -188,14 +200,20 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).split((c.q_size, c.kv_size, c.kv_size), dim=-1)
         q = apply_rope(self.q_norm(q.view(B, T, K * G, D)), cos, sin)
         k = apply_rope(self.k_norm(k.view(B, T, K, D)), cos, sin)
-        rows = torch.arange(B, device=x.device)[:, None]
-        k_cache[rows, :, positions] = k  # k_cache [B, K, S, D], written at [B, T, K, D]
-        v_cache[rows, :, positions] = v.view(B, T, K, D)
         # The G query heads that share a key/value head become extra query rows: no copy of the cache.
         q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-        y = attend(q, k_cache, v_cache, mask)
+        y = self.attend_cached(q, k, v.view(B, T, K, D), mask, positions, k_cache, v_cache)
         y = y.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, K * G * D)
         return self.wo(y)
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """Put k, v [B, T, K, D] into the caches [B, K, S, D] at positions; attention of q [B, K, G*T, D] over them."""
+        rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        k_cache[rows, :, positions] = k
+        v_cache[rows, :, positions] = v
+        return attend(q, k_cache, v_cache, mask)
 
 
 class FeedForward(nn.Module):
@@ -247,6 +265,11 @@ class Transformer(nn.Module):
     def blocks(self) -> list[Block]:
         """self.layers by their type."""
         return cast(list[Block], list(self.layers))
+
+    def new_cache(self, batch: int, length: int, layers: int | None = None) -> KVCache:
+        """An empty cache for all or so many layers, beside the weights and of their dtype."""
+        weight = self.embedding.weight
+        return KVCache(self.config, batch, length, weight.device, weight.dtype, layers)
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """Logits [B, T, V] of tokens at positions (both int64 [B, T]); writes keys and values into kv_cache."""

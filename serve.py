@@ -82,8 +82,9 @@ def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, Sparsity
     from loading import load_for_decoding
 
     loaded = load_for_decoding(
-        args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant, args.lm_head == "int8"
-    )
+        args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant, args.lm_head == "int8",
+        args.kv_cache,
+    )  # fmt: skip
     plans = {target: choose_plan(loaded, target, None) for target in {0.0, *args.sparsities}}
     own = choose_plan(loaded, args.sparsity, args.plan)
     return Engine.from_loaded(loaded, own, args.compile), plans | {own.target: own}

@@ -109,6 +109,7 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     runners: dict[str, EngineRunner] = {}
     if 0.0 in args.sparsities and args.quant is None:
         options: dict[str, Any] = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
+        options["kv_cache"] = args.kv_cache
         runners["dense"] = EngineRunner(Engine.load(args.checkpoint, **options, compile=args.compile), None)
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse and args.quant is None:
@@ -116,7 +117,7 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     start = time.perf_counter()
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant,
-        args.lm_head == "int8",
+        args.lm_head == "int8", args.kv_cache,
     )  # fmt: skip
     load_s = time.perf_counter() - start
     plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}

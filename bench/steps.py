@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine import Engine
-from model import KVCache, Transformer
+from model import Transformer
 from params import SamplingParams
 from plan import Histogram, ProjectionPlan, SparsityPlan
 from sampling import take_likeliest
@@ -108,9 +108,10 @@ def fitted_plan(
 def batched_step_s(model: Transformer, batch: int, context: int) -> float:
     """Seconds of one greedy step of batch rows after context tokens each, captured in a CUDA graph."""
     weight = model.embedding.weight
-    cache = KVCache(model.config, batch, context + 8, weight.device, weight.dtype)
-    cache.k.normal_()
-    cache.v.normal_()
+    cache = model.new_cache(batch, context + 8)
+    for tensor in (cache.k, cache.v):
+        if tensor.is_floating_point():
+            tensor.normal_()
     tokens = torch.randint(0, model.config.vocab_size, (batch, 1), device=weight.device)
     positions = torch.full((batch, 1), context, device=weight.device)
 

@@ -5,7 +5,7 @@ heads and rotates them itself, which costs less than a kernel that does it once.
 head makes the new token's key and value, puts them into the cache and is a share of its own, so that the others wait
 for nothing but the partials. A program leaves its sum, unnormalised, with the maximum and the sum of its weights; the
 o projection (attention_gemv.py) combines them. Positions beyond a row's own are never read, so a large cache costs
-nothing.
+nothing. A cache may be in 8 bits (kv_int8.py).
 """
 
 import math
@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gather import INTERPRETED, let_next_start, rounded, wait_for_previous
-from kernels.launch import launch_options
+from kernels.kv_int8 import ALIGNMENT, LARGEST, packed_width
+from kernels.launch import TRITON_DTYPES, launch_options
 
 BLOCK_POSITIONS = 64
+INT8_LARGEST = tl.constexpr(float(LARGEST))
 MAX_SHARES = 16  # 8 key/value heads x 16 shares are 128 programs, one for each multiprocessor of an H100
 PROGRAMS = 256
 
@@ -59,10 +61,36 @@ def normed_and_rotated(
 
 
 @triton.jit
+def nearest_integer(x):
+    """fp32 x rounded to an integer, ties to even, for |x| below 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def store_vector(p, x, y, HALF: tl.constexpr, BLOCK_H: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr):
+    """Put both halves [1, BLOCK_H] of a key or value into the cache at p; returns what the cache gives back."""
+    d = tl.arange(0, BLOCK_H)[None, :]
+    if SCALE_AT > 0:
+        bad = tl.max(tl.where((x * 0 != 0) | (y * 0 != 0), 1, 0)) > 0  # an Inf or NaN: all becomes NaN
+        scale = tl.max(tl.maximum(tl.abs(x), tl.abs(y))) / INT8_LARGEST
+        divisor = tl.where(bad | (scale == 0), 1.0, scale)
+        x, y = nearest_integer(tl.where(bad, 0.0, x / divisor)), nearest_integer(tl.where(bad, 0.0, y / divisor))
+        tl.store(p + d, x.to(tl.int8), mask=d < HALF)
+        tl.store(p + HALF + d, y.to(tl.int8), mask=d < HALF)
+        scale = tl.where(bad, float("nan"), scale)
+        tl.store((p + SCALE_AT).to(tl.pointer_type(tl.float32)), scale)
+        x, y = rounded(x * scale, DTYPE), rounded(y * scale, DTYPE)
+    else:
+        tl.store(p + d, x, mask=d < HALF)
+        tl.store(p + HALF + d, y, mask=d < HALF)
+    return x, y
+
+
+@triton.jit
 def new_token(
     a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum, scale, at, i_row, i_kv, B, N,
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write the new key and value [at] and the share of their position; returns its scores [HEADS]."""
     d = tl.arange(0, BLOCK_H)[None, :]
@@ -77,10 +105,8 @@ def new_token(
     k_y = tl.sum(tl.where(is_key, k_y, 0.0), axis=0)[None, :]
     x = tl.sum(tl.where(is_key, 0.0, x), axis=0)[None, :]
     y = tl.sum(tl.where(is_key, 0.0, y), axis=0)[None, :]
-    tl.store(p_k + at + d, k_x, mask=d < HALF)
-    tl.store(p_k + at + HALF + d, k_y, mask=d < HALF)
-    tl.store(p_v + at + d, x, mask=d < HALF)
-    tl.store(p_v + at + HALF + d, y, mask=d < HALF)
+    k_x, k_y = store_vector(p_k + at, k_x, k_y, HALF, BLOCK_H, SCALE_AT, DTYPE)
+    x, y = store_vector(p_v + at, x, y, HALF, BLOCK_H, SCALE_AT, DTYPE)
     inside = (g < G)[:, None] & (d < HALF)
     tl.store(p_sum, tl.broadcast_to(x, [HEADS, BLOCK_H]), mask=inside)
     tl.store(p_sum + HALF, tl.broadcast_to(y, [HEADS, BLOCK_H]), mask=inside)
@@ -98,13 +124,23 @@ def product(x, y, out, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_positions(p, i, end, stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Both halves [BLOCK_P, BLOCK_H] of the cache rows from position i on; zeros from end on."""
+def load_positions(
+    p, i, end, stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, SCALE_AT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Both halves [BLOCK_P, BLOCK_H] of the cache rows from position i on, in DTYPE; zeros from end on."""
     position = i + tl.arange(0, BLOCK_P)
     d = tl.arange(0, BLOCK_H)[None, :]
     offsets = position[:, None].to(tl.int64) * stride + d
     inside = (position < end)[:, None] & (d < HALF)
-    return tl.load(p + offsets, mask=inside, other=0.0), tl.load(p + offsets + HALF, mask=inside, other=0.0)
+    low = tl.load(p + offsets, mask=inside, other=0)
+    high = tl.load(p + offsets + HALF, mask=inside, other=0)
+    if SCALE_AT > 0:
+        p_scale = (p + position.to(tl.int64) * stride + SCALE_AT).to(tl.pointer_type(tl.float32))
+        scale = tl.load(p_scale, mask=position < end, other=0.0)[:, None]
+        low = rounded(low.to(tl.float32) * scale, DTYPE).to(DTYPE)
+        high = rounded(high.to(tl.float32) * scale, DTYPE).to(DTYPE)
+    return low, high
 
 
 @triton.jit
@@ -116,7 +152,8 @@ def repeated(x, ROWS: tl.constexpr):
 @triton.jit
 def attend(
     a, b, k_low, k_high, v_low, v_high, p_k, p_v, stride, begin, end, scale,
-    HALF: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, DTYPE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, SCALE_AT: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Attention of queries [BLOCK_G, 2 x BLOCK_H] over cache rows begin to end, whose first block is loaded already.
 
@@ -137,8 +174,8 @@ def attend(
         low = product(probs, v_low, low * kept[:, None], DTYPE)
         high = product(probs, v_high, high * kept[:, None], DTYPE)
         largest = highest
-        k_low, k_high = load_positions(p_k, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P)
-        v_low, v_high = load_positions(p_v, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P)
+        k_low, k_high = load_positions(p_k, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
+        v_low, v_high = load_positions(p_v, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
     return low, high, largest, weight
 
 
@@ -148,10 +185,9 @@ def rope_attention_kernel(
     stride_b, stride_h, stride_s, B,
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, SHARES: tl.constexpr,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i_row, i_kv, i_share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    dtype = p_k.dtype.element_ty
     N: tl.constexpr = (KV * G + 2 * KV) * 2 * HALF
     earlier = tl.load(p_position + i_row).to(tl.int32)  # positions before the new one
     first = tl.maximum(earlier + 1 - WINDOW, 0) if WINDOW > 0 else 0
@@ -169,29 +205,29 @@ def rope_attention_kernel(
     p_weight += slot
     cos = tl.load(p_cos + i_row * HALF + d, mask=d < HALF, other=0.0)
     sin = tl.load(p_sin + i_row * HALF + d, mask=d < HALF, other=0.0)
-    k_low, k_high = load_positions(p_k, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P)
-    v_low, v_high = load_positions(p_v, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P)
+    k_low, k_high = load_positions(p_k, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
+    v_low, v_high = load_positions(p_v, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
     wait_for_previous(PDL)
     let_next_start(PDL)
     a = tl.zeros([HEADS, BLOCK_H], tl.float32)
     b = tl.zeros([HEADS, BLOCK_H], tl.float32)
     if (begin < end) | (i_share == 0):
         a, b = summed_heads(
-            p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS, BLOCK_H, HEADS, HAS_BIAS, dtype
+            p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS, BLOCK_H, HEADS, HAS_BIAS, DTYPE
         )
-        a, b = normed_and_rotated(a, b, p_q_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, dtype)
+        a, b = normed_and_rotated(a, b, p_q_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, DTYPE)
     if i_share == 0:
         scores = new_token(
             a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum + g[:, None] * SHARES * 2 * HALF + d,
             scale, earlier.to(tl.int64) * stride_s, i_row, i_kv, B, N,
-            KV, G, HALF, SPLITS, HEADS, BLOCK_H, HAS_BIAS, HAS_NORM, dtype,
+            KV, G, HALF, SPLITS, HEADS, BLOCK_H, HAS_BIAS, HAS_NORM, SCALE_AT, DTYPE,
         )  # fmt: skip
         tl.store(p_max + g * SHARES, scores, mask=g < G)
         tl.store(p_weight + g * SHARES, tl.full([HEADS], 1.0, tl.float32), mask=g < G)
     else:
         low, high, largest, weight = attend(
             repeated(a, BLOCK_G), repeated(b, BLOCK_G), k_low, k_high, v_low, v_high, p_k, p_v, stride_s, begin, end, scale,
-            HALF, BLOCK_G, BLOCK_H, BLOCK_P, dtype,
+            HALF, BLOCK_G, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE,
         )  # fmt: skip
         p_row = p_sum + row[:, None] * SHARES * 2 * HALF + d
         inside = (row < G)[:, None] & (d < HALF)
@@ -210,20 +246,22 @@ def shares_for(B: int, KV: int) -> int:
 def rope_attention(
     partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, window: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Shares of softmax(q k^T / sqrt(D)) v over positions 0 to positions[b], or the last window of them if window > 0.
 
     q, k and v come from partial sums fp32 [splits, B, (H + 2 KV) D]; k and v go into the caches at positions. bias
     [(H + 2 KV) D]; q_norm and k_norm [D], RMSNorm weights of each head (Qwen3); cos and sin fp32 with B * D/2 values;
-    positions int64 with B values, below S; k_cache and v_cache [B, KV, S, D] of one dtype and layout. All rounding is
-    that of the unfused layers. Returns fp32 sums [B, H, shares, D], maxima [B, H, shares] and weights [B, H, shares]:
+    positions int64 with B values, below S; k_cache and v_cache [B, KV, S, D] of dtype, which bias and norms have too, or
+    int8 [B, KV, S, packed_width(D)] (kv_int8.py), of one layout. All rounding is that of the unfused layers. Returns fp32 sums [B, H, shares, D], maxima [B, H, shares] and weights [B, H, shares]:
     the result is the sum over shares of exp(max - max_all) sum, over that of exp(max - max_all) weight. A share without
     positions has max -inf. cos, sin, positions and the caches must be older than the stream's last kernel (see
     gather.wait_for_previous). Raises ValueError on a mismatch.
     """
-    _check(partials, bias, q_norm, k_norm, cos, sin, positions, k_cache, v_cache, heads)
-    splits, B, _ = partials.shape
-    KV, D = k_cache.shape[1], k_cache.shape[3]
+    _check(partials, bias, q_norm, k_norm, cos, sin, positions, k_cache, v_cache, heads, dtype)
+    splits, B, N = partials.shape
+    KV = k_cache.shape[1]
+    D = N // (heads + 2 * KV)
     sums, largest, weights = _outputs(partials, k_cache, heads)
     shares = sums.shape[2]
     head_block = triton.next_power_of_2(heads // KV)
@@ -232,7 +270,8 @@ def rope_attention(
         1 / math.sqrt(D), *k_cache.stride()[:3], B,
         KV=KV, G=heads // KV, HALF=D // 2, SPLITS=splits, SHARES=shares, WINDOW=window, HEADS=head_block,
         BLOCK_G=max(16, head_block), BLOCK_H=max(16, triton.next_power_of_2(D // 2)), BLOCK_P=BLOCK_POSITIONS,
-        HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, **launch_options(k_cache.device, num_warps=4),
+        HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, DTYPE=TRITON_DTYPES[dtype],
+        SCALE_AT=packed_width(D) - ALIGNMENT if k_cache.dtype == torch.int8 else 0, **launch_options(k_cache.device, num_warps=4),
     )  # fmt: skip
     return sums, largest, weights
 
@@ -241,13 +280,15 @@ def rope_attention(
 def _(
     partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, window: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _outputs(partials, k_cache, heads)
 
 
 def _outputs(partials: Tensor, k_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    _, B, _ = partials.shape
-    _, KV, _, D = k_cache.shape
+    _, B, N = partials.shape
+    KV = k_cache.shape[1]
+    D = N // (heads + 2 * KV)
     shares = shares_for(B, KV)
     sums = torch.empty(B, heads, shares, D, dtype=torch.float32, device=k_cache.device)
     largest, weights = (torch.empty(B, heads, shares, dtype=torch.float32, device=k_cache.device) for _ in range(2))
@@ -256,10 +297,15 @@ def _outputs(partials: Tensor, k_cache: Tensor, heads: int) -> tuple[Tensor, Ten
 
 def _check(
     partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor,
-    positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int,
+    positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    B, KV, _, D = k_cache.shape
+    B, KV, _, width = k_cache.shape
+    D = partials.shape[-1] // (heads + 2 * KV)
     N = (heads + 2 * KV) * D
+    if (k_cache.dtype, width) not in ((dtype, D), (torch.int8, packed_width(D))):
+        raise ValueError(
+            f"k_cache is {k_cache.dtype} {tuple(k_cache.shape)}: expected {dtype} [..., {D}] or packed int8"
+        )
     if heads % KV:
         raise ValueError(f"{heads} heads and k_cache {tuple(k_cache.shape)}: expected a multiple of {KV} heads")
     if partials.dtype != torch.float32 or partials.shape[1:] != (B, N) or not partials.is_contiguous():
@@ -273,8 +319,8 @@ def _check(
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm: expected both or none")
     for name, tensor, count in (("bias", bias, N), ("q_norm", q_norm, D), ("k_norm", k_norm, D)):
-        if tensor is not None and (tensor.numel() != count or tensor.dtype != k_cache.dtype):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {k_cache.dtype} [{count}]")
+        if tensor is not None and (tensor.numel() != count or tensor.dtype != dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype} [{count}]")
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tensor.dtype != torch.float32 or tensor.numel() != B * D // 2 or not tensor.is_contiguous():
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected fp32, {B} x {D // 2}")

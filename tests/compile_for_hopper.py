@@ -56,6 +56,7 @@ def main() -> None:
     launch.launch_options = lambda device, num_warps: {"PDL": True, "num_warps": num_warps}
     from kernels.attention_gemv import attention_gemv
     from kernels.dequantize import launch as floats
+    from kernels.kv_int8 import packed_width
     from kernels.norm_gemv import norm_gemv
     from kernels.reduce_partials import reduce_partials
     from kernels.rope_attention import rope_attention
@@ -74,7 +75,9 @@ def main() -> None:
             k, v = (torch.zeros(B, KV, 64, D, dtype=dtype) for _ in range(2))
             head = torch.zeros(D, dtype=dtype)
             bias = torch.zeros(sum(sizes), dtype=dtype)
-            shares = rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 16)
+            shares = rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 16, dtype)
+            k, v = (torch.zeros(B, KV, 64, packed_width(D), dtype=torch.int8) for _ in range(2))
+            rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 0, dtype)
             o = attention_gemv(*shares, torch.zeros(H * D, C, dtype=dtype), t1)
             x = reduce_partials(o, dtype, norm, x)
             gate_up = norm_gemv(x, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])

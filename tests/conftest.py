@@ -140,6 +140,16 @@ def train_sentencepiece(text: str, **options: Any) -> bytes:
 
 
 @pytest.fixture(scope="session")
+def quantizable_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
+    """A checkpoint whose widths are multiples of 32, with q, k and v biases."""
+    folder = tmp_path_factory.mktemp("quantizable")
+    config = tiny_config("qwen2", **QUANTIZABLE, vocab_size=320, max_position_embeddings=400, tie_word_embeddings=True)
+    save_tiny_model(config, folder)
+    (folder / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
     """A complete checkpoint folder: tiny Llama, tokenizer, chat template."""
     folder = tmp_path_factory.mktemp("tiny")

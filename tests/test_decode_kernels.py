@@ -19,6 +19,7 @@ from kernels import silu_gemv as silu_gemv_file
 from kernels import sparse_gemv as sparse_gemv_file
 from kernels import tuning
 from kernels.attention_gemv import attention_gemv
+from kernels.kv_int8 import pack_int8, packed_width, unpack_int8
 from kernels.norm_gemv import norm_gemv
 from kernels.packing import Weight
 from kernels.reduce_partials import reduce_partials
@@ -223,7 +224,7 @@ def test_rope_attention(
     cosine, sine = angles.cos(), angles.sin()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()  # what the kernel reads early must be older than the kernel before it
-    shares = rope_attention(parts, b, *norms, 1e-6, cosine, sine, positions, k[1], v[1], H, window)
+    shares = rope_attention(parts, b, *norms, 1e-6, cosine, sine, positions, k[1], v[1], H, window, dtype)
     linear = (parts.double().sum(0) + (0 if b is None else b.double())).to(dtype)
     heads = [part.view(B, -1, D) for part in linear.split((H * D, KV * D, KV * D), dim=1)]
     if norm:
@@ -239,6 +240,52 @@ def test_rope_attention(
         assert cache[1].isnan().all(-1).equal(beyond[:, None].expand(B, KV, S)), f"{name} was written elsewhere"
     output = attention_reference(q, k[1].nan_to_num(0), v[1].nan_to_num(0), positions, window)
     assert relative_error(combined(shares), output) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B,H,KV,D,window", [(1, 4, 2, 16, 0), (3, 6, 2, 12, 5), (2, 8, 1, 64, 70)])
+def test_rope_attention_over_a_cache_in_8_bits(
+    B: int, H: int, KV: int, D: int, window: int, dtype: torch.dtype
+) -> None:
+    """The new vectors are packed as pack_int8 packs them, and attention is that over what the cache gives back."""
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(3, B, (H + 2 * KV) * D, generator=generator).to(DEVICE)
+    parts[:, -1, -D:] = 0.0  # a value of zeros
+    angles = torch.randn(B, 1, 1, D // 2, generator=generator).to(DEVICE)
+    positions = torch.tensor([[100], [0], [37]][:B], device=DEVICE)
+    k, v = (torch.randn(B, KV, 140, D, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    for row, position in enumerate(positions[:, 0].tolist()):
+        k[row, :, position:] = v[row, :, position:] = math.nan
+    packed = [pack_int8(k), pack_int8(v)]
+    before = [t.clone() for t in packed]
+    cosine, sine = angles.cos(), angles.sin()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    shares = rope_attention(parts, None, None, None, 1e-6, cosine, sine, positions, *packed, H, window, dtype)
+    heads = [part.view(B, -1, D) for part in parts.double().sum(0).to(dtype).split((H * D, KV * D, KV * D), dim=1)]
+    q, key = (rope_reference(heads[i], angles.cos().view(B, -1), angles.sin().view(B, -1)) for i in (0, 1))
+    rows = torch.arange(B, device=DEVICE)
+    caches = [unpack_int8(t, D, dtype) for t in packed]
+    for cache, value, new, old in zip(caches, (key, heads[2]), packed, before, strict=True):
+        wanted = unpack_int8(pack_int8(value.to(dtype)), D, torch.float64)
+        assert relative_error(cache[rows, :, positions[:, 0]], wanted) <= 5e-3  # a byte may be rounded the other way
+        changed = (new != old).any(-1).any(1)
+        assert changed.nonzero().tolist() == [[row, int(p)] for row, p in enumerate(positions)]
+    finite_k, finite_v = (cache.nan_to_num(0) for cache in caches)
+    output = attention_reference(q, finite_k, finite_v, positions, window)
+    assert relative_error(combined(shares), output) <= (6e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_a_nan_shows_in_a_cache_in_8_bits() -> None:
+    for bad in (math.nan, math.inf):
+        parts, angles = torch.ones(1, 1, 4 * 16, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
+        parts[0, 0, -1] = bad
+        assert unpack_int8(pack_int8(parts[0]), 64, torch.float32).isnan().all()
+        k, v = (torch.zeros(1, 1, 8, packed_width(16), dtype=torch.int8, device=DEVICE) for _ in range(2))
+        positions = torch.full((1, 1), 3, device=DEVICE)
+        rope_attention(parts, None, None, None, 1e-6, angles, angles, positions, k, v, 2, 0, torch.float32)
+        assert unpack_int8(v, 16, torch.float32)[0, 0, 3].isnan().all()
+        assert unpack_int8(k, 16, torch.float32).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -282,7 +329,21 @@ def test_opcheck() -> None:
         positions = torch.full((B, 1), 5, device=DEVICE)
         angles = torch.randn(B, 8, device=DEVICE)
         parts = torch.randn(2, B, 8 * 16, device=DEVICE)
-        rope = (parts, None, None, None, 1e-5, angles.cos(), angles.sin(), positions, cache, cache.clone(), 4, 0)
+        rope = (
+            parts,
+            None,
+            None,
+            None,
+            1e-5,
+            angles.cos(),
+            angles.sin(),
+            positions,
+            cache,
+            cache.clone(),
+            4,
+            0,
+            parts.dtype,
+        )
         torch.library.opcheck(rope_attention, rope)
         torch.library.opcheck(attention_gemv, (*rope_attention(*rope), weight, thresholds[:1]))
 
@@ -307,7 +368,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
     same_row = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE).expand(2, 1)
     parts = torch.ones(2, 2, 8 * 16, device=DEVICE)
     with pytest.raises(ValueError, match="2 contiguous int64"):
-        rope_attention(parts, None, None, None, 1e-5, one, one, same_row, cache, cache.clone(), 4, 0)
+        rope_attention(parts, None, None, None, 1e-5, one, one, same_row, cache, cache.clone(), 4, 0, one.dtype)
     for call in (
         lambda: norm_gemv(x, torch.ones(63, device=DEVICE), 1e-5, weight, limits, [48]),
         lambda: silu_gemv(torch.ones(2, 1, 64, device=DEVICE), weight, limits),
@@ -319,7 +380,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         lambda: rope_attention(
             torch.ones(2, 1, 7 * 16, device=DEVICE), None, None, None, 1e-5, *(torch.ones(1, 8, device=DEVICE),) * 2,
             torch.zeros(1, 1, dtype=torch.int64, device=DEVICE),
-            *(torch.ones(1, 2, 4, 16, device=DEVICE) for _ in range(2)), 3, 0,
+            *(torch.ones(1, 2, 4, 16, device=DEVICE) for _ in range(2)), 3, 0, torch.float32,
         ),
     ):  # fmt: skip
         with pytest.raises(ValueError):

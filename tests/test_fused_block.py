@@ -10,7 +10,8 @@ from torch import Tensor
 from checkpoint import load_model
 from engine import Engine
 from fused_block import FusedBlock, fuse_blocks
-from model import KVCache, Transformer
+from int8_cache import use_int8_cache
+from model import Transformer
 from params import SamplingParams
 from plan import PROJECTIONS, ProjectionPlan, SparsityPlan
 from teal_layers import set_counting, sparsify
@@ -37,9 +38,8 @@ def sparse_model(folder: Path, dtype: torch.dtype, scale: float = 1.0) -> Transf
 @torch.inference_mode()
 def decode_logits(model: Transformer, batch: int, steps: int = STEPS) -> Tensor:
     """Logits [steps, B, V] of steps after a prompt; rows are at different positions."""
-    dtype = model.embedding.weight.dtype
     length = PROMPT + STEPS + batch
-    cache = KVCache(model.config, batch, length, DEVICE, dtype)
+    cache = model.new_cache(batch, length)
     ids = torch.arange(batch * length, device=DEVICE).view(batch, length) * 7 % 190 + 5
     offsets = torch.arange(batch, device=DEVICE)[:, None]
     positions = torch.arange(PROMPT, device=DEVICE)[None] + offsets
@@ -63,6 +63,20 @@ def test_logits_equal_the_unfused_layers(name: str, batch: int, tmp_path: Path) 
     assert all(isinstance(block, FusedBlock) for block in model.layers)
     assert relative_error(decode_logits(model, batch), expected) <= 2e-6
     assert relative_error(decode_logits(sparse_model(tmp_path, torch.float32, 0.0), batch), expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "qwen3-head-norms"])
+def test_a_cache_in_8_bits(name: str, tmp_path: Path) -> None:
+    family, overrides = FAMILIES[name]
+    save_tiny_model(tiny_config(family, num_hidden_layers=2, **overrides), tmp_path)
+    exact = decode_logits(sparse_model(tmp_path, torch.float32), 3)
+    models = [sparse_model(tmp_path, torch.float32) for _ in range(2)]
+    for model in models:
+        use_int8_cache(model)
+    expected = decode_logits(models[0], 3)
+    fuse_blocks(models[1])
+    assert relative_error(decode_logits(models[1], 3), expected) <= 1e-3  # a byte may be rounded the other way
+    assert relative_error(expected, exact) > 2e-3
 
 
 def test_default_models_logits(default_folder: Path) -> None:

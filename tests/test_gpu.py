@@ -57,9 +57,9 @@ def test_decode_attention_is_as_accurate_as_its_dtype(rows: int, length: int) ->
     assert relative_error(attend(q, k, v, mask), expected) <= 1.5 * relative_error(fused, expected)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_graph_equals_eager(tiny_folder: Path, sparsity: float) -> None:
-    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "sparsity": sparsity}
+@pytest.mark.parametrize("sparsity,kv_cache", [(0.0, "float"), (0.5, "float"), (0.0, "int8"), (0.5, "int8")])
+def test_graph_equals_eager(tiny_folder: Path, sparsity: float, kv_cache: str) -> None:
+    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "sparsity": sparsity, "kv_cache": kv_cache}
     eager = Engine.load(str(tiny_folder), **options, compile=False)
     graph = Engine.load(str(tiny_folder), **options, compile=True)
     assert graph.use_graph and not eager.use_graph

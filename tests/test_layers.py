@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "files", "params", "model", "plan"},
     {"cli", "kernels"},
-    {"awq_gptq", "quantization", "teal_layers", "fused_block", "hardware", "compilation", "sampling"},
+    {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
     {"texts", "greedy", "calibration", "evaluation", "gptq", "harness", "teal_import", "plots"},
     {"engine"},

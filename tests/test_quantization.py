@@ -27,13 +27,10 @@ from kernels.sparse_linear import sparse_linear
 from model import KVCache, Transformer
 from quantization import QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest
 from tests.conftest import (
-    QUANTIZABLE,
     ROOT,
     assert_one_line_error,
     file_size_limit,
     relative_error,
-    save_tiny_model,
-    tiny_config,
 )
 
 Command = Callable[..., tuple[int, str, str]]
@@ -41,13 +38,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
-    """A checkpoint whose widths are multiples of 32, with q, k and v biases."""
-    folder = tmp_path_factory.mktemp("quantizable")
-    config = tiny_config("qwen2", **QUANTIZABLE, vocab_size=320, max_position_embeddings=400, tie_word_embeddings=True)
-    save_tiny_model(config, folder)
-    (folder / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
-    return folder
+def folder(quantizable_folder: Path) -> Path:
+    return quantizable_folder
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -1,0 +1,36 @@
+"""Layout of a KV cache in 8 bits: each head's vector as D signed bytes, then its scale.
+
+A row is D bytes rounded up to a multiple of 16, a fp32 scale, and 12 bytes that keep the next row aligned. Symmetric,
+a scale for each token and head: a key or value is its byte times the scale, the largest entry's byte 127.
+"""
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16
+LARGEST = 127
+
+
+def packed_width(D: int) -> int:
+    """Bytes of a vector of D entries."""
+    return -(-D // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+
+
+def pack_int8(x: Tensor) -> Tensor:
+    """x [..., D] -> int8 [..., packed_width(D)]. A vector with an Inf or NaN becomes NaN."""
+    x32 = x.float()
+    scale = x32.abs().amax(-1, keepdim=True) / LARGEST
+    values = (x32 / scale).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)  # 0 / 0 where all is zero
+    D, width = x.shape[-1], packed_width(x.shape[-1])
+    packed = values.new_zeros(*x.shape[:-1], width)
+    packed[..., :D] = values
+    start = width - ALIGNMENT
+    packed[..., start : start + 4] = torch.where(scale.isinf(), torch.nan, scale).view(torch.int8)
+    return packed
+
+
+def unpack_int8(packed: Tensor, D: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of pack_int8, rounded to dtype: [..., D]."""
+    start = packed.shape[-1] - ALIGNMENT
+    scale = packed[..., start : start + 4].contiguous().view(torch.float32)
+    return (packed[..., :D].float() * scale).to(dtype)
