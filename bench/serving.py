@@ -15,7 +15,6 @@ from bench.load import scrape
 from errors import UserError
 
 SETTLE_S = 0.5  # after the last stream began: a grown cache has its steps captured anew
-WINDOW_S = 1.5
 
 
 def build_parser() -> cli.Parser:
@@ -26,36 +25,40 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--clients", type=cli.positive_ints, default=(1, 4, 8), help="at once, commas between")
     parser.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="of those the server has loaded")
     parser.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens of each client")
-    parser.add_argument("--max-tokens", type=cli.positive_int, default=1536, help="must outlast two seconds")
+    parser.add_argument("--seconds", type=float, default=1.5, help="the window's length")
+    parser.add_argument("--max-tokens", type=cli.positive_int, default=1536, help="must outlast the window")
     return parser
 
 
 async def window(args: argparse.Namespace, client: Any, model: str, clients: int, sparsity: float) -> dict[str, Any]:
     """tokens_per_s by the server's counter and chunks_per_s by the clients, who are told to leave at the end."""
-    began, chunks, ended = asyncio.Semaphore(0), [0] * clients, [False] * clients
+    began, chunks = [asyncio.Event() for _ in range(clients)], [0] * clients
 
     async def read(i: int) -> None:
         extra = {"sparsity": sparsity, "ignore_eos": True}
-        prompt = [1000 + (i * 7919 + j) % 1000 for j in range(args.context)]
+        prompt = [5 + (i * 31 + j) % 200 for j in range(args.context)]
         common: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": args.max_tokens, "stream": True}
         async for _ in await client.completions.create(prompt=prompt, extra_body=extra, **common):
-            if not chunks[i]:
-                began.release()
+            began[i].set()
             chunks[i] += 1
-        ended[i] = True
+        raise UserError(f"--max-tokens {args.max_tokens}: a stream ended within the window; expected more tokens")
 
-    readers = [asyncio.create_task(read(i)) for i in range(clients)]
-    for _ in range(clients):
-        await began.acquire()
-    await asyncio.sleep(SETTLE_S)
-    start, tokens, received = time.perf_counter(), _generated(args), sum(chunks)
-    await asyncio.sleep(WINDOW_S)
-    seconds, tokens, received = time.perf_counter() - start, _generated(args) - tokens, sum(chunks) - received
-    if any(ended):
-        raise UserError(f"--max-tokens {args.max_tokens}: a stream ended within {WINDOW_S} s; expected more tokens")
-    for reader in readers:
-        reader.cancel()
-    await asyncio.gather(*readers, return_exceptions=True)
+    async def count() -> tuple[float, float, float]:
+        await asyncio.gather(*(event.wait() for event in began))
+        await asyncio.sleep(min(SETTLE_S, args.seconds / 3))
+        start, tokens, received = time.perf_counter(), _generated(args), sum(chunks)
+        await asyncio.sleep(args.seconds)
+        return time.perf_counter() - start, _generated(args) - tokens, sum(chunks) - received
+
+    readers, counted = [asyncio.create_task(read(i)) for i in range(clients)], asyncio.create_task(count())
+    done, _ = await asyncio.wait((*readers, counted), return_when=asyncio.FIRST_COMPLETED)
+    for task in (*readers, counted):
+        if task not in done:
+            task.cancel()
+    await asyncio.gather(*readers, counted, return_exceptions=True)
+    for task in done - {counted}:
+        task.result()  # raises what ended a stream early
+    seconds, tokens, received = counted.result()
     figures = {"tokens_per_s": tokens / seconds, "chunks_per_s": received / seconds}
     return {"clients": clients, "sparsity": sparsity} | figures
 
@@ -66,16 +69,21 @@ def _generated(args: argparse.Namespace) -> float:
 
 async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A window for each number of clients and sparsity."""
-    from openai import AsyncOpenAI
+    from openai import APIError, AsyncOpenAI
 
     async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
-        return [await window(args, client, model, n, s) for s in args.sparsities for n in args.clients]
+        try:
+            return [await window(args, client, model, n, s) for s in args.sparsities for n in args.clients]
+        except APIError as error:
+            raise UserError(f"--url {args.url}: {error}") from None
 
 
 def main() -> None:
     """Measure and print; the last line is JSON."""
     args = build_parser().parse_args()
+    if not 0 < args.seconds < 60:
+        raise UserError(f"--seconds {args.seconds} is out of range; expected 0 < seconds < 60")
     try:
         scrape(args.url, args.api_key)
     except OSError as error:

@@ -25,12 +25,22 @@ def pack_int8(x: Tensor) -> Tensor:
     packed = values.new_zeros(*x.shape[:-1], width)
     packed[..., :D] = values
     start = width - ALIGNMENT
-    packed[..., start : start + 4] = torch.where(scale.isinf(), torch.nan, scale).view(torch.int8)
+    packed[..., start : start + 4] = _bytes(torch.where(scale.isinf(), torch.nan, scale))
     return packed
 
 
 def unpack_int8(packed: Tensor, D: int, dtype: torch.dtype) -> Tensor:
     """The inverse of pack_int8, rounded to dtype: [..., D]."""
     start = packed.shape[-1] - ALIGNMENT
-    scale = packed[..., start : start + 4].contiguous().view(torch.float32)
+    parts = (packed[..., start : start + 4].to(torch.int32) & 255) << _shifts(packed.device)
+    scale = parts.sum(-1, keepdim=True, dtype=torch.int32).view(torch.float32)
     return (packed[..., :D].float() * scale).to(dtype)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The bytes of fp32 x [..., 1], lowest first: int8 [..., 4]. Inductor cannot view one dtype as a narrower one."""
+    return (x.view(torch.int32) >> _shifts(x.device)).to(torch.uint8).view(torch.int8)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return 8 * torch.arange(4, dtype=torch.int32, device=device)

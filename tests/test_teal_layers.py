@@ -1,5 +1,6 @@
 """sparsify: the same model with small inputs dropped, at the sparsity asked for, measured."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,32 @@ def test_plan_for_another_depth_is_refused(folder: Path) -> None:
     plan = plan_with(model, {})
     with pytest.raises(UserError, match=r"2 layers \(this model: 3\)"):
         sparsify(model, replace(plan, layers=plan.layers[:2]))
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors alive in this process, shared storages once."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, nn.Parameter) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def test_a_sparse_model_takes_no_more_memory(default_folder: Path) -> None:
+    """One copy of the weights, transposed, serves prefill and decode."""
+    before = tensor_bytes()
+    model = load_model(default_folder, CPU, torch.bfloat16)
+    dense = tensor_bytes() - before
+    layer = {name: ProjectionPlan(0.5, 0.1) for name in PROJECTIONS}
+    sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
+    with torch.inference_mode():
+        cache = model.new_cache(1, 32)
+        model(TOKENS, TOKENS, cache)
+        model(TOKENS[:, :1], TOKENS[:, -1:] + 1, cache)
+    del cache
+    assert dense > 2e8 and tensor_bytes() - before <= 1.02 * dense
 
 
 def test_text_too_short_to_calibrate_is_refused(folder: Path) -> None:
