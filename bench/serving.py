@@ -14,6 +14,7 @@ import cli
 from bench.load import scrape
 from errors import UserError
 
+TOKENS = "teal_generated_tokens_total"
 SETTLE_S = 0.5  # after the last stream began: a grown cache has its steps captured anew
 
 
@@ -32,6 +33,7 @@ def build_parser() -> cli.Parser:
 
 async def window(args: argparse.Namespace, client: Any, model: str, clients: int, sparsity: float) -> dict[str, Any]:
     """tokens_per_s by the server's counter and chunks_per_s by the clients, who are told to leave at the end."""
+    ended = UserError(f"--max-tokens {args.max_tokens}: a stream ended within the window; expected more tokens")
     began, chunks = [asyncio.Event() for _ in range(clients)], [0] * clients
 
     async def read(i: int) -> None:
@@ -41,14 +43,17 @@ async def window(args: argparse.Namespace, client: Any, model: str, clients: int
         async for _ in await client.completions.create(prompt=prompt, extra_body=extra, **common):
             began[i].set()
             chunks[i] += 1
-        raise UserError(f"--max-tokens {args.max_tokens}: a stream ended within the window; expected more tokens")
+        raise ended
 
     async def count() -> tuple[float, float, float]:
         await asyncio.gather(*(event.wait() for event in began))
         await asyncio.sleep(min(SETTLE_S, args.seconds / 3))
-        start, tokens, received = time.perf_counter(), _generated(args), sum(chunks)
+        start, before, received = time.perf_counter(), scrape(args.url, args.api_key), sum(chunks)
         await asyncio.sleep(args.seconds)
-        return time.perf_counter() - start, _generated(args) - tokens, sum(chunks) - received
+        seconds, after = time.perf_counter() - start, scrape(args.url, args.api_key)
+        if after["teal_running"] < clients:
+            raise ended
+        return seconds, after[TOKENS] - before[TOKENS], sum(chunks) - received
 
     readers, counted = [asyncio.create_task(read(i)) for i in range(clients)], asyncio.create_task(count())
     done, _ = await asyncio.wait((*readers, counted), return_when=asyncio.FIRST_COMPLETED)
@@ -56,15 +61,11 @@ async def window(args: argparse.Namespace, client: Any, model: str, clients: int
         if task not in done:
             task.cancel()
     await asyncio.gather(*readers, counted, return_exceptions=True)
-    for task in done - {counted}:
+    for task in done:
         task.result()  # raises what ended a stream early
     seconds, tokens, received = counted.result()
     figures = {"tokens_per_s": tokens / seconds, "chunks_per_s": received / seconds}
     return {"clients": clients, "sparsity": sparsity} | figures
-
-
-def _generated(args: argparse.Namespace) -> float:
-    return scrape(args.url, args.api_key)["teal_generated_tokens_total"]
 
 
 async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
