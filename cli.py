@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from errors import UserError
+from params import KV_CACHES
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
@@ -97,8 +98,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_kv_cache_argument(group: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
     """The option that chooses how keys and values are kept."""
-    choices = ("float", "int8")
-    group.add_argument("--kv-cache", choices=choices, default="float", help="int8: keys and values in 8 bits")
+    group.add_argument("--kv-cache", choices=KV_CACHES, default=KV_CACHES[0], help="int8: keys and values in 8 bits")
 
 
 def positive_int(text: str) -> int:

@@ -8,8 +8,6 @@ from torch import Tensor
 from kernels.kv_int8 import pack_int8, packed_width, unpack_int8
 from model import Attention, KVCache, Transformer, attend
 
-KV_CACHES = ("float", "int8")
-
 
 class Int8CacheAttention(Attention):
     """Attention that keeps keys and values in 8 bits: the cache's last dimension holds packed vectors."""

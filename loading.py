@@ -6,8 +6,9 @@ from pathlib import Path
 from checkpoint import load_model, model_identity
 from errors import UserError
 from hardware import pick_device, pick_dtype
-from int8_cache import KV_CACHES, use_int8_cache
+from int8_cache import use_int8_cache
 from model import Transformer
+from params import KV_CACHES
 from presets import random_model
 from quantization import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
 from source import resolve_checkpoint
@@ -38,7 +39,7 @@ def load_for_decoding(
     """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
 
     sparse says whether the model will run sparse, which decides the faster dtype on a CPU; quant ("int8", "int4")
-    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of int8_cache.KV_CACHES. Raises UserError.
+    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of params.KV_CACHES. Raises UserError.
     """
     loaded = _load(checkpoint, random_weights, device, dtype, sparse)
     if quant_lm_head and quant is None:
