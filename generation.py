@@ -13,6 +13,8 @@ from params import SamplingParams
 from plan import SparsityPlan
 from streaming import StopStrings, StreamDecoder
 
+COUNTED_TOKENS = 32  # enough for a share of thousands of entries; counted steps take the slow way on a GPU
+
 
 class Matcher(Protocol):
     """A grammar's state: which tokens may come next (constrained.py)."""
@@ -62,7 +64,7 @@ class Request:
     top_logprobs: int | None = None  # None: no log probabilities at all
     matcher: Matcher | None = None
     plan: SparsityPlan | None = None  # None: the engine's own
-    count_sparsity: bool = False
+    count_sparsity: bool = False  # of the first COUNTED_TOKENS
     deadline: float | None = None  # time.monotonic() at which it ends, finished or not
     cancelled: bool = False  # set by anyone; noticed before the next step
     arrived: float = field(default_factory=time.monotonic)
@@ -82,7 +84,12 @@ class Request:
     @property
     def takes_likeliest(self) -> bool:
         """Whether that token is all it wants of a step."""
-        return self.is_plain and self.top_logprobs is None and not self.count_sparsity
+        return self.is_plain and self.top_logprobs is None and not self.counting
+
+    @property
+    def counting(self) -> bool:
+        """Whether what its next step drops is to be counted."""
+        return self.count_sparsity and self.new_tokens < COUNTED_TOKENS
 
 
 class Sequence:

@@ -18,7 +18,7 @@ from torch import Tensor
 from decode_rows import DecodeRows, Step
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
-from generation import Done, Observer, Piece, Request, Sequence, token_logprob
+from generation import COUNTED_TOKENS, Done, Observer, Piece, Request, Sequence, token_logprob
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from sampling import penalize_counts, sample
 from teal_layers import achieved_sparsity, set_counting
@@ -161,20 +161,18 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str, error: str | None = None) -> None:
         """Take request out of wherever it is and say so to whoever waits for it."""
+        if request.counting and request not in self.waiting:
+            self._stop_counting(request)
         sequence = self.sequences.pop(request, None)
         if request in self.running:
             row, last = self.running.index(request), len(self.running) - 1
             self._swap(row, last)
             self.running[row] = self.running[last]
             self.running.pop()
-            if request.count_sparsity:
-                self.achieved = achieved_sparsity(self.engine.model)
         elif self.prefilling is not None and self.prefilling[0] is request:
             self.prefilling = None
         elif request in self.waiting:
             self.waiting.remove(request)
-        if request.count_sparsity and not any(other.count_sparsity for other in self._admitted()):
-            set_counting(self.engine.model, False)
         self.observer.finished(request, reason)
         if request.cancelled:
             return
@@ -183,6 +181,12 @@ class Scheduler:
             if tail or sequence.logprobs:
                 request.emit(Piece(tail, tuple(sequence.logprobs)))
         request.emit(Done(reason, error))
+
+    def _stop_counting(self, request: Request) -> None:
+        """Note what was dropped while request was counted; go on for the others."""
+        self.achieved = achieved_sparsity(self.engine.model)
+        if not any(other.counting for other in self._admitted() if other is not request):
+            set_counting(self.engine.model, False)
 
     def _swap(self, a: int, b: int) -> None:
         """Exchange two rows of the cache."""
@@ -205,7 +209,7 @@ class Scheduler:
             assert plan is not None
             if self.engine.use_plan(plan):
                 self.rows.graphs.clear()
-        if request.count_sparsity and not any(other.count_sparsity for other in self.running):
+        if request.counting and not any(other.counting for other in self.running):
             set_counting(self.engine.model, True)
         self.waiting.popleft()
         row = self._row_for(request)
@@ -276,7 +280,7 @@ class Scheduler:
         lengths = [len(self.row_ids[row]) for row in range(len(requests))]
         if not fed:
             self.rows.feed([request.token for request in requests], lengths)
-        counting = any(request.count_sparsity for request in requests)
+        counting = any(request.counting for request in requests)
         return requests, self.rows.step(len(requests), max(lengths) + (2 if fed else 1), eager=counting)
 
     def _choose(self, request: Request, logits: Tensor, likeliest: int) -> None:
@@ -284,6 +288,8 @@ class Scheduler:
         sequence = self.sequences[request]
         token = likeliest if request.is_plain else self._sampled(request, sequence, logits)
         self._timed(request)
+        if request.count_sparsity and request.new_tokens == COUNTED_TOKENS:
+            self._stop_counting(request)
         request.token = token
         if request.top_logprobs is not None:
             sequence.logprobs.append(token_logprob(logits[0], token, request.top_logprobs))

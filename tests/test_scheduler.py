@@ -1,5 +1,6 @@
 """Requests beside each other: the bits each has alone, prefix reuse, fairness, failures, shutdown."""
 
+import functools
 import random
 import threading
 import time
@@ -16,6 +17,7 @@ from errors import UserError
 from generation import Done, Observer, Piece, Request
 from params import SamplingParams
 from scheduler import QueueFull, Scheduler, generate_batch
+from teal_layers import sparse_layers
 
 
 @pytest.fixture(params=["fp32", "bf16"])
@@ -189,6 +191,26 @@ def test_a_failing_step_is_told_and_survived(tiny_folder: Path, monkeypatch: pyt
     scheduler.close(20)
     thread.join()
     assert broken.end == Done("error", "RuntimeError: no such luck") and whole.end == Done("length")
+
+
+def test_the_first_tokens_are_counted_and_no_more(tiny_folder: Path) -> None:
+    engine = Engine.load(str(tiny_folder), device="cpu", dtype="fp32", sparsity=0.4)
+    [long, short] = prompts(engine, 2)
+    scheduler, seen = Scheduler(engine), []
+    module = sparse_layers(engine.model)[0][0]
+
+    def look(event: Piece | Done, i: int) -> None:
+        seen.append((i, module.counting, int(module.seen) // engine.model.config.hidden_size))
+
+    for i, (ids, tokens) in enumerate(((long, 90), (short, 8))):
+        emit = functools.partial(look, i=i)
+        scheduler.submit(Request(ids, emit, max_new_tokens=tokens, count_sparsity=i == 0, ignore_eos=True))
+    scheduler.close_when_idle()
+    scheduler.run()
+    counted = [count for _, counting, count in seen if counting]
+    assert 31 <= max(counted) <= 31 + 8  # steps of the first request, and rows beside it
+    assert not module.counting and seen[-1] == (0, False, 0) and len(counted) < len(seen) - 20
+    assert all(0.2 < share < 0.7 for layer in scheduler.achieved for share in layer.values())
 
 
 def test_prompts_that_cannot_run_are_refused(tiny_folder: Path) -> None:
