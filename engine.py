@@ -7,6 +7,7 @@ reads token i from a pinned copy the device is already computing token i + 1.
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +88,6 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         compile: bool | None = None,
-        count_sparsity: bool = False,
         quant: str | None = None,
         quant_lm_head: bool = False,
         kv_cache: str = "float",
@@ -95,8 +95,7 @@ class Engine:
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
         sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
-        output head to 8 bits, kv_cache "int8" keys and values. compile None means: on CUDA only. count_sparsity measures
-        achieved sparsity while generating. Raises UserError for anything the user can mend.
+        output head to 8 bits, kv_cache "int8" keys and values. compile None means: on CUDA only. Raises UserError for anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
@@ -105,18 +104,12 @@ class Engine:
         loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache)
         load_s = time.perf_counter() - start
         chosen = choose_plan(loaded, sparsity, plan) if sparse else None
-        engine = cls.from_loaded(loaded, chosen, compile, count_sparsity)
+        engine = cls.from_loaded(loaded, chosen, compile)
         engine.load_s = load_s
         return engine
 
     @classmethod
-    def from_loaded(
-        cls,
-        loaded: LoadedModel,
-        plan: SparsityPlan | None,
-        compile: bool | None = None,
-        count_sparsity: bool = False,
-    ) -> "Engine":
+    def from_loaded(cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None) -> "Engine":
         """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load."""
         on_cuda = loaded.model.embedding.weight.is_cuda
         compile = on_cuda if compile is None else compile
@@ -131,8 +124,6 @@ class Engine:
                 from fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
 
                 fuse_blocks(engine.model)
-        if count_sparsity:
-            set_counting(engine.model, True)
         if compile:
             engine._compile()
         return engine
@@ -158,6 +149,17 @@ class Engine:
         assert self.loaded is not None
         plain = all(isinstance(layer, Block) for layer in self.model.layers)  # not wrapped by now
         self.use_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain))
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within the block sparse layers count what they keep (teal_layers.achieved_sparsity), off a GPU's fast path."""
+        graph, self.use_graph = self.use_graph, False
+        set_counting(self.model, True)
+        try:
+            yield
+        finally:
+            set_counting(self.model, False)
+            self.use_graph = graph
 
     def _require_sparse(self) -> None:
         if self.plan is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import cli
 from errors import UserError
-from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -92,13 +92,13 @@ def main() -> None:
         device=args.device,
         dtype=args.dtype,
         compile=args.compile,
-        count_sparsity=args.stats,
     )
     if prompt is None:
         chat(engine, args, params)
         return
-    text = answer(engine, engine.tokenizer.encode(prompt), args, params, quiet=args.json)
-    statistics = collect_statistics(engine, args.stats)
+    ids = engine.tokenizer.encode(prompt)
+    text = answer(engine, ids, args, params, quiet=args.json)
+    statistics = collect_statistics(engine) | (detailed_statistics(engine, ids, params) if args.stats else {})
     if args.json:
         print(json.dumps({"prompt": prompt, "text": text, **statistics}))
     else:
@@ -150,25 +150,24 @@ def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> 
     conversation = Conversation(engine, args.system)
     for message in conversation.messages_of_user(first):
         pieces: list[str] = []
+        ids = conversation.prompt_ids(message)
         try:
-            answer(engine, conversation.prompt_ids(message), args, params, quiet=False, pieces=pieces)
+            answer(engine, ids, args, params, quiet=False, pieces=pieces)
         except KeyboardInterrupt:  # of the answer, not of the conversation
             if not sys.stdin.isatty():
                 raise
             print("\n[stopped]", file=sys.stderr)
         conversation.add_answer("".join(pieces))
-        conversation.figures = collect_statistics(engine, args.stats)
+        conversation.figures = collect_statistics(engine)
+        if args.stats:
+            conversation.figures |= detailed_statistics(engine, ids, params)
         print_statistics(conversation.figures)
 
 
-def collect_statistics(engine: "Engine", detailed: bool) -> dict[str, Any]:
-    """Figures of the last answer; with detailed, also bandwidth and sparsity by layer and projection."""
-    from engine import weight_bytes_per_token
-    from hardware import read_bandwidth
-    from teal_layers import achieved_sparsity
-
+def collect_statistics(engine: "Engine") -> dict[str, Any]:
+    """Figures of the last answer."""
     stats = engine.stats
-    figures: dict[str, Any] = {
+    return {
         "model": engine.name,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
@@ -184,13 +183,32 @@ def collect_statistics(engine: "Engine", detailed: bool) -> dict[str, Any]:
         "latency_p50_s": stats.latency_percentile(0.5),
         "latency_p99_s": stats.latency_percentile(0.99),
     }
-    if detailed and stats.tokens_per_s is not None:
-        ceiling = read_bandwidth(engine.device)
+
+
+def detailed_statistics(engine: "Engine", ids: list[int], params: SamplingParams) -> dict[str, Any]:
+    """Bandwidth of the answer to ids and what sparsity drops, by layer and projection, counted in its first tokens.
+
+    They are generated once more for that: counting slows a GPU's decoding, and would change the speed it explains.
+    """
+    from engine import weight_bytes_per_token
+    from hardware import read_bandwidth
+    from teal_layers import achieved_sparsity
+
+    stats, cached = engine.stats, engine.cached_ids
+    if stats.tokens_per_s is None:
+        return {}
+    figures: dict[str, Any] = {}
+    with engine.counting():
+        if engine.plan is not None:
+            for _ in engine.generate(ids, params, min(stats.new_tokens, COUNTED_TOKENS), ignore_eos=True):
+                pass
+            figures["achieved_sparsity"] = achieved_sparsity(engine.model)
         rate = weight_bytes_per_token(engine.model) * stats.tokens_per_s
-        figures |= {"gb_per_s": rate / 1e9, "bandwidth_share": rate / ceiling, "read_gb_per_s": ceiling / 1e9}
-    if detailed and engine.plan is not None:
-        figures["achieved_sparsity"] = achieved_sparsity(engine.model)
-    return figures
+    if cached[: len(engine.cached_ids)] == engine.cached_ids:  # what the cache holds beyond is as it was
+        engine.cached_ids = cached
+    engine.stats = stats
+    ceiling = read_bandwidth(engine.device)
+    return figures | {"gb_per_s": rate / 1e9, "bandwidth_share": rate / ceiling, "read_gb_per_s": ceiling / 1e9}
 
 
 def print_statistics(figures: dict[str, Any]) -> None:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from engine import Engine
-from params import SamplingParams
+from params import COUNTED_TOKENS, SamplingParams
 from plan import SparsityPlan
 from streaming import StopStrings, StreamDecoder
-
-COUNTED_TOKENS = 32  # enough for a share of thousands of entries; counted steps take the slow way on a GPU
 
 
 class Matcher(Protocol):

@@ -18,8 +18,8 @@ from torch import Tensor
 from decode_rows import DecodeRows, Step
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
-from generation import COUNTED_TOKENS, Done, Observer, Piece, Request, Sequence, token_logprob
-from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from generation import Done, Observer, Piece, Request, Sequence, token_logprob
+from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from sampling import penalize_counts, sample
 from teal_layers import achieved_sparsity, set_counting
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import cli
-from bench.steps import batched_step_s, counting, fitted_plan, profile_step
+from bench.steps import batched_step_s, fitted_plan, profile_step
 from engine import Engine, choose_plan, weight_bytes_per_token
 from errors import UserError
 from generate import add_decode_arguments
@@ -77,7 +77,7 @@ class EngineRunner:
         model = self.engine.model
         if self.plan is None:
             return weight_bytes_per_token(model), 0.0
-        with counting(self.engine):
+        with self.engine.counting():
             self(prompt, 8)
             shares = [share for layer in achieved_sparsity(model) for share in layer.values()]
             return weight_bytes_per_token(model), statistics.mean(shares)

@@ -4,8 +4,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from model import Transformer
 from params import SamplingParams
 from plan import Histogram, ProjectionPlan, SparsityPlan
 from sampling import take_likeliest
-from teal_layers import SparseLinear, set_counting, sparse_layers
+from teal_layers import SparseLinear, sparse_layers
 
 REPEATS = 15
 
@@ -59,18 +58,6 @@ def wall_microseconds(run: Callable[[int], object], count: int, repeats: int = R
     return statistics.median(times)
 
 
-@contextmanager
-def counting(engine: Engine) -> Iterator[None]:
-    """Within the block, tokens go through the modules, which count what they keep: a captured step counts nothing."""
-    graph, engine.use_graph = engine.use_graph, False
-    set_counting(engine.model, True)
-    try:
-        yield
-    finally:
-        set_counting(engine.model, False)
-        engine.use_graph = graph
-
-
 @torch.inference_mode()
 def fitted_plan(
     engine: Engine, plan: SparsityPlan, prompt: list[int], tokens: int = 16, passes: int = 3
@@ -91,7 +78,7 @@ def fitted_plan(
 
         hook = functools.partial(collect, into=histograms)
         hooks = [m.register_forward_pre_hook(hook) for layer in sparse_layers(engine.model) for m in layer]
-        with counting(engine):  # which sends a fused block's tokens through its modules
+        with engine.counting():  # which sends a fused block's tokens through its modules
             for _ in engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True):
                 pass
         for handle in hooks:

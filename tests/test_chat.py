@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -41,6 +42,18 @@ def test_commands(options: tuple[str, ...], tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "c.json").read_text())
     assert [turn["role"] for turn in saved] == ["user", "assistant"] and saved[0]["content"] == "Hello"
     assert said.count("end: length") == 2 and "prompt 3" not in done.stdout.decode()
+
+
+@pytest.mark.parametrize("sparsity", ["0", "0.5"])
+def test_statistics_change_no_word(options: tuple[str, ...], sparsity: str) -> None:
+    """They count by generating once more, and leave the cache as the answer left it."""
+    arguments = (*options, "--sparsity", sparsity, "--max-new-tokens", "40")
+    plain, detailed = (run_command(*arguments, *more, stdin="Hello\nAgain\nOn\n") for more in ((), ("--stats",)))
+    assert plain.returncode == detailed.returncode == 0 and plain.stdout == detailed.stdout
+    cached = [[line for line in done.stderr.decode().splitlines() if "cached" in line] for done in (plain, detailed)]
+    counts = [re.findall(r"(\d+) cached", " ".join(lines)) for lines in cached]
+    assert counts[0] == counts[1] and int(counts[0][2]) > 40
+    assert ("layer  0" in detailed.stderr.decode()) == (sparsity != "0") and b"GB/s measured" in detailed.stderr
 
 
 def test_a_dense_engine_has_no_other_sparsity(options: tuple[str, ...]) -> None:
