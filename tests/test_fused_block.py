@@ -1,5 +1,6 @@
 """The fused decode step equals the unfused sparse layers, for every family; interpreted on a CPU, real on CUDA."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +66,44 @@ def test_logits_equal_the_unfused_layers(name: str, batch: int, tmp_path: Path) 
     assert relative_error(decode_logits(sparse_model(tmp_path, torch.float32, 0.0), batch), expected) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["mistral-sliding", "qwen3-head-norms"])
-def test_a_cache_in_8_bits(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name,batch", [("mistral-sliding", 1), ("qwen3-head-norms", 3)])
+def test_a_cache_in_8_bits(name: str, batch: int, tmp_path: Path) -> None:
     family, overrides = FAMILIES[name]
     save_tiny_model(tiny_config(family, num_hidden_layers=2, **overrides), tmp_path)
-    exact = decode_logits(sparse_model(tmp_path, torch.float32), 3)
+    exact = decode_logits(sparse_model(tmp_path, torch.float32), batch)
     models = [sparse_model(tmp_path, torch.float32) for _ in range(2)]
     for model in models:
         use_int8_cache(model)
-    expected = decode_logits(models[0], 3)
+    expected = decode_logits(models[0], batch)
     fuse_blocks(models[1])
-    assert relative_error(decode_logits(models[1], 3), expected) <= 1e-3  # a byte may be rounded the other way
+    assert relative_error(decode_logits(models[1], batch), expected) <= 1e-3  # a byte may be rounded the other way
     assert relative_error(expected, exact) > 2e-3
 
 
+def default_model(folder: Path, dtype: torch.dtype) -> Transformer:
+    """The default model, sparse; where its kernels are interpreted, at seconds a block, only its first ten blocks."""
+    model = sparse_model(folder, dtype)
+    if DEVICE.type == "cpu":
+        model.layers = model.layers[:10]
+        model.config = replace(model.config, num_layers=10, sliding_windows=model.config.sliding_windows[:10])
+    return model
+
+
 def test_default_models_logits(default_folder: Path) -> None:
-    """The real model in bf16: as near to the fp32 sparse model as the unfused bf16 layers are."""
-    exact = decode_logits(sparse_model(default_folder, torch.float32), 1, 1)
-    unfused = relative_error(decode_logits(sparse_model(default_folder, torch.bfloat16), 1, 1), exact)
-    model = sparse_model(default_folder, torch.bfloat16)
+    model = default_model(default_folder, torch.float32)
+    expected = decode_logits(model, 1, 1)
     fuse_blocks(model)
-    assert relative_error(decode_logits(model, 1, 1), exact) <= 1.3 * unfused < 0.2
+    assert relative_error(decode_logits(model, 1, 1), expected) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_default_models_logits_in_16_bits(default_folder: Path) -> None:
+    """The real model in bf16: as near to the fp32 sparse model as the unfused bf16 layers are."""
+    exact = decode_logits(default_model(default_folder, torch.float32), 4, 1)
+    unfused = relative_error(decode_logits(default_model(default_folder, torch.bfloat16), 4, 1), exact)
+    model = default_model(default_folder, torch.bfloat16)
+    fuse_blocks(model)
+    assert relative_error(decode_logits(model, 4, 1), exact) <= 1.3 * unfused < 0.2
 
 
 def test_counting_and_wide_batches_take_the_unfused_path(tmp_path: Path) -> None:
