@@ -32,7 +32,10 @@ def build_parser() -> cli.Parser:
 
 
 async def window(args: argparse.Namespace, client: Any, model: str, clients: int, sparsity: float) -> dict[str, Any]:
-    """tokens_per_s by the server's counter and chunks_per_s by the clients, who are told to leave at the end."""
+    """tokens_per_s by the server's counter and chunks_per_s by the clients, who are told to leave at the end.
+
+    mean_context is where the rows are in the middle of the window: bench.decode --context to compare with.
+    """
     ended = UserError(f"--max-tokens {args.max_tokens}: a stream ended within the window; expected more tokens")
     began, chunks = [asyncio.Event() for _ in range(clients)], [0] * clients
 
@@ -45,7 +48,7 @@ async def window(args: argparse.Namespace, client: Any, model: str, clients: int
             chunks[i] += 1
         raise ended
 
-    async def count() -> tuple[float, float, float]:
+    async def count() -> tuple[float, float, float, float]:
         await asyncio.gather(*(event.wait() for event in began))
         await asyncio.sleep(min(SETTLE_S, args.seconds / 3))
         start, before, received = time.perf_counter(), scrape(args.url, args.api_key), sum(chunks)
@@ -53,7 +56,8 @@ async def window(args: argparse.Namespace, client: Any, model: str, clients: int
         seconds, after = time.perf_counter() - start, scrape(args.url, args.api_key)
         if after["teal_running"] < clients:
             raise ended
-        return seconds, after[TOKENS] - before[TOKENS], sum(chunks) - received
+        middle = args.context + (sum(chunks) + received) / 2 / clients
+        return seconds, after[TOKENS] - before[TOKENS], sum(chunks) - received, middle
 
     readers, counted = [asyncio.create_task(read(i)) for i in range(clients)], asyncio.create_task(count())
     done, _ = await asyncio.wait((*readers, counted), return_when=asyncio.FIRST_COMPLETED)
@@ -63,8 +67,8 @@ async def window(args: argparse.Namespace, client: Any, model: str, clients: int
     await asyncio.gather(*readers, counted, return_exceptions=True)
     for task in done:
         task.result()  # raises what ended a stream early
-    seconds, tokens, received = counted.result()
-    figures = {"tokens_per_s": tokens / seconds, "chunks_per_s": received / seconds}
+    seconds, tokens, received, middle = counted.result()
+    figures = {"tokens_per_s": tokens / seconds, "chunks_per_s": received / seconds, "mean_context": middle}
     return {"clients": clients, "sparsity": sparsity} | figures
 
 
@@ -92,6 +96,7 @@ def main() -> None:
     rows = asyncio.run(run(args))
     for row in rows:
         figures = f"{row['tokens_per_s']:9.1f} tok/s {row['chunks_per_s']:9.1f} chunks/s"
+        figures += f"  at context {row['mean_context']:.0f}"
         print(f"{row['sparsity']:4.0%} {row['clients']:3} clients {figures}")
     print(json.dumps({"rows": rows}))
 

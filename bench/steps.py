@@ -93,18 +93,24 @@ def fitted_plan(
 
 @torch.inference_mode()
 def batched_step_s(model: Transformer, batch: int, context: int) -> float:
-    """Seconds of one greedy step of batch rows after context tokens each, captured in a CUDA graph."""
-    weight = model.embedding.weight
+    """Seconds of one greedy step of batch rows, each after context tokens of its own, captured in a CUDA graph.
+
+    The prompts are random and go through the model: rows that shared a text, or a cache of noise, would keep other
+    channels than the rows of a server do.
+    """
+    device = model.embedding.weight.device
     cache = model.new_cache(batch, context + 8)
-    for tensor in (cache.k, cache.v):
-        if tensor.is_floating_point():
-            tensor.normal_()
-    tokens = torch.randint(0, model.config.vocab_size, (batch, 1), device=weight.device)
-    positions = torch.full((batch, 1), context, device=weight.device)
+    prompts = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=device)
+    positions = torch.arange(context, device=device)[None]
+    for row in range(batch):
+        model.hidden_states(prompts[row : row + 1, :-1], positions, cache.part(slice(row, row + 1), None))
+    tokens = prompts[:, -1:].contiguous()
+    positions = torch.full((batch, 1), context, device=device)
 
     def step(_: int) -> None:
-        take_likeliest(model.logits(model.hidden_states(tokens, positions, cache)[:, -1]), tokens, positions)
-        positions.sub_(1)  # the same step again
+        logits = model.logits(model.hidden_states(tokens, positions, cache)[:, -1])
+        take_likeliest(logits, tokens, positions)
+        positions.sub_(1)  # about the same step again, after the token it chose
 
     return 1e-6 * graph_microseconds(step, 1)
 
