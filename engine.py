@@ -18,6 +18,7 @@ from calibration import calibrate_uniform
 from compilation import capture, compile_model
 from errors import UserError
 from files import cache_folder
+from int8_cache import has_int8_cache
 from loading import LoadedModel, load_for_decoding
 from model import Block, KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
@@ -116,8 +117,8 @@ class Engine:
         engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
         engine.plan = plan
         engine.loaded = loaded
-        if plan is None and on_cuda and is_quantized(engine.model):
-            plan = keep_all_plan(engine.model.config)  # the fused kernels are the fast ones for quantized weights
+        if plan is None and on_cuda and (is_quantized(engine.model) or has_int8_cache(engine.model)):
+            plan = keep_all_plan(engine.model.config)  # the fused kernels are those that read few bits fast
         if plan is not None:
             sparsify(engine.model, plan)
             if on_cuda:

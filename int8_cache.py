@@ -29,6 +29,11 @@ class Int8CacheAttention(Attention):
         return attend(q, unpack_int8(k_cache, D, q.dtype), unpack_int8(v_cache, D, q.dtype), mask)
 
 
+def has_int8_cache(model: Transformer) -> bool:
+    """Whether use_int8_cache was called for model."""
+    return any(isinstance(module, Int8CacheAttention) for module in model.modules())
+
+
 def use_int8_cache(model: Transformer) -> None:
     """Make every block of model, in place, keep its keys and values in 8 bits, in caches of model.new_cache."""
 

@@ -39,10 +39,10 @@ def dequantize_kernel(
             tl.store(p_out + j * WORDS, rounded((integer - zero) * scale, dtype), mask=inside)
 
 
-def launch(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def launch(values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor | None = None) -> Tensor:
     """As packing.dequantize, also of some columns of a larger weight, whose rows are not side by side.
 
-    Raises ValueError for other strides.
+    out: where to put it. Raises ValueError for other strides, and for an out of another shape.
     """
     if values.stride(1) != 1 or scales.stride(1) != 1:
         raise ValueError(f"values have strides {values.stride()}, scales {scales.stride()}: rows must be contiguous")
@@ -50,7 +50,11 @@ def launch(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         raise ValueError(f"zeros have strides {zeros.stride()}, scales {scales.stride()}: expected the same")
     K, groups = scales.shape
     group_size = packed_columns(values) // groups
-    out = torch.empty(K, groups * group_size, dtype=scales.dtype, device=values.device)
+    N = groups * group_size
+    if out is None:
+        out = torch.empty(K, N, dtype=scales.dtype, device=values.device)
+    if out.shape != (K, N) or out.dtype != scales.dtype or not out.is_contiguous():
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: expected contiguous {scales.dtype} [{K}, {N}]")
     dequantize_kernel[(triton.cdiv(K, BLOCK_ROWS), triton.cdiv(groups, BLOCK_GROUPS))](
         values, values.stride(0), scales, zeros, scales.stride(0), out, K, groups,
         BITS=8 if zeros is None else 4, GROUP_N=group_size, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4,

@@ -21,7 +21,7 @@ from checkpoint import find_shards, load_model
 from errors import UserError
 from gptq import BlockwiseGptq, gptq
 from kernels.packing import dequantize, pack_int4, unpack_int4
-from kernels.quantized_matmul import quantized_matmul
+from kernels.quantized_matmul import blockwise_matmul, quantized_matmul
 from kernels.reference import sparse_linear_reference
 from kernels.sparse_linear import sparse_linear
 from model import KVCache, Transformer
@@ -104,6 +104,13 @@ def test_a_product_in_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_a_compiled_product_with_many_rows(bits: int) -> None:
+    x, packed = torch.randn(3, 16), round_to_nearest(torch.randn(16, 320), bits, 32)
+    compiled = torch.compile(quantized_matmul, fullgraph=True)(x, *packed)
+    assert relative_error(compiled, x @ dequantize(*packed)) <= 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_rows_that_x_drops_are_never_read(bits: int) -> None:
     x = torch.randn(1, 64)
     values, scales, zeros = round_to_nearest(torch.randn(64, 96), bits, 32)
@@ -134,7 +141,7 @@ def test_bad_quantized_arguments_are_refused() -> None:
 def test_opcheck() -> None:
     values, scales, zeros = round_to_nearest(torch.randn(16, 64), 4, 32)
     torch.library.opcheck(sparse_linear, (torch.randn(1, 16), values, torch.zeros(1), [64], scales, zeros))
-    torch.library.opcheck(quantized_matmul, (torch.randn(2, 3, 16), values, scales, zeros))
+    torch.library.opcheck(blockwise_matmul, (torch.randn(2, 3, 16), values, scales, zeros))
 
 
 def dequantized_twin(folder: Path, quantized: Transformer) -> Transformer:
