@@ -17,9 +17,13 @@ from calibrate import add_text_arguments
 from errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from quantization import QuantConfig
+
+    Rounding = Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor | None]]
 
 SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 
@@ -33,7 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=("int8", "int4"), required=True, help="bits of a weight")
     parser.add_argument("--group-size", type=cli.positive_int, help="weights to a scale; default the largest that fits")
     parser.add_argument(
-        "--method", choices=("rtn", "gptq"), default="rtn", help="round to nearest, or GPTQ on a calibration text"
+        "--method",
+        choices=("rtn", "hqq", "gptq"),
+        default="rtn",
+        help="round to nearest, half-quadratic fit of scales and zeros, or GPTQ on a calibration text",
     )
     parser.add_argument("--lm-head", choices=("none", "int8"), default="none", help="quantize the output head too")
     parser.add_argument(
@@ -70,10 +77,12 @@ def main() -> None:
         raise UserError(f"--output {args.output}: exists; remove it, name another or pass --force")
     scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8")
     if args.method == "gptq" and args.grouping == "input":
-        raise UserError("--method gptq with --grouping input is not implemented; use --method rtn or --grouping output")
+        raise UserError(
+            "--method gptq with --grouping input is not implemented; use another --method or --grouping output"
+        )
     sequences = calibration_sequences(args, source, config.max_seq_len) if args.method == "gptq" else None
     before = sum(shard.stat().st_size for shard in find_shards(source))
-    quantize_folder(source, args.output, scheme, args.grouping == "input", sequences, args.device)
+    quantize_folder(source, args.output, scheme, args.method, args.grouping == "input", sequences, args.device)
     after = sum(shard.stat().st_size for shard in find_shards(args.output))
     print(
         f"{args.output}: {args.mode} by {args.method}, groups of {scheme.group_size} along the {args.grouping}, "
@@ -95,14 +104,15 @@ def quantize_folder(
     source: Path,
     output: Path,
     scheme: "QuantConfig",
+    method: str = "rtn",
     as_floats: bool = False,
     sequences: "Tensor | None" = None,
     device: str = "auto",
 ) -> None:
     """Write source's quantized model to output, through a folder beside it that a later call may go on with.
 
-    as_floats: with groups along the input dimension, written as floats that hold the rounded values. sequences: token
-    ids for GPTQ, which runs on device; rounding to nearest without. Raises UserError.
+    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. as_floats: with groups along the
+    input dimension, written as floats that hold the rounded values. Raises UserError.
     """
     from filelock import FileLock
 
@@ -114,8 +124,8 @@ def quantize_folder(
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = cache_folder("locks") / f"{hashlib.sha256(str(output).encode()).hexdigest()[:16]}.lock"
     with FileLock(lock):
-        _start_or_resume(work, source, scheme, as_floats, sequences)
-        _write_shards(source, work, scheme, as_floats, sequences, device)
+        _start_or_resume(work, source, scheme, method, as_floats, sequences)
+        _write_shards(source, work, scheme, method, as_floats, sequences, device)
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(SKIPPED_FILES) and not path.name.startswith("."):
                 shutil.copyfile(path, work / path.name)
@@ -129,13 +139,13 @@ def quantize_folder(
 
 
 def _start_or_resume(
-    work: Path, source: Path, scheme: "QuantConfig", as_floats: bool, sequences: "Tensor | None"
+    work: Path, source: Path, scheme: "QuantConfig", method: str, as_floats: bool, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
     """Make work a folder of this very job: what another job left there is removed."""
     from checkpoint import model_identity
 
     text = None if sequences is None else hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-    key = {"source": model_identity(source), **scheme.as_json(), "as_floats": as_floats, "text": text}
+    key = {"source": model_identity(source), **scheme.as_json(), "method": method, "as_floats": as_floats, "text": text}
     marker = work / "progress.json"
     if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != key:
         shutil.rmtree(work, ignore_errors=True)
@@ -147,6 +157,7 @@ def _write_shards(
     source: Path,
     work: Path,
     scheme: "QuantConfig",
+    method: str,
     as_floats: bool,
     sequences: "Tensor | None",
     device: str,
@@ -157,7 +168,10 @@ def _write_shards(
 
     from checkpoint import open_shard
     from files import atomic_file
+    from half_quadratic import half_quadratic
+    from quantization import round_to_nearest
 
+    rounding = {"rtn": round_to_nearest, "hqq": half_quadratic, "gptq": None}[method]
     jobs = _jobs(source, scheme)
     gptq = None
     if sequences is not None:
@@ -172,7 +186,7 @@ def _write_shards(
         path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
         is_layer = i + 1 < len(jobs)
         if not path.exists():
-            tensors = _quantized_tensors(names, scheme, as_floats, round_projections=gptq is None)
+            tensors = _quantized_tensors(names, scheme, as_floats, rounding)
             if gptq is not None and is_layer:
                 tensors |= gptq.layer(i)
             with atomic_file(path) as temporary:
@@ -207,9 +221,12 @@ def _jobs(source: Path, scheme: "QuantConfig") -> list[dict[str, Path]]:
 
 
 def _quantized_tensors(
-    names: dict[str, Path], scheme: "QuantConfig", as_floats: bool, round_projections: bool = True
+    names: dict[str, Path], scheme: "QuantConfig", as_floats: bool, rounding: "Rounding | None"
 ) -> dict[str, "Tensor"]:  # fmt: skip
-    """What a shard holds of these tensors: projections rounded, or left out, the rest as it is. Raises UserError."""
+    """What a shard holds of these tensors: projections rounded, or left out, the rest as it is. Raises UserError.
+
+    The head is rounded to nearest, of 8 bits.
+    """
     from checkpoint import open_shard
     from kernels.packing import dequantize
     from quantization import round_to_nearest
@@ -230,13 +247,15 @@ def _quantized_tensors(
         if len(dtypes) > 1:
             (one, first), (other, second) = dtypes.items()
             raise UserError(f"{path}: {first} is {one} and {second} is {other}; expected one dtype in a layer")
-        if not head and not round_projections:
+        if head:
+            parts = round_to_nearest(tensor.t().contiguous(), 8, scheme.group_size)
+        elif rounding is None:
             continue
-        bits = 8 if head else scheme.bits
-        if as_floats and not head:
-            result[name] = dequantize(*round_to_nearest(tensor, bits, scheme.group_size)).contiguous()
+        elif as_floats:
+            result[name] = dequantize(*rounding(tensor, scheme.bits, scheme.group_size)).contiguous()
             continue
-        parts = round_to_nearest(tensor.t().contiguous(), bits, scheme.group_size)
+        else:
+            parts = rounding(tensor.t().contiguous(), scheme.bits, scheme.group_size)
         prefix = name.removesuffix("weight")
         result |= {prefix + n: t for n, t in zip(("qweight", "scales", "zeros"), parts, strict=True) if t is not None}
     return result

@@ -12,7 +12,7 @@ LEVELS = [
     {"cli", "kernels"},
     {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
-    {"texts", "greedy", "calibration", "evaluation", "gptq", "harness", "teal_import", "plots"},
+    {"texts", "greedy", "calibration", "evaluation", "gptq", "half_quadratic", "harness", "teal_import", "plots"},
     {"engine"},
     {"generation", "decode_rows", "scheduler", "conversation", "constrained", "openai_schema", "openai_api", "server"},
     {"generate", "serve", "calibrate", "evaluate", "quantize", "bench", "commands", "examples"},

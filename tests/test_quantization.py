@@ -20,6 +20,7 @@ import quantize
 from checkpoint import find_shards, load_model
 from errors import UserError
 from gptq import BlockwiseGptq, gptq
+from half_quadratic import half_quadratic
 from kernels.packing import dequantize, pack_int4, unpack_int4
 from kernels.quantized_matmul import blockwise_matmul, quantized_matmul
 from kernels.reference import sparse_linear_reference
@@ -266,6 +267,21 @@ def test_gptq_changes_the_product_less_than_rounding(bits: int) -> None:
     assert relative_error(better[7], nearest[7]) <= 0.2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_hqq_lowers_the_norm_it_is_for_in_every_group(bits: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.distributions.StudentT(3.0).sample((24, 192)).to(dtype)
+    weight[5, 64:128], weight[6, :64] = 0.0, torch.rand(64, generator=generator).to(dtype) + 3.0
+
+    def norms(packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        exact = dequantize(packed[0], packed[1].float(), packed[2])
+        return ((exact - weight.float()).abs() ** 0.7).view(24, 3, 64).sum(-1)
+
+    found, rounded = norms(half_quadratic(weight, bits, 64)), norms(round_to_nearest(weight, bits, 64))
+    assert (found <= rounded * (1 + 1e-6)).all() and found.sum() <= (0.98 if bits == 4 else 1.0) * rounded.sum()
+
+
 def test_gptq_of_independent_channels_is_rounding() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     for found, expected in zip(gptq(weight, torch.eye(64), 4, 32), round_to_nearest(weight, 4, 32), strict=True):
@@ -275,7 +291,7 @@ def test_gptq_of_independent_channels_is_rounding() -> None:
 def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command) -> None:
     """Nearer to the dense model than rounding on the text it saw, and the same after an interruption."""
     options = ("--sequences", "3", "--length", "100", "--text", ROOT / "README.md")
-    for method in ("rtn", "gptq"):
+    for method in ("rtn", "hqq", "gptq"):
         arguments = ("--checkpoint", folder, "--mode", "int4", "--method", method, *options, "-o", tmp_path / method)
         code, _, err = call_main(quantize.main, *arguments)
         assert code == 0 and f"int4 by {method}" in err, err
@@ -303,8 +319,8 @@ def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockwiseGptq, "layer", failing)
         with pytest.raises(KeyboardInterrupt):
-            quantize.quantize_folder(folder, again, QuantConfig("int4", 32), sequences=sequences, device="cpu")
-    quantize.quantize_folder(folder, again, QuantConfig("int4", 32), sequences=sequences, device="cpu")
+            quantize.quantize_folder(folder, again, QuantConfig("int4", 32), "gptq", sequences=sequences, device="cpu")
+    quantize.quantize_folder(folder, again, QuantConfig("int4", 32), "gptq", sequences=sequences, device="cpu")
     for path in (tmp_path / "gptq").iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
