@@ -44,6 +44,8 @@ class GenerationStats:
     first_token_s: float = 0.0
     token_s: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    drafted_tokens: int = 0  # by speculation.SpeculativeEngine
+    accepted_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -128,6 +130,11 @@ class Engine:
         if compile:
             engine._compile()
         return engine
+
+    @property
+    def text_sparsity(self) -> float:
+        """The target of the plan that the text is generated with, 0 if dense."""
+        return self.plan.target if self.plan else 0.0
 
     def use_plan(self, plan: SparsityPlan) -> bool:
         """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError.

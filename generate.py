@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import cli
 from errors import UserError
-from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, LOOKUP_LENGTH, SamplingParams
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -44,6 +44,15 @@ def build_parser() -> cli.Parser:
     sampling.add_argument("--min-p", type=float, default=default.min_p, help="drop tokens below p x the best; 0 is off")
     sampling.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty, help="1 is off")
     sampling.add_argument("--seed", type=int, default=default.seed, help="same seed, same machine: same text")
+    draft = parser.add_argument_group("speculative decoding (the dense model's text, several tokens a pass)")
+    draft.add_argument("--speculate", type=cli.positive_int, metavar="K", help="draft up to K tokens by sparse steps")
+    draft.add_argument("--draft-sparsity", type=cli.sparsity, default=0.5, help="of those steps")
+    draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
+    draft.add_argument(
+        "--speculate-lookup",
+        action="store_true",
+        help=f"draft what followed the last words before; up to {LOOKUP_LENGTH} tokens without --speculate",
+    )
     return parser
 
 
@@ -79,20 +88,7 @@ def main() -> None:
     if args.chat and args.json:
         raise UserError("--json prints one answer and --chat holds a conversation; choose one")
     prompt = None if args.chat else read_prompt(args)
-    from engine import Engine  # importing torch takes a second: not for --help or a mistyped option
-
-    engine = Engine.load(
-        args.checkpoint,
-        random_weights=args.random_weights,
-        quant=args.quant,
-        quant_lm_head=args.lm_head == "int8",
-        kv_cache=args.kv_cache,
-        sparsity=args.sparsity,
-        plan=args.plan,
-        device=args.device,
-        dtype=args.dtype,
-        compile=args.compile,
-    )
+    engine = load_engine(args)
     if prompt is None:
         chat(engine, args, params)
         return
@@ -103,6 +99,34 @@ def main() -> None:
         print(json.dumps({"prompt": prompt, "text": text, **statistics}))
     else:
         print_statistics(statistics)
+
+
+def load_engine(args: argparse.Namespace) -> "Engine":
+    """The engine that args describe. Raises UserError."""
+    speculative = args.speculate is not None or args.speculate_lookup
+    if speculative:
+        for option, given in (("--sparsity", args.sparsity > 0), ("--plan", args.plan), ("--stats", args.stats)):
+            if given:
+                raise UserError(f"{option} does not go with speculative decoding, whose text is the dense model's")
+    from speculation import SpeculativeEngine  # importing torch takes a second: not for --help or a mistyped option
+
+    drafts_sparse = speculative and not args.speculate_lookup
+    engine = SpeculativeEngine.load(
+        args.checkpoint,
+        random_weights=args.random_weights,
+        quant=args.quant,
+        quant_lm_head=args.lm_head == "int8",
+        kv_cache=args.kv_cache,
+        sparsity=args.draft_sparsity if drafts_sparse else args.sparsity,
+        plan=args.draft_plan if drafts_sparse else args.plan,
+        device=args.device,
+        dtype=args.dtype,
+        compile=args.compile,
+    )
+    if speculative:
+        assert isinstance(engine, SpeculativeEngine)
+        engine.speculate(args.speculate or LOOKUP_LENGTH, args.speculate_lookup)
+    return engine
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -171,11 +195,13 @@ def collect_statistics(engine: "Engine") -> dict[str, Any]:
         "model": engine.name,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "target_sparsity": engine.plan.target if engine.plan else 0.0,
+        "target_sparsity": engine.text_sparsity,
         "finish_reason": stats.finish_reason,
         "prompt_tokens": stats.prompt_tokens,
         "reused_tokens": stats.reused_tokens,
         "new_tokens": stats.new_tokens,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "load_s": engine.load_s,
         "compile_s": engine.compile_s,
         "first_token_s": stats.first_token_s,
@@ -226,6 +252,9 @@ def print_statistics(figures: dict[str, Any]) -> None:
         f"{figures['new_tokens']} tokens, {'-' if rate is None else f'{rate:.1f}'} tok/s, "
         f"p50 {milliseconds('latency_p50_s')}, p99 {milliseconds('latency_p99_s')}, end: {figures['finish_reason']}",
     ]
+    if figures["drafted_tokens"]:
+        share = figures["accepted_tokens"] / figures["drafted_tokens"]
+        lines.append(f"{figures['drafted_tokens']} tokens drafted, {share:.0%} of them accepted")
     if "gb_per_s" in figures:
         share = f"{figures['bandwidth_share']:.0%} of {figures['read_gb_per_s']:.1f} GB/s measured"
         lines.append(f"weights read at {figures['gb_per_s']:.1f} GB/s, {share}")

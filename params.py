@@ -7,6 +7,7 @@ from errors import UserError
 
 DEFAULT_MAX_NEW_TOKENS = 256
 COUNTED_TOKENS = 32  # of an answer, to say what sparsity drops: shares of thousands of entries each
+LOOKUP_LENGTH = 8  # tokens drafted at once by lookup
 KV_CACHES = ("float", "int8")  # how keys and values are kept; the first is the default
 
 

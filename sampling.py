@@ -15,15 +15,27 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
     """
     if params.takes_likeliest:
         return logits.argmax(dim=-1)
+    probs = probabilities(logits, params, seen)
+    return probs.argmax(dim=-1) if params.temperature == 0 else draw(probs, generator)
+
+
+def probabilities(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tensor:
+    """What sample draws from: fp32 [B, V]; all of it on one token where the likeliest is taken."""
     logits = logits.float()
     if params.repetition_penalty != 1:
         logits = penalize(logits, params.repetition_penalty, seen)
     if params.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = filter_logits(logits / params.temperature, params)
-    # argmax(p / e) with e ~ Exponential(1) draws from p: the Gumbel trick, without multinomial's sync.
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(dim=-1) / noise.clamp_min_(1e-30)).argmax(dim=-1)
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    return filter_logits(logits / params.temperature, params).softmax(dim=-1)
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An index of each row of weights >= 0 [B, V], with a probability in proportion: int64 [B].
+
+    argmax(w / e) with e ~ Exponential(1): the Gumbel trick, without multinomial's sync.
+    """
+    noise = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / noise.clamp_min_(1e-30)).argmax(dim=-1)
 
 
 def take_likeliest(logits: Tensor, token: Tensor, position: Tensor) -> None:

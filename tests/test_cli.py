@@ -54,6 +54,27 @@ def test_json_is_one_object_with_text_and_statistics(tiny: tuple[str, ...], invo
     assert json.loads(out)["text"] + "\n" == streamed
 
 
+def test_speculative_text_is_the_dense_one(tiny: tuple[str, ...], invoke: Invoke) -> None:
+    options = (*tiny, "--prompt", "one two one two", "--max-new-tokens", "30", "--ignore-eos")
+    _, dense, _ = invoke(*options)
+    for how in (("--speculate", "4"), ("--speculate-lookup",)):
+        code, out, err = invoke(*options, *how)
+        assert code == 0 and out == dense and "sparsity 0]" in err, err
+        assert ("tokens drafted" in err) == ("4" in how), err  # this text says nothing twice
+    _, out, _ = invoke(*options, "--speculate", "4", "--draft-sparsity", "0.3", "--json")
+    found = json.loads(out)
+    assert 0 < found["accepted_tokens"] <= found["drafted_tokens"] and found["text"] + "\n" == dense
+    for wrong, message in (
+        (("--sparsity", "0.5"), "--sparsity does not go with speculative decoding"),
+        (("--stats",), "--stats does not go with"),
+        (("--draft-plan", "/no/plan.json"), "/no/plan.json"),
+    ):
+        code, out, err = invoke(*options, "--speculate", "4", *wrong)
+        assert code == 1 and message in err and "Traceback" not in err and out == "", err
+    code, _, err = invoke(*options, "--speculate", "99")
+    assert code == 1 and "--speculate 99 is out of range; expected 1 to 16" in err
+
+
 def test_stats_prints_sparsity_by_layer_and_projection(tiny: tuple[str, ...], invoke: Invoke) -> None:
     options = ("--prompt", "The", "--max-new-tokens", "20", "--ignore-eos", "--sparsity", "0.5", "--stats")
     code, _, err = invoke(*tiny, *options)

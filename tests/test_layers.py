@@ -14,7 +14,17 @@ LEVELS = [
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
     {"texts", "greedy", "calibration", "evaluation", "gptq", "half_quadratic", "harness", "teal_import", "plots"},
     {"engine"},
-    {"generation", "decode_rows", "scheduler", "conversation", "constrained", "openai_schema", "openai_api", "server"},
+    {
+        "speculation",
+        "generation",
+        "decode_rows",
+        "scheduler",
+        "conversation",
+        "constrained",
+        "openai_schema",
+        "openai_api",
+        "server",
+    },
     {"generate", "serve", "calibrate", "evaluate", "quantize", "bench", "commands", "examples"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

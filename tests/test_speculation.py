@@ -1,0 +1,165 @@
+"""Speculative decoding gives the dense model's text and distribution, whatever the draft, and leaves its cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import Engine
+from errors import UserError
+from model import KVCache
+from params import SamplingParams
+from speculation import MAX_DRAFT, SpeculativeEngine, continuation, judge
+from tests.conftest import relative_error
+
+PROMPTS = [[5, 9, 33, 120, 7, 250, 61], [8, 8], [i * 7 % 190 + 5 for i in range(40)], [11, 12, 13] * 6]
+
+
+def speculative(folder: Path, length: int = 4, sparsity: float = 0.6) -> SpeculativeEngine:
+    engine = SpeculativeEngine.load(str(folder), device="cpu", dtype="fp32", sparsity=sparsity)
+    assert isinstance(engine, SpeculativeEngine)
+    engine.speculate(length, lookup=sparsity == 0)
+    return engine
+
+
+def chi_square_p(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """P(a chi-square this large) for counts of draws from probs; the rarest, up to 10 expected, are one class."""
+    from scipy.stats import chisquare
+
+    expected = probs.double() * counts.sum()
+    if (counts[expected == 0] > 0).any():
+        return 0.0
+    order = expected.argsort()
+    rare = int((expected[order].cumsum(0) < 10).sum()) + 1
+    observed, wanted = (torch.cat((v[order[:rare]].sum()[None], v[order[rare:]])) for v in (counts.double(), expected))
+    return float(chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue)
+
+
+@pytest.mark.parametrize("sparsity,length", [(0.6, 1), (0.6, 4), (0.3, MAX_DRAFT), (0.0, 4)])
+def test_greedy_text_is_the_dense_models(tiny_folder: Path, sparsity: float, length: int) -> None:
+    dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    engine = speculative(tiny_folder, length, sparsity)
+    drafted = accepted = 0
+    for prompt in PROMPTS:
+        for count in (1, 2, 50):
+            assert list(engine.generate(prompt, max_new_tokens=count, ignore_eos=True)) == list(
+                dense.generate(prompt, max_new_tokens=count, ignore_eos=True)
+            )
+            assert engine.stats.new_tokens == count
+            drafted += engine.stats.drafted_tokens
+            accepted += engine.stats.accepted_tokens
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.0])
+def test_the_cache_is_that_of_a_fresh_run(tiny_folder: Path, sparsity: float) -> None:
+    engine = speculative(tiny_folder, sparsity=sparsity)
+    stream = engine.generate(PROMPTS[3], max_new_tokens=60, ignore_eos=True)
+    text = PROMPTS[3] + [next(stream) for _ in range(37)]
+    stream.close()
+    assert engine.cached_ids == text[:-1] and engine.stats.accepted_tokens < engine.stats.drafted_tokens
+    fresh = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    next(fresh.generate(text[:-1], max_new_tokens=1))
+    n = len(text) - 1
+    for name in ("k", "v"):
+        actual, expected = (getattr(e.cache, name)[:, :, :, :n] for e in (engine, fresh))
+        assert relative_error(actual, expected) <= 1e-5
+
+
+def test_to_the_end_of_the_context(tiny_folder: Path) -> None:
+    engine = speculative(tiny_folder, 8)
+    limit = engine.model.config.max_seq_len
+    prompt = [i % 190 + 5 for i in range(limit - 9)]
+    dense = list(Engine.load(str(tiny_folder), device="cpu", dtype="fp32").generate(prompt, ignore_eos=True))
+    assert list(engine.generate(prompt, ignore_eos=True)) == dense and len(dense) == 9
+    assert engine.stats.finish_reason == "length"
+
+
+def test_sampling_repeats_with_its_seed(tiny_folder: Path) -> None:
+    engine = speculative(tiny_folder)
+    texts = []
+    for seed in (5, 5, 6):
+        params = SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.3, seed=seed)
+        engine.cached_ids = []
+        engine.speculate(4)
+        texts.append(list(engine.generate(PROMPTS[0], params, 40, ignore_eos=True)))
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_judged_tokens_follow_the_models_distribution(lookup: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = (2 * torch.randn(3, 12, generator=generator)).softmax(-1)
+    q = (2 * torch.randn(2, 12, generator=generator)).softmax(-1)
+    if lookup:
+        q = torch.eye(12)[[3, 4]]
+    first, second = torch.zeros(12), torch.zeros(12)
+    for drafted in torch.multinomial(q, 20_000, replacement=True, generator=generator).t():
+        kept, last = judge(drafted, q, p, generator)
+        tokens = [*drafted[:kept].tolist(), last]
+        first[tokens[0]] += 1
+        if len(tokens) > 1:  # then of p[1], since these rows do not depend on the tokens
+            second[tokens[1]] += 1
+    assert chi_square_p(first, p[0]) > 1e-3 and chi_square_p(second, p[1]) > 1e-3
+    assert chi_square_p(first, p[1]) < 1e-9  # the test can tell
+
+
+def test_sampled_text_follows_the_dense_models_distribution(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 rounds from the same place: the first token of each, after the prompt and its likeliest continuation."""
+    engine = speculative(tiny_folder, 2, 0.7)
+    params = SamplingParams(temperature=0.5, top_k=8)
+    dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    next(dense.generate(PROMPTS[0], max_new_tokens=1))
+    logits = []
+    for text in (PROMPTS[0], [*PROMPTS[0], int(dense.token)]):
+        ids = torch.tensor([text])
+        with torch.inference_mode():
+            logits.append(dense.model(ids, torch.arange(ids.shape[1])[None], dense.model.new_cache(1, 64))[0, -1])
+    start = int(logits[0].argmax())
+    top = logits[1].topk(8)
+    expected = torch.zeros(len(logits[1])).scatter_(0, top.indices, (top.values / 0.5).softmax(-1))
+    counts = torch.zeros_like(expected)
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    run = engine.model.hidden_states
+
+    def hidden_states(tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """The same call gives the same, computed once: a round costs 15 ms otherwise."""
+        key = (*tokens[0].tolist(), *positions[0].tolist())
+        if key not in known:
+            known[key] = run(tokens, positions, cache)
+        return known[key]
+
+    monkeypatch.setattr(engine.model, "hidden_states", hidden_states)
+    with torch.inference_mode():
+        engine._prefill(PROMPTS[0], params, 16)
+        at = int(engine.position)
+        for _ in range(20_000):
+            engine.position.fill_(at)
+            engine.token.fill_(start)
+            counts[engine._round(params, [], 2)[0]] += 1
+    assert chi_square_p(counts, expected) > 1e-3
+    assert engine.stats.accepted_tokens < 0.9 * engine.stats.drafted_tokens
+
+
+def test_continuation() -> None:
+    assert continuation([1, 2, 3, 4, 9, 1, 2, 3], 3) == [4, 9, 1]
+    assert continuation([1, 2, 7, 1, 2, 8, 1, 2], 1) == [8]  # the last time
+    assert continuation([3, 1, 2, 7, 0, 1, 2, 8, 3, 1, 2], 1) == [7]  # but the longest end first
+    assert continuation([1, 2, 3], 4) == [] and continuation([1], 4) == [] and continuation([2, 2, 2], 4) == [2]
+
+
+def test_the_draft_gets_longer_with_acceptance(tiny_folder: Path) -> None:
+    engine = speculative(tiny_folder, 8, 0.5)
+    lengths = []
+    for taken in (0.1, 0.6, 0.9, 0.99):
+        engine.tried, engine.taken = 1.0, taken
+        lengths.append(engine.best_length())
+    assert lengths[0] == 1 and lengths == sorted(lengths) and lengths[2] >= 2 and lengths[3] > lengths[1]
+
+
+def test_refusals(tiny_folder: Path) -> None:
+    engine = speculative(tiny_folder)
+    with pytest.raises(UserError, match="--speculate 17 is out of range; expected 1 to 16"):
+        engine.speculate(17)
+    with pytest.raises(UserError, match="lookup does not go with a sparsity"):
+        engine.speculate(4, lookup=True)
