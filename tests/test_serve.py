@@ -238,7 +238,7 @@ def test_many_clients_get_their_own_answers(server: Server) -> None:
 def test_bench_serving_counts_the_tokens_of_streams(server: Server) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "bench.serving", "--url", f"http://127.0.0.1:{server.port}", "--context", "8"]
-        command += ["--clients", "1,3", "--seconds", "0.03", *arguments]
+        command += ["--clients", "1,3", "--seconds", "0.1", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     server.client.completions.create(model="tiny", prompt="The", max_tokens=20)  # the first steps of a process are slow
@@ -246,7 +246,7 @@ def test_bench_serving_counts_the_tokens_of_streams(server: Server) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["clients"] for row in rows] == [1, 3]
-    assert all(row["tokens_per_s"] > 20 for row in rows)
+    assert all(row["tokens_per_s"] > 0 and row["mean_context"] > 8 for row in rows)
     for arguments, message in (
         (("--max-tokens", "4"), "--max-tokens 4: a stream ended"),
         (("--sparsities", "0.7"), "sparsity 0.7 is not loaded"),
