@@ -98,7 +98,8 @@ class Engine:
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
         sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
-        output head to 8 bits, kv_cache "int8" keys and values. compile None means: on CUDA only. Raises UserError for anything the user can mend.
+        output head to 8 bits, kv_cache "int8" keys and values. compile None means: on CUDA only. Raises UserError for
+        anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from calibration import BlockStages, Stream
 from checkpoint import block_targets, open_shard, projection_targets
 from hf_config import load_config
-from kernels.packing import dequantize, pack_int4
+from kernels.packing import dequantize
 from model import Transformer
-from quantization import QuantConfig, QuantizedLinear, group_scales, round_groups
+from quantization import Packed, QuantConfig, QuantizedLinear, group_scales, pack, round_groups
 
 LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product
 DAMPING = 0.01  # of the mean of the diagonal, the paper's value
-Packed = tuple[Tensor, Tensor, Tensor | None]
 
 
 def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
@@ -55,7 +54,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
             error = errors[k - begin] = (rows[k] - rounded) / inverse[k, k]
             rows[k + 1 : end] -= inverse[k, k + 1 : end, None] * error
         rows[end:] -= inverse[begin:end, end:].t() @ errors
-    return (values, scales, None) if bits == 8 else (pack_int4(values, group_size), scales, zeros)
+    return pack(values, scales, zeros, bits)
 
 
 class BlockwiseGptq:

@@ -8,15 +8,14 @@ the rest. The published method keeps the scale and fits a fractional zero; ours 
 import torch
 from torch import Tensor
 
-from kernels.packing import pack_int4
-from quantization import group_scales, round_groups
+from quantization import Packed, group_scales, pack, round_groups
 
 P = 0.7  # the norm, and BETA, GROWTH and ITERATIONS: the published values
 BETA, GROWTH = 10.0, 1.01
 ITERATIONS = 20
 
 
-def half_quadratic(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def half_quadratic(weight: Tensor, bits: int, group_size: int) -> Packed:
     """weight [K, N] -> values, scales (of its dtype), zeros, as quantization.round_to_nearest gives them."""
     K, N = weight.shape
     groups = weight.float().view(K, N // group_size, group_size)
@@ -31,11 +30,7 @@ def half_quadratic(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, 
         best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
         least = torch.where(better, error, least)
         beta *= GROWTH
-    scales, zeros = best
-    values = round_groups(groups, scales, zeros, bits).view(K, N)
-    if bits == 8:
-        return values.to(torch.int8), scales, None
-    return pack_int4(values, group_size), scales, zeros.to(torch.uint8)
+    return pack(round_groups(groups, *best, bits).view(K, N), *best, bits)
 
 
 def _fit(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int, beta: float) -> tuple[Tensor, Tensor]:

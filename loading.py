@@ -39,7 +39,8 @@ def load_for_decoding(
     """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
 
     sparse says whether the model will run sparse, which decides the faster dtype on a CPU; quant ("int8", "int4")
-    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of params.KV_CACHES. Raises UserError.
+    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of
+    params.KV_CACHES. Raises UserError.
     """
     loaded = _load(checkpoint, random_weights, device, dtype, sparse)
     if quant_lm_head and quant is None:

@@ -20,6 +20,7 @@ from model import ModelConfig, Transformer
 QUANT_METHOD = "teal"
 QUANT_VERSION = 1
 BITS = {"int8": 8, "int4": 4}
+Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a weight (kernels/packing.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def pick_group_size(config: ModelConfig, asked: int | None) -> int:
     raise UserError(f"--group-size {size} does not fit {odd} of this model; {others}")
 
 
-def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
     """weight [K, N] -> values, scales (of its dtype), zeros, as kernels/packing.py lays them out.
 
     Scales are rounded to weight's dtype before values are, so that rounding them costs nothing more.
@@ -82,10 +83,14 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor
     K, N = weight.shape
     groups = weight.float().view(K, N // group_size, group_size)
     scales, zeros = group_scales(groups, bits, weight.dtype)
-    values = round_groups(groups, scales, zeros, bits).view(K, N)
+    return pack(round_groups(groups, scales, zeros, bits).view(K, N), scales, zeros, bits)
+
+
+def pack(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Packed:
+    """Integers [K, N] of any dtype, scales and zeros [K, groups] -> values, scales, zeros as kernels/packing.py has them."""
     if bits == 8:
-        return values.to(torch.int8), scales, None
-    return pack_int4(values, group_size), scales, zeros.to(torch.uint8)
+        return integers.to(torch.int8), scales, None
+    return pack_int4(integers, integers.shape[1] // scales.shape[1]), scales, zeros.to(torch.uint8)
 
 
 def group_scales(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

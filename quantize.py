@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from quantization import QuantConfig
+    from quantization import Packed, QuantConfig
 
-    Rounding = Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor | None]]
+    Rounding = Callable[[Tensor, int, int], Packed]
 
 SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 
@@ -247,15 +247,13 @@ def _quantized_tensors(
         if len(dtypes) > 1:
             (one, first), (other, second) = dtypes.items()
             raise UserError(f"{path}: {first} is {one} and {second} is {other}; expected one dtype in a layer")
-        if head:
-            parts = round_to_nearest(tensor.t().contiguous(), 8, scheme.group_size)
-        elif rounding is None:
+        rounded, bits = (round_to_nearest, 8) if head else (rounding, scheme.bits)
+        if rounded is None:
             continue
-        elif as_floats:
-            result[name] = dequantize(*rounding(tensor, scheme.bits, scheme.group_size)).contiguous()
+        if as_floats and not head:
+            result[name] = dequantize(*rounded(tensor, bits, scheme.group_size)).contiguous()
             continue
-        else:
-            parts = rounding(tensor.t().contiguous(), scheme.bits, scheme.group_size)
+        parts = rounded(tensor.t().contiguous(), bits, scheme.group_size)
         prefix = name.removesuffix("weight")
         result |= {prefix + n: t for n, t in zip(("qweight", "scales", "zeros"), parts, strict=True) if t is not None}
     return result

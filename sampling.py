@@ -15,18 +15,22 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
     """
     if params.takes_likeliest:
         return logits.argmax(dim=-1)
-    probs = probabilities(logits, params, seen)
-    return probs.argmax(dim=-1) if params.temperature == 0 else draw(probs, generator)
+    if params.temperature == 0:
+        return _penalized(logits, params, seen).argmax(dim=-1)
+    return draw(probabilities(logits, params, seen), generator)
 
 
 def probabilities(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tensor:
     """What sample draws from: fp32 [B, V]; all of it on one token where the likeliest is taken."""
-    logits = logits.float()
-    if params.repetition_penalty != 1:
-        logits = penalize(logits, params.repetition_penalty, seen)
+    logits = _penalized(logits, params, seen)
     if params.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     return filter_logits(logits / params.temperature, params).softmax(dim=-1)
+
+
+def _penalized(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits if params.repetition_penalty == 1 else penalize(logits, params.repetition_penalty, seen)
 
 
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -246,7 +246,7 @@ def test_bench_serving_counts_the_tokens_of_streams(server: Server) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["clients"] for row in rows] == [1, 3]
-    assert all(row["tokens_per_s"] > 0 and row["mean_context"] > 8 for row in rows)
+    assert all(row["tokens_per_s"] > 20 and row["mean_context"] > 8 for row in rows)
     for arguments, message in (
         (("--max-tokens", "4"), "--max-tokens 4: a stream ended"),
         (("--sparsities", "0.7"), "sparsity 0.7 is not loaded"),
