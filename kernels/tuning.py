@@ -46,7 +46,7 @@ TILES: dict[tuple[str, int, int, int], GemvTile] = {
     (H100, 16, 4096, 6144): GemvTile(1024, 1, 8, 44, 4),  # 12.6 us; 88 splits 12.4, but a slower sum
     (H100, 16, 4096, 4096): GemvTile(1024, 1, 8, 66, 4),  # 9.1 us; 33 splits 11.0
     (H100, 16, 4096, 28672): GemvTile(2048, 1, 4, 19, 8),  # 45.2 us; block_n 1024, 9 splits 46.9
-    (H100, 16, 14336, 4096): GemvTile(2048, 1, 8, 66, 8),  # 25.8 us; block_n 512 26.6, 33 splits 31.6
+    (H100, 16, 14336, 4096): GemvTile(2048, 1, 8, 128, 8),  # 25.2 us; 66 splits 25.8, block_n 512 26.6
     (H100, 4, 4096, 6144): GemvTile(1024, 4, 4, 33, 4),  # 2.3 us less than 44 splits: rope_attention adds them
     (H100, 4, 4096, 4096): GemvTile(1024, 4, 4, 66, 4),
 }
