@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from calibration import calibrate_uniform
 from compilation import capture, compile_model
@@ -44,7 +45,8 @@ class GenerationStats:
     first_token_s: float = 0.0
     token_s: list[float] = field(default_factory=list)
     finish_reason: str = ""
-    drafted_tokens: int = 0  # by speculation.SpeculativeEngine
+    rounds: int = 0  # of drafting and judging, by speculation.SpeculativeEngine
+    drafted_tokens: int = 0
     accepted_tokens: int = 0
 
     @property
@@ -94,7 +96,7 @@ class Engine:
         quant: str | None = None,
         quant_lm_head: bool = False,
         kv_cache: str = "float",
-    ) -> "Engine":
+    ) -> Self:
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
         sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
@@ -113,7 +115,7 @@ class Engine:
         return engine
 
     @classmethod
-    def from_loaded(cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None) -> "Engine":
+    def from_loaded(cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None) -> Self:
         """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load."""
         on_cuda = loaded.model.embedding.weight.is_cuda
         compile = on_cuda if compile is None else compile
@@ -186,7 +188,8 @@ class Engine:
 
     def _set_cache(self, cache: KVCache) -> None:
         self.cache = cache
-        self.graphs: dict[SamplingParams, torch.cuda.CUDAGraph] = {}
+        # By sampling parameters and how many tokens are drafted: none in an ordinary step.
+        self.graphs: dict[tuple[SamplingParams, int], torch.cuda.CUDAGraph] = {}
 
     def _reserve(self, length: int) -> None:
         """Make the cache hold at least length tokens, keeping what is in it."""
@@ -328,18 +331,16 @@ class Engine:
 
     def _captured_step(self, params: SamplingParams) -> Callable[[], None]:
         """A CUDA graph of _step for these sampling parameters and the current cache, captured on first use."""
-        key = params.without_seed()
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(params)
-        return self.graphs[key].replay
+        return self._captured((params.without_seed(), 0), lambda: self._step(params)).replay
 
     @torch.inference_mode()
-    def _capture(self, params: SamplingParams) -> torch.cuda.CUDAGraph:
-        """Record _step as a CUDA graph, leaving tensors and random state as they were."""
-        random_state = self.generator.get_state()
-        graph = capture(lambda: self._step(params), (self.token, self.position, self.seen), self.generator)
-        self.generator.set_state(random_state)
-        return graph
+    def _captured(self, key: tuple[SamplingParams, int], step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The CUDA graph of this key; if need be step is recorded, which leaves tensors and random state as they were."""
+        if key not in self.graphs:
+            random_state = self.generator.get_state()
+            self.graphs[key] = capture(step, (self.token, self.position, self.seen), self.generator)
+            self.generator.set_state(random_state)
+        return self.graphs[key]
 
 
 def choose_plan(

@@ -49,6 +49,9 @@ def build_parser() -> cli.Parser:
     draft.add_argument("--draft-sparsity", type=cli.sparsity, default=0.5, help="of those steps")
     draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
     draft.add_argument(
+        "--draft-quant", choices=("int8", "int4"), help="round the weights of those steps, and of no other"
+    )
+    draft.add_argument(
         "--speculate-lookup",
         action="store_true",
         help=f"draft what followed the last words before; up to {LOOKUP_LENGTH} tokens without --speculate",
@@ -108,24 +111,25 @@ def load_engine(args: argparse.Namespace) -> "Engine":
         for option, given in (("--sparsity", args.sparsity > 0), ("--plan", args.plan), ("--stats", args.stats)):
             if given:
                 raise UserError(f"{option} does not go with speculative decoding, whose text is the dense model's")
+    elif args.draft_plan or args.draft_quant:
+        raise UserError(f"{'--draft-plan' if args.draft_plan else '--draft-quant'} goes with --speculate K")
     from speculation import SpeculativeEngine  # importing torch takes a second: not for --help or a mistyped option
 
-    drafts_sparse = speculative and not args.speculate_lookup
-    engine = SpeculativeEngine.load(
-        args.checkpoint,
-        random_weights=args.random_weights,
-        quant=args.quant,
-        quant_lm_head=args.lm_head == "int8",
-        kv_cache=args.kv_cache,
-        sparsity=args.draft_sparsity if drafts_sparse else args.sparsity,
-        plan=args.draft_plan if drafts_sparse else args.plan,
-        device=args.device,
-        dtype=args.dtype,
-        compile=args.compile,
-    )
-    if speculative:
-        assert isinstance(engine, SpeculativeEngine)
-        engine.speculate(args.speculate or LOOKUP_LENGTH, args.speculate_lookup)
+    model: dict[str, Any] = {
+        "random_weights": args.random_weights,
+        "device": args.device,
+        "dtype": args.dtype,
+        "compile": args.compile,
+        "quant": args.quant,
+        "quant_lm_head": args.lm_head == "int8",
+        "kv_cache": args.kv_cache,
+    }
+    if speculative and not args.speculate_lookup:
+        draft = {"draft_sparsity": args.draft_sparsity, "draft_plan": args.draft_plan, "draft_quant": args.draft_quant}
+        return SpeculativeEngine.load_with_draft(args.checkpoint, length=args.speculate, **draft, **model)
+    engine = SpeculativeEngine.load(args.checkpoint, sparsity=args.sparsity, plan=args.plan, **model)
+    if args.speculate_lookup:
+        engine.look_up(args.speculate or LOOKUP_LENGTH)
     return engine
 
 

@@ -46,16 +46,21 @@ def load_for_decoding(
     if quant_lm_head and quant is None:
         raise UserError("--lm-head int8 goes with --quant; to keep the rest in floats is not supported")
     if quant is not None:
-        if is_quantized(loaded.model):
-            raise UserError(f"--quant {quant}: {loaded.name} is quantized already; leave the option out")
-        scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head)
-        use_quantized_linears(loaded.model, scheme, fill=True)
-        loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "")
+        round_weights(loaded, quant, quant_lm_head, "--quant")
     if kv_cache not in KV_CACHES:
         raise UserError(f"--kv-cache {kv_cache}: unknown; expected one of {', '.join(KV_CACHES)}")
     if kv_cache == "int8":
         use_int8_cache(loaded.model)
     return loaded
+
+
+def round_weights(loaded: LoadedModel, quant: str, quant_lm_head: bool, option: str) -> None:
+    """Round the weights of loaded to "int8" or "int4" in place; option named it. Raises UserError if they are by now."""
+    if is_quantized(loaded.model):
+        raise UserError(f"{option} {quant}: {loaded.name} is quantized already; leave the option out")
+    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head)
+    use_quantized_linears(loaded.model, scheme, fill=True)
+    loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "")
 
 
 def _load(checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool) -> LoadedModel:

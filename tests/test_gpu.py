@@ -15,6 +15,7 @@ from generation import Done, Piece, Request
 from model import KVCache, attend
 from params import SamplingParams
 from scheduler import Scheduler
+from speculation import SpeculativeEngine
 from tests.conftest import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +67,28 @@ def test_graph_equals_eager(tiny_folder: Path, sparsity: float, kv_cache: str) -
     for ids in (PROMPT, [i % 290 + 5 for i in range(CACHE_STEP - 10)]):  # the second grows the cache while decoding
         assert tokens(graph, ids) == tokens(eager, ids)
     assert graph.graphs
+
+
+@pytest.mark.parametrize("how", ["sparse", "int4", "lookup"])
+def test_speculative_rounds_in_graphs_give_the_dense_text(quantizable_folder: Path, how: str) -> None:
+    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "compile": True}
+    dense = Engine.load(str(quantizable_folder), **options)
+    if how == "lookup":
+        engine = SpeculativeEngine.load(str(quantizable_folder), **options)
+        engine.look_up(4)
+    else:
+        quant = "int4" if how == "int4" else None
+        engine = SpeculativeEngine.load_with_draft(str(quantizable_folder), length=4, draft_quant=quant, **options)
+    for ids in (PROMPT, [i % 290 + 5 for i in range(CACHE_STEP - 10)]):
+        assert tokens(engine, ids, 60) == tokens(dense, ids, 60)
+        assert 0 < engine.stats.accepted_tokens <= engine.stats.drafted_tokens
+    assert len(engine.graphs) >= 2
+    texts = []
+    for _ in range(2):
+        engine.cached_ids = []
+        engine.tried, engine.taken = 2.0, 1.0
+        texts.append(tokens(engine, params=SAMPLED))
+    assert texts[0] == texts[1] != tokens(dense)
 
 
 def test_penalty_and_filters_work_inside_the_graph(tiny_folder: Path) -> None:

@@ -9,16 +9,24 @@ from engine import Engine
 from errors import UserError
 from model import KVCache
 from params import SamplingParams
-from speculation import MAX_DRAFT, SpeculativeEngine, continuation, judge
+from quantization import is_quantized
+from speculation import MAX_DRAFT, Lookup, SpeculativeEngine, judge, judge_likeliest
+from teal_layers import sparse_layers
 from tests.conftest import relative_error
 
 PROMPTS = [[5, 9, 33, 120, 7, 250, 61], [8, 8], [i * 7 % 190 + 5 for i in range(40)], [11, 12, 13] * 6]
 
 
-def speculative(folder: Path, length: int = 4, sparsity: float = 0.6) -> SpeculativeEngine:
-    engine = SpeculativeEngine.load(str(folder), device="cpu", dtype="fp32", sparsity=sparsity)
-    assert isinstance(engine, SpeculativeEngine)
-    engine.speculate(length, lookup=sparsity == 0)
+def speculative(
+    folder: Path, length: int = 4, sparsity: float = 0.6, draft_quant: str | None = None
+) -> SpeculativeEngine:
+    """Drafts by sparse steps; by lookup if sparsity is 0."""
+    if sparsity:
+        return SpeculativeEngine.load_with_draft(
+            str(folder), device="cpu", dtype="fp32", length=length, draft_sparsity=sparsity, draft_quant=draft_quant
+        )
+    engine = SpeculativeEngine.load(str(folder), device="cpu", dtype="fp32")
+    engine.look_up(length)
     return engine
 
 
@@ -35,10 +43,16 @@ def chi_square_p(counts: torch.Tensor, probs: torch.Tensor) -> float:
     return float(chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue)
 
 
-@pytest.mark.parametrize("sparsity,length", [(0.6, 1), (0.6, 4), (0.3, MAX_DRAFT), (0.0, 4)])
-def test_greedy_text_is_the_dense_models(tiny_folder: Path, sparsity: float, length: int) -> None:
-    dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
-    engine = speculative(tiny_folder, length, sparsity)
+@pytest.mark.parametrize(
+    "sparsity,length,quant",
+    [(0.6, 1, None), (0.6, 4, None), (0.3, MAX_DRAFT, None), (0.0, 4, None), (0.4, 4, "int4"), (0.4, 4, "int8")],
+)
+def test_greedy_text_is_the_dense_models(
+    tiny_folder: Path, quantizable_folder: Path, sparsity: float, length: int, quant: str | None
+) -> None:
+    folder = quantizable_folder if quant else tiny_folder
+    dense = Engine.load(str(folder), device="cpu", dtype="fp32")
+    engine = speculative(folder, length, sparsity, quant)
     drafted = accepted = 0
     for prompt in PROMPTS:
         for count in (1, 2, 50):
@@ -51,14 +65,17 @@ def test_greedy_text_is_the_dense_models(tiny_folder: Path, sparsity: float, len
     assert 0 < accepted < drafted
 
 
-@pytest.mark.parametrize("sparsity", [0.6, 0.0])
-def test_the_cache_is_that_of_a_fresh_run(tiny_folder: Path, sparsity: float) -> None:
-    engine = speculative(tiny_folder, sparsity=sparsity)
+@pytest.mark.parametrize("sparsity,quant", [(0.6, None), (0.0, None), (0.6, "int4")])
+def test_the_cache_is_that_of_a_fresh_run(
+    tiny_folder: Path, quantizable_folder: Path, sparsity: float, quant: str | None
+) -> None:
+    folder = quantizable_folder if quant else tiny_folder
+    engine = speculative(folder, sparsity=sparsity, draft_quant=quant)
     stream = engine.generate(PROMPTS[3], max_new_tokens=60, ignore_eos=True)
     text = PROMPTS[3] + [next(stream) for _ in range(37)]
     stream.close()
     assert engine.cached_ids == text[:-1] and engine.stats.accepted_tokens < engine.stats.drafted_tokens
-    fresh = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    fresh = Engine.load(str(folder), device="cpu", dtype="fp32")
     next(fresh.generate(text[:-1], max_new_tokens=1))
     n = len(text) - 1
     for name in ("k", "v"):
@@ -81,7 +98,7 @@ def test_sampling_repeats_with_its_seed(tiny_folder: Path) -> None:
     for seed in (5, 5, 6):
         params = SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.3, seed=seed)
         engine.cached_ids = []
-        engine.speculate(4)
+        engine.tried, engine.taken = 2.0, 1.0
         texts.append(list(engine.generate(PROMPTS[0], params, 40, ignore_eos=True)))
     assert texts[0] == texts[1] != texts[2]
 
@@ -96,7 +113,7 @@ def test_judged_tokens_follow_the_models_distribution(lookup: bool) -> None:
     first, second = torch.zeros(12), torch.zeros(12)
     for drafted in torch.multinomial(q, 20_000, replacement=True, generator=generator).t():
         kept, last = judge(drafted, q, p, generator)
-        tokens = [*drafted[:kept].tolist(), last]
+        tokens = [*drafted[: int(kept)].tolist(), int(last)]
         first[tokens[0]] += 1
         if len(tokens) > 1:  # then of p[1], since these rows do not depend on the tokens
             second[tokens[1]] += 1
@@ -136,12 +153,45 @@ def test_sampled_text_follows_the_dense_models_distribution(tiny_folder: Path, m
         for _ in range(20_000):
             engine.position.fill_(at)
             engine.token.fill_(start)
-            counts[engine._round(params, [], 2)[0]] += 1
+            counts[engine._round(params, Lookup([]), 2)[0]] += 1
     assert chi_square_p(counts, expected) > 1e-3
     assert engine.stats.accepted_tokens < 0.9 * engine.stats.drafted_tokens
 
 
-def test_continuation() -> None:
+def test_judged_by_the_likeliest() -> None:
+    logits = torch.zeros(4, 9)
+    logits[range(4), [3, 5, 2, 7]] = 1.0
+    for drafted, kept, last in (([3, 5, 2], 3, 7), ([3, 5, 1], 2, 2), ([4, 5, 2], 0, 3), ([3, 1, 2], 1, 5)):
+        assert [int(t) for t in judge_likeliest(torch.tensor(drafted), logits)] == [kept, last]
+    assert [int(t) for t in judge_likeliest(torch.zeros(0, dtype=torch.int64), logits[:1])] == [0, 3]
+
+
+def test_penalties_count_what_was_drafted_before(tiny_folder: Path) -> None:
+    engine = speculative(tiny_folder)
+    with torch.inference_mode():
+        engine.seen[0, [3, 9]] = True
+        seen = engine._seen_after(torch.tensor([7, 9, 1]))
+    assert [row.nonzero()[:, 0].tolist() for row in seen] == [[3, 9], [3, 7, 9], [3, 7, 9], [1, 3, 7, 9]]
+
+
+def test_a_rounded_draft_shares_all_but_its_projections(quantizable_folder: Path) -> None:
+    engine = speculative(quantizable_folder, draft_quant="int4")
+    assert engine.drafter is not None and not is_quantized(engine.model)
+    target, draft = ({p.data_ptr() for p in m.parameters()} for m in (engine.model, engine.drafter))
+    own = {
+        t.data_ptr()
+        for layer in sparse_layers(engine.drafter)
+        for m in layer
+        for t in (m.weight, m.scales, m.zeros)
+        if t is not None
+    }
+    assert own and draft - own <= target and not own & target
+
+
+def test_lookup() -> None:
+    def continuation(text: list[int], length: int) -> list[int]:
+        return Lookup(text).continuation(length)
+
     assert continuation([1, 2, 3, 4, 9, 1, 2, 3], 3) == [4, 9, 1]
     assert continuation([1, 2, 7, 1, 2, 8, 1, 2], 1) == [8]  # the last time
     assert continuation([3, 1, 2, 7, 0, 1, 2, 8, 3, 1, 2], 1) == [7]  # but the longest end first
@@ -157,9 +207,14 @@ def test_the_draft_gets_longer_with_acceptance(tiny_folder: Path) -> None:
     assert lengths[0] == 1 and lengths == sorted(lengths) and lengths[2] >= 2 and lengths[3] > lengths[1]
 
 
-def test_refusals(tiny_folder: Path) -> None:
-    engine = speculative(tiny_folder)
-    with pytest.raises(UserError, match="--speculate 17 is out of range; expected 1 to 16"):
-        engine.speculate(17)
-    with pytest.raises(UserError, match="lookup does not go with a sparsity"):
-        engine.speculate(4, lookup=True)
+def test_refusals(tiny_folder: Path, quantizable_folder: Path) -> None:
+    options = {"device": "cpu", "dtype": "fp32"}
+    for how, words in (
+        ({"length": 17}, "--speculate 17 is out of range; expected 1 to 16"),
+        ({"length": 4, "draft_sparsity": 0.0}, "--draft-sparsity 0 is out of range; expected 0 < sparsity < 1"),
+        ({"length": 4, "quant": "int8", "draft_quant": "int4"}, "--draft-quant int4: .* is quantized already"),
+    ):
+        with pytest.raises(UserError, match=words):
+            SpeculativeEngine.load_with_draft(str(quantizable_folder), **how, **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="lookup goes with a dense engine"):
+        speculative(tiny_folder).look_up(4)

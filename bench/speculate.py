@@ -1,0 +1,201 @@
+"""Speculative decoding by draft and length: python -m bench.speculate --drafts 0.5,int4:0.5,lookup --lengths 1,2,4
+
+For each draft and number of drafted tokens: how many of them the dense model takes, the tokens and milliseconds of a
+round, the speed over plain dense decoding of the same prompts in the same process, and how many texts are the dense
+ones. Random weights tell the time of a round only; --acceptances then says what that gives for a draft whose tokens are
+taken so often, (1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, eq. 1).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cli
+from engine import Engine
+from errors import UserError
+from params import SamplingParams
+from speculation import SpeculativeEngine, check_length
+from texts import default_text, read_texts
+
+
+class FixedLength(SpeculativeEngine):
+    """Drafts the same number of tokens every round."""
+
+    def best_length(self) -> int:
+        """The length asked for."""
+        return self.draft_length
+
+
+@dataclass(slots=True)
+class Figures:
+    """What the prompts gave for one draft and length; seconds and tokens of each prompt."""
+
+    label: str
+    length: int
+    texts: list[list[int]] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+    round_s: list[float] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+
+    def row(self, dense: "Figures") -> dict[str, Any]:
+        """The figures beside those of the dense engine."""
+        ratios = [a / b for a, b in zip(self.tokens_per_s, dense.tokens_per_s, strict=True)]
+        same = sum(a == b for a, b in zip(self.texts, dense.texts, strict=True))
+        return {
+            "draft": self.label,
+            "length": self.length,
+            "accepted": self.accepted / max(1, self.drafted),
+            "tokens_a_round": sum(len(t) - 1 for t in self.texts) / self.rounds,
+            "round_ms": 1e3 * statistics.median(self.round_s),
+            "tokens_per_s": statistics.median(self.tokens_per_s),
+            "ratio": statistics.median(ratios),
+            "same_texts": same,
+            "texts": len(self.texts),
+        }
+
+
+def build_parser() -> cli.Parser:
+    """The command line of bench.speculate."""
+    parser = cli.Parser("Measure speculative decoding: acceptance, speed and whether the texts are the dense model's.")
+    cli.add_model_arguments(parser)
+    parser.add_argument("--drafts", default="0.5", help="sparsities, int8:S or int4:S, or lookup; commas between")
+    parser.add_argument("--lengths", type=cli.positive_ints, default=(1, 2, 4), help="tokens drafted a round")
+    parser.add_argument(
+        "--text", type=Path, help="UTF-8 file the prompts are cut from; default a text that comes along"
+    )
+    parser.add_argument("--prompts", type=cli.positive_int, default=5, help="how many, evenly spread over the text")
+    parser.add_argument("--context", type=cli.positive_int, default=64, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=cli.positive_int, default=64, help="tokens generated after each")
+    parser.add_argument(
+        "--acceptances", type=cli.sparsities, default=(), help="also the speed at these, commas between"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="as generate.py's")
+    return parser
+
+
+def parse_draft(text: str) -> dict[str, Any] | None:
+    """What load_with_draft takes for "0.5" or "int4:0.5"; None for "lookup". Raises UserError."""
+    if text == "lookup":
+        return None
+    rounded, _, sparsity = text.rpartition(":")
+    try:
+        share = float(sparsity)
+    except ValueError:
+        share = -1.0
+    if rounded not in ("", "int8", "int4") or not 0 < share < 1:
+        raise UserError(f"--drafts {text}: expected a sparsity (0.5), one with rounded weights (int4:0.5), or lookup")
+    return {"draft_sparsity": share, "draft_quant": rounded or None}
+
+
+def prompts_of(args: argparse.Namespace, engine: Engine) -> list[list[int]]:
+    """Token lists from all over the text; arbitrary ones for random weights. Raises UserError if it is too short."""
+    if args.random_weights is not None:
+        return [[1000 + (7 * i + j) % 1000 for j in range(args.context)] for i in range(args.prompts)]
+    ids = engine.tokenizer.encode(read_texts([args.text], "text") if args.text is not None else default_text())
+    spacing = len(ids) // args.prompts
+    if spacing < args.context:
+        raise UserError(f"the text has {len(ids)} tokens; {args.prompts} prompts of {args.context} need more")
+    return [ids[i * spacing : i * spacing + args.context] for i in range(args.prompts)]
+
+
+def run(engine: Engine, prompt: list[int], tokens: int, figures: Figures) -> None:
+    """Generate after prompt from an empty cache and note what it took."""
+    engine.cached_ids = []
+    figures.texts.append(list(engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True)))
+    stats = engine.stats
+    assert stats.tokens_per_s is not None
+    rounds = stats.rounds or tokens
+    figures.tokens_per_s.append(stats.tokens_per_s)
+    figures.round_s.append(sum(stats.token_s) / rounds)
+    figures.drafted += stats.drafted_tokens
+    figures.accepted += stats.accepted_tokens
+    figures.rounds += rounds
+
+
+def measure(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) -> tuple[Engine, list[dict[str, Any]]]:
+    """The dense engine and a row for each draft and length, reported as they come."""
+    options = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
+    options["compile"] = args.compile
+    drafts = {text: parse_draft(text) for text in args.drafts.split(",")}
+    for length in args.lengths:
+        check_length(length)
+    dense = FixedLength.load(args.checkpoint, **options)
+    prompts = prompts_of(args, dense)
+    rows = []
+    for text, draft in drafts.items():
+        engine = dense if draft is None else FixedLength.load_with_draft(args.checkpoint, length=1, **draft, **options)
+        for length in args.lengths:
+            plain, drafted = Figures("dense", 0), Figures(text, length)
+            set_length(engine, length)
+            run(engine, prompts[0], args.tokens, Figures(text, length))  # compiles and captures
+            for prompt in prompts:
+                dense.draft_length = 0  # a lookup drafts with the dense engine itself
+                run(dense, prompt, args.tokens, plain)
+                set_length(engine, length)
+                run(engine, prompt, args.tokens, drafted)
+            row = drafted.row(plain) | {"dense_tokens_per_s": statistics.median(plain.tokens_per_s)}
+            rows.append(row)
+            report(row)
+        dense.draft_length = 0
+        del engine
+    return dense, rows
+
+
+def set_length(engine: SpeculativeEngine, length: int) -> None:
+    """Draft length tokens a round."""
+    if engine.drafter is None:
+        engine.look_up(length)
+    else:
+        engine.draft_length = length
+
+
+def speed_at(row: dict[str, Any], acceptance: float) -> float:
+    """Tokens/s of a row's rounds if each drafted token were taken with this probability."""
+    return 1e3 * sum(acceptance**i for i in range(row["length"] + 1)) / row["round_ms"]
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """A row as a line."""
+    print(
+        f"{row['draft']:>10} x{row['length']:<3}{row['accepted']:7.1%} accepted{row['tokens_a_round']:6.2f} tokens and"
+        f"{row['round_ms']:8.2f} ms a round{row['tokens_per_s']:8.1f} tok/s{row['ratio']:6.2f}x dense"
+        f" ({row['dense_tokens_per_s']:.1f})   {row['same_texts']} of {row['texts']} texts the same",
+        flush=True,
+    )
+
+
+def print_curve(rows: list[dict[str, Any]], acceptances: tuple[float, ...]) -> None:
+    """The best length and its speed over dense, for each draft and acceptance."""
+    for draft in dict.fromkeys(row["draft"] for row in rows):
+        of_draft = [row for row in rows if row["draft"] == draft]
+        for a in acceptances:
+            best = max(of_draft, key=lambda row: speed_at(row, a))
+            speed = speed_at(best, a)
+            print(
+                f"{draft:>10} at {a:.0%} taken: {speed:7.1f} tok/s, {speed / best['dense_tokens_per_s']:.2f}x dense,"
+                f" by drafting {best['length']}"
+            )
+
+
+def main() -> None:
+    """Measure and print; the last line is JSON."""
+    args = build_parser().parse_args()
+    dense, rows = measure(args, print_row)
+    print_curve(rows, args.acceptances)
+    name = torch.cuda.get_device_name(dense.device) if dense.device.type == "cuda" else "cpu"
+    facts = {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
+    print(json.dumps(facts | {"dtype": str(dense.dtype).removeprefix("torch."), "rows": rows}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
