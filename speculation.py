@@ -60,7 +60,7 @@ class SpeculativeEngine(Engine):
         """As Engine.load, an engine that drafts up to length tokens by sparse steps of the model.
 
         draft_sparsity or the file draft_plan say how sparse; draft_quant ("int8", "int4") rounds the weights of the draft
-        alone. Raises UserError.
+        alone, and its output head to 8 bits. Raises UserError.
         """
         check_length(length)
         if draft_plan is None and not 0 < draft_sparsity < 1:
@@ -76,7 +76,7 @@ class SpeculativeEngine(Engine):
             engine.draft_with(engine.model, plan, None, length)
         else:
             rounded = sharing_copy(loaded)
-            round_weights(rounded, draft_quant, quant_lm_head=False, option="--draft-quant")
+            round_weights(rounded, draft_quant, quant_lm_head=True, option="--draft-quant")
             plan = choose_plan(rounded, draft_sparsity, draft_plan)
             drafter = Engine.from_loaded(rounded, plan, compile)
             engine = cls.from_loaded(loaded, None, compile)
