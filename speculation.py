@@ -1,8 +1,8 @@
 """Speculative decoding: the dense model's own text, several tokens a pass (Leviathan et al. 2023, Chen et al. 2023).
 
 A draft proposes tokens and the dense model judges them in one pass, which reads its weights once for all. The draft is
-the same model with sparse activations: weights, embeddings and KV cache are shared, a call of one token being sparse and
-one of several dense. With weights rounded to 8 or 4 bits for it, the draft has those of its own, and shares the rest.
+the same model with sparse activations, whose tensors and KV cache it shares; with weights rounded to 8 or 4 bits for it,
+the draft has those of its own and shares the rest.
 Or it is what followed the last few tokens where they stood before (prompt lookup, Saxena 2023). Keys and values that the
 draft writes are overwritten by the pass that judges; those of refused tokens lie behind the position reached, where
 nothing is read before it is written.
@@ -11,6 +11,7 @@ nothing is read before it is written.
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from typing_extensions import Self
 from engine import Engine, choose_plan
 from errors import UserError
 from loading import LoadedModel, load_for_decoding, round_weights
-from model import Transformer
+from model import KVCache, Transformer
 from params import SamplingParams
-from plan import SparsityPlan
+from plan import SparsityPlan, keep_all_plan
 from sampling import draw, probabilities, take_likeliest
+from teal_layers import sparsify
 
 MAX_DRAFT = 16
 LOOKUP_TOKENS = (4, 3, 2)  # how many last tokens must have stood before, tried in this order
@@ -62,33 +64,44 @@ class SpeculativeEngine(Engine):
         draft_sparsity or the file draft_plan say how sparse; draft_quant ("int8", "int4") rounds the weights of the draft
         alone, and its output head to 8 bits. Raises UserError.
         """
-        check_length(length)
-        if draft_plan is None and not 0 < draft_sparsity < 1:
-            raise UserError(f"--draft-sparsity {draft_sparsity:g} is out of range; expected 0 < sparsity < 1")
         start = time.perf_counter()
         loaded = load_for_decoding(
             checkpoint, random_weights, device, dtype, draft_quant is None, quant, quant_lm_head, kv_cache
         )
         load_s = time.perf_counter() - start
-        if draft_quant is None:
-            plan = choose_plan(loaded, draft_sparsity, draft_plan)
-            engine = cls.from_loaded(loaded, plan, compile)
-            engine.draft_with(engine.model, plan, None, length)
-        else:
-            rounded = sharing_copy(loaded)
-            round_weights(rounded, draft_quant, quant_lm_head=True, option="--draft-quant")
-            plan = choose_plan(rounded, draft_sparsity, draft_plan)
-            drafter = Engine.from_loaded(rounded, plan, compile)
-            engine = cls.from_loaded(loaded, None, compile)
-            engine.draft_with(drafter.model, plan, draft_quant, length)
-            engine.compile_s += drafter.compile_s
+        engine = cls.from_loaded_with_draft(loaded, None, length, draft_sparsity, draft_plan, draft_quant, compile)
         engine.load_s = load_s
         return engine
 
-    @property
-    def text_sparsity(self) -> float:
-        """As Engine's; drafts do not decide the text."""
-        return 0.0 if self.draft_length else super().text_sparsity
+    @classmethod
+    def from_loaded_with_draft(
+        cls,
+        loaded: LoadedModel,
+        plan: SparsityPlan | None,
+        length: int,
+        draft_sparsity: float,
+        draft_plan: str | None,
+        draft_quant: str | None,
+        compile: bool | None = None,
+    ) -> Self:
+        """As load_with_draft, for a model in memory, which becomes sparse in place if plan is given. Raises UserError."""
+        check_length(length)
+        if draft_plan is None and not 0 < draft_sparsity < 1:
+            raise UserError(f"--draft-sparsity {draft_sparsity:g} is out of range; expected 0 < sparsity < 1")
+        if draft_quant is None:
+            sparse = choose_plan(loaded, draft_sparsity, draft_plan)
+            plan = plan or keep_all_plan(loaded.model.config)  # both then read the same layout
+            sparsify(loaded.model, plan)
+            draft = sharing_copy(loaded)
+        else:
+            draft = sharing_copy(loaded)
+            round_weights(draft, draft_quant, quant_lm_head=True, option="--draft-quant")
+            sparse = choose_plan(draft, draft_sparsity, draft_plan)
+        drafter = Engine.from_loaded(draft, sparse, compile)
+        engine = cls.from_loaded(loaded, plan, compile)
+        engine.draft_with(drafter.model, sparse, draft_quant, length)
+        engine.compile_s += drafter.compile_s
+        return engine
 
     def draft_with(self, drafter: Transformer, plan: SparsityPlan, rounded: str | None, length: int) -> None:
         """Draft up to length tokens a round by one-token steps of drafter, which decodes by plan. Raises UserError."""
@@ -97,8 +110,6 @@ class SpeculativeEngine(Engine):
 
     def look_up(self, length: int) -> None:
         """Draft up to length tokens a round by looking up what followed before. Raises UserError."""
-        if self.plan is not None:
-            raise UserError("drafting by lookup goes with a dense engine; this one was loaded with a sparsity")
         self.drafter, self.draft_cost = None, LOOKUP_COST
         self._speculate(length)
 
@@ -131,79 +142,94 @@ class SpeculativeEngine(Engine):
         yield int(self.token)
         made = 1
         while made < count:
-            # One at least: a pass over a single token would be sparse. There is room for it, though nobody wants it.
-            tokens = self._round(params, text, max(1, min(self.best_length(), count - made - 1)))
+            tokens = self._round(params, text, min(self.best_length(), count - made - 1))
             text.extend(tokens)
-            for token in tokens[: count - made]:
+            for token in tokens:
                 made += 1
                 yield token
 
     @torch.inference_mode()
     def _round(self, params: SamplingParams, text: "Lookup", length: int) -> list[int]:
         """Draft and judge: the accepted tokens and one of the dense model's own; text ends in the one not fed yet."""
-        if self.drafter is None:
-            found = text.continuation(length)
-            length = len(found)
-            self.drafted[:length] = torch.tensor(found, dtype=torch.int64)
+        length = self.propose(text, length)
+        row = Row(self.token, self.position, self.cache, self.seen, self.generator)
         if self.use_graph:
             with torch.cuda.device(self.device):
-                self._captured(
-                    (params.without_seed(), 1 + length), lambda: self._draft_and_judge(params, length)
-                ).replay()
+                key = (params.without_seed(), 1 + length)
+                self._captured(key, lambda: self.draft_and_judge(row, params, length)).replay()
         else:
-            self._draft_and_judge(params, length)
-        kept, *tokens = self.outcome[: length + 2].tolist()
+            self.draft_and_judge(row, params, length)
+        tokens = self.judged(length)
         self.stats.rounds += 1
         self.stats.drafted_tokens += length
-        self.stats.accepted_tokens += kept
+        self.stats.accepted_tokens += len(tokens) - 1
+        return tokens
+
+    def propose(self, text: "Lookup", length: int) -> int:
+        """Before a round: take what follows text's end in it, if that is the draft; how many tokens there will be."""
+        if self.drafter is not None:
+            return length
+        found = text.continuation(length)
+        self.drafted[: len(found)] = torch.tensor(found, dtype=torch.int64)
+        return len(found)
+
+    def judged(self, length: int) -> list[int]:
+        """After a round of length drafted tokens: those accepted and one more. Waits for the device."""
+        kept, *tokens = self.outcome[: length + 2].tolist()
         self.tried = FORGETTING * self.tried + length
         self.taken = FORGETTING * self.taken + kept
         return tokens[: kept + 1]
 
-    def _draft_and_judge(self, params: SamplingParams, length: int) -> None:
-        """A round without a host in between: its tokens and how many were kept go into self.outcome."""
-        drafted, q = self._draft(params, length)
-        tokens = torch.cat((self.token[0], drafted))
-        positions = self.position[0] + torch.arange(length + 1, device=self.device)
-        logits = self.model.logits(self.model.hidden_states(tokens[None], positions[None], self.cache))[0]
+    def draft_and_judge(self, row: "Row", params: SamplingParams, length: int) -> None:
+        """A round without a host in between: how many tokens were kept, and the tokens, go into self.outcome."""
+        drafted, q = self._draft(row, params, length)
+        tokens = torch.cat((row.token[0], drafted))
+        positions = row.position[0] + torch.arange(length + 1, device=self.device)
+        logits = self.model.logits(self.model.hidden_states(tokens[None], positions[None], row.cache))[0]
         if q is None:
             kept, last = judge_likeliest(drafted, logits)
         else:
-            kept, last = judge(drafted, q, probabilities(logits, params, self._seen_after(drafted)), self.generator)
+            p = probabilities(logits, params, seen_after(row.seen, drafted))
+            kept, last = judge(drafted, q, p, row.generator)
         padded = torch.cat((drafted, last))
         found = torch.where(torch.arange(length + 1, device=self.device) < kept, padded, last)
         self.outcome[: length + 2] = torch.cat((kept, found))
-        self.seen.scatter_(1, found[None], True)
-        self.token.copy_(last[None])
-        self.position += kept + 1
+        row.seen.scatter_(1, found[None], True)
+        row.token.copy_(last[None])
+        row.position.add_(kept + 1)
 
-    def _seen_after(self, drafted: Tensor) -> Tensor:
-        """bool [k + 1, V]: the tokens seen so far, and in row i those of the first i drafted ones."""
-        new = torch.zeros(len(drafted) + 1, self.seen.shape[1], dtype=torch.int32, device=self.device)
-        new[1:].scatter_(1, drafted[:, None], 1)
-        return self.seen | (new.cumsum(0) > 0)
-
-    def _draft(self, params: SamplingParams, length: int) -> tuple[Tensor, Tensor | None]:
+    def _draft(self, row: "Row", params: SamplingParams, length: int) -> tuple[Tensor, Tensor | None]:
         """Tokens [length], and the distributions [length, V] that they were drawn from; None where the likeliest is taken."""
-        if self.drafter is None:
+        if self.drafter is None or length == 0:
             drafted = self.drafted[:length]
             if params.takes_likeliest:
                 return drafted, None
             certain = torch.zeros(length, self.model.config.vocab_size, device=self.device)
             return drafted, certain.scatter_(1, drafted[:, None], 1.0)
-        token, position, seen = self.token.clone(), self.position.clone(), self.seen.clone()
+        token, position, seen = row.token.clone(), row.position.clone(), row.seen.clone()
         tokens, rows = [], []
         for _ in range(length):
-            logits = self.drafter.logits(self.drafter.hidden_states(token, position, self.cache)[:, -1])
+            logits = self.drafter.logits(self.drafter.hidden_states(token, position, row.cache)[:, -1])
             if params.takes_likeliest:
                 take_likeliest(logits, token, position)
             else:
                 rows.append(probabilities(logits, params, seen))
-                token.copy_(draw(rows[-1], self.generator)[:, None])
+                token.copy_(draw(rows[-1], row.generator)[:, None])
                 position += 1
                 seen.scatter_(1, token, True)
             tokens.append(token[0].clone())
         return torch.cat(tokens), torch.cat(rows) if rows else None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a round reads and writes: the token not fed yet and its position, int64 [1, 1]; cache; seen bool [1, V]."""
+
+    token: Tensor
+    position: Tensor
+    cache: KVCache
+    seen: Tensor
+    generator: torch.Generator | None
 
 
 class Lookup:
@@ -237,11 +263,16 @@ def check_length(length: int) -> None:
 
 
 def sharing_copy(loaded: LoadedModel) -> LoadedModel:
-    """A copy whose modules are its own and whose tensors are those of loaded."""
-    tensors: dict[int, Any] = {id(t): t for t in (*loaded.model.parameters(), *loaded.model.buffers())}
-    return LoadedModel(
-        copy.deepcopy(loaded.model, tensors), loaded.tokenizer, loaded.name, loaded.identity, loaded.folder
-    )
+    """A copy whose modules and buffers (thresholds) are its own and whose parameters are those of loaded."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in loaded.model.parameters()}
+    return replace(loaded, model=copy.deepcopy(loaded.model, shared))
+
+
+def seen_after(seen: Tensor, drafted: Tensor) -> Tensor:
+    """bool [k + 1, V]: row i is seen [1, V] with the first i of the drafted tokens [k]."""
+    new = torch.zeros(len(drafted) + 1, seen.shape[1], dtype=torch.int32, device=seen.device)
+    new[1:].scatter_(1, drafted[:, None], 1)
+    return seen | (new.cumsum(0) > 0)
 
 
 def judge_likeliest(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
