@@ -12,7 +12,9 @@ from torch import Tensor
 from compilation import capture
 from engine import Engine
 from model import KVCache
+from params import SamplingParams
 from sampling import take_likeliest
+from speculation import Row, SpeculativeEngine
 
 # Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
 # altogether changes no bit, while a longer part of one would.
@@ -41,7 +43,9 @@ class DecodeRows:
         self.model, self.device, self.use_graph = engine.model, engine.device, engine.use_graph
         self.context = context
         self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by rows
+        self.round_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by drafted tokens
+        self.unread = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.head_rows = 1 if self.device.type == "cpu" and not self._head_is_row_invariant(count) else count
         self.cache = self.model.new_cache(count, min(LENGTH_STEP, context))
 
@@ -62,7 +66,12 @@ class DecodeRows:
         if length > self.cache.length:
             least = length if self.device.type == "cpu" else max(length, 2 * self.cache.length)
             self.cache = self.cache.resized(min(-(-least // LENGTH_STEP) * LENGTH_STEP, self.context))
-            self.graphs.clear()
+            self.drop_graphs()
+
+    def drop_graphs(self) -> None:
+        """Forget the steps captured: what they read or its shape has changed."""
+        self.graphs.clear()
+        self.round_graphs.clear()
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first length positions of two rows."""
@@ -117,6 +126,25 @@ class DecodeRows:
         logits = self._logits(hidden[:, -1])
         take_likeliest(logits, tokens, positions)
         return logits
+
+    def round(self, engine: SpeculativeEngine, drafts: int, length: int) -> list[int]:
+        """Draft so many likeliest tokens for the first row and judge them: those accepted and one of the model's own.
+
+        The row does not get longer than length. engine is the one these rows decode for.
+        """
+
+        def run() -> None:
+            part = self._part(slice(0, 1), length)
+            row = Row(self.tokens[:1], self.positions[:1], part, self.unread, None)
+            engine.draft_and_judge(row, SamplingParams(), drafts)
+
+        if not self.use_graph:
+            run()
+        else:
+            if drafts not in self.round_graphs:
+                self.round_graphs[drafts] = capture(run, (self.tokens, self.positions))
+            self.round_graphs[drafts].replay()
+        return engine.judged(drafts)
 
     def _capture(self, count: int) -> None:
         """Record a step of count rows. What running it writes, the first replay writes again."""

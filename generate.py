@@ -44,18 +44,7 @@ def build_parser() -> cli.Parser:
     sampling.add_argument("--min-p", type=float, default=default.min_p, help="drop tokens below p x the best; 0 is off")
     sampling.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty, help="1 is off")
     sampling.add_argument("--seed", type=int, default=default.seed, help="same seed, same machine: same text")
-    draft = parser.add_argument_group("speculative decoding (the dense model's text, several tokens a pass)")
-    draft.add_argument("--speculate", type=cli.positive_int, metavar="K", help="draft up to K tokens by sparse steps")
-    draft.add_argument("--draft-sparsity", type=cli.sparsity, default=0.5, help="of those steps")
-    draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
-    draft.add_argument(
-        "--draft-quant", choices=("int8", "int4"), help="round the weights of those steps, and of no other"
-    )
-    draft.add_argument(
-        "--speculate-lookup",
-        action="store_true",
-        help=f"draft what followed the last words before; up to {LOOKUP_LENGTH} tokens without --speculate",
-    )
+    add_draft_arguments(parser)
     return parser
 
 
@@ -75,6 +64,34 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="compile with torch.compile; default on CUDA only, where it pays at once (see BENCHMARKS.md)",
     )
+
+
+def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of speculative decoding."""
+    draft = parser.add_argument_group("speculative decoding (the dense model's text, several tokens a pass)")
+    draft.add_argument("--speculate", type=cli.positive_int, metavar="K", help="draft up to K tokens by sparse steps")
+    draft.add_argument("--draft-sparsity", type=cli.sparsity, default=0.5, help="of those steps")
+    draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
+    draft.add_argument(
+        "--draft-quant", choices=("int8", "int4"), help="round the weights of those steps, and of no other"
+    )
+    draft.add_argument(
+        "--speculate-lookup",
+        action="store_true",
+        help=f"draft what followed the last words before; up to {LOOKUP_LENGTH} tokens without --speculate",
+    )
+
+
+def check_draft_arguments(args: argparse.Namespace) -> bool:
+    """Whether args ask for speculative decoding. Raises UserError if they do in part, or for a sparse text as well."""
+    if args.speculate is None and not args.speculate_lookup:
+        if args.draft_plan or args.draft_quant:
+            raise UserError(f"{'--draft-plan' if args.draft_plan else '--draft-quant'} goes with --speculate K")
+        return False
+    for option, given in (("--sparsity", args.sparsity > 0), ("--plan", args.plan)):
+        if given:
+            raise UserError(f"{option} does not go with speculative decoding, whose text is the dense model's")
+    return True
 
 
 def main() -> None:
@@ -106,13 +123,9 @@ def main() -> None:
 
 def load_engine(args: argparse.Namespace) -> "Engine":
     """The engine that args describe. Raises UserError."""
-    speculative = args.speculate is not None or args.speculate_lookup
-    if speculative:
-        for option, given in (("--sparsity", args.sparsity > 0), ("--plan", args.plan), ("--stats", args.stats)):
-            if given:
-                raise UserError(f"{option} does not go with speculative decoding, whose text is the dense model's")
-    elif args.draft_plan or args.draft_quant:
-        raise UserError(f"{'--draft-plan' if args.draft_plan else '--draft-quant'} goes with --speculate K")
+    speculative = check_draft_arguments(args)
+    if speculative and args.stats:
+        raise UserError("--stats does not go with speculative decoding, which has no bytes a token")
     from speculation import SpeculativeEngine  # importing torch takes a second: not for --help or a mistyped option
 
     model: dict[str, Any] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine import Engine
 from params import COUNTED_TOKENS, SamplingParams
 from plan import SparsityPlan
+from speculation import Lookup
 from streaming import StopStrings, StreamDecoder
 
 
@@ -97,6 +98,7 @@ class Sequence:
         self.decoder = StreamDecoder(engine.tokenizer)
         self.filter = StopStrings(request.stops)
         self.logprobs: list[TokenLogprob] = []
+        self.text = Lookup([])  # as far as drafting has looked at it
         self.generator = torch.Generator(engine.device)
         self.generator.manual_seed(request.params.seed)
         size = engine.model.config.vocab_size
@@ -114,6 +116,9 @@ class Observer:
 
     def next_token(self, seconds: float) -> None:
         """Another token came so long after the one before."""
+
+    def drafted(self, tokens: int, accepted: int) -> None:
+        """A round of speculative decoding drafted so many tokens and accepted these of them."""
 
     def finished(self, request: Request, reason: str) -> None:
         """A request ended: "stop", "length", "cancelled" or "error"."""

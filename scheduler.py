@@ -21,6 +21,7 @@ from errors import UserError
 from generation import Done, Observer, Piece, Request, Sequence, token_logprob
 from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from sampling import penalize_counts, sample
+from speculation import SpeculativeEngine
 from teal_layers import achieved_sparsity, set_counting
 
 CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on CUDA PREFILL_CHUNK
@@ -134,7 +135,8 @@ class Scheduler:
                 self._drop_ended()
                 self._admit()
                 self._prefill_chunk()
-                self._step()
+                if not self._speculate():
+                    self._step()
             except Exception as error:  # a bug or the device's limit: the requests learn of it, the server lives on
                 traceback.print_exc()
                 self._fail(f"{type(error).__name__}: {error}")
@@ -208,7 +210,7 @@ class Scheduler:
                 return
             assert plan is not None
             if self.engine.use_plan(plan):
-                self.rows.graphs.clear()
+                self.rows.drop_graphs()
         if request.counting and not any(other.counting for other in self.running):
             set_counting(self.engine.model, True)
         self.waiting.popleft()
@@ -274,6 +276,31 @@ class Scheduler:
             if request in self.running:  # it has not ended meanwhile
                 self._choose(request, step.logits[row : row + 1], token)
 
+    def _speculate(self) -> bool:
+        """Several tokens by drafting and judging, if the engine does that and one request runs that takes the likeliest.
+
+        Beside others it takes ordinary steps, which read the weights once for all of them.
+        """
+        engine = self.engine
+        if not isinstance(engine, SpeculativeEngine) or not engine.draft_length or engine.plan is not self.own_plan:
+            return False
+        if self.in_flight is not None or len(self.running) != 1 or not self.running[0].takes_likeliest:
+            return False
+        request, ids = self.running[0], self.row_ids[0]
+        text = self.sequences[request].text
+        text.extend([*ids, request.token][len(text.text) :])
+        drafts = engine.propose(text, min(engine.best_length(), request.max_new_tokens - request.new_tokens - 1))
+        if drafts == 0:
+            return False
+        self.rows.feed([request.token], [len(ids)])
+        tokens = self.rows.round(engine, drafts, len(ids) + drafts + 1)
+        self.observer.drafted(drafts, len(tokens) - 1)
+        for token in tokens:
+            if request in self.running:
+                ids.append(request.token)
+                self._choose(request, None, token)
+        return True
+
     def _launch(self, fed: bool = False) -> tuple[list[Request], Step]:
         """Start a step of all running requests. fed: it goes on from one of the same requests that was just started."""
         requests = list(self.running)
@@ -283,15 +310,18 @@ class Scheduler:
         counting = any(request.counting for request in requests)
         return requests, self.rows.step(len(requests), max(lengths) + (2 if fed else 1), eager=counting)
 
-    def _choose(self, request: Request, logits: Tensor, likeliest: int) -> None:
-        """Sample a token for request from its logits [1, V], pass its text on, end it if it is finished."""
+    def _choose(self, request: Request, logits: Tensor | None, likeliest: int) -> None:
+        """Sample a token for request from its logits [1, V], pass its text on, end it if it is finished.
+
+        One that takes the likeliest needs no logits.
+        """
         sequence = self.sequences[request]
-        token = likeliest if request.is_plain else self._sampled(request, sequence, logits)
+        token = likeliest if logits is None or request.is_plain else self._sampled(request, sequence, logits)
         self._timed(request)
         if request.count_sparsity and request.new_tokens == COUNTED_TOKENS:
             self._stop_counting(request)
         request.token = token
-        if request.top_logprobs is not None:
+        if request.top_logprobs is not None and logits is not None:
             sequence.logprobs.append(token_logprob(logits[0], token, request.top_logprobs))
         self._pass_on(request, sequence, token)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import cli
 from errors import UserError
-from generate import add_decode_arguments
+from generate import add_decode_arguments, add_draft_arguments, check_draft_arguments
+from params import LOOKUP_LENGTH
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -20,6 +21,7 @@ def build_parser() -> cli.Parser:
     """The command line of serve.py."""
     parser = cli.Parser("Serve a model over HTTP with OpenAI's API, and a page to chat with it.")
     add_decode_arguments(parser)
+    add_draft_arguments(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
     server.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one")
@@ -78,16 +80,28 @@ def main() -> None:
 
 def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, SparsityPlan]]":
     """The engine, by the sparse kernels even at 0%, and the plans that requests may name, by sparsity."""
-    from engine import Engine, choose_plan
+    speculative = check_draft_arguments(args)
+    from engine import choose_plan
     from loading import load_for_decoding
+    from speculation import SpeculativeEngine, check_length, make_draft
 
+    length = args.speculate or LOOKUP_LENGTH
+    check_length(length)
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant, args.lm_head == "int8",
         args.kv_cache,
     )  # fmt: skip
+    draft = None
+    if speculative and not args.speculate_lookup:  # first: it may need the weights as they were loaded
+        draft = make_draft(loaded, args.draft_sparsity, args.draft_plan, args.draft_quant, args.compile)
     plans = {target: choose_plan(loaded, target, None) for target in {0.0, *args.sparsities}}
     own = choose_plan(loaded, args.sparsity, args.plan)
-    return Engine.from_loaded(loaded, own, args.compile), plans | {own.target: own}
+    engine = SpeculativeEngine.from_loaded(loaded, own, args.compile)
+    if draft is not None:
+        engine.draft_with(draft, length)
+    elif speculative:
+        engine.look_up(length)
+    return engine, plans | {own.target: own}
 
 
 if __name__ == "__main__":

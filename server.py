@@ -58,6 +58,8 @@ class Metrics(Observer):
         self.first = Histogram("teal_first_token_seconds", "From arrival to the first token", buckets=SECONDS, **common)
         self.gap = Histogram("teal_token_gap_seconds", "Between tokens of one generation", buckets=SECONDS, **common)
         self.rejected = Counter("teal_rejected_requests", "Requests refused with status 429", **common)
+        self.draft = Counter("teal_drafted_tokens", "Tokens drafted by speculative decoding", **common)
+        self.accepted = Counter("teal_accepted_tokens", "Of these, the dense model's own", **common)
         waiting = Gauge("teal_waiting", "Generations in the queue", **common)
         running = Gauge("teal_running", "Generations being decoded", **common)
         waiting.set_function(lambda: service.scheduler.load[0])
@@ -70,6 +72,10 @@ class Metrics(Observer):
     def next_token(self, seconds: float) -> None:
         self.gap.observe(seconds)
         self.generated.inc()
+
+    def drafted(self, tokens: int, accepted: int) -> None:
+        self.draft.inc(tokens)
+        self.accepted.inc(accepted)
 
     def finished(self, request: Generation, reason: str) -> None:
         self.requests.labels(reason).inc()

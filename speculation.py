@@ -23,7 +23,7 @@ from errors import UserError
 from loading import LoadedModel, load_for_decoding, round_weights
 from model import KVCache, Transformer
 from params import SamplingParams
-from plan import SparsityPlan, keep_all_plan
+from plan import keep_all_plan
 from sampling import draw, probabilities, take_likeliest
 from teal_layers import sparsify
 
@@ -64,48 +64,24 @@ class SpeculativeEngine(Engine):
         draft_sparsity or the file draft_plan say how sparse; draft_quant ("int8", "int4") rounds the weights of the draft
         alone, and its output head to 8 bits. Raises UserError.
         """
+        check_length(length)
         start = time.perf_counter()
         loaded = load_for_decoding(
             checkpoint, random_weights, device, dtype, draft_quant is None, quant, quant_lm_head, kv_cache
         )
         load_s = time.perf_counter() - start
-        engine = cls.from_loaded_with_draft(loaded, None, length, draft_sparsity, draft_plan, draft_quant, compile)
-        engine.load_s = load_s
-        return engine
-
-    @classmethod
-    def from_loaded_with_draft(
-        cls,
-        loaded: LoadedModel,
-        plan: SparsityPlan | None,
-        length: int,
-        draft_sparsity: float,
-        draft_plan: str | None,
-        draft_quant: str | None,
-        compile: bool | None = None,
-    ) -> Self:
-        """As load_with_draft, for a model in memory, which becomes sparse in place if plan is given. Raises UserError."""
-        check_length(length)
-        if draft_plan is None and not 0 < draft_sparsity < 1:
-            raise UserError(f"--draft-sparsity {draft_sparsity:g} is out of range; expected 0 < sparsity < 1")
-        if draft_quant is None:
-            sparse = choose_plan(loaded, draft_sparsity, draft_plan)
-            plan = plan or keep_all_plan(loaded.model.config)  # both then read the same layout
-            sparsify(loaded.model, plan)
-            draft = sharing_copy(loaded)
-        else:
-            draft = sharing_copy(loaded)
-            round_weights(draft, draft_quant, quant_lm_head=True, option="--draft-quant")
-            sparse = choose_plan(draft, draft_sparsity, draft_plan)
-        drafter = Engine.from_loaded(draft, sparse, compile)
+        draft = make_draft(loaded, draft_sparsity, draft_plan, draft_quant, compile)
+        # A draft with the same weights needs them in the sparse layout, and the dense model then keeps all of them.
+        plan = keep_all_plan(loaded.model.config) if draft_quant is None else None
         engine = cls.from_loaded(loaded, plan, compile)
-        engine.draft_with(drafter.model, sparse, draft_quant, length)
-        engine.compile_s += drafter.compile_s
+        engine.load_s = load_s
+        engine.draft_with(draft, length)
         return engine
 
-    def draft_with(self, drafter: Transformer, plan: SparsityPlan, rounded: str | None, length: int) -> None:
-        """Draft up to length tokens a round by one-token steps of drafter, which decodes by plan. Raises UserError."""
-        self.drafter, self.draft_cost = drafter, ROUNDED_COST[rounded] * (1 - SAVED_BY_SPARSITY * plan.target)
+    def draft_with(self, draft: "Draft", length: int) -> None:
+        """Draft up to length tokens a round by sparse steps. Raises UserError."""
+        self.drafter, self.draft_cost = draft.model, draft.cost
+        self.compile_s += draft.compile_s
         self._speculate(length)
 
     def look_up(self, length: int) -> None:
@@ -230,6 +206,37 @@ class Row:
     cache: KVCache
     seen: Tensor
     generator: torch.Generator | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A model that drafts; cost is the time of its step over that of a pass of the dense model."""
+
+    model: Transformer
+    cost: float
+    compile_s: float
+
+
+def make_draft(
+    loaded: LoadedModel, sparsity: float, plan: str | None, quant: str | None, compile: bool | None
+) -> Draft:  # fmt: skip
+    """A sparse copy of loaded that shares its tensors; with quant ("int8", "int4") its projections and head are its own.
+
+    plan, a file, goes before sparsity. Without quant loaded becomes sparse in place, at sparsity 0. Raises UserError.
+    """
+    if plan is None and not 0 < sparsity < 1:
+        raise UserError(f"--draft-sparsity {sparsity:g} is out of range; expected 0 < sparsity < 1")
+    if quant is None:
+        chosen = choose_plan(loaded, sparsity, plan)
+        sparsify(loaded.model, keep_all_plan(loaded.model.config))
+        copied = sharing_copy(loaded)
+    else:
+        copied = sharing_copy(loaded)
+        round_weights(copied, quant, quant_lm_head=True, option="--draft-quant")
+        chosen = choose_plan(copied, sparsity, plan)
+    engine = Engine.from_loaded(copied, chosen, compile)
+    cost = ROUNDED_COST[quant] * (1 - SAVED_BY_SPARSITY * chosen.target)
+    return Draft(engine.model, cost, engine.compile_s)
 
 
 class Lookup:

@@ -14,8 +14,8 @@ LEVELS = [
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
     {"texts", "greedy", "calibration", "evaluation", "gptq", "half_quadratic", "harness", "teal_import", "plots"},
     {"engine"},
+    {"speculation"},
     {
-        "speculation",
         "generation",
         "decode_rows",
         "scheduler",
@@ -54,7 +54,7 @@ def test_every_module_has_a_level() -> None:
 def test_imports_point_downwards(path: Path) -> None:
     own = module_of(path)
     for name in imports_of(path) - {own}:
-        same_level_is_fine = LEVEL[own] in (0, 2, 3, 4, 6, 7)  # these use each other, in the order the next test checks
+        same_level_is_fine = LEVEL[own] in (0, 2, 3, 4, 7, 8)  # these use each other, in the order the next test checks
         assert LEVEL[name] < LEVEL[own] or (same_level_is_fine and LEVEL[name] == LEVEL[own]), f"{own} imports {name}"
 
 

@@ -367,6 +367,20 @@ def test_shutdown_lets_answers_finish(tiny_folder: Path) -> None:
         assert server.process.wait(20) in (0, -signal.SIGTERM)
 
 
+def test_speculation_is_counted(tiny_folder: Path) -> None:
+    with serving(tiny_folder, "--speculate", "3", "--draft-sparsity", "0.4", "--name", "tiny") as server:
+        answer = server.client.completions.create(
+            model="tiny", prompt="The", max_tokens=30, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens == 30
+        metrics = server.send("GET", "/metrics")[1].decode()
+        drafted, accepted = (
+            float(re.search(rf"^teal_{name}_tokens_total (\S+)$", metrics, re.MULTILINE)[1])  # type: ignore[index]
+            for name in ("drafted", "accepted")
+        )
+        assert 0 < accepted <= min(drafted, 29)
+
+
 def test_mistakes_at_the_start_are_one_line(tiny_folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -376,6 +390,9 @@ def test_mistakes_at_the_start_are_one_line(tiny_folder: Path) -> None:
             (["--port", "70000"], ("--port 70000", "65535")),
             (["--rows", "9", "--port", "0"], ("--rows 9", "1 to 8")),
             (["--sparsities", "1.5"], ("1.5",)),
+            (["--speculate", "99"], ("--speculate 99", "1 to 16")),
+            (["--speculate", "4", "--sparsity", "0.5"], ("--sparsity", "dense model's")),
+            (["--draft-quant", "int4"], ("--draft-quant", "--speculate K")),
         ):
             command = [sys.executable, "serve.py", "--checkpoint", str(tiny_folder), *options]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

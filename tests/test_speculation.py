@@ -1,5 +1,6 @@
 """Speculative decoding gives the dense model's text and distribution, whatever the draft, and leaves its cache."""
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 
 from engine import Engine
 from errors import UserError
+from generation import Done, Observer, Piece, Request
 from model import KVCache
 from params import SamplingParams
 from quantization import is_quantized
+from scheduler import Scheduler
 from speculation import MAX_DRAFT, Lookup, SpeculativeEngine, judge, judge_likeliest, seen_after
 from teal_layers import sparse_layers
 from tests.conftest import relative_error
@@ -158,6 +161,56 @@ def test_sampled_text_follows_the_dense_models_distribution(tiny_folder: Path, m
             counts[engine._round(params, Lookup([]), 2)[0]] += 1
     assert chi_square_p(counts, expected) > 1e-3
     assert engine.stats.accepted_tokens < 0.9 * engine.stats.drafted_tokens
+
+
+class DraftCount(Observer):
+    """Adds up what was drafted and accepted."""
+
+    def __init__(self) -> None:
+        self.tokens = self.taken = 0
+
+    def drafted(self, tokens: int, accepted: int) -> None:
+        self.tokens += tokens
+        self.taken += accepted
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.0])
+def test_requests_alone_and_beside_each_other(tiny_folder: Path, sparsity: float) -> None:
+    dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    engine = speculative(tiny_folder, 4, sparsity)
+    for prompts, lengths in (([PROMPTS[3]], [60]), (PROMPTS, [9, 30, 1, 90])):
+        scheduler, counted = Scheduler(engine), DraftCount()
+        scheduler.observer = counted
+        texts = [""] * len(prompts)
+
+        def take(event: Piece | Done, i: int, texts: list[str] = texts) -> None:
+            texts[i] += event.text if isinstance(event, Piece) else f"|{event.finish_reason}"
+
+        for i, (ids, count) in enumerate(zip(prompts, lengths, strict=True)):
+            emit = functools.partial(take, i=i)
+            scheduler.submit(Request(ids, emit, max_new_tokens=count, ignore_eos=True))
+        scheduler.close_when_idle()
+        scheduler.run()
+        for text, ids, count in zip(texts, prompts, lengths, strict=True):
+            stream = dense.stream(ids, max_new_tokens=count, ignore_eos=True)
+            assert text == "".join(stream) + "|length"
+        assert 0 < counted.taken < counted.tokens
+
+
+def test_sampled_requests_take_ordinary_steps(tiny_folder: Path) -> None:
+    engine = speculative(tiny_folder)
+    counted, texts = DraftCount(), []
+    for length in (4, 0):
+        engine.draft_length = length
+        pieces: list[str] = []
+        scheduler = Scheduler(engine)
+        scheduler.observer = counted
+        emit = functools.partial(lambda event, into: into.append(getattr(event, "text", "")), into=pieces)
+        scheduler.submit(Request(PROMPTS[0], emit, SamplingParams(temperature=0.9), max_new_tokens=20))
+        scheduler.close_when_idle()
+        scheduler.run()
+        texts.append("".join(pieces))
+    assert texts[0] == texts[1] != "" and counted.tokens == 0
 
 
 def test_judged_by_the_likeliest() -> None:
