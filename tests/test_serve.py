@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any
 import openai
 import pytest
 
+from bench import soak
 from tests.conftest import ROOT, assert_one_line_error
 
 QUESTION = [{"role": "user", "content": "The European lobster"}]
@@ -365,6 +366,23 @@ def test_shutdown_lets_answers_finish(tiny_folder: Path) -> None:
         rest = list(chunks)
         assert rest[-1].choices[0].finish_reason == "length"
         assert server.process.wait(20) in (0, -signal.SIGTERM)
+
+
+def test_a_soak_ends_well_and_notices_what_is_wrong(
+    tiny_folder: Path, call_main: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ("--minutes", "0", "--requests", "12", "--clients", "4", "--max-tokens", "8", "--")
+    model = ("--checkpoint", tiny_folder, "--dtype", "fp32", "--device", "cpu")
+    code, out, err = call_main(soak.main, *small, *model)
+    assert code == 0, err
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["rounds"] == 3 and figures["faults"] == 0 and figures["memory_mb"][0] > 50
+    monkeypatch.setattr(soak, "GROWTH", -0.5)
+    monkeypatch.setattr(soak, "BROKEN", (("/health", b"{}"), ("/v1/models", b"{}")))
+    code, _, err = call_main(soak.main, *small, *model)
+    assert code == 1 and "memory grew" in err
+    code, _, err = call_main(soak.main, "--minutes", "0", "--", "--checkpoint", "/no/such/model")
+    assert code == 1 and "/no/such/model" in err
 
 
 def test_speculation_is_counted(tiny_folder: Path) -> None:
