@@ -5,6 +5,8 @@ those that remain. With scales of an input channel in its own row, each channel'
 is, and channels can go in the order of their importance (the paper's act-order) without regard to groups.
 """
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from kernels.packing import dequantize
 from model import Transformer
 from quantization import Packed, QuantConfig, QuantizedLinear, group_scales, pack, round_groups
 
-LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product
+LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product; whole groups of them
 DAMPING = 0.01  # of the mean of the diagonal, the paper's value
 
 
@@ -27,47 +29,86 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
     hessian: fp32 [K, K], the sum of x^T x over calibration tokens. Channels that no token uses are rounded as they are.
     """
     K, N = weight.shape
+    diagonal = hessian.diagonal()
+    order = diagonal.where(diagonal != 0, 1.0).argsort(descending=True)
+    values = torch.empty(K, N, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
+    scales = weight.new_empty(K, N // group_size)
+    zeros = torch.empty(K, N // group_size, dtype=torch.uint8, device=weight.device)
+
+    def round_row(rows: Tensor, k: int) -> Tensor:
+        groups, channel = rows[k].view(-1, group_size), order[k]
+        s, z = group_scales(groups, bits, weight.dtype)
+        integers = round_groups(groups, s, z, bits)
+        values[channel], scales[channel], zeros[channel] = integers.view(N).to(values.dtype), s, z.to(zeros.dtype)
+        return ((integers - z[:, None]) * s.float()[:, None]).view(N)
+
+    _round_in_order(weight, hessian, order, round_row)
+    return pack(values, scales, zeros, bits)
+
+
+def gptq_input_groups(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
+    """As gptq with groups of the usual kind, along the input dimension; the rounded weight [K, N], as floats.
+
+    A group's scales follow from its channels as they are when the first of them is rounded, so channels go in the order
+    in which they lie.
+    """
+    result = torch.empty_like(weight)
+    found: list[Tensor] = []
+
+    def round_row(rows: Tensor, k: int) -> Tensor:
+        if k % group_size == 0:
+            found[:] = group_scales(rows[k : k + group_size].t(), bits, weight.dtype)
+        s, z = found
+        integers = round_groups(rows[k, :, None], s, z, bits)[:, 0]
+        rounded = (integers - z) * s.float()
+        result[k] = rounded.to(weight.dtype)
+        return rounded
+
+    _round_in_order(weight, hessian, torch.arange(len(weight), device=weight.device), round_row)
+    return result
+
+
+def _round_in_order(
+    weight: Tensor, hessian: Tensor, order: Tensor, round_row: Callable[[Tensor, int], Tensor]
+) -> None:  # fmt: skip
+    """Round channels in order, each as it has become by what rounding those before it changed (the paper's algorithm 1).
+
+    round_row(rows, k): what row k of rows fp32 [K, N], the weight's in that order, is rounded to.
+    """
+    K, N = weight.shape
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
-    order = diagonal.argsort(descending=True)
     diagonal += DAMPING * diagonal.mean()
     hessian = hessian[order][:, order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     rows = weight.float()[order]
-    values = torch.empty(K, N, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
-    scales = weight.new_empty(K, N // group_size)
-    zeros = torch.empty(K, N // group_size, dtype=torch.uint8, device=weight.device)
     for begin in range(0, K, LAZY_CHANNELS):
         end = min(begin + LAZY_CHANNELS, K)
         errors = torch.empty(end - begin, N, device=weight.device)
         for k in range(begin, end):
-            groups = rows[k].view(-1, group_size)
-            s, z = group_scales(groups, bits, weight.dtype)
-            integers = round_groups(groups, s, z, bits)
-            values[order[k]], scales[order[k]], zeros[order[k]] = (
-                integers.view(N).to(values.dtype),
-                s,
-                z.to(zeros.dtype),
-            )
-            rounded = ((integers - z[:, None]) * s.float()[:, None]).view(N)
-            error = errors[k - begin] = (rows[k] - rounded) / inverse[k, k]
+            error = errors[k - begin] = (rows[k] - round_row(rows, k)) / inverse[k, k]
             rows[k + 1 : end] -= inverse[k, k + 1 : end, None] * error
         rows[end:] -= inverse[begin:end, end:].t() @ errors
-    return pack(values, scales, zeros, bits)
 
 
 class BlockwiseGptq:
     """Quantizes the blocks of the model in a folder in order, each on what the quantized ones before it make of a text.
 
     Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L]; where: the
-    file that holds each tensor.
+    file that holds each tensor; input_groups: groups along the input dimension, as floats.
     """
 
     def __init__(
-        self, source: Path, scheme: QuantConfig, sequences: Tensor, where: dict[str, Path], device: torch.device
+        self,
+        source: Path,
+        scheme: QuantConfig,
+        sequences: Tensor,
+        where: dict[str, Path],
+        device: torch.device,
+        input_groups: bool = False,
     ) -> None:
-        self.scheme, self.where, self.device = scheme, where, device
+        self.scheme, self.where, self.device, self.input_groups = scheme, where, device, input_groups
         with torch.device("meta"):
             self.model = Transformer(load_config(source)).eval().requires_grad_(False)
         embedding = self._read("model.embed_tokens.weight")
@@ -98,6 +139,8 @@ class BlockwiseGptq:
     def _read_quantized(self, shard: Path, prefix: str) -> Tensor:
         """The weight [N, K] that the tensors of this prefix stand for."""
         with open_shard(shard) as tensors:
+            if self.input_groups:
+                return tensors.get_tensor(prefix + "weight")
             zeros = tensors.get_tensor(prefix + "zeros") if self.scheme.bits == 4 else None
             return dequantize(tensors.get_tensor(prefix + "qweight"), tensors.get_tensor(prefix + "scales"), zeros).t()
 
@@ -114,10 +157,16 @@ class BlockwiseGptq:
             hessian = torch.zeros(module.in_features, module.in_features, device=self.device)
             for part in inputs.parts:
                 hessian += part[0].t() @ part[0]
-            packed = gptq(module.weight.t().to(dtype), hessian, self.scheme.bits, self.scheme.group_size)
-            module.weight.copy_(dequantize(*packed).t())
-            holder = QuantizedLinear(module, self.scheme.bits, self.scheme.group_size).to(dtype)
-            holder.set_weight(*packed)
+            bits, size, weight = self.scheme.bits, self.scheme.group_size, module.weight.t().to(dtype)
+            holder: nn.Module
+            if self.input_groups:
+                module.weight.copy_(gptq_input_groups(weight, hessian, bits, size).t())
+                holder = copy.deepcopy(module).to(dtype)
+            else:
+                packed = gptq(weight, hessian, bits, size)
+                module.weight.copy_(dequantize(*packed).t())
+                holder = QuantizedLinear(module, bits, size).to(dtype)
+                holder.set_weight(*packed)
             for name, part in projection_targets(holder, sizes).items():
                 if not name.endswith(".bias"):  # which is no matter of quantization
                     found[f"model.layers.{i}.{name}"] = part.contiguous().cpu()

@@ -76,10 +76,6 @@ def main() -> None:
     if args.output.exists() and not args.force:
         raise UserError(f"--output {args.output}: exists; remove it, name another or pass --force")
     scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8")
-    if args.method == "gptq" and args.grouping == "input":
-        raise UserError(
-            "--method gptq with --grouping input is not implemented; use another --method or --grouping output"
-        )
     sequences = calibration_sequences(args, source, config.max_seq_len) if args.method == "gptq" else None
     before = sum(shard.stat().st_size for shard in find_shards(source))
     quantize_folder(source, args.output, scheme, args.method, args.grouping == "input", sequences, args.device)
@@ -179,7 +175,7 @@ def _write_shards(
         from hardware import pick_device
 
         where = {name: path for names in jobs for name, path in names.items()}
-        gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device))
+        gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device), as_floats)
     index: dict[str, str] = {}
     total = 0
     for i, names in enumerate(tqdm(jobs, desc="quantizing", unit="layer", disable=None)):

@@ -19,7 +19,7 @@ import generate
 import quantize
 from checkpoint import find_shards, load_model
 from errors import UserError
-from gptq import BlockwiseGptq, gptq
+from gptq import BlockwiseGptq, gptq, gptq_input_groups
 from half_quadratic import half_quadratic
 from kernels.packing import dequantize, pack_int4, unpack_int4
 from kernels.quantized_matmul import blockwise_matmul, quantized_matmul
@@ -267,6 +267,17 @@ def test_gptq_changes_the_product_less_than_rounding(bits: int) -> None:
     assert relative_error(better[7], nearest[7]) <= 0.2
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gptq_with_groups_along_the_input(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    weight = torch.randn(96, 128, generator=generator)
+    nearest = dequantize(*round_to_nearest(weight.t().contiguous(), bits, 32)).t()
+    better = gptq_input_groups(weight, x.t() @ x, bits, 32)
+    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight)
+    assert torch.equal(gptq_input_groups(weight, torch.eye(96), bits, 32), nearest)  # of independent channels: rounding
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_hqq_lowers_the_norm_it_is_for_in_every_group(bits: int, dtype: torch.dtype) -> None:
@@ -288,9 +299,10 @@ def test_gptq_of_independent_channels_is_rounding() -> None:
         assert found is not None and expected is not None and torch.equal(found, expected)
 
 
-def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command) -> None:
+@pytest.mark.parametrize("grouping", ["output", "input"])
+def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command, grouping: str) -> None:
     """Nearer to the dense model than rounding on the text it saw, and the same after an interruption."""
-    options = ("--sequences", "3", "--length", "100", "--text", ROOT / "README.md")
+    options = ("--sequences", "3", "--length", "100", "--text", ROOT / "README.md", "--grouping", grouping)
     for method in ("rtn", "hqq", "gptq"):
         arguments = ("--checkpoint", folder, "--mode", "int4", "--method", method, *options, "-o", tmp_path / method)
         code, _, err = call_main(quantize.main, *arguments)
@@ -315,12 +327,12 @@ def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command) -> None:
             raise KeyboardInterrupt
         return original(self, i)
 
-    again = tmp_path / "again"
+    again, how = tmp_path / "again", (QuantConfig("int4", 32), "gptq", grouping == "input", sequences, "cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockwiseGptq, "layer", failing)
         with pytest.raises(KeyboardInterrupt):
-            quantize.quantize_folder(folder, again, QuantConfig("int4", 32), "gptq", sequences=sequences, device="cpu")
-    quantize.quantize_folder(folder, again, QuantConfig("int4", 32), "gptq", sequences=sequences, device="cpu")
+            quantize.quantize_folder(folder, again, *how)
+    quantize.quantize_folder(folder, again, *how)
     for path in (tmp_path / "gptq").iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
@@ -374,9 +386,6 @@ def test_mistakes_are_one_line_and_leave_nothing(
         assert not out.exists()
     code, _, err = call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", "--group-size", "64", "-o", out)
     assert_one_line_error(code, err, "--group-size 64", "k and v width 32", "expected one of 32")
-    both = ("--method", "gptq", "--grouping", "input")
-    code, _, err = call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", *both, "-o", out)
-    assert_one_line_error(code, err, "--grouping input")
     code, _, err = call_main(
         quantize.main,
         "--checkpoint",
