@@ -1,7 +1,12 @@
 """On a CUDA device: the same model as on a CPU, the captured step as the eager one, and the same bits every run."""
 
 import functools
+import gc
 import math
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from model import KVCache, attend
 from params import SamplingParams
 from scheduler import Scheduler
 from speculation import SpeculativeEngine
-from tests.conftest import relative_error
+from tests.conftest import assert_one_line_error, relative_error
 
 pytestmark = pytest.mark.gpu
 PROMPT = [5, 9, 33, 120, 7, 250, 61]
@@ -144,3 +149,50 @@ def test_rows_by_graphs_started_ahead_equal_eager_ones(tiny_folder: Path) -> Non
     eager, _ = answers_of(Engine.load(str(tiny_folder), **options, compile=False), ahead=False)
     graphs, count = answers_of(Engine.load(str(tiny_folder), **options, compile=True), ahead=True)
     assert graphs == eager and all(eager) and count == 4
+
+
+@contextmanager
+def memory_left(megabytes: int) -> Iterator[None]:
+    """Within the block this process may take so much more of the GPU's memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1e6 * megabytes) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_out_of_memory_is_one_line_and_the_process_goes_on(tiny_folder: Path, invoke: Any) -> None:
+    options = ("--prompt", "1 2 3", "--max-new-tokens", "4", "--device", "cuda", "--no-compile")
+    with memory_left(100):  # the weights alone are 270 MB
+        code, _, err = invoke("--random-weights", "SmolLM2-135M", *options)
+        assert_one_line_error(code, err, "out of memory", "shorter context")
+        assert invoke("--checkpoint", tiny_folder, *options)[0] == 0
+    assert invoke("--random-weights", "SmolLM2-135M", *options)[0] == 0
+
+
+def test_a_server_outlives_a_request_that_needs_too_much_memory() -> None:
+    engine = Engine.load(random_weights="SmolLM2-135M", device="cuda", compile=False)
+    scheduler, ends = Scheduler(engine, rows=2), []
+    thread = threading.Thread(target=scheduler.run)
+
+    def ask(length: int) -> Done:
+        found: queue.Queue[Piece | Done] = queue.Queue()
+        scheduler.submit(Request([5 + i % 100 for i in range(length)], found.put, max_new_tokens=4, ignore_eos=True))
+        while not isinstance(event := found.get(timeout=60), Done):
+            pass
+        return event
+
+    thread.start()
+    try:
+        ends.append(ask(100))
+        with memory_left(50):  # 8,000 positions of two rows are 740 MB
+            ends += [ask(8000), ask(100)]
+        ends.append(ask(8000))
+    finally:
+        scheduler.close(10)
+        thread.join()
+    assert [end.finish_reason for end in ends] == ["length", "error", "length", "length"]
+    assert "memory" in str(ends[1].error)
