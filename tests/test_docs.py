@@ -1,5 +1,6 @@
 """docs/ tells the truth: its commands run, its excerpts are the code, its links lead somewhere."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -28,7 +29,8 @@ PROGRAMS = [(name, body) for name, body in PYTHON if not body.startswith("# ")]
 @pytest.mark.usefixtures("default_folder")
 def test_commands_run(name: str, line: str) -> None:
     command = line.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    alone = os.environ | {"PYTEST_ADDOPTS": "-n 0"}  # a pytest within this one needs no workers
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600, env=alone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (done.stdout + done.stderr).strip()
 
