@@ -288,7 +288,8 @@ class Scheduler:
             return False
         request, ids = self.running[0], self.row_ids[0]
         text = self.sequences[request].text
-        text.extend([*ids, request.token][len(text.text) :])
+        if engine.drafter is None:
+            text.extend([*ids, request.token][len(text.text) :])
         drafts = engine.propose(text, min(engine.best_length(), request.max_new_tokens - request.new_tokens - 1))
         if drafts == 0:
             return False

@@ -2,10 +2,9 @@
 
 A draft proposes tokens and the dense model judges them in one pass, which reads its weights once for all. The draft is
 the same model with sparse activations, whose tensors and KV cache it shares; with weights rounded to 8 or 4 bits for it,
-the draft has those of its own and shares the rest.
-Or it is what followed the last few tokens where they stood before (prompt lookup, Saxena 2023). Keys and values that the
-draft writes are overwritten by the pass that judges; those of refused tokens lie behind the position reached, where
-nothing is read before it is written.
+it has those of its own and shares the rest. Or it is what followed the last few tokens where they stood before (prompt
+lookup, Saxena 2023). Keys and values that the draft writes are overwritten by the pass that judges; those of refused
+tokens lie behind the position reached, where nothing is read before it is written.
 """
 
 import copy
@@ -92,11 +91,14 @@ class SpeculativeEngine(Engine):
     def _speculate(self, length: int) -> None:
         check_length(length)
         self.draft_length = length
-        self.tried, self.taken = 2.0, 1.0  # tokens drafted and accepted lately
+        self._forget()
         with torch.inference_mode():
             self.drafted = torch.zeros(MAX_DRAFT, dtype=torch.int64, device=self.device)
             self.outcome = torch.zeros(MAX_DRAFT + 2, dtype=torch.int64, device=self.device)
         self.graphs.clear()
+
+    def _forget(self) -> None:
+        self.tried, self.taken = 2.0, 1.0  # tokens drafted and accepted lately
 
     def best_length(self) -> int:
         """The draft length that yields most tokens for its time at the acceptance seen lately.
@@ -114,7 +116,8 @@ class SpeculativeEngine(Engine):
         if not self.draft_length:
             yield from super()._tokens(params, count)
             return
-        text = Lookup([*self.cached_ids, int(self.token)])
+        self._forget()  # or the same seed would give another text, later
+        text = Lookup([*self.cached_ids, int(self.token)] if self.drafter is None else [])
         yield int(self.token)
         made = 1
         while made < count:

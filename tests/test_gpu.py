@@ -91,7 +91,6 @@ def test_speculative_rounds_in_graphs_give_the_dense_text(quantizable_folder: Pa
     texts = []
     for _ in range(2):
         engine.cached_ids = []
-        engine.tried, engine.taken = 2.0, 1.0
         texts.append(tokens(engine, params=SAMPLED))
     assert texts[0] == texts[1] != tokens(dense)
 

@@ -103,7 +103,6 @@ def test_sampling_repeats_with_its_seed(tiny_folder: Path) -> None:
     for seed in (5, 5, 6):
         params = SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.3, seed=seed)
         engine.cached_ids = []
-        engine.tried, engine.taken = 2.0, 1.0
         texts.append(list(engine.generate(PROMPTS[0], params, 40, ignore_eos=True)))
     assert texts[0] == texts[1] != texts[2]
 
