@@ -4,10 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from errors import UserError
 from files import atomic_file
 from plan import PROJECTIONS, Histogram, SparsityPlan, bin_edges
 
+DRAWN_BINS = 80
 MAX_PANELS = 3  # layers drawn in the figure of input distributions: first, middle, last
 
 
@@ -37,10 +40,11 @@ def plot_inputs(histograms: list[dict[str, Histogram]], plan: SparsityPlan, path
         for row, i in zip(grid, chosen, strict=True):
             for axes, name in zip(row, names, strict=True):
                 counts = histograms[i][name].counts.double()
-                density = counts / counts.sum() / (edges[1:] - edges[:-1])
                 limit = max(histograms[i][name].quantile(0.995), 1e-9)
-                inside = edges[:-1] < limit
-                axes.fill_between(edges[:-1][inside], density[inside], step="post", alpha=0.6)
+                # The histogram's bins are narrower the nearer to 0, and few entries fall into each of those.
+                below = np.concatenate(([0.0], counts.cumsum(0) / counts.sum()))
+                ends = np.linspace(0.0, limit, DRAWN_BINS + 1)
+                axes.stairs(np.diff(np.interp(ends, edges, below)), ends, fill=True, alpha=0.6)
                 axes.axvline(plan.layers[i][name].threshold, color="black", linewidth=1)
                 axes.set_title(f"layer {i}, input of {name}", fontsize=8)
                 axes.set_yticks([])
@@ -65,6 +69,8 @@ def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("sparsity")
         axes.set_ylabel("perplexity")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
         axes.grid(alpha=0.3)
