@@ -40,7 +40,7 @@ class DecodeRows:
     """So many rows of a cache of up to context positions, for the model of an engine."""
 
     def __init__(self, engine: Engine, count: int, context: int) -> None:
-        self.model, self.device, self.use_graph = engine.model, engine.device, engine.use_graph
+        self.engine, self.model, self.device, self.use_graph = engine, engine.model, engine.device, engine.use_graph
         self.context = context
         self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by rows
@@ -127,24 +127,28 @@ class DecodeRows:
         take_likeliest(logits, tokens, positions)
         return logits
 
-    def round(self, engine: SpeculativeEngine, drafts: int, length: int) -> list[int]:
+    def round(self, drafts: int, length: int) -> list[int]:
         """Draft so many likeliest tokens for the first row and judge them: those accepted and one of the model's own.
 
-        The row does not get longer than length. engine is the one these rows decode for.
+        The row does not get longer than length. Only for an engine that drafts.
         """
-
-        def run() -> None:
-            part = self._part(slice(0, 1), length)
-            row = Row(self.tokens[:1], self.positions[:1], part, self.unread, None)
-            engine.draft_and_judge(row, SamplingParams(), drafts)
-
-        if not self.use_graph:
-            run()
-        else:
+        assert isinstance(self.engine, SpeculativeEngine)
+        if self.use_graph:
             if drafts not in self.round_graphs:
-                self.round_graphs[drafts] = capture(run, (self.tokens, self.positions))
+                self._capture_round(self.engine, drafts)
             self.round_graphs[drafts].replay()
-        return engine.judged(drafts)
+        else:
+            self._run_round(self.engine, drafts, length)
+        return self.engine.judged(drafts)
+
+    def _run_round(self, engine: SpeculativeEngine, drafts: int, length: int) -> None:
+        row = Row(self.tokens[:1], self.positions[:1], self._part(slice(0, 1), length), self.unread, None)
+        engine.draft_and_judge(row, SamplingParams(), drafts)
+
+    def _capture_round(self, engine: SpeculativeEngine, drafts: int) -> None:
+        self.round_graphs[drafts] = capture(
+            lambda: self._run_round(engine, drafts, self.cache.length), (self.tokens, self.positions)
+        )
 
     def _capture(self, count: int) -> None:
         """Record a step of count rows. What running it writes, the first replay writes again."""
@@ -153,7 +157,10 @@ class DecodeRows:
         self.graphs[count] = (graph, found[-1])
 
     def warm(self) -> None:
-        """Compile and capture the steps of all counts now, on CUDA, not in the middle of someone's answer."""
+        """Compile and capture the steps of all counts, and rounds of all lengths, now, on CUDA, not in the middle of someone's answer."""
         if self.use_graph:
             for count in range(1, len(self.tokens) + 1):
                 self._capture(count)
+            if isinstance(self.engine, SpeculativeEngine):
+                for drafts in range(1, self.engine.draft_length + 1):
+                    self._capture_round(self.engine, drafts)

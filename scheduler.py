@@ -294,7 +294,7 @@ class Scheduler:
         if drafts == 0:
             return False
         self.rows.feed([request.token], [len(ids)])
-        tokens = self.rows.round(engine, drafts, len(ids) + drafts + 1)
+        tokens = self.rows.round(drafts, len(ids) + drafts + 1)
         self.observer.drafted(drafts, len(tokens) - 1)
         for token in tokens:
             if request in self.running:

@@ -95,6 +95,14 @@ def test_speculative_rounds_in_graphs_give_the_dense_text(quantizable_folder: Pa
     assert texts[0] == texts[1] != tokens(dense)
 
 
+def test_a_server_drafts_in_graphs(tiny_folder: Path) -> None:
+    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32"}
+    eager, _ = answers_of(Engine.load(str(tiny_folder), **options, compile=False), ahead=False)
+    engine = SpeculativeEngine.load_with_draft(str(tiny_folder), length=3, draft_sparsity=0.4, **options, compile=True)
+    drafted, _ = answers_of(engine, ahead=True)
+    assert [text for i, text in enumerate(drafted) if i != 5] == [text for i, text in enumerate(eager) if i != 5]
+
+
 def test_penalty_and_filters_work_inside_the_graph(tiny_folder: Path) -> None:
     engine = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", compile=True)
     text = tokens(engine, count=60, params=SamplingParams(repetition_penalty=1e6))
