@@ -19,7 +19,7 @@ from kernels.packing import dequantize
 from model import Transformer
 from quantization import Packed, QuantConfig, QuantizedLinear, group_scales, pack, round_groups
 
-LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product; whole groups of them
+LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product
 DAMPING = 0.01  # of the mean of the diagonal, the paper's value
 
 
@@ -29,8 +29,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
     hessian: fp32 [K, K], the sum of x^T x over calibration tokens. Channels that no token uses are rounded as they are.
     """
     K, N = weight.shape
-    diagonal = hessian.diagonal()
-    order = diagonal.where(diagonal != 0, 1.0).argsort(descending=True)
+    order = _importance(hessian)
     values = torch.empty(K, N, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
     scales = weight.new_empty(K, N // group_size)
     zeros = torch.empty(K, N // group_size, dtype=torch.uint8, device=weight.device)
@@ -49,23 +48,29 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
 def gptq_input_groups(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
     """As gptq with groups of the usual kind, along the input dimension; the rounded weight [K, N], as floats.
 
-    A group's scales follow from its channels as they are when the first of them is rounded, so channels go in the order
-    in which they lie.
+    A group's scales are those of its channels at first (the paper's static groups): channels go in the order of their
+    importance here, too, and those of a group do not follow each other.
     """
+    order = _importance(hessian)
     result = torch.empty_like(weight)
-    found: list[Tensor] = []
+    groups = weight.float().t().reshape(weight.shape[1], -1, group_size)  # [N, G, group_size]
+    scales, zeros = group_scales(groups, bits, weight.dtype)
 
     def round_row(rows: Tensor, k: int) -> Tensor:
-        if k % group_size == 0:
-            found[:] = group_scales(rows[k : k + group_size].t(), bits, weight.dtype)
-        s, z = found
+        s, z = (t[:, order[k] // group_size] for t in (scales, zeros))
         integers = round_groups(rows[k, :, None], s, z, bits)[:, 0]
         rounded = (integers - z) * s.float()
-        result[k] = rounded.to(weight.dtype)
+        result[order[k]] = rounded.to(weight.dtype)
         return rounded
 
-    _round_in_order(weight, hessian, torch.arange(len(weight), device=weight.device), round_row)
+    _round_in_order(weight, hessian, order, round_row)
     return result
+
+
+def _importance(hessian: Tensor) -> Tensor:
+    """Channels by how much of the text's energy they carry, most first (the paper's act-order)."""
+    diagonal = hessian.diagonal()
+    return diagonal.where(diagonal != 0, 1.0).argsort(descending=True)
 
 
 def _round_in_order(

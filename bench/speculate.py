@@ -2,12 +2,13 @@
 
 For each draft and number of drafted tokens: how many of them the dense model takes, the tokens and milliseconds of a
 round, the speed over plain dense decoding of the same prompts in the same process, and how many texts are the dense
-ones. Random weights tell the time of a round only; --acceptances then says what that gives for a draft whose tokens are
+ones; of the others, by how little the dense model preferred its token to the draft's where they part. Random weights tell the time of a round only; --acceptances then says what that gives for a draft whose tokens are
 taken so often, (1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, eq. 1).
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -34,6 +35,19 @@ class FixedLength(SpeculativeEngine):
         return self.draft_length
 
 
+@torch.inference_mode()
+def preference(engine: Engine, prompt: list[int], text: list[int], other: list[int]) -> float:
+    """How much likelier the dense model finds text's token than other's where they part, in steps of its dtype."""
+    at = next(i for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b)
+    ids = torch.tensor([prompt + text[:at]], device=engine.device)
+    positions = torch.arange(ids.shape[1], device=engine.device)[None]
+    model = engine.model
+    logits = model(ids, positions, model.new_cache(1, ids.shape[1]))[0, -1].float()
+    here, there = float(logits[text[at]]), float(logits[other[at]])
+    step = torch.finfo(engine.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(here), abs(there))))
+    return abs(here - there) / step
+
+
 @dataclass(slots=True)
 class Figures:
     """What the prompts gave for one draft and length; seconds and tokens of each prompt."""
@@ -47,10 +61,10 @@ class Figures:
     accepted: int = 0
     rounds: int = 0
 
-    def row(self, dense: "Figures") -> dict[str, Any]:
-        """The figures beside those of the dense engine."""
+    def row(self, dense: "Figures", engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
+        """The figures beside those of the dense engine, which tells what the prompts' texts that differ mean."""
         ratios = [a / b for a, b in zip(self.tokens_per_s, dense.tokens_per_s, strict=True)]
-        same = sum(a == b for a, b in zip(self.texts, dense.texts, strict=True))
+        other = [(p, a, b) for p, a, b in zip(prompts, dense.texts, self.texts, strict=True) if a != b]
         return {
             "draft": self.label,
             "length": self.length,
@@ -59,8 +73,9 @@ class Figures:
             "round_ms": 1e3 * statistics.median(self.round_s),
             "tokens_per_s": statistics.median(self.tokens_per_s),
             "ratio": statistics.median(ratios),
-            "same_texts": same,
+            "same_texts": len(self.texts) - len(other),
             "texts": len(self.texts),
+            "preferences": sorted(preference(engine, *texts) for texts in other),
         }
 
 
@@ -143,7 +158,8 @@ def measure(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) 
                 run(dense, prompt, args.tokens, plain)
                 set_length(engine, length)
                 run(engine, prompt, args.tokens, drafted)
-            row = drafted.row(plain) | {"dense_tokens_per_s": statistics.median(plain.tokens_per_s)}
+            row = drafted.row(plain, dense, prompts) | {"dense_tokens_per_s": statistics.median(plain.tokens_per_s)}
+            row["dtype"] = str(dense.dtype).removeprefix("torch.")
             rows.append(row)
             report(row)
         dense.draft_length = 0
@@ -172,6 +188,9 @@ def print_row(row: dict[str, Any]) -> None:
         f" ({row['dense_tokens_per_s']:.1f})   {row['same_texts']} of {row['texts']} texts the same",
         flush=True,
     )
+    if row["preferences"]:
+        steps = ", ".join(f"{steps:.1f}" for steps in row["preferences"])
+        print(f"{'':10} where the others part, their tokens are so many steps of {row['dtype']} apart: {steps}")
 
 
 def print_curve(rows: list[dict[str, Any]], acceptances: tuple[float, ...]) -> None:
@@ -194,7 +213,7 @@ def main() -> None:
     print_curve(rows, args.acceptances)
     name = torch.cuda.get_device_name(dense.device) if dense.device.type == "cuda" else "cpu"
     facts = {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
-    print(json.dumps(facts | {"dtype": str(dense.dtype).removeprefix("torch."), "rows": rows}))
+    print(json.dumps(facts | {"rows": rows}))
 
 
 if __name__ == "__main__":
