@@ -53,7 +53,14 @@ def fingerprint(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside path to write to; renamed over path if the block succeeds, removed if it fails."""
+    """A temporary path beside path to write to; renamed over path if the block succeeds, removed if it fails.
+
+    A link stays one, to a file with the new content. A device or a pipe is written to as it is.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
     os.close(handle)
     temporary = Path(name)
