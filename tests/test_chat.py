@@ -81,6 +81,9 @@ class Terminal:
             if select.select([self.main], [], [], 0.1)[0]:
                 self.seen += os.read(self.main, 4096).decode(errors="replace")
 
+    def wait_for_more(self) -> None:
+        self.seen += os.read(self.main, 4096).decode(errors="replace")
+
     def type(self, text: str) -> None:
         os.write(self.main, text.encode())
 
@@ -90,8 +93,10 @@ def test_ctrl_c_stops_the_answer_only(options: tuple[str, ...], tmp_path: Path) 
     try:
         terminal.wait_for("> ")
         terminal.type("Hello\n")
-        time.sleep(0.5)
+        terminal.wait_for("Hello\r\n")
+        terminal.wait_for_more()  # of the answer, all of which takes a quarter of a second
         os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for("[stopped]")
         terminal.wait_for("> ", 2)
         terminal.type("/stats\n")
         terminal.wait_for('"new_tokens"')
