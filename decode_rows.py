@@ -157,7 +157,7 @@ class DecodeRows:
         self.graphs[count] = (graph, found[-1])
 
     def warm(self) -> None:
-        """Compile and capture the steps of all counts, and rounds of all lengths, now, on CUDA, not in the middle of someone's answer."""
+        """On CUDA compile and capture steps of all counts and rounds of all lengths now, not in the middle of an answer."""
         if self.use_graph:
             for count in range(1, len(self.tokens) + 1):
                 self._capture(count)

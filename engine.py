@@ -105,14 +105,9 @@ class Engine:
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
-        start = time.perf_counter()
         sparse = sparsity > 0 or plan is not None
         loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache)
-        load_s = time.perf_counter() - start
-        chosen = choose_plan(loaded, sparsity, plan) if sparse else None
-        engine = cls.from_loaded(loaded, chosen, compile)
-        engine.load_s = load_s
-        return engine
+        return cls.from_loaded(loaded, choose_plan(loaded, sparsity, plan) if sparse else None, compile)
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None) -> Self:
@@ -121,7 +116,7 @@ class Engine:
         compile = on_cuda if compile is None else compile
         engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
         engine.plan = plan
-        engine.loaded = loaded
+        engine.loaded, engine.load_s = loaded, loaded.load_s
         if plan is None and on_cuda and (is_quantized(engine.model) or has_int8_cache(engine.model)):
             plan = keep_all_plan(engine.model.config)  # the fused kernels are those that read few bits fast
         if plan is not None:
@@ -133,11 +128,6 @@ class Engine:
         if compile:
             engine._compile()
         return engine
-
-    @property
-    def text_sparsity(self) -> float:
-        """The target of the plan that the text is generated with, 0 if dense."""
-        return self.plan.target if self.plan else 0.0
 
     def use_plan(self, plan: SparsityPlan) -> bool:
         """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError.

@@ -212,7 +212,7 @@ def collect_statistics(engine: "Engine") -> dict[str, Any]:
         "model": engine.name,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "target_sparsity": engine.text_sparsity,
+        "target_sparsity": engine.plan.target if engine.plan else 0.0,
         "finish_reason": stats.finish_reason,
         "prompt_tokens": stats.prompt_tokens,
         "reused_tokens": stats.reused_tokens,

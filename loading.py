@@ -1,5 +1,6 @@
 """What the command lines' model options name -> a model with its tokenizer on a device."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,17 @@ from tokenizer import IdBackend, Tokenizer, load_tokenizer
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A dense model in eval mode. identity names it by content; folder is where it was read from, if anywhere."""
+    """A dense model in eval mode. identity names it by content; folder is where it was read from, if anywhere.
+
+    load_s: seconds that load_for_decoding took.
+    """
 
     model: Transformer
     tokenizer: Tokenizer
     name: str
     identity: str
     folder: Path | None
+    load_s: float = 0.0
 
 
 def load_for_decoding(
@@ -42,6 +47,7 @@ def load_for_decoding(
     rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of
     params.KV_CACHES. Raises UserError.
     """
+    start = time.perf_counter()
     loaded = _load(checkpoint, random_weights, device, dtype, sparse)
     if quant_lm_head and quant is None:
         raise UserError("--lm-head int8 goes with --quant; to keep the rest in floats is not supported")
@@ -51,6 +57,7 @@ def load_for_decoding(
         raise UserError(f"--kv-cache {kv_cache}: unknown; expected one of {', '.join(KV_CACHES)}")
     if kv_cache == "int8":
         use_int8_cache(loaded.model)
+    loaded.load_s = time.perf_counter() - start
     return loaded
 
 

@@ -8,7 +8,6 @@ tokens lie behind the position reached, where nothing is read before it is writt
 """
 
 import copy
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +34,7 @@ FORGETTING = 0.9  # of the acceptance seen, each round
 
 
 class SpeculativeEngine(Engine):
-    """An Engine that drafts after a call of speculate; its text is then the dense model's."""
+    """An Engine that drafts after a call of draft_with or look_up; its text is then the dense model's."""
 
     draft_length = 0
     drafter: Transformer | None = None  # None: look up
@@ -64,16 +63,13 @@ class SpeculativeEngine(Engine):
         alone, and its output head to 8 bits. Raises UserError.
         """
         check_length(length)
-        start = time.perf_counter()
         loaded = load_for_decoding(
             checkpoint, random_weights, device, dtype, draft_quant is None, quant, quant_lm_head, kv_cache
         )
-        load_s = time.perf_counter() - start
         draft = make_draft(loaded, draft_sparsity, draft_plan, draft_quant, compile)
         # A draft with the same weights needs them in the sparse layout, and the dense model then keeps all of them.
         plan = keep_all_plan(loaded.model.config) if draft_quant is None else None
         engine = cls.from_loaded(loaded, plan, compile)
-        engine.load_s = load_s
         engine.draft_with(draft, length)
         return engine
 
@@ -307,9 +303,8 @@ def judge(drafted: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | No
     taken = torch.rand(k, generator=generator, device=p.device) < chance
     kept = taken.long().cumprod(0).sum(0, keepdim=True)
     p_next = p.index_select(0, kept)
-    q_next = torch.cat((q, torch.zeros_like(p[:1]))).index_select(
-        0, kept
-    )  # after the last there is no draft to surpass
+    none = torch.zeros_like(p[:1])  # after the last token there is no draft to surpass
+    q_next = torch.cat((q, none)).index_select(0, kept)
     more = (p_next - q_next).clamp(min=0)
     weights = torch.where(more.sum(-1, keepdim=True) > 0, more, p_next)  # equal but for rounding: no more anywhere
     return kept, draw(weights, generator)

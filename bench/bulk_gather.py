@@ -8,10 +8,8 @@ import ctypes
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from torch import Tensor
 
 import cli
 from bench.gemv import ColdWeights, shapes_of, thresholds_for
-from bench.steps import graph_microseconds
+from bench.steps import graph_microseconds, machine_facts
 from errors import UserError
 from hardware import pick_device
 from kernels.reduce_partials import reduce_partials
@@ -99,8 +97,7 @@ def compare(name: str, K: int, N: int, sparsity: float, folder: Path, device: to
     cold = ColdWeights(K, N, 1, torch.bfloat16, device)
     threshold = thresholds_for(sparsity, [N], device)
     weights = [w.values for w in cold.weights]
-    x = cold.inputs[0]
-    expected = torch.where(x.abs() < threshold.to(x.dtype), 0, x).double() @ weights[0].double()
+    expected = cold.exact(threshold)
     row: dict[str, Any] = {"projection": name, "K": K, "N": N, "dense_us": cold.dense_us()}
     row["triton_us"] = cold.sparse_us(threshold, [N])
     row["triton_product_us"] = graph_microseconds(
@@ -150,8 +147,7 @@ def main() -> None:
             compare(name, K, sum(segments), args.sparsity, Path(folder), device)
             for name, (K, segments) in shapes.items()
         ]
-    facts = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "sparsity": args.sparsity}
-    print(json.dumps(facts | {"date": date.today().isoformat(), "argv": sys.argv[1:], "rows": rows}))
+    print(json.dumps(machine_facts(device) | {"sparsity": args.sparsity, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ llama-cpp-python) joins the rounds, on CPU.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 import cli
-from bench.steps import batched_step_s, fitted_plan, profile_step
+from bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step
 from engine import Engine, choose_plan, weight_bytes_per_token
 from errors import UserError
 from generate import add_decode_arguments
@@ -114,19 +112,16 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
-    start = time.perf_counter()
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant,
         args.lm_head == "int8", args.kv_cache,
     )  # fmt: skip
-    load_s = time.perf_counter() - start
     plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans
     elif args.zero_through_sparse:
         plans = {"0% by sparse kernels": choose_plan(loaded, 0.0, None)} | plans
     engine = Engine.from_loaded(loaded, next(iter(plans.values())), args.compile)
-    engine.load_s = load_s
     if args.random_weights is not None and args.plan is None:
         plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
@@ -150,10 +145,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
     rows = [row_of(label, results, runners.get(label), prompt) for label, results in rounds.items()]
     if device.type == "cuda":
         add_gpu_figures(args, rows, runners, prompt)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
     config = next(iter(runners.values())).engine.model.config
-    return facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}, config
+    return machine_facts(device) | {"read_gb_per_s": ceiling / 1e9, "rows": rows}, config
 
 
 def main() -> None:

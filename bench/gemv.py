@@ -8,8 +8,6 @@ With --device cpu the product is the CPU's, beside torch's own, by the host's cl
 
 import argparse
 import json
-import sys
-from datetime import date
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cli
-from bench.steps import graph_microseconds, wall_microseconds
+from bench.steps import graph_microseconds, machine_facts, wall_microseconds
 from errors import UserError
 from hardware import DTYPES, pick_device, read_bandwidth
 from kernels.packing import GROUP_SIZES, Weight, dequantize
@@ -103,16 +101,18 @@ class ColdWeights:
             return sparse_linear(x, weight.values, thresholds, segments, weight.scales, weight.zeros)
         return reduce_partials(launch(x, weight, thresholds, segments, tile), dtype or weight.dtype, None, None)
 
+    def exact(self, thresholds: Tensor) -> Tensor:
+        """What the product with copy 0 stands for, fp64 [B, N]; all segments by the first threshold."""
+        x, weight = self.inputs[0], self.weights[0]
+        values = weight.values
+        if weight.scales is not None:
+            values = dequantize(weight.values, weight.scales.float(), weight.zeros)
+        return torch.where(x.abs() < thresholds[0].to(x.dtype), 0, x).double() @ values.double()
+
     def errors(self, thresholds: Tensor, segments: list[int]) -> tuple[float, float]:
         """Relative error to fp64: (of the fp32 sum, of the rounded result)."""
-        x, weight = self.inputs[0], self.weights[0]
-        kept = torch.where(x.abs() < thresholds[0].to(x.dtype), 0, x)
-        exact = weight.values
-        if weight.scales is not None:
-            exact = dequantize(weight.values, weight.scales.float(), weight.zeros)
-        expected = kept.double() @ exact.double()
-        found = []
-        for dtype in (torch.float32, x.dtype):
+        expected, found = self.exact(thresholds), []
+        for dtype in (torch.float32, self.inputs[0].dtype):
             difference = self.product(0, thresholds, segments, dtype=dtype).double() - expected
             found.append(float(difference.norm() / expected.norm()))
         return found[0], found[1]
@@ -181,11 +181,9 @@ def main() -> None:
     models = {model: shapes_of(model) for model in args.models.split(",")}
     device = pick_device(args.device)
     ceiling = read_bandwidth(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"{name}, read bandwidth {ceiling / 1e9:.0f} GB/s")
+    facts = machine_facts(device)
+    print(f"{facts['device']}, read bandwidth {ceiling / 1e9:.0f} GB/s")
     rows = measure(args, models, device, ceiling)
-    facts = {"device": name, "torch": torch.__version__}
-    facts |= {"date": date.today().isoformat(), "argv": sys.argv[1:]}  # type: ignore[dict-item]
     print(json.dumps(facts | {"read_gb_per_s": ceiling / 1e9, "rows": rows}))
 
 

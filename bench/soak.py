@@ -8,7 +8,6 @@ after the warm-up. At last the server gets SIGTERM and must end by itself. Needs
 import argparse
 import asyncio
 import json
-import random
 import re
 import signal
 import subprocess
@@ -106,7 +105,6 @@ async def soak(args: argparse.Namespace, process: "subprocess.Popen[str]", url: 
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
         prompts = load.make_prompts(20, 60, args.max_tokens)
-        random.Random(2).shuffle(prompts)
         alone = [(await load.ask(client, model, prompt, stream=False))[0] for prompt in prompts]
         while len(memory) <= WARM_UP or time.monotonic() < end:
             outcome = await load.attack(attack, client, model, prompts, alone)

@@ -2,24 +2,23 @@
 
 For each draft and number of drafted tokens: how many of them the dense model takes, the tokens and milliseconds of a
 round, the speed over plain dense decoding of the same prompts in the same process, and how many texts are the dense
-ones; of the others, by how little the dense model preferred its token to the draft's where they part. Random weights tell the time of a round only; --acceptances then says what that gives for a draft whose tokens are
-taken so often, (1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, eq. 1).
+ones; of the others, by how little the dense model preferred its token to the draft's where they part. Random weights
+tell the time of a round only; --acceptances then says what that gives for a draft whose tokens are taken so often, (1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, eq. 1).
 """
 
 import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cli
+from bench.steps import machine_facts
 from engine import Engine
 from errors import UserError
 from params import SamplingParams
@@ -211,9 +210,7 @@ def main() -> None:
     args = build_parser().parse_args()
     dense, rows = measure(args, print_row)
     print_curve(rows, args.acceptances)
-    name = torch.cuda.get_device_name(dense.device) if dense.device.type == "cuda" else "cpu"
-    facts = {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
-    print(json.dumps(facts | {"rows": rows}))
+    print(json.dumps(machine_facts(dense.device) | {"rows": rows}))
 
 
 if __name__ == "__main__":

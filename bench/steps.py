@@ -3,9 +3,12 @@
 import functools
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,12 @@ from sampling import take_likeliest
 from teal_layers import SparseLinear, sparse_layers
 
 REPEATS = 15
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What a benchmark's JSON says of where and how it ran: device, torch, date, argv."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "torch": torch.__version__, "date": date.today().isoformat(), "argv": sys.argv[1:]}
 
 
 def graph_microseconds(run: Callable[[int], object], count: int, repeats: int = REPEATS) -> float:

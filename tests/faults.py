@@ -57,11 +57,11 @@ def watching(folder: Path, at: Callable[[int], None]) -> Iterator[None]:
         _watchers.remove(watch)
 
 
-def failing(number: int, code: int, onwards: bool = False) -> Callable[[int], None]:
-    """For watching: operation number, or it and all after it, fail with this errno."""
+def failing(number: int, code: int) -> Callable[[int], None]:
+    """For watching: operation number and all after it fail with this errno."""
 
     def at(n: int) -> None:
-        if n == number or (onwards and n > number):
+        if n >= number:
             raise OSError(code, os.strerror(code), "a file")
 
     return at

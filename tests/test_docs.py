@@ -1,8 +1,6 @@
 """docs/ tells the truth: its commands run, its excerpts are the code, its links lead somewhere."""
 
-import os
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_line
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
@@ -28,9 +26,7 @@ PROGRAMS = [(name, body) for name, body in PYTHON if not body.startswith("# ")]
 @pytest.mark.parametrize("name,line", COMMANDS, ids=[f"{n}: {c[:60]}" for n, c in COMMANDS])
 @pytest.mark.usefixtures("default_folder")
 def test_commands_run(name: str, line: str) -> None:
-    command = line.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
-    alone = os.environ | {"PYTEST_ADDOPTS": "-n 0"}  # a pytest within this one needs no workers
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600, env=alone)
+    done = run_line(line, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (done.stdout + done.stderr).strip()
 

@@ -4,7 +4,6 @@ import argparse
 import ast
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import calibrate
 import evaluate
 import generate
 from bench.decode import build_parser
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_line
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -25,8 +24,7 @@ EXAMPLES = [line for block in BLOCKS for line in block.splitlines() if "venv" no
 @pytest.mark.parametrize("line", EXAMPLES)
 @pytest.mark.usefixtures("default_folder")
 def test_example_runs(line: str) -> None:
-    command = line.replace("python ", f"{shlex.quote(sys.executable)} ")
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = run_line(line, timeout=300)
     assert done.returncode == 0, done.stderr
     if "quantize.py --mode" in line:  # its result is a folder
         assert " MB" in done.stderr
