@@ -86,6 +86,8 @@ def _build(path: Path, family: str, raw: dict[str, Any]) -> ModelConfig:
     num_layers = _positive(path, raw, "num_hidden_layers")
     num_heads = _positive(path, raw, "num_attention_heads")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters {rope!r} is not usable; expected an object")
     bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
         vocab_size=_positive(path, raw, "vocab_size"),
@@ -136,8 +138,12 @@ def _sliding_windows(path: Path, family: str, raw: dict[str, Any], num_layers: i
     kinds = raw.get("layer_types")
     if kinds is None:
         first = raw["max_window_layers"]
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise UserError(f"{path}: max_window_layers {first!r} is not usable; expected a whole number")
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if not isinstance(kinds, list):
+        raise UserError(f"{path}: layer_types {kinds!r} is not usable; expected a list")
+    unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
     if unknown:
-        raise UserError(f"{path}: layer_types holds {unknown.pop()!r}; expected full_attention or sliding_attention")
+        raise UserError(f"{path}: layer_types holds {unknown[0]!r}; expected full_attention or sliding_attention")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -123,6 +123,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
         ("rope_scaling type 'yarn'", "llama3"),
     ),
+    "odd-rope": (lambda f: edit_config(f, rope_parameters=3), ("rope_parameters 3", "object")),
+    "odd-window-layers": (
+        lambda f: edit_config(
+            f, model_type="qwen2", use_sliding_window=True, sliding_window=7, layer_types=None, max_window_layers="x"
+        ),
+        ("max_window_layers 'x'", "whole number"),
+    ),
+    "odd-layer-types": (
+        lambda f: edit_config(f, model_type="qwen2", use_sliding_window=True, sliding_window=7, layer_types=[[1]]),
+        ("layer_types holds [1]", "full_attention"),
+    ),
     "negative-layers": (lambda f: edit_config(f, num_hidden_layers=-1), ("num_hidden_layers -1", "positive")),
     "heads-do-not-divide": (lambda f: edit_config(f, num_key_value_heads=4), ("num_kv_heads 4",)),
     "truncated": (truncate, ("model.safetensors", "truncated or corrupt")),
