@@ -23,6 +23,10 @@ BLOCK_POSITIONS = 64
 INT8_LARGEST = tl.constexpr(float(LARGEST))
 MAX_SHARES = 16  # 8 key/value heads x 16 shares are 128 programs, one for each multiprocessor of an H100
 PROGRAMS = 256
+# As many programs or fewer get 8 warps each: 4,096 positions take 10.0 us with 8 and 11.2 with 4, on an H100. Where a
+# multiprocessor runs two programs, 8 rows of 4,096 take 51 us with 4 and 67 with 8. An 8-bit cache always wants 8: its
+# conversions spill with 4, and 32,768 positions take 111 us against 76.
+FEW_PROGRAMS = 128
 
 
 @triton.jit
@@ -164,6 +168,9 @@ def attend(
     low = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
     high = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
     for i in range(begin, end, BLOCK_P):
+        # Asked for before this block is worked on, so that it is under way meanwhile.
+        next_k = load_positions(p_k, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
+        next_v = load_positions(p_v, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
         scores = product(a, tl.trans(k_low), tl.zeros([BLOCK_G, BLOCK_P], tl.float32), DTYPE)
         scores = product(b, tl.trans(k_high), scores, DTYPE) * scale
         scores = tl.where((i + tl.arange(0, BLOCK_P) < end)[None, :], scores, float("-inf"))
@@ -174,8 +181,8 @@ def attend(
         low = product(probs, v_low, low * kept[:, None], DTYPE)
         high = product(probs, v_high, high * kept[:, None], DTYPE)
         largest = highest
-        k_low, k_high = load_positions(p_k, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
-        v_low, v_high = load_positions(p_v, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
+        k_low, k_high = next_k
+        v_low, v_high = next_v
     return low, high, largest, weight
 
 
@@ -226,8 +233,8 @@ def rope_attention_kernel(
         tl.store(p_weight + g * SHARES, tl.full([HEADS], 1.0, tl.float32), mask=g < G)
     else:
         low, high, largest, weight = attend(
-            repeated(a, BLOCK_G), repeated(b, BLOCK_G), k_low, k_high, v_low, v_high, p_k, p_v, stride_s, begin, end, scale,
-            HALF, BLOCK_G, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE,
+            repeated(a, BLOCK_G), repeated(b, BLOCK_G), k_low, k_high, v_low, v_high, p_k, p_v, stride_s, begin, end,
+            scale, HALF, BLOCK_G, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE,
         )  # fmt: skip
         p_row = p_sum + row[:, None] * SHARES * 2 * HALF + d
         inside = (row < G)[:, None] & (d < HALF)
@@ -252,11 +259,12 @@ def rope_attention(
 
     q, k and v come from partial sums fp32 [splits, B, (H + 2 KV) D]; k and v go into the caches at positions. bias
     [(H + 2 KV) D]; q_norm and k_norm [D], RMSNorm weights of each head (Qwen3); cos and sin fp32 with B * D/2 values;
-    positions int64 with B values, below S; k_cache and v_cache [B, KV, S, D] of dtype, which bias and norms have too, or
-    int8 [B, KV, S, packed_width(D)] (kv_int8.py), of one layout. All rounding is that of the unfused layers. Returns fp32 sums [B, H, shares, D], maxima [B, H, shares] and weights [B, H, shares]:
-    the result is the sum over shares of exp(max - max_all) sum, over that of exp(max - max_all) weight. A share without
-    positions has max -inf. cos, sin, positions and the caches must be older than the stream's last kernel (see
-    gather.wait_for_previous). Raises ValueError on a mismatch.
+    positions int64 with B values, below S; k_cache and v_cache [B, KV, S, D] of dtype, which bias and norms have
+    too, or int8 [B, KV, S, packed_width(D)] (kv_int8.py), of one layout. All rounding is that of the unfused layers.
+    Returns fp32 sums [B, H, shares, D], maxima [B, H, shares] and weights [B, H, shares]: the result is the sum over
+    shares of exp(max - max_all) sum, over that of exp(max - max_all) weight. A share without positions has max -inf.
+    cos, sin, positions and the caches must be older than the stream's last kernel (see gather.wait_for_previous).
+    Raises ValueError on a mismatch.
     """
     _check(partials, bias, q_norm, k_norm, cos, sin, positions, k_cache, v_cache, heads, dtype)
     splits, B, N = partials.shape
@@ -265,13 +273,15 @@ def rope_attention(
     sums, largest, weights = _outputs(partials, k_cache, heads)
     shares = sums.shape[2]
     head_block = triton.next_power_of_2(heads // KV)
+    packed = k_cache.dtype == torch.int8
+    warps = 8 if packed or B * KV * shares <= FEW_PROGRAMS else 4
     rope_attention_kernel[(B, KV, shares)](
         partials, bias, q_norm, k_norm, eps, cos, sin, positions, k_cache, v_cache, sums, largest, weights,
         1 / math.sqrt(D), *k_cache.stride()[:3], B,
         KV=KV, G=heads // KV, HALF=D // 2, SPLITS=splits, SHARES=shares, WINDOW=window, HEADS=head_block,
         BLOCK_G=max(16, head_block), BLOCK_H=max(16, triton.next_power_of_2(D // 2)), BLOCK_P=BLOCK_POSITIONS,
         HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, DTYPE=TRITON_DTYPES[dtype],
-        SCALE_AT=packed_width(D) - ALIGNMENT if k_cache.dtype == torch.int8 else 0, **launch_options(k_cache.device, num_warps=4),
+        SCALE_AT=packed_width(D) - ALIGNMENT if packed else 0, **launch_options(k_cache.device, num_warps=warps),
     )  # fmt: skip
     return sums, largest, weights
 
