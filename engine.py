@@ -18,12 +18,11 @@ from typing_extensions import Self
 from calibration import calibrate_uniform
 from compilation import capture, compile_model
 from errors import UserError
-from files import cache_folder
 from int8_cache import has_int8_cache
 from loading import LoadedModel, load_for_decoding
 from model import Block, KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
-from plan import PLAN_VERSION, SparsityPlan, keep_all_plan, plan_name
+from plan import SparsityPlan, cached_plan, keep_all_plan, plan_name
 from quantization import QuantizedLinear, is_quantized
 from sampling import sample, take_likeliest
 from streaming import StopStrings, StreamDecoder
@@ -360,8 +359,8 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     Raises UserError if it is not in the cache and can_calibrate says that the model cannot be calibrated.
     """
     text = default_text()
-    name = f"{loaded.identity}-{text_hash(text)}-uniform-{sparsity:g}-v{PLAN_VERSION}.json"
-    path = cache_folder("plans") / name
+    weight = loaded.model.embedding.weight
+    path = cached_plan(loaded.identity, f"{text_hash(text)}-uniform", weight.dtype, weight.device, sparsity)
     if path.exists():
         return SparsityPlan.load(path)
     if not can_calibrate:

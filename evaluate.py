@@ -150,16 +150,15 @@ def calibrated_plans(
 ) -> "list[SparsityPlan]":
     """Plans for the targets by one of METHODS, from the cache or calibrated now."""
     from calibration import Settings, calibrate
-    from files import cache_folder
-    from plan import PLAN_VERSION, SparsityPlan
+    from plan import SparsityPlan, cached_plan
     from texts import read_texts, split_text, text_hash, token_sequences
 
     text = read_texts(args.calibration_text, args.field)
     length = min(args.length, loaded.model.config.max_seq_len)
     facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
-    key = f"{loaded.identity}-{facts['text']}-{args.sequences}x{length}-{method}"
-    dtype = str(loaded.model.embedding.weight.dtype).removeprefix("torch.")
-    paths = {t: cache_folder("plans") / f"{key}-{dtype}-{t:g}-v{PLAN_VERSION}.json" for t in targets}
+    how = f"{facts['text']}-{args.sequences}x{length}-{method}"
+    weight = loaded.model.embedding.weight
+    paths = {t: cached_plan(loaded.identity, how, weight.dtype, weight.device, t) for t in targets}
     wanted = tuple(t for t, path in paths.items() if not path.exists())
     if wanted:
         sequences = token_sequences(loaded.tokenizer.encode, split_text(text)[0], args.sequences, length)

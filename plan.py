@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from files import atomic_file
+from files import atomic_file, cache_folder
 from model import ModelConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -165,6 +165,15 @@ def keep_all_plan(config: ModelConfig) -> SparsityPlan:
 def plan_name(target: float) -> str:
     """File name under which a plan for a target is found beside a checkpoint."""
     return f"teal-{target:g}.json"
+
+
+def cached_plan(identity: str, how: str, dtype: torch.dtype, device: torch.device, target: float) -> Path:
+    """Where a plan is kept between commands. identity names the model, how the text and the method.
+
+    A plan that 16 bits or another device have calibrated differs in the last digits of its thresholds, and so in text.
+    """
+    number = f"{str(dtype).removeprefix('torch.')}-{device.type}"
+    return cache_folder("plans") / f"{identity}-{how}-{number}-{target:g}-v{PLAN_VERSION}.json"
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:

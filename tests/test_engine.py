@@ -156,6 +156,16 @@ def test_sparsity_calibrates_once_and_keeps_the_plan(
     assert list(with_plan.generate(PROMPT, max_new_tokens=9)) == expected
 
 
+def test_a_plan_does_not_depend_on_what_other_dtypes_left_in_the_cache(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for name, dtypes in (("alone", ("fp32",)), ("after", ("bf16", "fp32"))):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        plans.append([Engine.load(str(tiny_folder), sparsity=0.4, device="cpu", dtype=d).plan for d in dtypes])
+    assert plans[1][0] != plans[1][1] == plans[0][0]
+
+
 def test_weight_bytes_follow_sparsity(tiny_folder: Path) -> None:
     dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
     sparse = Engine.load(str(tiny_folder), sparsity=0.5, device="cpu", dtype="fp32")
