@@ -94,7 +94,7 @@ def partial_sums(function: Any, tile: Tile, x: Tensor, weight: Tensor, threshold
 
 def compare(name: str, K: int, N: int, sparsity: float, folder: Path, device: torch.device) -> dict[str, Any]:
     """Time cuBLAS, Triton's product and every tile of the CUDA one for a shape; prints and returns the row."""
-    cold = ColdWeights(K, N, 1, torch.bfloat16, device)
+    cold = ColdWeights(K, [N], 1, torch.bfloat16, device)
     threshold = thresholds_for(sparsity, [N], device)
     weights = [w.values for w in cold.weights]
     expected = cold.exact(threshold)

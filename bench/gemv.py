@@ -30,7 +30,6 @@ from quantization import BITS, round_to_nearest
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
 MAX_COPIES = 40
-QUANT_GROUP = max(GROUP_SIZES)
 
 
 def build_parser() -> cli.Parser:
@@ -62,9 +61,15 @@ def projection_shapes(c: ModelConfig) -> dict[str, tuple[int, list[int]]]:
 
 
 class ColdWeights:
-    """Copies of a random weight [K, N], floats or of 8 or 4 bits, and inputs [B, K], enough to defeat the L2 cache."""
+    """Copies of a random weight [K, N], floats or of 8 or 4 bits, and inputs [B, K], enough to defeat the L2 cache.
 
-    def __init__(self, K: int, N: int, B: int, dtype: torch.dtype, device: torch.device, bits: int = 16) -> None:
+    N is the sum of segments. Raises UserError if bits are below 16 and no group size divides all of these.
+    """
+
+    def __init__(
+        self, K: int, segments: list[int], B: int, dtype: torch.dtype, device: torch.device, bits: int = 16
+    ) -> None:
+        N = sum(segments)
         generator = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
         self.K, self.bits = K, bits
@@ -72,7 +77,8 @@ class ColdWeights:
         self.floats = [torch.randn(K, N, **options) for _ in range(self.count)]
         self.weights = [Weight(weight) for weight in self.floats]
         if bits < 16:
-            packed = [Weight(*round_to_nearest(weight, bits, QUANT_GROUP)) for weight in self.floats]
+            group_size = largest_group_size(segments)
+            packed = [Weight(*round_to_nearest(weight, bits, group_size)) for weight in self.floats]
             self.count = _copies(K * N * bits // 8)
             self.weights = [copied(packed[i % len(packed)]) for i in range(self.count)]
         self.inputs = [torch.randn(B, K, **options) for _ in range(self.count)]
@@ -118,6 +124,14 @@ class ColdWeights:
         return found[0], found[1]
 
 
+def largest_group_size(segments: list[int]) -> int:
+    """Of the group sizes that divide all segments. Raises UserError if none does."""
+    size = next((size for size in GROUP_SIZES if all(width % size == 0 for width in segments)), None)
+    if size is None:
+        raise UserError(f"--quant: no group size of {GROUP_SIZES} divides the widths {segments}")
+    return size
+
+
 def copied(weight: Weight) -> Weight:
     """The same weight at another address."""
     return Weight(weight.values.clone(), *(None if t is None else t.clone() for t in weight[1:]))
@@ -148,7 +162,7 @@ def measure(
                     continue
                 seen[key] = f"{model} {name}"
                 bits = BITS[args.quant] if args.quant else 8 * DTYPES[dtype].itemsize
-                cold = ColdWeights(K, sum(segments), args.rows, DTYPES[dtype], device, bits)
+                cold = ColdWeights(K, segments, args.rows, DTYPES[dtype], device, bits)
                 dense = cold.dense_us()
                 for sparsity in args.sparsities:
                     thresholds = thresholds_for(sparsity, segments, device)

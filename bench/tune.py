@@ -89,7 +89,7 @@ def main() -> None:
     found: dict[tuple[str, int, int, int], GemvTile] = {}
     for name, (K, segments) in shapes.items():
         print(f"{name}: {K} x {sum(segments)}")
-        cold = ColdWeights(K, sum(segments), 1, torch.bfloat16, device, bits)
+        cold = ColdWeights(K, segments, 1, torch.bfloat16, device, bits)
         tile = fastest(cold, segments, args.sparsity, properties.multi_processor_count)
         found[properties.name, bits, K, sum(segments)] = tile
         del cold

@@ -10,6 +10,7 @@ import torch
 from bench import gemv, tune
 from bench.steps import fitted_plan
 from engine import Engine
+from errors import UserError
 from kernels import tuning
 from kernels.tuning import GemvTile, user_tiles, user_tiles_path
 from params import SamplingParams
@@ -110,10 +111,17 @@ def test_fitted_thresholds_drop_their_targets(tiny_folder: Path) -> None:
     assert worst_miss(fitted_plan(engine, plan, prompt, tokens=60)) <= 0.08  # a last change moves what comes after it
 
 
+def test_the_group_size_divides_every_segment() -> None:
+    assert gemv.largest_group_size([4096, 1024, 1024]) == 128
+    assert gemv.largest_group_size([576, 192, 192]) == 64  # SmolLM2-135M's q, k and v
+    with pytest.raises(UserError, match=r"no group size .* divides the widths \[576, 48\]"):
+        gemv.largest_group_size([576, 48])
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_shapes_are_timed_too(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "COLD_BYTES", 4_000_000)
-    cold = gemv.ColdWeights(256, 768, 1, torch.bfloat16, torch.device("cpu"), bits)
+    cold = gemv.ColdWeights(256, [512, 256], 1, torch.bfloat16, torch.device("cpu"), bits)
     assert cold.count > len(cold.floats) and len({w.values.data_ptr() for w in cold.weights}) == cold.count
     thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device("cpu"))
     assert max(cold.errors(thresholds, [512, 256])) <= 3e-3
@@ -123,7 +131,7 @@ def test_quantized_shapes_are_timed_too(bits: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_shape_is_timed_and_right(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "COLD_BYTES", 4_000_000)
-    cold = gemv.ColdWeights(1024, 768, 1, torch.bfloat16, torch.device(device))
+    cold = gemv.ColdWeights(1024, [512, 256], 1, torch.bfloat16, torch.device(device))
     thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device(device))
     sums, rounded = cold.errors(thresholds, [512, 256])
     assert sums <= (1e-6 if device == "cuda" else 3e-3) and rounded <= 3e-3
