@@ -11,6 +11,8 @@ from errors import UserError
 from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, LOOKUP_LENGTH, SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from engine import Engine
 
 
@@ -113,7 +115,7 @@ def main() -> None:
         chat(engine, args, params)
         return
     ids = engine.tokenizer.encode(prompt)
-    text = answer(engine, ids, args, params, quiet=args.json)
+    text = "".join(answer(engine, ids, args, params, quiet=args.json))
     statistics = collect_statistics(engine) | (detailed_statistics(engine, ids, params) if args.stats else {})
     if args.json:
         print(json.dumps({"prompt": prompt, "text": text, **statistics}))
@@ -169,18 +171,15 @@ def _decode(content: bytes, name: str | Path) -> str:
 
 
 def answer(
-    engine: "Engine", ids: list[int], args: argparse.Namespace, params: SamplingParams, quiet: bool,
-    pieces: list[str] | None = None,
-) -> str:  # fmt: skip
-    """Generate from ids, printing the text as it comes unless quiet, and adding it to pieces; returns it whole."""
-    pieces = [] if pieces is None else pieces
+    engine: "Engine", ids: list[int], args: argparse.Namespace, params: SamplingParams, quiet: bool = False
+) -> "Iterator[str]":
+    """Generate from ids: the pieces of the text, each printed before it is yielded unless quiet."""
     for piece in engine.stream(ids, params, args.max_new_tokens, tuple(filter(None, args.stop)), args.ignore_eos):
-        pieces.append(piece)
         if not quiet:
             print(piece, end="", flush=True)
+        yield piece
     if not quiet:
         print(flush=True)
-    return "".join(pieces)
 
 
 def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> None:
@@ -193,7 +192,8 @@ def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> 
         pieces: list[str] = []
         ids = conversation.prompt_ids(message)
         try:
-            answer(engine, ids, args, params, quiet=False, pieces=pieces)
+            for piece in answer(engine, ids, args, params):
+                pieces.append(piece)
         except KeyboardInterrupt:  # of the answer, not of the conversation
             if not sys.stdin.isatty():
                 raise
