@@ -1,7 +1,8 @@
-"""AWQ and GPTQ checkpoints in Hugging Face layout: packed integers -> the floats they stand for, exactly.
+"""AWQ and GPTQ checkpoints in Hugging Face layout: their integers as kernels/packing.py has them, or the floats they stand for.
 
-Both have groups along the input dimension, a scale for each group and output; this project's integers have groups along
-the output (kernels/packing.py), so their weights are held as floats. Layouts: those AutoAWQ ("gemm") and AutoGPTQ write.
+Both have groups along the input dimension, a scale for each group and output. Where a kernel takes such weights (on a CPU,
+of 4 bits, with groups of neighbouring channels) they are repacked, all else becomes floats; both are exact but for the
+dtype of scales and floats. Layouts: those AutoAWQ ("gemm") and AutoGPTQ write.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from kernels.packing import INPUT_GROUP_COLUMNS, pack_int4
 
 # AutoAWQ puts columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles 0 to 7 of a word.
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -57,27 +59,43 @@ class Packing:
         shapes = {name: torch.empty(shape, dtype=torch.int32, device="meta") for name, shape in words.items()}
         return shapes | {"scales": torch.empty(groups, N, dtype=dtype, device="meta")}
 
+    def can_be_repacked(self, N: int, K: int) -> bool:
+        """Whether a weight [N, K] can, if its channels are in order."""
+        return self.bits == 4 and N % INPUT_GROUP_COLUMNS == 0 and K % self.channels(K) == 0
+
+    def channels(self, K: int) -> int:
+        """Neighbouring input channels to a scale, of K in all."""
+        return K if self.group_size == -1 else self.group_size
+
+    def is_in_order(self, g_idx: Tensor) -> bool:
+        """Whether the group of each input channel [K] is that of its place: not where they were sorted by importance."""
+        return torch.equal(g_idx.long(), torch.arange(len(g_idx)) // self.channels(len(g_idx)))
+
+    def repacked(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """values, scales, zeros of a weight [K, N] with groups along the input (kernels/packing.py)."""
+        values, zeros = self._integers(parts)
+        return pack_int4(values, INPUT_GROUP_COLUMNS), parts["scales"], zeros.to(torch.uint8)
+
     def weight(self, parts: dict[str, Tensor]) -> Tensor:
         """The weight [N, K], fp32, of these parts: scale * (integer - zero) of the group of each input."""
+        values, zeros = self._integers(parts)
+        K = len(values)
+        group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(K) // self.channels(K)
+        return ((values.float() - zeros[group]) * parts["scales"].float()[group]).t()
+
+    def _integers(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of a weight [K, N] and of its zero points [groups, N]."""
+        order = torch.tensor(AWQ_COLUMNS) if self.method == "awq" else torch.arange(32 // self.bits)
+        zeros = _unpacked(parts["qzeros"], self.bits, order) + self.zero_offset
         if self.method == "awq":
-            order = torch.tensor(AWQ_COLUMNS)
-            values, zeros = (_unpacked(parts[name], 4, order) for name in ("qweight", "qzeros"))
-            rows = torch.arange(values.shape[0])
-            group = rows // (self.group_size if self.group_size > 0 else len(rows))
-        else:
-            in_order = torch.arange(32 // self.bits)
-            values = _unpacked(parts["qweight"].t().contiguous(), self.bits, in_order).t()
-            zeros = _unpacked(parts["qzeros"], self.bits, in_order)
-            group = parts["g_idx"].long()  # of each input; in no order if the inputs were sorted by importance
-        zeros = zeros + self.zero_offset
-        scales = parts["scales"].float()
-        return ((values - zeros[group]) * scales[group]).t()
+            return _unpacked(parts["qweight"], self.bits, order), zeros
+        return _unpacked(parts["qweight"].t().contiguous(), self.bits, order).t(), zeros
 
 
 def _unpacked(words: Tensor, bits: int, columns: Tensor) -> Tensor:
-    """Words int32 [R, C] -> integers fp32 [R, C * 32/bits]; columns says which of a word's columns each place holds."""
+    """Words int32 [R, C] -> integers int32 [R, C * 32/bits]; columns says which of a word's columns each place holds."""
     shifts = bits * torch.arange(32 // bits, dtype=torch.int32)
     places = words[:, :, None] >> shifts & (1 << bits) - 1
     result = torch.empty_like(places)
     result[:, :, columns] = places
-    return result.flatten(1).float()
+    return result.flatten(1)

@@ -8,9 +8,10 @@ first byte is copied. Pickle files are never read: loading one can run code.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from errors import UserError
 from files import fingerprint
 from hf_config import load_config, load_quantization, read_json
 from model import Block, ModelConfig, Transformer
-from quantization import QuantConfig, QuantizedLinear, use_quantized_linears
+from quantization import QuantConfig, QuantizedLinear, use_input_groups, use_quantized_linears
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
 PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
@@ -38,57 +39,89 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     config = load_config(folder)
     quantized = load_quantization(folder)
     shards = find_shards(folder)
-    model = empty_model(config, device, dtype, quantized if isinstance(quantized, QuantConfig) else None)
-    targets = weight_targets(model)
-    packed = Unpacker(quantized, targets) if isinstance(quantized, Packing) else None
+    packing = quantized if isinstance(quantized, Packing) else None
+    if isinstance(quantized, QuantConfig):
+        quantize: Callable[[Transformer], None] | None = partial(use_quantized_linears, config=quantized)
+    elif packing is not None and device.type == "cpu" and _can_be_repacked(config, packing, shards):
+        quantize = partial(use_input_groups, group_size=packing.group_size)
+    else:
+        quantize = None
+    targets = Targets(model := empty_model(config, device, dtype, quantize), packing)
     with tqdm(total=len(shards), desc="loading weights", unit="shard", leave=False, disable=None) as bar:
-        _check_shards(shards, targets if packed is None else packed.stored, config)
+        _check_shards(shards, targets.stored, config)
         for shard in shards:
             with open_shard(shard) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                    if name in targets:
-                        targets[name].copy_(tensors.get_tensor(name).to(targets[name].device))
-                    elif packed is not None and name in packed.stored:
-                        packed.take(name, tensors.get_tensor(name))
+                    if name in targets.stored:
+                        targets.take(name, tensors.get_tensor(name))
             bar.update()
     return model
 
 
-class Unpacker:
-    """Weights of an AWQ or GPTQ checkpoint, set as soon as all parts of one have been read."""
+def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) -> bool:
+    """Whether all projections of an AWQ or GPTQ checkpoint can be held in its own integers."""
+    with torch.device("meta"):
+        block = Transformer(config).blocks[0]
+    shapes = (target.shape for name, target in block_targets(block, config).items() if name.endswith("_proj.weight"))
+    if not all(packing.can_be_repacked(N, K) for N, K in shapes):
+        return False
+    for shard in shards:
+        with open_shard(shard) as tensors:
+            orders = (tensors.get_tensor(name) for name in tensors.keys() if name.endswith(".g_idx"))  # noqa: SIM118
+            if not all(packing.is_in_order(order) for order in orders):
+                return False
+    return True
 
-    def __init__(self, packing: Packing, targets: dict[str, Tensor]) -> None:
+
+class Targets:
+    """What takes the tensors of a checkpoint: a model, with the weights of an AWQ or GPTQ one as packing says.
+
+    Such a weight is set as soon as all parts of it have been read.
+    """
+
+    def __init__(self, model: Transformer, packing: Packing | None) -> None:
         self.packing = packing
-        self.targets = targets
+        self.targets = weight_targets(model)
         self.stored: dict[str, Tensor] = {}  # tensor name -> its shape and dtype, of all that the files must hold
         self.waiting: dict[str, dict[str, Tensor]] = {}
-        self.count = 0  # of the parts of each weight
-        for name, target in targets.items():
-            if name.endswith("_proj.weight"):
-                parts = packing.parts(target.shape[0], target.shape[1], target.dtype)
-                self.count = len(parts)
-                self.stored |= {f"{name.removesuffix('weight')}{part}": like for part, like in parts.items()}
-            else:
+        self.parts: dict[str, int] = {}  # how many of each weight
+        for name, target in self.targets.items():
+            prefix, _, part = name.rpartition(".")
+            if packing is None or not prefix.endswith("_proj") or part == "bias":
                 self.stored[name] = target
+            elif part in ("weight", "qweight"):
+                scales = self.targets.get(f"{prefix}.scales")  # of a weight that is held in integers
+                N, K = target.shape if scales is None else (scales.shape[1], target.shape[0])
+                parts = packing.parts(N, K, target.dtype if scales is None else scales.dtype)
+                self.parts[prefix] = len(parts)
+                self.stored |= {f"{prefix}.{part}": like for part, like in parts.items()}
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Keep one part; with the last one of a weight set it."""
+        """Set what this tensor stands for, if it is the last part."""
         prefix, _, part = name.rpartition(".")
-        target = self.targets[f"{prefix}.weight"]
+        if self.packing is None or prefix not in self.parts or part == "bias":
+            self.targets[name].copy_(tensor.to(self.targets[name].device))
+            return
         parts = self.waiting.setdefault(prefix, {})
         parts[part] = tensor
-        if len(parts) == self.count:
-            target.copy_(self.packing.weight(self.waiting.pop(prefix)))
+        if len(parts) < self.parts[prefix]:
+            return
+        del self.waiting[prefix]
+        if f"{prefix}.weight" in self.targets:
+            self.targets[f"{prefix}.weight"].copy_(self.packing.weight(parts))
+        else:
+            for kind, values in zip(("qweight", "scales", "zeros"), self.packing.repacked(parts), strict=True):
+                self.targets[f"{prefix}.{kind}"].copy_(values)
 
 
 def empty_model(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantized: QuantConfig | None = None
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantize: Callable[[Transformer], None] | None = None
 ) -> Transformer:
-    """A Transformer whose weights, or quantized weights, are allocated on device but not set."""
+    """A Transformer whose weights are allocated on device but not set. quantize: puts modules for quantized ones in place."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-        if quantized is not None:
-            use_quantized_linears(model, quantized)
+        if quantize is not None:
+            quantize(model)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

@@ -5,6 +5,7 @@ along the output dimension, within an input channel, so that activation sparsity
 outlier channel keeps to itself (AdaDim, ICLR 2024, arXiv 2309.15531, groups this way too).
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,15 +111,16 @@ def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Te
 
 
 class QuantizedLinear(nn.Module):
-    """nn.Linear with weights of 8 or 4 bits in the layout of kernels/packing.py."""
+    """nn.Linear with weights of 8 or 4 bits in the layout of kernels/packing.py; by_input: groups along the input."""
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int, by_input: bool = False) -> None:
         super().__init__()
         K, N = linear.in_features, linear.out_features
         columns, dtype = (N, torch.int8) if bits == 8 else (N // NIBBLES, torch.int32)
         like = linear.weight
         self.weight = nn.Parameter(like.new_empty(K, columns, dtype=dtype), requires_grad=False)
-        self.scales = nn.Parameter(like.new_empty(K, N // group_size), requires_grad=False)
+        groups = (K // group_size, N) if by_input else (K, N // group_size)
+        self.scales = nn.Parameter(like.new_empty(groups), requires_grad=False)
         zeros = None if bits == 8 else nn.Parameter(self.scales.new_empty(self.scales.shape, dtype=torch.uint8), False)
         self.zeros = zeros
         self.keep_all = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
@@ -158,12 +160,26 @@ def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = 
             module.set_weight(*round_to_nearest(linear.weight.t().contiguous(), bits, config.group_size))
         return module
 
+    replace_projections(model, lambda linear: quantized(linear, config.bits))
+    if config.lm_head:
+        model.lm_head = quantized(model.lm_head, 8)  # type: ignore[assignment]
+
+
+def use_input_groups(model: Transformer, group_size: int) -> None:
+    """As use_quantized_linears without fill, for 4 bits and groups of channels along the input (-1: of all channels)."""
+
+    def quantized(linear: nn.Linear) -> QuantizedLinear:
+        return QuantizedLinear(linear, 4, linear.in_features if group_size == -1 else group_size, by_input=True)
+
+    replace_projections(model, quantized)
+
+
+def replace_projections(model: Transformer, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what replacement makes of each projection of every block in its place."""
     for block in model.blocks:
         for parent, names in ((block.attention, ("wqkv", "wo")), (block.feed_forward, ("gate_up", "down"))):
             for name in names:
-                setattr(parent, name, quantized(getattr(parent, name), config.bits))
-    if config.lm_head:
-        model.lm_head = quantized(model.lm_head, 8)  # type: ignore[assignment]
+                setattr(parent, name, replacement(getattr(parent, name)))
 
 
 def is_quantized(model: Transformer) -> bool:

@@ -7,6 +7,10 @@ takes its scales with it, and a scale multiplies the one activation that all wei
 
 Nibble j of word w of a group holds the group's column j * group/8 + w, so that the same nibble of neighbouring words
 is neighbouring columns.
+
+Weights of 4 bits that other tools have rounded have groups along the input dimension: scales and zeros [K/group, N], a
+pair for each column of so many channels. Their words are those of groups of 32 columns. Only the CPU's kernel and dense
+products take them.
 """
 
 from typing import NamedTuple
@@ -16,6 +20,7 @@ from torch import Tensor
 
 NIBBLES = 8  # to an int32 word
 GROUP_SIZES = (128, 64, 32)  # columns to a scale; the kernels know these
+INPUT_GROUP_COLUMNS = 32  # whose nibbles are packed together, where groups lie along the input
 
 
 class Weight(NamedTuple):
@@ -40,8 +45,22 @@ class Weight(NamedTuple):
         return 16 if self.scales is None else 8 if self.values.dtype == torch.int8 else 4
 
     @property
+    def by_input(self) -> bool:
+        """Whether groups lie along the input dimension."""
+        return self.scales is not None and self.scales.shape[1] == self.N
+
+    @property
     def group_size(self) -> int:
-        return 1 if self.scales is None else self.N // self.scales.shape[1]
+        """Columns to a scale; of groups along the input, those packed together."""
+        if self.scales is None:
+            return 1
+        return INPUT_GROUP_COLUMNS if self.by_input else self.N // self.scales.shape[1]
+
+    def columns(self, begin: int, end: int) -> "Weight":
+        """A part of it, of whole groups."""
+        N = self.N
+        parts = (None if t is None else t[:, begin * t.shape[1] // N : end * t.shape[1] // N] for t in self)
+        return Weight(*parts)  # type: ignore[arg-type]  # the values are there
 
 
 def packed_columns(values: Tensor) -> int:
@@ -69,14 +88,15 @@ def unpack_int4(words: Tensor, group_size: int) -> Tensor:
 
 def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """The weight [K, N] that values, scales and zeros stand for, in the scales' dtype, rounded once from fp32."""
-    K, groups = scales.shape
-    group_size = packed_columns(values) // groups
-    if values.dtype == torch.int32:
-        assert zeros is not None
-        integers = unpack_int4(values, group_size).float().view(K, groups, group_size) - zeros.float()[:, :, None]
-    else:
-        integers = values.float().view(K, groups, group_size)
-    return (integers * scales.float()[:, :, None]).to(scales.dtype).view(K, -1)
+    weight = Weight(values, scales, zeros)
+    K, N, group_size = values.shape[0], weight.N, weight.group_size
+    integers = values.float() if zeros is None else unpack_int4(values, group_size).float()
+    shape = (scales.shape[0], -1, N) if weight.by_input else (K, -1, group_size)
+    across = 1 if weight.by_input else 2
+    integers = integers.view(shape)
+    if zeros is not None:
+        integers = integers - zeros.float().unsqueeze(across)
+    return (integers * scales.float().unsqueeze(across)).to(scales.dtype).view(K, N)
 
 
 def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -> None:
@@ -85,7 +105,11 @@ def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -
     assert scales is not None
     if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != K:
         raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{K}, ...]")
-    if scales.dim() != 2 or scales.shape[0] != K or not scales.is_floating_point() or scales.shape[1] < 1:
+    if scales.dim() != 2 or not scales.is_floating_point() or scales.shape[1] < 1:
+        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
+    if weight.by_input and (not scales.shape[0] or K % scales.shape[0] or weight.bits != 4):
+        raise ValueError(f"{scales.shape[0]} groups along the input: expected a divisor of {K}, and 4 bits")
+    if not weight.by_input and scales.shape[0] != K:
         raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
     if packed_columns(values) % scales.shape[1]:
         raise ValueError(f"{scales.shape[1]} groups do not divide {packed_columns(values)} columns")

@@ -46,7 +46,7 @@ def sparse_linear(
         parts = x.contiguous().split(MAX_GATHER_ROWS)
         found = [gather(part, weight, thresholds, segments, scales, zeros) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
-    columns = (weight if scales is None else floats(weight, scales, zeros)).split(segments, dim=1)
+    columns = (weight if scales is None else floats(Weight(weight, scales, zeros))).split(segments, dim=1)
     products = [
         x.masked_fill(x.abs() < threshold, 0) @ part
         for threshold, part in zip(thresholds.to(x.dtype), columns, strict=True)
