@@ -92,6 +92,16 @@ class Packing:
         return _unpacked(parts["qweight"].t().contiguous(), self.bits, order).t(), zeros
 
 
+def as_awq(values: Tensor, zeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Integers 0 to 15 [K, N] with zero points and scales [groups, N] as AWQ stores them, by the end of their names."""
+
+    def words(integers: Tensor) -> Tensor:
+        in_order = integers.reshape(len(integers), -1, len(AWQ_COLUMNS))[:, :, AWQ_COLUMNS]
+        return pack_int4(in_order.flatten(1), len(AWQ_COLUMNS))
+
+    return {"qweight": words(values), "qzeros": words(zeros), "scales": scales}
+
+
 def _unpacked(words: Tensor, bits: int, columns: Tensor) -> Tensor:
     """Words int32 [R, C] -> integers int32 [R, C * 32/bits]; columns says which of a word's columns each place holds."""
     shifts = bits * torch.arange(32 // bits, dtype=torch.int32)

@@ -3,7 +3,8 @@
 The `gguf` package reads and dequantizes the tensors; this module only renames them, undoes the
 row permutation llama.cpp applies to q and k for its interleaved rotary embedding, and rebuilds
 `tokenizer.json` from the vocabulary in the metadata. Values are stored as F16, the precision of
-the scales in every quantized GGUF type, except where the source itself is BF16 or F32.
+the scales in every quantized GGUF type, except where the source itself is BF16 or F32. If all projections
+are Q4_0, which is 4-bit integers less 8 with a scale for 32 input channels, they stay so: in AWQ's layout.
 """
 
 import json
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
+from awq_gptq import as_awq
 from errors import UserError
 from model import ModelConfig, RopeScaling, rope_frequencies
 
@@ -68,6 +70,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
                 f"supported are {', '.join(sorted(t.name for t in READABLE_TYPES))}"
             )
     config = _hf_config(path, meta, reader)
+    projections = [tensor for tensor in reader.tensors if (_hf_name(tensor.name) or "").endswith("_proj.weight")]
+    if all(tensor.tensor_type == GGMLQuantizationType.Q4_0 for tensor in projections):
+        config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     _write_json(folder / "config.json", config)
     _write_tokenizer(path, meta, folder)
     _write_weights(reader, config, folder)
@@ -161,12 +166,27 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, 
         name = _hf_name(tensor.name)
         if name is None:
             continue
-        data = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements=["C", "W"]))
         projection = name.split(".")[-2]
-        if projection in heads:  # rows (head, pair, half) -> (head, half, pair)
-            data = data.unflatten(0, (heads[projection], -1, 2)).transpose(1, 2).flatten(0, 2)
+
+        def in_order(rows: torch.Tensor, count: int | None = heads.get(projection)) -> torch.Tensor:
+            """Rows (head, pair, half) -> (head, half, pair), of q and k."""
+            return rows if count is None else rows.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+        if "quantization_config" in config and name.endswith("_proj.weight"):
+            values, scales = (in_order(part).t() for part in _q4_0(tensor.data))
+            for part, packed in as_awq(values, torch.full_like(scales, 8, dtype=torch.uint8), scales).items():
+                yield name.removesuffix("weight") + part, packed.contiguous()
+            continue
+        data = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements=["C", "W"]))
         kept = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF16: torch.bfloat16}
-        yield name, data.to(kept.get(tensor.tensor_type, torch.float16)).contiguous()
+        yield name, in_order(data).to(kept.get(tensor.tensor_type, torch.float16)).contiguous()
+
+
+def _q4_0(data: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers uint8 [N, K] and scales fp16 [N, K/32] of a Q4_0 tensor's rows, blocks of 2 + 16 bytes."""
+    blocks = torch.from_numpy(np.require(data, requirements=["C", "W"])).unflatten(1, (-1, 18))
+    scales, nibbles = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0], blocks[:, :, 2:]
+    return torch.cat((nibbles & 15, nibbles >> 4), dim=2).flatten(1), scales
 
 
 def _write_weights(reader: GGUFReader, config: dict[str, Any], folder: Path) -> None:

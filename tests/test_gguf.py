@@ -26,6 +26,7 @@ from errors import UserError
 from files import atomic_folder
 from gguf_convert import TENSOR_NAMES, convert_gguf
 from model import KVCache
+from quantization import is_quantized
 from tests.conftest import (
     ROOT,
     TEXT,
@@ -69,7 +70,7 @@ def random_k_quant(rng: np.random.Generator, shape: tuple[int, ...], kind: Type)
 def write_gguf(
     path: Path, model: transformers.PreTrainedModel, kind: Type, tokenizer: Callable[[gguf.GGUFWriter], None]
 ) -> dict[str, torch.Tensor]:
-    """Write model's weights in a GGUF file as kind; returns what a reader should get: HF layout, quantized as fp16."""
+    """Write model's weights in a GGUF file as kind; returns what a reader should get: HF layout, quantized as fp16 or kept."""
     c = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(c.max_position_embeddings)
@@ -101,7 +102,8 @@ def write_gguf(
         read = torch.from_numpy(np.array(gguf.dequantize(stored, kind)))
         if heads:
             read = read.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        expected[name] = read if kind in (Type.F32, Type.BF16) else read.half().float()
+        exact = kind in (Type.F32, Type.BF16) or (kind == Type.Q4_0 and stem.endswith("_proj"))
+        expected[name] = read if exact else read.half().float()
     write_and_close(writer)
     return expected
 
@@ -172,6 +174,7 @@ def test_every_type_gives_the_model_transformers_would_run(
     with torch.inference_mode():
         logits = ours(tokens, torch.arange(40)[None], cache)
         assert relative_error(logits, model(tokens).logits) <= 1e-5
+    assert is_quantized(ours) == (kind == Type.Q4_0)
 
 
 def rope_factors(head_dim: int, theta: float, scaling: dict[str, float]) -> torch.Tensor:
