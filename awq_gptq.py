@@ -1,8 +1,8 @@
 """AWQ and GPTQ checkpoints in Hugging Face layout: their integers as kernels/packing.py has them, or the floats they stand for.
 
 Both have groups along the input dimension, a scale for each group and output. Where a kernel takes such weights (on a CPU,
-of 4 bits, with groups of neighbouring channels) they are repacked, all else becomes floats; both are exact but for the
-dtype of scales and floats. Layouts: those AutoAWQ ("gemm") and AutoGPTQ write.
+with groups of neighbouring channels, of 8 bits with a zero in the middle) they are repacked, all else becomes floats; both
+are exact but for the dtype of scales and floats. Layouts: those AutoAWQ ("gemm") and AutoGPTQ write.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from kernels.packing import INPUT_GROUP_COLUMNS, pack_int4
 
 # AutoAWQ puts columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles 0 to 7 of a word.
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+MIDDLE = 128  # the zero point of symmetric integers of 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +62,27 @@ class Packing:
 
     def can_be_repacked(self, N: int, K: int) -> bool:
         """Whether a weight [N, K] can, if its channels are in order."""
-        return self.bits == 4 and N % INPUT_GROUP_COLUMNS == 0 and K % self.channels(K) == 0
+        return N % INPUT_GROUP_COLUMNS == 0 and K % self.channels(K) == 0
 
     def channels(self, K: int) -> int:
         """Neighbouring input channels to a scale, of K in all."""
         return K if self.group_size == -1 else self.group_size
 
-    def is_in_order(self, g_idx: Tensor) -> bool:
-        """Whether the group of each input channel [K] is that of its place: not where they were sorted by importance."""
-        return torch.equal(g_idx.long(), torch.arange(len(g_idx)) // self.channels(len(g_idx)))
+    def allows(self, part: str, tensor: Tensor) -> bool:
+        """Whether a weight with this part can be repacked."""
+        if (
+            part == "g_idx"
+        ):  # the group of each input channel: not that of its place where they were sorted by importance
+            return torch.equal(tensor.long(), torch.arange(len(tensor)) // self.channels(len(tensor)))
+        if part == "qzeros" and self.bits == 8:
+            return bool((_unpacked(tensor, 8, torch.arange(4)) + self.zero_offset == MIDDLE).all())
+        return True
 
-    def repacked(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def repacked(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """values, scales, zeros of a weight [K, N] with groups along the input (kernels/packing.py)."""
         values, zeros = self._integers(parts)
+        if self.bits == 8:
+            return (values - MIDDLE).to(torch.int8), parts["scales"], None
         return pack_int4(values, INPUT_GROUP_COLUMNS), parts["scales"], zeros.to(torch.uint8)
 
     def weight(self, parts: dict[str, Tensor]) -> Tensor:
@@ -90,6 +99,20 @@ class Packing:
         if self.method == "awq":
             return _unpacked(parts["qweight"], self.bits, order), zeros
         return _unpacked(parts["qweight"].t().contiguous(), self.bits, order).t(), zeros
+
+
+def as_gptq(values: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """int8 [K, N] with scales [groups, N] as GPTQ stores symmetric ones (gptq_v2), by the end of their names."""
+    (K, N), groups = values.shape, len(scales)
+    fours = (values.view(torch.uint8) ^ MIDDLE).view(K // 4, 4, N).transpose(1, 2).contiguous()  # q + 128
+    zeros = torch.full((groups, N), MIDDLE, dtype=torch.uint8)
+    g_idx = (torch.arange(K) // (K // groups)).to(torch.int32)
+    return {
+        "qweight": fours.view(torch.int32)[:, :, 0],
+        "qzeros": zeros.view(torch.int32),
+        "scales": scales,
+        "g_idx": g_idx,
+    }
 
 
 def as_awq(values: Tensor, zeros: Tensor, scales: Tensor) -> dict[str, Tensor]:

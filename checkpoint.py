@@ -43,7 +43,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     if isinstance(quantized, QuantConfig):
         quantize: Callable[[Transformer], None] | None = partial(use_quantized_linears, config=quantized)
     elif packing is not None and device.type == "cpu" and _can_be_repacked(config, packing, shards):
-        quantize = partial(use_input_groups, group_size=packing.group_size)
+        quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
     else:
         quantize = None
     targets = Targets(model := empty_model(config, device, dtype, quantize), packing)
@@ -67,9 +67,10 @@ def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) 
         return False
     for shard in shards:
         with open_shard(shard) as tensors:
-            orders = (tensors.get_tensor(name) for name in tensors.keys() if name.endswith(".g_idx"))  # noqa: SIM118
-            if not all(packing.is_in_order(order) for order in orders):
-                return False
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                part = name.rpartition(".")[2]
+                if part in ("g_idx", "qzeros") and not packing.allows(part, tensors.get_tensor(name)):
+                    return False
     return True
 
 
@@ -111,7 +112,8 @@ class Targets:
             self.targets[f"{prefix}.weight"].copy_(self.packing.weight(parts))
         else:
             for kind, values in zip(("qweight", "scales", "zeros"), self.packing.repacked(parts), strict=True):
-                self.targets[f"{prefix}.{kind}"].copy_(values)
+                if values is not None:
+                    self.targets[f"{prefix}.{kind}"].copy_(values)
 
 
 def empty_model(

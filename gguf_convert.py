@@ -4,7 +4,8 @@ The `gguf` package reads and dequantizes the tensors; this module only renames t
 row permutation llama.cpp applies to q and k for its interleaved rotary embedding, and rebuilds
 `tokenizer.json` from the vocabulary in the metadata. Values are stored as F16, the precision of
 the scales in every quantized GGUF type, except where the source itself is BF16 or F32. If all projections
-are Q4_0, which is 4-bit integers less 8 with a scale for 32 input channels, they stay so: in AWQ's layout.
+are Q4_0 or all are Q8_0, which is integers (less 8) with a scale for 32 input channels, they stay so: in the
+layouts of AWQ and GPTQ.
 """
 
 import json
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
-from awq_gptq import as_awq
+from awq_gptq import as_awq, as_gptq
 from errors import UserError
 from model import ModelConfig, RopeScaling, rope_frequencies
 
@@ -71,8 +72,12 @@ def convert_gguf(path: Path, folder: Path) -> None:
             )
     config = _hf_config(path, meta, reader)
     projections = [tensor for tensor in reader.tensors if (_hf_name(tensor.name) or "").endswith("_proj.weight")]
-    if all(tensor.tensor_type == GGMLQuantizationType.Q4_0 for tensor in projections):
+    kinds = {tensor.tensor_type for tensor in projections}
+    if kinds == {GGMLQuantizationType.Q4_0}:
         config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    elif kinds == {GGMLQuantizationType.Q8_0}:
+        scheme = {"bits": 8, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq_v2"}
+        config["quantization_config"] = {"quant_method": "gptq", **scheme}
     _write_json(folder / "config.json", config)
     _write_tokenizer(path, meta, folder)
     _write_weights(reader, config, folder)
@@ -173,20 +178,26 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, 
             return rows if count is None else rows.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
 
         if "quantization_config" in config and name.endswith("_proj.weight"):
-            values, scales = (in_order(part).t() for part in _q4_0(tensor.data))
-            for part, packed in as_awq(values, torch.full_like(scales, 8, dtype=torch.uint8), scales).items():
-                yield name.removesuffix("weight") + part, packed.contiguous()
+            values, scales = (in_order(part).t() for part in _integers(tensor.data, tensor.tensor_type))
+            if tensor.tensor_type == GGMLQuantizationType.Q8_0:
+                parts = as_gptq(values, scales)
+            else:
+                parts = as_awq(values, torch.full_like(scales, 8, dtype=torch.uint8), scales)
+            yield from ((name.removesuffix("weight") + part, packed.contiguous()) for part, packed in parts.items())
             continue
         data = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements=["C", "W"]))
         kept = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF16: torch.bfloat16}
         yield name, in_order(data).to(kept.get(tensor.tensor_type, torch.float16)).contiguous()
 
 
-def _q4_0(data: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers uint8 [N, K] and scales fp16 [N, K/32] of a Q4_0 tensor's rows, blocks of 2 + 16 bytes."""
-    blocks = torch.from_numpy(np.require(data, requirements=["C", "W"])).unflatten(1, (-1, 18))
-    scales, nibbles = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0], blocks[:, :, 2:]
-    return torch.cat((nibbles & 15, nibbles >> 4), dim=2).flatten(1), scales
+def _integers(data: np.ndarray, kind: GGMLQuantizationType) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers [N, K], int8 of Q8_0 and uint8 of Q4_0, and scales fp16 [N, K/32] of a tensor's rows of blocks."""
+    size = 34 if kind == GGMLQuantizationType.Q8_0 else 18  # bytes, two of the scale before the integers
+    blocks = torch.from_numpy(np.require(data, requirements=["C", "W"])).unflatten(1, (-1, size))
+    scales, integers = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0], blocks[:, :, 2:]
+    if kind == GGMLQuantizationType.Q8_0:
+        return integers.contiguous().view(torch.int8).flatten(1), scales
+    return torch.cat((integers & 15, integers >> 4), dim=2).flatten(1), scales
 
 
 def _write_weights(reader: GGUFReader, config: dict[str, Any], folder: Path) -> None:

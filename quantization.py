@@ -165,11 +165,11 @@ def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = 
         model.lm_head = quantized(model.lm_head, 8)  # type: ignore[assignment]
 
 
-def use_input_groups(model: Transformer, group_size: int) -> None:
-    """As use_quantized_linears without fill, for 4 bits and groups of channels along the input (-1: of all channels)."""
+def use_input_groups(model: Transformer, bits: int, group_size: int) -> None:
+    """As use_quantized_linears without fill, for groups of channels along the input (-1: of all channels)."""
 
     def quantized(linear: nn.Linear) -> QuantizedLinear:
-        return QuantizedLinear(linear, 4, linear.in_features if group_size == -1 else group_size, by_input=True)
+        return QuantizedLinear(linear, bits, linear.in_features if group_size == -1 else group_size, by_input=True)
 
     replace_projections(model, quantized)
 

@@ -8,9 +8,9 @@ takes its scales with it, and a scale multiplies the one activation that all wei
 Nibble j of word w of a group holds the group's column j * group/8 + w, so that the same nibble of neighbouring words
 is neighbouring columns.
 
-Weights of 4 bits that other tools have rounded have groups along the input dimension: scales and zeros [K/group, N], a
-pair for each column of so many channels. Their words are those of groups of 32 columns. Only the CPU's kernel and dense
-products take them.
+Weights that other tools have rounded have groups along the input dimension: scales and zeros [K/group, N], a pair for each
+column of so many channels. Words of 4 bits are those of groups of 32 columns. Only the CPU's kernel and dense products
+take them.
 """
 
 from typing import NamedTuple
@@ -107,8 +107,8 @@ def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -
         raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{K}, ...]")
     if scales.dim() != 2 or not scales.is_floating_point() or scales.shape[1] < 1:
         raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
-    if weight.by_input and (not scales.shape[0] or K % scales.shape[0] or weight.bits != 4):
-        raise ValueError(f"{scales.shape[0]} groups along the input: expected a divisor of {K}, and 4 bits")
+    if weight.by_input and (not scales.shape[0] or K % scales.shape[0]):
+        raise ValueError(f"{scales.shape[0]} groups along the input: expected a divisor of {K}")
     if not weight.by_input and scales.shape[0] != K:
         raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
     if packed_columns(values) % scales.shape[1]:

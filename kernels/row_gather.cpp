@@ -109,7 +109,7 @@ struct Quantized {
   const at::Tensor& scales;
   const uint8_t* zeros;  // of 4-bit weights
 
-  bool by_input() const { return zeros && scales.size(1) == 8 * values.size(1); }
+  bool by_input() const { return scales.size(1) == values.size(1) * (zeros ? 8 : 1); }
 };
 
 // As sum_columns, for the groups of GROUP columns from first_group on.
@@ -163,16 +163,17 @@ void sum_groups(const Kept& kept, const Quantized& weight, int64_t first_group, 
       y[r * y_stride + n] = static_cast<T>(sums[r][n] - offsets[r][n / GROUP]);
 }
 
-// As sum_columns, for 4-bit weights with groups along the input dimension (packing.py). Within a group of channels the
-// integers are summed as they are, in the order of words and nibbles; scales and zero points of its columns come after.
-template <typename T, int ROWS>
+// As sum_columns, for weights with groups along the input dimension (packing.py). Within a group of channels the
+// integers are summed as they are, those of 4 bits in the order of words and nibbles; scales and zero points come after.
+template <typename T, int ROWS, int BITS>
 void sum_input_groups(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t rows, T* y,
                       int64_t y_stride) {
   constexpr int64_t GROUP = 32, WORDS = GROUP / 8;  // columns packed together
   alignas(64) float sums[ROWS][BLOCK] = {};
   const int64_t N = weight.scales.size(1), channels = weight.values.size(0) / weight.scales.size(0);
-  const int64_t count = kept.channels.size(), words = width / 8;
-  const int32_t* values = weight.values.const_data_ptr<int32_t>() + begin / 8;
+  using Value = std::conditional_t<BITS == 8, int8_t, int32_t>;
+  const int64_t count = kept.channels.size(), row_words = weight.values.size(1), words = width * row_words / N;
+  const Value* values = weight.values.const_data_ptr<Value>() + begin * row_words / N;
   for (int64_t i = 0; i < count;) {
     const int64_t group = kept.channels[i] / channels;
     const int64_t end = std::lower_bound(kept.channels.begin() + i, kept.channels.end(), (group + 1) * channels) -
@@ -180,34 +181,44 @@ void sum_input_groups(const Kept& kept, const Quantized& weight, int64_t begin, 
     alignas(64) float part[ROWS][BLOCK] = {};
     float entries[ROWS] = {};
     for (; i < end; i += UNROLL) {
-      const int32_t* q[UNROLL];  // past the group's last channel it again, times 0
+      const Value* q[UNROLL];  // past the group's last channel it again, times 0
       float a[ROWS][UNROLL];
       for (int64_t u = 0; u < UNROLL; ++u) {
-        q[u] = values + kept.channels[std::min(i + u, end - 1)] * (N / 8);
+        q[u] = values + kept.channels[std::min(i + u, end - 1)] * row_words;
         for (int r = 0; r < ROWS; ++r) {
           a[r][u] = i + u < end ? kept.values[(i + u) * ROWS + r] : 0.0f;
           entries[r] += a[r][u];
         }
-        const int32_t* ahead = values + kept.channels[std::min(i + UNROLL + u, count - 1)] * (N / 8);
-        for (int64_t w = 0; w < words; w += 16) __builtin_prefetch(ahead + w);
+        const Value* ahead = values + kept.channels[std::min(i + UNROLL + u, count - 1)] * row_words;
+        for (int64_t w = 0; w < words; w += 64 / sizeof(Value)) __builtin_prefetch(ahead + w);
       }
-      for (int j = 0; j < 8; ++j)
-        for (int64_t w = 0; w < words; ++w) {
-          const float w0 = q[0][w] >> (4 * j) & 15, w1 = q[1][w] >> (4 * j) & 15;
-          const float w2 = q[2][w] >> (4 * j) & 15, w3 = q[3][w] >> (4 * j) & 15;
-          for (int r = 0; r < ROWS; ++r) {
-            float& out = part[r][j * words + w];
-            out = add_product(add_product(add_product(add_product(out, a[r][0], w0), a[r][1], w1), a[r][2], w2), a[r][3], w3);
-          }
+      const auto add = [&](int64_t n, float w0, float w1, float w2, float w3) {
+        for (int r = 0; r < ROWS; ++r) {
+          const float two = add_product(add_product(part[r][n], a[r][0], w0), a[r][1], w1);
+          part[r][n] = add_product(add_product(two, a[r][2], w2), a[r][3], w3);
         }
+      };
+      if constexpr (BITS == 8) {
+        for (int64_t n = 0; n < width; ++n) add(n, q[0][n], q[1][n], q[2][n], q[3][n]);
+      } else {
+        for (int j = 0; j < 8; ++j)
+          for (int64_t w = 0; w < words; ++w)
+            add(j * words + w, q[0][w] >> (4 * j) & 15, q[1][w] >> (4 * j) & 15, q[2][w] >> (4 * j) & 15,
+                q[3][w] >> (4 * j) & 15);
+      }
     }
     i = end;
     const T* scales = weight.scales.const_data_ptr<T>() + group * N + begin;
-    const uint8_t* zeros = weight.zeros + group * N + begin;
     for (int r = 0; r < ROWS; ++r)
       for (int64_t n = 0; n < width; ++n) {
-        const float integers = part[r][n % GROUP / WORDS * words + n / GROUP * WORDS + n % WORDS];
-        sums[r][n] = add_product(sums[r][n], integers - entries[r] * zeros[n], widen(scales[n]));
+        float integers;
+        if constexpr (BITS == 8) {
+          integers = part[r][n];
+        } else {
+          integers = part[r][n % GROUP / WORDS * words + n / GROUP * WORDS + n % WORDS];
+          integers -= entries[r] * weight.zeros[group * N + begin + n];
+        }
+        sums[r][n] = add_product(sums[r][n], integers, widen(scales[n]));
       }
   }
   for (int64_t r = 0; r < rows; ++r)
@@ -218,8 +229,8 @@ template <typename T, int BITS>
 void sum_quantized(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t group, int64_t rows,
                    T* y, int64_t y_stride) {
   if (weight.by_input()) {
-    if (rows == 1) return sum_input_groups<T, 1>(kept, weight, begin, width, rows, y, y_stride);
-    return sum_input_groups<T, MAX_ROWS>(kept, weight, begin, width, rows, y, y_stride);
+    if (rows == 1) return sum_input_groups<T, 1, BITS>(kept, weight, begin, width, rows, y, y_stride);
+    return sum_input_groups<T, MAX_ROWS, BITS>(kept, weight, begin, width, rows, y, y_stride);
   }
   const auto of_group = [&]<int GROUP>() {
     if (rows == 1) return sum_groups<T, 1, BITS, GROUP>(kept, weight, begin / group, width / group, rows, y, y_stride);

@@ -20,6 +20,7 @@ from tests.conftest import QUANTIZABLE, relative_error, save_tiny_model, tiny_co
 
 CPU = torch.device("cpu")
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+SYMMETRIC = {"bits": 8, "sym": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
 
 
@@ -42,6 +43,8 @@ def packed_linear(weight: Tensor, config: dict[str, Any]) -> tuple[dict[str, Ten
     generator = torch.Generator().manual_seed(0)
     scales = (0.02 + 0.02 * torch.rand(groups, N, generator=generator)).half()
     zeros = torch.randint(1, 1 << bits, (groups, N), generator=generator)
+    if config.get("sym"):
+        zeros.fill_(1 << bits - 1)
     values = (weight.t() / scales.float()[index] + zeros[index]).round().clamp(0, (1 << bits) - 1).int()
     exact = ((values - zeros[index]) * scales.float()[index]).t()
     if config["quant_method"] == "awq":
@@ -106,7 +109,9 @@ def test_logits_are_those_of_the_dequantized_weights(config: dict[str, Any], tmp
     assert torch.equal(logits(load_model(packed, CPU, torch.float32)), logits(load_model(floats, CPU, torch.float32)))
 
 
-@pytest.mark.parametrize("config", [AWQ, AWQ | {"group_size": -1}, GPTQ, GPTQ | {"checkpoint_format": "gptq_v2"}])
+@pytest.mark.parametrize(
+    "config", [AWQ, AWQ | {"group_size": -1}, GPTQ, GPTQ | {"checkpoint_format": "gptq_v2"}, GPTQ | SYMMETRIC]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_integers_are_kept_on_a_cpu(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     packed, floats = write(tmp_path, config, **QUANTIZABLE)
@@ -116,13 +121,15 @@ def test_integers_are_kept_on_a_cpu(config: dict[str, Any], dtype: torch.dtype, 
     for name, linear in twin.layers.named_modules(prefix="layers"):
         if isinstance(linear, torch.nn.Linear):
             module = modules[name]
-            assert isinstance(module, QuantizedLinear) and module.weight.dtype == torch.int32
+            assert isinstance(module, QuantizedLinear) and module.bits == config["bits"]
             # In bf16 the scales are rounded in one model, and the weights in the other.
             assert relative_error(module.dequantized().t(), linear.weight) <= (0 if dtype == torch.float32 else 4e-3)
     assert relative_error(logits(kept), logits(twin)) <= (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("config", [GPTQ | {"desc_act": True}, GPTQ | {"bits": 8}], ids=["act-order", "8 bits"])
+@pytest.mark.parametrize(
+    "config", [GPTQ | {"desc_act": True}, GPTQ | {"bits": 8}], ids=["act-order", "8 bits, asymmetric"]
+)
 def test_what_the_kernel_does_not_take_becomes_floats(config: dict[str, Any], tmp_path: Path) -> None:
     packed, floats = write(tmp_path, config, **QUANTIZABLE)
     model = load_model(packed, CPU, torch.float32)

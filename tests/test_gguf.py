@@ -102,7 +102,7 @@ def write_gguf(
         read = torch.from_numpy(np.array(gguf.dequantize(stored, kind)))
         if heads:
             read = read.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        exact = kind in (Type.F32, Type.BF16) or (kind == Type.Q4_0 and stem.endswith("_proj"))
+        exact = kind in (Type.F32, Type.BF16) or (kind in (Type.Q4_0, Type.Q8_0) and stem.endswith("_proj"))
         expected[name] = read if exact else read.half().float()
     write_and_close(writer)
     return expected
@@ -174,7 +174,7 @@ def test_every_type_gives_the_model_transformers_would_run(
     with torch.inference_mode():
         logits = ours(tokens, torch.arange(40)[None], cache)
         assert relative_error(logits, model(tokens).logits) <= 1e-5
-    assert is_quantized(ours) == (kind == Type.Q4_0)
+    assert is_quantized(ours) == (kind in (Type.Q4_0, Type.Q8_0))
 
 
 def rope_factors(head_dim: int, theta: float, scaling: dict[str, float]) -> torch.Tensor:

@@ -15,21 +15,26 @@ from tests.conftest import relative_error
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
 
 
-def random_weight(K: int, N: int, group: int, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def random_weight(
+    K: int, N: int, group: int, dtype: torch.dtype, bits: int = 4
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
     """A weight [K, N] with a scale for each column of group channels, and what it stands for, fp32."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randint(0, 16, (K, N), generator=generator)
+    values = torch.randint(0, 16, (K, N), generator=generator) if bits == 4 else torch.randint(-128, 128, (K, N))
     scales = (0.01 + 0.02 * torch.rand(K // group, N, generator=generator)).to(dtype)
-    zeros = torch.randint(0, 17, (K // group, N), generator=generator)  # GPTQ stores one less: 16 occurs
+    zeros = torch.randint(0, 17, (K // group, N), generator=generator) * (bits == 4)  # GPTQ stores one less: 16 occurs
     exact = torch.stack([(values[k] - zeros[k // group]) * scales[k // group].float() for k in range(K)])
+    if bits == 8:
+        return (values.to(torch.int8), scales, None), exact
     return (pack_int4(values, 32), scales, zeros.to(torch.uint8)), exact
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("group", [16, 32, 96, 192])
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("B", [1, 2, 4, 9])
-def test_products_equal_those_of_the_dequantized_weight(B: int, group: int, dtype: torch.dtype) -> None:
-    weight, exact = random_weight(192, 1152, group, dtype)
+def test_products_equal_those_of_the_dequantized_weight(B: int, bits: int, group: int, dtype: torch.dtype) -> None:
+    weight, exact = random_weight(192, 1152, group, dtype, bits)
     assert Weight(*weight).by_input and Weight(*weight).N == 1152
     assert torch.equal(dequantize(*weight), exact.to(dtype))
     x = torch.randn(B, 192, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -41,8 +46,9 @@ def test_products_equal_those_of_the_dequantized_weight(B: int, group: int, dtyp
     assert relative_error(quantized_matmul(x, *weight), x.float() @ exact) <= 2 * TOLERANCE[dtype]
 
 
-def test_a_row_has_the_bits_it_has_alone() -> None:
-    weight, _ = random_weight(192, 256, 64, torch.float32)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_has_the_bits_it_has_alone(bits: int) -> None:
+    weight, _ = random_weight(192, 256, 64, torch.float32, bits)
     x = torch.randn(4, 192)
     x[1, :70], x[2] = 0.0, 0.0  # groups of which a row keeps nothing
     arguments = (weight[0], torch.tensor([0.5]), [256], *weight[1:])
@@ -87,7 +93,6 @@ def test_bad_arguments_are_refused() -> None:
         "5 groups along the input: expected a divisor of 96": (x, values, limits, [64], scales.new_ones(5, 64), zeros),
         "expected uint8": (x, values, limits, [64], scales, scales),
         "no multiples of the group size 32": (x, values, torch.zeros(2), [48, 16], scales, zeros),
-        "and 4 bits": (x, values.new_zeros(96, 64, dtype=torch.int8), limits, [64], scales, None),
     }
     for message, arguments in bad.items():
         with pytest.raises(ValueError) as error:
