@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.native import native_kernels
 from kernels.packing import Weight, check_quantized, dequantize, packed_columns
 
 # Whole groups, of weights in floats: 16,384 x 4096 in bf16 are 134 MB. On an H100 blocks of 4096, which its L2 cache can
@@ -18,6 +19,10 @@ def floats(weight: Weight, out: Tensor | None = None) -> Tensor:
         from kernels.dequantize import launch  # a CPU needs no Triton
 
         return launch(values, scales, zeros, out)
+    if values.device.type == "cpu" and (native := native_kernels()) is not None:
+        out = scales.new_empty(values.shape[0], weight.N) if out is None else out
+        native.dequantize(values, scales, zeros, out)
+        return out
     found = dequantize(values, scales, zeros)
     return found if out is None else out.copy_(found)
 

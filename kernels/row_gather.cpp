@@ -1,5 +1,5 @@
 // y = x @ W over kept entries of x only, on a CPU. W is input-channel-major [K, N], so a dropped entry of x
-// skips one contiguous row. Compiled at first use by row_gather.py; sparse_linear.py describes the op and checks
+// skips one contiguous row. Compiled at first use by native.py; sparse_linear.py describes the op and checks
 // its arguments.
 //
 // The kept channels of all rows of x are listed once (their union: a weight row is read once for up to
@@ -308,7 +308,7 @@ at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::T
 
 }  // namespace
 
-TORCH_LIBRARY(teal_cpu, library) {
+TORCH_LIBRARY_FRAGMENT(teal_cpu, library) {
   library.def(
       "row_gather(Tensor x, Tensor weight, Tensor thresholds, int[] segments, Tensor? scales, Tensor? zeros) -> Tensor");
   library.impl("row_gather", c10::DispatchKey::CPU, row_gather);

@@ -8,9 +8,9 @@ multiplied densely.
 import torch
 from torch import Tensor
 
+from kernels.native import native_kernels
 from kernels.packing import Weight, check_quantized
 from kernels.quantized_matmul import floats
-from kernels.row_gather import native_row_gather
 
 # With more rows of x nearly every weight row is kept by one of them, and a dense product is faster: 1536 x 3072
 # bf16 at 50% on 2 Xeon cores (AVX-512), gather / dense: 2 rows 533 / 1247 us, 3 868 / 1607, 4 1043 / 1454.
@@ -42,9 +42,9 @@ def sparse_linear(
         return reduce_partials(
             sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros), x.dtype, None, None
         )
-    if x.device.type == "cpu" and x.shape[0] <= MAX_KERNEL_ROWS and (gather := native_row_gather()) is not None:
+    if x.device.type == "cpu" and x.shape[0] <= MAX_KERNEL_ROWS and (native := native_kernels()) is not None:
         parts = x.contiguous().split(MAX_GATHER_ROWS)
-        found = [gather(part, weight, thresholds, segments, scales, zeros) for part in parts]
+        found = [native.row_gather(part, weight, thresholds, segments, scales, zeros) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
     columns = (weight if scales is None else floats(Weight(weight, scales, zeros))).split(segments, dim=1)
     products = [

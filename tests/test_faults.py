@@ -30,7 +30,7 @@ import serve
 from errors import UserError
 from files import atomic_file, cache_folder
 from hf_config import load_config
-from kernels.row_gather import native_row_gather
+from kernels.native import native_kernels
 from plan import SparsityPlan
 from tests.conftest import ROOT
 from tests.faults import failing, watching
@@ -102,7 +102,7 @@ class Trial:
             call,
             monkeypatch,
         )
-        native_row_gather()
+        native_kernels()
         self.compiled = cache_folder("kernels")
         self.trials = 0
         self.operations = 0

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.native import native_kernels
 from kernels.reference import sparse_linear_reference
-from kernels.row_gather import native_row_gather
 from kernels.sparse_linear import MAX_GATHER_ROWS, sparse_linear
 from tests.conftest import relative_error
 
@@ -108,7 +108,7 @@ def test_without_a_compiler_the_result_is_the_same(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/bin/false")
-    native_row_gather.cache_clear()
+    native_kernels.cache_clear()
     try:
         x, weight = inputs(1, 77, 131, torch.float32, torch.device("cpu"))
         thresholds = torch.tensor([0.5])
@@ -118,12 +118,12 @@ def test_without_a_compiler_the_result_is_the_same(
         err = capsys.readouterr().err.splitlines()
         assert [line for line in err if line.startswith("note: ")] == err[1:] and len(err) == 2, err
     finally:
-        native_row_gather.cache_clear()
+        native_kernels.cache_clear()
 
 
 def test_the_compiled_kernel_is_what_runs() -> None:
     """The machine these tests need has a compiler (README); without this, a build failure would pass unseen."""
-    assert native_row_gather() is not None
+    assert native_kernels() is not None
 
 
 @pytest.mark.parametrize("B", [1, 2, MAX_GATHER_ROWS])

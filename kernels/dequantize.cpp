@@ -1,0 +1,94 @@
+// Weights of 8 and 4 bits (packing.py) to floats on a CPU, in one pass over memory: for products with many rows of x,
+// which take a dense weight. quantized_matmul.py describes the op.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <type_traits>
+
+namespace {
+
+constexpr int64_t INPUT_GROUP_COLUMNS = 32;  // packed together where groups lie along the input
+constexpr int64_t ROWS_AT_ONCE = 8;          // of a task, at least
+
+// The integers of COLUMNS columns from values on, as floats.
+template <int BITS, int COLUMNS, typename Value>
+void integers(const Value* values, float* out) {
+  if constexpr (BITS == 8) {
+    for (int n = 0; n < COLUMNS; ++n) out[n] = values[n];
+  } else {
+    for (int j = 0; j < 8; ++j)
+      for (int w = 0; w < COLUMNS / 8; ++w) out[j * COLUMNS / 8 + w] = values[w] >> (4 * j) & 15;
+  }
+}
+
+template <typename T, int BITS, int COLUMNS>
+void run(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& zeros, at::Tensor& out) {
+  using Value = std::conditional_t<BITS == 8, int8_t, int32_t>;
+  constexpr int64_t VALUES = BITS == 8 ? COLUMNS : COLUMNS / 8;
+  const int64_t K = out.size(0), N = out.size(1), value_stride = values.stride(0), scale_stride = scales.stride(0);
+  const bool by_input = scales.size(1) == N;
+  const int64_t channels = by_input ? K / scales.size(0) : 1;
+  const Value* value_data = values.const_data_ptr<Value>();
+  const T* scale_data = scales.const_data_ptr<T>();
+  const uint8_t* zero_data = zeros ? zeros->const_data_ptr<uint8_t>() : nullptr;
+  T* out_data = out.mutable_data_ptr<T>();
+  at::parallel_for(0, K, ROWS_AT_ONCE, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const T* scale = scale_data + k / channels * scale_stride;
+      const uint8_t* zero = zero_data + k / channels * scale_stride;
+      for (int64_t g = 0; g < N / COLUMNS; ++g) {
+        float found[COLUMNS];
+        integers<BITS, COLUMNS>(value_data + k * value_stride + g * VALUES, found);
+        T* y = out_data + k * N + g * COLUMNS;
+        for (int n = 0; n < COLUMNS; ++n) {
+          const int64_t at = by_input ? g * COLUMNS + n : g;
+          const float offset = BITS == 4 ? zero[at] : 0;
+          y[n] = static_cast<T>((found[n] - offset) * static_cast<float>(scale[at]));
+        }
+      }
+    }
+  });
+}
+
+template <typename T, int BITS>
+void by_columns(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& zeros,
+                at::Tensor& out) {
+  const int64_t N = out.size(1);
+  switch (scales.size(1) == N ? INPUT_GROUP_COLUMNS : N / scales.size(1)) {
+    case 32: return run<T, BITS, 32>(values, scales, zeros, out);
+    case 64: return run<T, BITS, 64>(values, scales, zeros, out);
+    case 128: return run<T, BITS, 128>(values, scales, zeros, out);
+    default: TORCH_CHECK_VALUE(false, scales.size(1), " groups of ", N, " columns: expected 32, 64 or 128 to a group");
+  }
+}
+
+template <typename T>
+void by_bits(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& zeros, at::Tensor& out) {
+  if (zeros) return by_columns<T, 4>(values, scales, zeros, out);
+  by_columns<T, 8>(values, scales, zeros, out);
+}
+
+void dequantize(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& zeros,
+                at::Tensor& out) {
+  TORCH_CHECK_VALUE(values.stride(1) == 1 && scales.stride(1) == 1 && out.is_contiguous(), "rows must be contiguous");
+  TORCH_CHECK_VALUE(!zeros || zeros->strides() == scales.strides(), "zeros and scales: expected one layout");
+  TORCH_CHECK_VALUE(out.size(0) == values.size(0) && out.size(1) == values.size(1) * (zeros ? 8 : 1), "out has shape ",
+                    out.sizes(), ": expected the weight's");
+  TORCH_CHECK_VALUE(out.scalar_type() == scales.scalar_type(), "out: expected the dtype of scales");
+  switch (scales.scalar_type()) {
+    case at::kFloat: return by_bits<float>(values, scales, zeros, out);
+    case at::kBFloat16: return by_bits<at::BFloat16>(values, scales, zeros, out);
+    case at::kHalf: return by_bits<at::Half>(values, scales, zeros, out);
+    default: TORCH_CHECK_VALUE(false, "dtype ", scales.scalar_type(), ": expected fp32, bf16 or fp16");
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(teal_cpu, library) {
+  library.def("dequantize(Tensor values, Tensor scales, Tensor? zeros, Tensor(a!) out) -> ()");
+  library.impl("dequantize", c10::DispatchKey::CPU, dequantize);
+}
