@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t INPUT_GROUP_COLUMNS = 32;  // packed together where groups lie along the input
+constexpr int INPUT_GROUP_COLUMNS = 32;  // packed together where groups lie along the input
 constexpr int64_t ROWS_AT_ONCE = 8;          // of a task, at least
 
 // The integers of COLUMNS columns from values on, as floats.
@@ -24,13 +24,12 @@ void integers(const Value* values, float* out) {
   }
 }
 
-template <typename T, int BITS, int COLUMNS>
+template <typename T, int BITS, int COLUMNS, bool BY_INPUT>
 void run(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& zeros, at::Tensor& out) {
   using Value = std::conditional_t<BITS == 8, int8_t, int32_t>;
   constexpr int64_t VALUES = BITS == 8 ? COLUMNS : COLUMNS / 8;
   const int64_t K = out.size(0), N = out.size(1), value_stride = values.stride(0), scale_stride = scales.stride(0);
-  const bool by_input = scales.size(1) == N;
-  const int64_t channels = by_input ? K / scales.size(0) : 1;
+  const int64_t channels = BY_INPUT ? K / scales.size(0) : 1;
   const Value* value_data = values.const_data_ptr<Value>();
   const T* scale_data = scales.const_data_ptr<T>();
   const uint8_t* zero_data = zeros ? zeros->const_data_ptr<uint8_t>() : nullptr;
@@ -44,7 +43,7 @@ void run(const at::Tensor& values, const at::Tensor& scales, const std::optional
         integers<BITS, COLUMNS>(value_data + k * value_stride + g * VALUES, found);
         T* y = out_data + k * N + g * COLUMNS;
         for (int n = 0; n < COLUMNS; ++n) {
-          const int64_t at = by_input ? g * COLUMNS + n : g;
+          const int64_t at = BY_INPUT ? g * COLUMNS + n : g;
           const float offset = BITS == 4 ? zero[at] : 0;
           y[n] = static_cast<T>((found[n] - offset) * static_cast<float>(scale[at]));
         }
@@ -57,10 +56,11 @@ template <typename T, int BITS>
 void by_columns(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& zeros,
                 at::Tensor& out) {
   const int64_t N = out.size(1);
-  switch (scales.size(1) == N ? INPUT_GROUP_COLUMNS : N / scales.size(1)) {
-    case 32: return run<T, BITS, 32>(values, scales, zeros, out);
-    case 64: return run<T, BITS, 64>(values, scales, zeros, out);
-    case 128: return run<T, BITS, 128>(values, scales, zeros, out);
+  if (scales.size(1) == N) return run<T, BITS, INPUT_GROUP_COLUMNS, true>(values, scales, zeros, out);
+  switch (N / scales.size(1)) {
+    case 32: return run<T, BITS, 32, false>(values, scales, zeros, out);
+    case 64: return run<T, BITS, 64, false>(values, scales, zeros, out);
+    case 128: return run<T, BITS, 128, false>(values, scales, zeros, out);
     default: TORCH_CHECK_VALUE(false, scales.size(1), " groups of ", N, " columns: expected 32, 64 or 128 to a group");
   }
 }
