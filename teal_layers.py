@@ -29,6 +29,9 @@ class SparseLinear(nn.Module):
     Bits of the result match between runs; between thread counts they need not.
     """
 
+    thresholds: Tensor
+    name_thresholds: Tensor
+
     def __init__(self, linear: nn.Linear | QuantizedLinear, names: tuple[str, ...], sizes: list[int]) -> None:
         super().__init__()
         self.names = names
@@ -80,7 +83,6 @@ class SparseLinear(nn.Module):
 
     def _limits(self, dtype: torch.dtype) -> list[Tensor]:
         """The thresholds of each name, [1] or [K], as they are compared with entries of dtype."""
-        assert isinstance(self.name_thresholds, Tensor)
         return list(self.name_thresholds.to(dtype))
 
     @functools.cached_property

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.native import native_kernels
-from kernels.packing import Weight, check_quantized, dequantize, packed_columns
+from kernels.packing import Weight, check_quantized, dequantize
 
 # Whole groups, of weights in floats: 16,384 x 4096 in bf16 are 134 MB. On an H100 blocks of 4096, which its L2 cache can
 # hold, took 5% longer for gate,up of Llama-3-8B and 512 tokens, and each block costs the host 0.1 ms.
@@ -27,7 +27,6 @@ def floats(weight: Weight, out: Tensor | None = None) -> Tensor:
     return found if out is None else out.copy_(found)
 
 
-@torch.library.custom_op("teal::quantized_matmul", mutates_args=())
 def blockwise_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """x [..., K] times a quantized weight [K, N], a block of columns at a time: no full copy in floats. [..., N].
 
@@ -48,15 +47,10 @@ def blockwise_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | 
     return y.view(*x.shape[:-1], N)
 
 
-@blockwise_matmul.register_fake
-def _(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], packed_columns(values))
-
-
 def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """As blockwise_matmul. Under torch.compile the weight becomes floats, whole, by a kernel of Inductor's.
 
-    A call of our own op costs an H100's host 0.2 ms and more, and 128 of them 101 ms before the first token of
+    A call of an op of our own costs an H100's host 0.2 ms and more, and 128 of them 101 ms before the first token of
     Llama-3-8B in 4 bits, where the GPU was busy for 20.
     """
     if torch.compiler.is_compiling():

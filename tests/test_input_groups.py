@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels.packing import Weight, dequantize, pack_int4
-from kernels.quantized_matmul import blockwise_matmul, quantized_matmul
+from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import sparse_linear_reference
-from kernels.sparse_linear import MAX_KERNEL_ROWS, sparse_linear
+from kernels.sparse_linear import MAX_KERNEL_ROWS, sparse_linear, sparse_linear_op
 from tests.conftest import relative_error
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
@@ -81,8 +81,7 @@ def test_a_product_in_blocks_of_columns_and_compiled(monkeypatch: pytest.MonkeyP
 def test_opcheck() -> None:
     weight, _ = random_weight(64, 64, 32, torch.float32)
     values, scales, zeros = weight
-    torch.library.opcheck(sparse_linear, (torch.randn(1, 64), values, torch.zeros(1), [64], scales, zeros))
-    torch.library.opcheck(blockwise_matmul, (torch.randn(2, 3, 64), values, scales, zeros))
+    torch.library.opcheck(sparse_linear_op, (torch.randn(1, 64), values, torch.zeros(1), [64], scales, zeros))
 
 
 def test_bad_arguments_are_refused() -> None:

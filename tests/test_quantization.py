@@ -22,9 +22,9 @@ from errors import UserError
 from gptq import BlockwiseGptq, gptq, gptq_input_groups
 from half_quadratic import half_quadratic
 from kernels.packing import dequantize, pack_int4, unpack_int4
-from kernels.quantized_matmul import blockwise_matmul, quantized_matmul
+from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import sparse_linear_reference
-from kernels.sparse_linear import sparse_linear
+from kernels.sparse_linear import sparse_linear, sparse_linear_op
 from model import KVCache, Transformer
 from quantization import QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest
 from tests.conftest import (
@@ -141,8 +141,7 @@ def test_bad_quantized_arguments_are_refused() -> None:
 
 def test_opcheck() -> None:
     values, scales, zeros = round_to_nearest(torch.randn(16, 64), 4, 32)
-    torch.library.opcheck(sparse_linear, (torch.randn(1, 16), values, torch.zeros(1), [64], scales, zeros))
-    torch.library.opcheck(blockwise_matmul, (torch.randn(2, 3, 16), values, scales, zeros))
+    torch.library.opcheck(sparse_linear_op, (torch.randn(1, 16), values, torch.zeros(1), [64], scales, zeros))
 
 
 def dequantized_twin(folder: Path, quantized: Transformer) -> Transformer:

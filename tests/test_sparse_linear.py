@@ -8,7 +8,7 @@ import torch
 
 from kernels.native import native_kernels
 from kernels.reference import sparse_linear_reference
-from kernels.sparse_linear import MAX_GATHER_ROWS, sparse_linear
+from kernels.sparse_linear import MAX_GATHER_ROWS, sparse_linear, sparse_linear_op
 from tests.conftest import relative_error
 
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
@@ -139,7 +139,7 @@ def test_same_bits_every_run(B: int) -> None:
 def test_opcheck(B: int, device: torch.device) -> None:
     x, weight = inputs(B, 32, 48, torch.float32, device)
     thresholds = torch.tensor([0.5, 1.0], device=device)
-    torch.library.opcheck(sparse_linear, (x, weight, thresholds, [16, 32]))
+    torch.library.opcheck(sparse_linear_op, (x, weight, thresholds, [16, 32]))
 
 
 def test_bad_arguments_are_refused() -> None:
