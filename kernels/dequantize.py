@@ -48,6 +48,10 @@ def launch(values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor | N
         raise ValueError(f"values have strides {values.stride()}, scales {scales.stride()}: rows must be contiguous")
     if zeros is not None and zeros.stride() != scales.stride():
         raise ValueError(f"zeros have strides {zeros.stride()}, scales {scales.stride()}: expected the same")
+    if scales.shape[0] != values.shape[0]:
+        raise ValueError(
+            f"values {tuple(values.shape)} and scales {tuple(scales.shape)}: expected groups along the output"
+        )
     K, groups = scales.shape
     group_size = packed_columns(values) // groups
     N = groups * group_size

@@ -48,6 +48,8 @@ def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, 
     values = weight.values
     if weight.scales is not None:
         check_quantized(weight, K, segments)
+        if weight.by_input:
+            raise ValueError("a quantized weight must have groups along the output here")
         if not all(t.is_contiguous() for t in weight if t is not None):
             raise ValueError("a quantized weight must be contiguous")
     if values.dim() != 2 or values.shape[0] != K or weight.dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Weights of 4 bits with groups along the input dimension, on a CPU, against plain fp32 products."""
+"""Weights with groups along the input dimension, on a CPU, against plain fp32 products."""
 
 import math
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import dequantize as dequantize_file
+from kernels.launch import check_gemv
 from kernels.packing import Weight, dequantize, pack_int4
 from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import sparse_linear_reference
@@ -20,7 +22,8 @@ def random_weight(
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
     """A weight [K, N] with a scale for each column of group channels, and what it stands for, fp32."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randint(0, 16, (K, N), generator=generator) if bits == 4 else torch.randint(-128, 128, (K, N))
+    least = 0 if bits == 4 else -128
+    values = torch.randint(least, least + (1 << bits), (K, N), generator=generator)
     scales = (0.01 + 0.02 * torch.rand(K // group, N, generator=generator)).to(dtype)
     zeros = torch.randint(0, 17, (K // group, N), generator=generator) * (bits == 4)  # GPTQ stores one less: 16 occurs
     exact = torch.stack([(values[k] - zeros[k // group]) * scales[k // group].float() for k in range(K)])
@@ -82,6 +85,14 @@ def test_opcheck() -> None:
     weight, _ = random_weight(64, 64, 32, torch.float32)
     values, scales, zeros = weight
     torch.library.opcheck(sparse_linear_op, (torch.randn(1, 64), values, torch.zeros(1), [64], scales, zeros))
+
+
+def test_the_triton_kernels_refuse_them() -> None:
+    (values, scales, zeros), _ = random_weight(96, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match="must have groups along the output"):
+        check_gemv(Weight(values, scales, zeros), torch.zeros(1), [64], 96, 1)
+    with pytest.raises(ValueError, match="expected groups along the output"):
+        dequantize_file.launch(values, scales, zeros)
 
 
 def test_bad_arguments_are_refused() -> None:
