@@ -68,15 +68,17 @@ class Packing:
         """Neighbouring input channels to a scale, of K in all."""
         return K if self.group_size == -1 else self.group_size
 
+    @property
+    def deciding_parts(self) -> tuple[str, ...]:
+        """Parts of a weight whose values decide whether it can be repacked."""
+        return () if self.method == "awq" else ("g_idx",) if self.bits == 4 else ("g_idx", "qzeros")
+
     def allows(self, part: str, tensor: Tensor) -> bool:
-        """Whether a weight with this part can be repacked."""
-        if (
-            part == "g_idx"
-        ):  # the group of each input channel: not that of its place where they were sorted by importance
-            return torch.equal(tensor.long(), torch.arange(len(tensor)) // self.channels(len(tensor)))
-        if part == "qzeros" and self.bits == 8:
+        """Whether a weight with this deciding part can be repacked."""
+        if part == "qzeros":
             return bool((_unpacked(tensor, 8, torch.arange(4)) + self.zero_offset == MIDDLE).all())
-        return True
+        # The group of each input channel: not that of its place where they were sorted by importance.
+        return torch.equal(tensor.long(), torch.arange(len(tensor)) // self.channels(len(tensor)))
 
     def repacked(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """values, scales, zeros of a weight [K, N] with groups along the input (kernels/packing.py)."""
@@ -115,13 +117,14 @@ def as_gptq(values: Tensor, scales: Tensor) -> dict[str, Tensor]:
     }
 
 
-def as_awq(values: Tensor, zeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    """Integers 0 to 15 [K, N] with zero points and scales [groups, N] as AWQ stores them, by the end of their names."""
+def as_awq(values: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Integers 0 to 15 [K, N], 8 for zero, with scales [groups, N] as AWQ stores them, by the end of their names."""
 
     def words(integers: Tensor) -> Tensor:
         in_order = integers.reshape(len(integers), -1, len(AWQ_COLUMNS))[:, :, AWQ_COLUMNS]
         return pack_int4(in_order.flatten(1), len(AWQ_COLUMNS))
 
+    zeros = torch.full_like(scales, 8, dtype=torch.uint8)
     return {"qweight": words(values), "qzeros": words(zeros), "scales": scales}
 
 

@@ -61,7 +61,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
 def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) -> bool:
     """Whether all projections of an AWQ or GPTQ checkpoint can be held in its own integers."""
     with torch.device("meta"):
-        block = Transformer(config).blocks[0]
+        block = Block(config)
     shapes = (target.shape for name, target in block_targets(block, config).items() if name.endswith("_proj.weight"))
     if not all(packing.can_be_repacked(N, K) for N, K in shapes):
         return False
@@ -69,7 +69,7 @@ def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) 
         with open_shard(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                 part = name.rpartition(".")[2]
-                if part in ("g_idx", "qzeros") and not packing.allows(part, tensors.get_tensor(name)):
+                if part in packing.deciding_parts and not packing.allows(part, tensors.get_tensor(name)):
                     return False
     return True
 

@@ -29,6 +29,13 @@ READABLE_TYPES = frozenset(
     GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 )
+# Types whose integers stay, if all projections have one of them: the quantization_config of the layout they get.
+KEPT: dict[GGMLQuantizationType, dict[str, Any]] = {
+    GGMLQuantizationType.Q4_0: {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+    GGMLQuantizationType.Q8_0: {
+        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq_v2",
+    },
+}  # fmt: skip
 SHARD_BYTES = 2 << 30  # bounds host memory: one shard is held while it is written
 
 TENSOR_NAMES = {
@@ -71,13 +78,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
                 f"supported are {', '.join(sorted(t.name for t in READABLE_TYPES))}"
             )
     config = _hf_config(path, meta, reader)
-    projections = [tensor for tensor in reader.tensors if (_hf_name(tensor.name) or "").endswith("_proj.weight")]
-    kinds = {tensor.tensor_type for tensor in projections}
-    if kinds == {GGMLQuantizationType.Q4_0}:
-        config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-    elif kinds == {GGMLQuantizationType.Q8_0}:
-        scheme = {"bits": 8, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq_v2"}
-        config["quantization_config"] = {"quant_method": "gptq", **scheme}
+    kinds = {tensor.tensor_type for tensor in reader.tensors if (_hf_name(tensor.name) or "").endswith("_proj.weight")}
+    if len(kinds) == 1 and (kind := kinds.pop()) in KEPT:
+        config["quantization_config"] = KEPT[kind]
     _write_json(folder / "config.json", config)
     _write_tokenizer(path, meta, folder)
     _write_weights(reader, config, folder)
@@ -171,23 +174,22 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, 
         name = _hf_name(tensor.name)
         if name is None:
             continue
-        projection = name.split(".")[-2]
-
-        def in_order(rows: torch.Tensor, count: int | None = heads.get(projection)) -> torch.Tensor:
-            """Rows (head, pair, half) -> (head, half, pair), of q and k."""
-            return rows if count is None else rows.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
-
+        count = heads.get(name.split(".")[-2])
         if "quantization_config" in config and name.endswith("_proj.weight"):
-            values, scales = (in_order(part).t() for part in _integers(tensor.data, tensor.tensor_type))
-            if tensor.tensor_type == GGMLQuantizationType.Q8_0:
-                parts = as_gptq(values, scales)
-            else:
-                parts = as_awq(values, torch.full_like(scales, 8, dtype=torch.uint8), scales)
+            values, scales = (_in_order(part, count).t() for part in _integers(tensor.data, tensor.tensor_type))
+            parts = (
+                as_gptq(values, scales) if tensor.tensor_type == GGMLQuantizationType.Q8_0 else as_awq(values, scales)
+            )
             yield from ((name.removesuffix("weight") + part, packed.contiguous()) for part, packed in parts.items())
             continue
         data = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements=["C", "W"]))
         kept = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF16: torch.bfloat16}
-        yield name, in_order(data).to(kept.get(tensor.tensor_type, torch.float16)).contiguous()
+        yield name, _in_order(data, count).to(kept.get(tensor.tensor_type, torch.float16)).contiguous()
+
+
+def _in_order(rows: torch.Tensor, heads: int | None) -> torch.Tensor:
+    """Rows (head, pair, half) of q and k -> (head, half, pair); others, of no heads, as they are."""
+    return rows if heads is None else rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _integers(data: np.ndarray, kind: GGMLQuantizationType) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from errors import UserError
 from files import atomic_file, cache_folder, cpu_name
@@ -52,6 +51,8 @@ def _built_library() -> Path:
 
 
 def _compile(output: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths  # imports setuptools: 0.14 s
+
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise UserError("no C++ compiler found; install g++ or set CXX")

@@ -105,12 +105,11 @@ def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -
     assert scales is not None
     if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != K:
         raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{K}, ...]")
-    if scales.dim() != 2 or not scales.is_floating_point() or scales.shape[1] < 1:
+    is_matrix = scales.dim() == 2 and scales.is_floating_point() and scales.shape[1] > 0
+    if not is_matrix or (scales.shape[0] != K and not weight.by_input):
         raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
     if weight.by_input and (not scales.shape[0] or K % scales.shape[0]):
         raise ValueError(f"{scales.shape[0]} groups along the input: expected a divisor of {K}")
-    if not weight.by_input and scales.shape[0] != K:
-        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
     if packed_columns(values) % scales.shape[1]:
         raise ValueError(f"{scales.shape[1]} groups do not divide {packed_columns(values)} columns")
     if (zeros is None) != (values.dtype == torch.int8):

@@ -27,11 +27,17 @@ def floats(weight: Weight, out: Tensor | None = None) -> Tensor:
     return found if out is None else out.copy_(found)
 
 
-def blockwise_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """x [..., K] times a quantized weight [K, N], a block of columns at a time: no full copy in floats. [..., N].
 
     Weights are rounded to x's dtype, once, from fp32. Raises ValueError on a mismatch.
+
+    Under torch.compile the weight becomes floats, whole, by a kernel of Inductor's. A call of an op of our own costs an
+    H100's host 0.2 ms and more, and 128 of them 101 ms before the first token of Llama-3-8B in 4 bits, where the GPU was
+    busy for 20.
     """
+    if torch.compiler.is_compiling():
+        return x @ dequantize(values, scales, zeros)
     quantized = Weight(values, scales, zeros)
     check_quantized(quantized, x.shape[-1])
     if x.dtype != scales.dtype:
@@ -45,14 +51,3 @@ def blockwise_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | 
         weight = floats(quantized.columns(begin, end), memory[: K * (end - begin)].view(K, -1))
         torch.mm(rows, weight, out=y[:, begin:end])
     return y.view(*x.shape[:-1], N)
-
-
-def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """As blockwise_matmul. Under torch.compile the weight becomes floats, whole, by a kernel of Inductor's.
-
-    A call of an op of our own costs an H100's host 0.2 ms and more, and 128 of them 101 ms before the first token of
-    Llama-3-8B in 4 bits, where the GPU was busy for 20.
-    """
-    if torch.compiler.is_compiling():
-        return x @ dequantize(values, scales, zeros)
-    return blockwise_matmul(x, values, scales, zeros)

@@ -108,8 +108,7 @@ struct Quantized {
   const at::Tensor& values;
   const at::Tensor& scales;
   const uint8_t* zeros;  // of 4-bit weights
-
-  bool by_input() const { return scales.size(1) == values.size(1) * (zeros ? 8 : 1); }
+  bool by_input;         // groups along the input dimension
 };
 
 // As sum_columns, for the groups of GROUP columns from first_group on.
@@ -228,7 +227,7 @@ void sum_input_groups(const Kept& kept, const Quantized& weight, int64_t begin, 
 template <typename T, int BITS>
 void sum_quantized(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t group, int64_t rows,
                    T* y, int64_t y_stride) {
-  if (weight.by_input()) {
+  if (weight.by_input) {
     if (rows == 1) return sum_input_groups<T, 1, BITS>(kept, weight, begin, width, rows, y, y_stride);
     return sum_input_groups<T, MAX_ROWS, BITS>(kept, weight, begin, width, rows, y, y_stride);
   }
@@ -273,7 +272,8 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
       const auto [s, begin] = tasks[t];
       const int64_t width = std::min(block, ends[s] - begin);
       if (scales) {
-        const Quantized quantized{weight, *scales, zeros ? zeros->const_data_ptr<uint8_t>() : nullptr};
+        const Quantized quantized{weight, *scales, zeros ? zeros->const_data_ptr<uint8_t>() : nullptr,
+                                  by_input};
         const auto sum = zeros ? sum_quantized<T, 4> : sum_quantized<T, 8>;
         sum(kept[s], quantized, begin, width, group, rows, out + begin, N);
         continue;

@@ -58,17 +58,7 @@ def sparse_linear(
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
-@torch.library.custom_op("teal::sparse_linear", mutates_args=())
-def sparse_linear_op(
-    x: Tensor,
-    weight: Tensor,
-    thresholds: Tensor,
-    segments: list[int],
-    scales: Tensor | None = None,
-    zeros: Tensor | None = None,
-) -> Tensor:
-    """sparse_linear for a compiled graph."""
-    return sparse_linear(x, weight, thresholds, segments, scales, zeros)
+sparse_linear_op = torch.library.custom_op("teal::sparse_linear", sparse_linear, mutates_args=())
 
 
 @sparse_linear_op.register_fake
