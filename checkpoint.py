@@ -42,7 +42,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     packing = quantized if isinstance(quantized, Packing) else None
     if isinstance(quantized, QuantConfig):
         quantize: Callable[[Transformer], None] | None = partial(use_quantized_linears, config=quantized)
-    elif packing is not None and device.type == "cpu" and _can_be_repacked(config, packing, shards):
+    elif packing is not None and _can_be_repacked(config, packing, shards):
         quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
     else:
         quantize = None

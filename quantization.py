@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from kernels.packing import GROUP_SIZES, NIBBLES, dequantize, pack_int4
+from kernels.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4
 from kernels.quantized_matmul import quantized_matmul
 from kernels.sparse_linear import sparse_linear
 from model import ModelConfig, Transformer
@@ -87,11 +87,22 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
     return pack(round_groups(groups, scales, zeros, bits).view(K, N), scales, zeros, bits)
 
 
+def round_input_groups(weight: Tensor, bits: int, group_size: int) -> Packed:
+    """As round_to_nearest, with groups of the usual kind, of channels along the input dimension."""
+    K, N = weight.shape
+    groups = weight.float().t().reshape(N, K // group_size, group_size)
+    scales, zeros = group_scales(groups, bits, weight.dtype)
+    integers = round_groups(groups, scales, zeros, bits).view(N, K).t()
+    return pack(integers, scales.t().contiguous(), zeros.t().contiguous(), bits)
+
+
 def pack(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Packed:
-    """Integers [K, N] of any dtype, scales and zeros [K, groups] -> values, scales, zeros as kernels/packing.py has them."""
+    """Integers [K, N] of any dtype, with scales and zeros of either kind -> values, scales, zeros (kernels/packing.py)."""
+    N = integers.shape[1]
     if bits == 8:
-        return integers.to(torch.int8), scales, None
-    return pack_int4(integers, integers.shape[1] // scales.shape[1]), scales, zeros.to(torch.uint8)
+        return integers.to(torch.int8).contiguous(), scales, None
+    packed_together = INPUT_GROUP_COLUMNS if scales.shape[1] == N else N // scales.shape[1]
+    return pack_int4(integers, packed_together), scales, zeros.to(torch.uint8)
 
 
 def group_scales(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

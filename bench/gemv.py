@@ -25,7 +25,7 @@ from kernels.sparse_linear import sparse_linear
 from kernels.tuning import GemvTile
 from model import ModelConfig
 from presets import find_preset
-from quantization import BITS, round_to_nearest
+from quantization import BITS, round_input_groups, round_to_nearest
 
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
@@ -40,6 +40,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
     parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
     parser.add_argument("--quant", choices=("int8", "int4"), help="weights of 8 or 4 bits; dense stays in floats")
+    parser.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input")
     parser.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     return parser
@@ -63,11 +64,19 @@ def projection_shapes(c: ModelConfig) -> dict[str, tuple[int, list[int]]]:
 class ColdWeights:
     """Copies of a random weight [K, N], floats or of 8 or 4 bits, and inputs [B, K], enough to defeat the L2 cache.
 
-    N is the sum of segments. Raises UserError if bits are below 16 and no group size divides all of these.
+    N is the sum of segments. Raises UserError if bits are below 16 and no group size divides all of these, or K where
+    groups lie along the input.
     """
 
     def __init__(
-        self, K: int, segments: list[int], B: int, dtype: torch.dtype, device: torch.device, bits: int = 16
+        self,
+        K: int,
+        segments: list[int],
+        B: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        bits: int = 16,
+        input_groups: bool = False,
     ) -> None:
         N = sum(segments)
         generator = torch.Generator(device).manual_seed(0)
@@ -77,8 +86,9 @@ class ColdWeights:
         self.floats = [torch.randn(K, N, **options) for _ in range(self.count)]
         self.weights = [Weight(weight) for weight in self.floats]
         if bits < 16:
-            group_size = largest_group_size(segments)
-            packed = [Weight(*round_to_nearest(weight, bits, group_size)) for weight in self.floats]
+            group_size = largest_group_size([K] if input_groups else segments)
+            rounding = round_input_groups if input_groups else round_to_nearest
+            packed = [Weight(*rounding(weight, bits, group_size)) for weight in self.floats]
             self.count = _copies(K * N * bits // 8)
             self.weights = [copied(packed[i % len(packed)]) for i in range(self.count)]
         self.inputs = [torch.randn(B, K, **options) for _ in range(self.count)]
@@ -162,7 +172,7 @@ def measure(
                     continue
                 seen[key] = f"{model} {name}"
                 bits = BITS[args.quant] if args.quant else 8 * DTYPES[dtype].itemsize
-                cold = ColdWeights(K, segments, args.rows, DTYPES[dtype], device, bits)
+                cold = ColdWeights(K, segments, args.rows, DTYPES[dtype], device, bits, args.input_groups)
                 dense = cold.dense_us()
                 for sparsity in args.sparsities:
                     thresholds = thresholds_for(sparsity, segments, device)
@@ -189,6 +199,8 @@ def main() -> None:
     args = build_parser().parse_args()
     if not 1 <= args.rows <= 8:
         raise UserError(f"--rows {args.rows} is out of range; expected 1 to 8")
+    if args.input_groups and args.quant is None:
+        raise UserError("--input-groups without --quant means nothing; add --quant int8 or int4")
     for dtype in args.dtypes.split(","):
         if dtype not in DTYPES:
             raise UserError(f"--dtypes {dtype}: expected bf16, fp16 or fp32")

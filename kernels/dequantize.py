@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gather import rounded
-from kernels.packing import packed_columns
+from kernels.packing import Weight
 
 BLOCK_ROWS = 8
 BLOCK_GROUPS = 4
@@ -15,7 +15,8 @@ BLOCK_GROUPS = 4
 @triton.jit
 def dequantize_kernel(
     p_values, stride, p_scale, p_zero, stride_scale, p_out, K, GROUPS,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = 8 if BITS == 4 else 1  # integers of a word, or the one of a byte
     WORDS: tl.constexpr = GROUP_N // PARTS
@@ -25,6 +26,8 @@ def dequantize_kernel(
     inside = (rows < K)[:, None] & (groups < GROUPS)[None, :]
     column = groups * GROUP_N + w % WORDS
     at_scale = rows[:, None] * stride_scale + groups[None, :]
+    if GROUP_K:
+        at_scale = (rows // GROUP_K)[:, None] * stride_scale + column[None, :]
     scale = tl.load(p_scale + at_scale, mask=inside, other=0.0).to(tl.float32)
     row = rows[:, None].to(tl.int64)
     value = tl.load(p_values + row * stride + (groups * WORDS + w % WORDS)[None, :], mask=inside, other=0)
@@ -35,6 +38,9 @@ def dequantize_kernel(
     else:
         zero = tl.load(p_zero + at_scale, mask=inside, other=0).to(tl.float32)
         for j in tl.static_range(8):
+            if GROUP_K:  # scales of the j-th columns
+                scale = tl.load(p_scale + at_scale + j * WORDS, mask=inside, other=0.0).to(tl.float32)
+                zero = tl.load(p_zero + at_scale + j * WORDS, mask=inside, other=0).to(tl.float32)
             integer = ((value >> (4 * j)) & 15).to(tl.float32)
             tl.store(p_out + j * WORDS, rounded((integer - zero) * scale, dtype), mask=inside)
 
@@ -48,19 +54,15 @@ def launch(values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor | N
         raise ValueError(f"values have strides {values.stride()}, scales {scales.stride()}: rows must be contiguous")
     if zeros is not None and zeros.stride() != scales.stride():
         raise ValueError(f"zeros have strides {zeros.stride()}, scales {scales.stride()}: expected the same")
-    if scales.shape[0] != values.shape[0]:
-        raise ValueError(
-            f"values {tuple(values.shape)} and scales {tuple(scales.shape)}: expected groups along the output"
-        )
-    K, groups = scales.shape
-    group_size = packed_columns(values) // groups
-    N = groups * group_size
+    weight = Weight(values, scales, zeros)
+    K, N, group_size = values.shape[0], weight.N, weight.group_size
+    groups = N // group_size
     if out is None:
         out = torch.empty(K, N, dtype=scales.dtype, device=values.device)
     if out.shape != (K, N) or out.dtype != scales.dtype or not out.is_contiguous():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: expected contiguous {scales.dtype} [{K}, {N}]")
     dequantize_kernel[(triton.cdiv(K, BLOCK_ROWS), triton.cdiv(groups, BLOCK_GROUPS))](
         values, values.stride(0), scales, zeros, scales.stride(0), out, K, groups,
-        BITS=8 if zeros is None else 4, GROUP_N=group_size, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4,
+        BITS=weight.bits, GROUP_N=group_size, GROUP_K=weight.channels, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,9 +1,10 @@
 """Device functions the sparse GEMV kernels share: which channels a program owns, compaction, gather and sum.
 
-A program owns every SPLITS-th group of GROUP input channels and one block of output columns. It computes
+A program owns every SPLITS-th run of RUN neighbouring input channels and one block of output columns. It computes
 its x, lists the channels that survive the threshold in its own scratch row (a prefix sum and one barrier,
-nothing crosses programs), then reads only those weight rows. Groups are dealt out round-robin so that a
-cluster of large activations does not leave one program with most of the work.
+nothing crosses programs), then reads only those weight rows. Runs are dealt out round-robin so that a
+cluster of large activations does not leave one program with most of the work; of a quantized weight with groups along
+the input a program owns a single run, of few groups.
 
 Layouts: weight [K, N] with contiguous rows, partials fp32 [SPLITS, B, N], scratch index int32 [programs, R]
 and value fp32 [programs, B, R], where R is the most entries a program can list, padding included.
@@ -15,8 +16,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Channels a program owns side by side: 32 bytes of 16-bit x, one memory sector.
-GROUP = tl.constexpr(16)
 # Triton's CPU interpreter truncates when it narrows to bf16 and multiplies bf16 tiles as integers.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -74,7 +73,7 @@ def column_block(i_block, n_0, n_1, n_2, BLOCK_N: tl.constexpr, ALIGNED: tl.cons
 
 @triton.jit
 def owned_work(
-    p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
+    p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """This program's channels [BLOCK_R] with their thresholds, its first column and the end of its segment.
@@ -84,7 +83,7 @@ def owned_work(
     """
     segment, start, end = column_block(tl.program_id(0), n_0, n_1, n_2, BLOCK_N, ALIGNED)
     r = tl.arange(0, BLOCK_R)
-    channels = ((r // GROUP) * SPLITS + tl.program_id(1)) * GROUP + r % GROUP
+    channels = ((r // RUN) * SPLITS + tl.program_id(1)) * RUN + r % RUN
     threshold = tl.load(p_threshold + segment * stride_j + channels * stride_k, mask=channels < K, other=0.0)
     return channels, rounded(threshold, DTYPE), start, end
 

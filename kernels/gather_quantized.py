@@ -7,7 +7,7 @@ row, is summed once, and taken off at the end, together with the zero point. Tha
 and a multiply-add for each weight.
 
 One row of 16-bit x goes to gather_tensor_core.py instead, where the GPU has tensor cores and the groups fit; what is here
-takes everything else: fp32, the smallest groups, several rows, and Triton's interpreter.
+takes everything else: fp32, the smallest groups along the output, several rows, and Triton's interpreter.
 """
 
 import triton
@@ -21,22 +21,30 @@ FLIP_SIGNS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: int8 q to q + 128
 
 @triton.jit
 def load_words(
-    p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN_N: tl.constexpr,
+    p_weight, stride, index, start, end, BITS: tl.constexpr, BLOCK_W: tl.constexpr, EVEN_N: tl.constexpr
 ):  # fmt: skip
-    """Words [R, BLOCK_W/4, 4] of the rows index [R] from column start on; of each four, the scale and what stands for 0.
-
-    The last two are [R, BLOCK_W/4]; what stands for 0 is what mantissa() gives for it. Words from column end on are 0.
-    """
+    """Words [R, BLOCK_W/4, 4] of the rows index [R] from column start on. Those from column end on are 0."""
     PARTS: tl.constexpr = 32 // BITS
-    QUADS: tl.constexpr = GROUP_N // PARTS // 4  # to a group
-    q = tl.arange(0, BLOCK_W // 4)
-    w = q[:, None] * 4 + tl.arange(0, 4)[None, :]
+    w = tl.arange(0, BLOCK_W // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     first = tl.multiple_of(start // PARTS, 4)  # start is a multiple of GROUP_N, at least 32
     inside = None if EVEN_N else (start + w * PARTS < end)[None, :, :]
     p_words = p_weight + (index.to(tl.int64) * stride)[:, None, None] + (first + w)[None, :, :]
     # Only the order of the axes over the threads follows from the 2: words first, then quads, rows within a thread.
-    word = tl.load(tl.max_contiguous(p_words, [1, 2, 4]), mask=inside, eviction_policy="evict_first")
+    return tl.load(tl.max_contiguous(p_words, [1, 2, 4]), mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def load_scaled_words(
+    p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end,
+    BITS: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """load_words(), and of each four the scale and what stands for 0, both [R, BLOCK_W/4].
+
+    What stands for 0 is what mantissa() gives for it.
+    """
+    word = load_words(p_weight, stride, index, start, end, BITS, BLOCK_W, EVEN_N)
+    QUADS: tl.constexpr = GROUP_N * BITS // 128  # to a group
+    q = tl.arange(0, BLOCK_W // 4)
     g = tl.minimum(start // GROUP_N + q // QUADS, end // GROUP_N - 1)
     at = index[:, None] * groups_of_row + g[None, :]
     scale = tl.load(p_scale + at).to(tl.float32)
@@ -84,12 +92,12 @@ def store_one_row_quantized(
     sum_0, sum_1, sum_2, sum_3 = nothing, nothing, nothing, nothing
     sum_4, sum_5, sum_6, sum_7 = nothing, nothing, nothing, nothing  # of 4 bits
     index = tl.load(p_index + steps)
-    word, scale, zero = load_words(
+    word, scale, zero = load_scaled_words(
         p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, BLOCK_W, EVEN_N
     )
     index = tl.load(p_index + UNROLL + steps)
     for i in range(0, count, UNROLL):
-        next_word, next_scale, next_zero = load_words(
+        next_word, next_scale, next_zero = load_scaled_words(
             p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, BLOCK_W, EVEN_N
         )
         index = tl.load(p_index + tl.minimum(i + 2 * UNROLL, count) + steps)
@@ -151,7 +159,7 @@ def sum_rows_quantized(
     for i in range(0, count, STEP):
         index = tl.load(p_index + i + lanes)
         value = tl.load(p_value + rows * R + (i + lanes)[None, :], mask=rows < B, other=0.0)
-        word, scale, zero = load_words(
+        word, scale, zero = load_scaled_words(
             p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, BITS, GROUP_N, BLOCK_W, EVEN_N
         )
         scale = tl.reshape(tl.broadcast_to((scale * SHIFTED)[:, :, None], word.shape), SHAPE)
@@ -166,4 +174,62 @@ def sum_rows_quantized(
             total = tl.dot(value, weight, total, input_precision="ieee")
         else:
             total = tl.dot(value.to(dtype), weight.to(dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def load_column_scales(p_scale, p_zero, group, K, N, columns, end, BITS: tl.constexpr, GROUP_K: tl.constexpr):
+    """Scales of a group of channels for these columns, and 128 + zero points, both fp32; 0 and 128 from column end on.
+
+    A number past the last group stands for the last: a program of fewer channels has sums of 0 for it.
+    """
+    at = tl.minimum(group, K // GROUP_K - 1) * N + columns
+    inside = columns < end
+    scale = tl.load(p_scale + at, mask=inside, other=0.0).to(tl.float32)
+    zero = tl.zeros_like(scale) + 128.0
+    if BITS == 4:
+        bits = tl.load(p_zero + at, mask=inside, other=0).to(tl.int32) << 16 | 0x43000000
+        zero = bits.to(tl.float32, bitcast=True)
+    return scale, zero
+
+
+@triton.jit
+def sum_rows_by_input(
+    p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, B, first, start, end,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr,
+    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SPAN: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """As gather.sum_rows, for groups of GROUP_K input channels, of one row too: integers are summed group by group.
+
+    The list is in the order of the channels, the first of which is first. GROUP_N columns are packed together.
+    """
+    BLOCK_W: tl.constexpr = BLOCK_N * BITS // 32
+    SHAPE: tl.constexpr = [STEP, BLOCK_N // GROUP_N, GROUP_N * BITS // 32]
+    dtype = p_scale.dtype.element_ty
+    rows = tl.arange(0, 16)[:, None]
+    lanes = tl.arange(0, STEP)
+    columns = start + tl.arange(0, BLOCK_N)
+    listed = tl.arange(0, BLOCK_R)
+    channel = tl.load(p_index + listed, mask=listed < count, other=K)
+    total = tl.zeros([16, BLOCK_N], tl.float32)
+    begin = count * 0
+    for g in range(SPAN):
+        group = first // GROUP_K + g
+        stop = tl.sum((channel < tl.minimum((group + 1) * GROUP_K, K)).to(tl.int32), axis=0)
+        sums = tl.zeros([16, BLOCK_N], tl.float32)
+        values = tl.zeros([16], tl.float32)
+        for i in range(begin, stop, STEP):
+            entry = i + lanes
+            index = tl.load(p_index + entry)
+            value = tl.load(p_value + rows * R + entry[None, :], mask=(rows < B) & (entry < stop)[None, :], other=0.0)
+            word = tl.reshape(load_words(p_weight, stride, index, start, end, BITS, BLOCK_W, EVEN_N), SHAPE)
+            integer = tl.reshape(mantissas(word, BITS) - (1.0 if BITS == 4 else 1.5), [STEP, BLOCK_N])
+            if INTERPRETED:
+                sums = tl.dot(value, integer, sums, input_precision="ieee")
+            else:
+                sums = tl.dot(value.to(dtype), integer.to(dtype), sums, input_precision="ieee")
+            values += tl.sum(value, axis=1)
+        scale, zero = load_column_scales(p_scale, p_zero, group, K, N, columns, end, BITS, GROUP_K)
+        total += ((1 << BITS) * sums - values[:, None] * (zero - 128.0)[None, :]) * scale[None, :]
+        begin = stop
     return total

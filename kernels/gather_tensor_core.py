@@ -10,12 +10,16 @@ mma.m16n8k16 wants as A, if its 16 rows are two nibbles of the 16 bytes r, and i
 x times scale in its columns, one column for each group of weights in the 128 bytes. Products with bf16 would leave an
 error of 1e-3, so x times scale is the sum of two bf16, high and low, in two columns. What is too much (128 + zero) is
 summed beside.
+
+Of groups along the input B has a column for each that the program's channels touch: x where the channel is of that group,
+0 elsewhere. The sums of the groups stay apart and meet their scales at the end, once.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.gather import keep_loads_above, let_next_start
+from kernels.gather_quantized import load_column_scales
 
 STEP = tl.constexpr(16)  # rows of weights, the depth of the instruction
 WARP_BYTES = tl.constexpr(128)  # of each row
@@ -177,78 +181,127 @@ def wanted(sums, first_wanted, second_wanted, J: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def load_step(
-    words, stride, scale, zero, groups_of_row, index, policy, BITS: tl.constexpr, DTYPE: tl.constexpr
+    words, stride, scale, zero, groups_of_row, index, policy,
+    BITS: tl.constexpr, GROUP_K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Words, scales and zeros of a lane's four rows, whose addresses for row 0 are words, scale and zero (int64)."""
+    """Words, scales and zeros of a lane's four rows, whose addresses for row 0 are words, scale and zero (int64).
+
+    Of groups along the input their channels in place of scales and zeros.
+    """
     i_0, i_1, i_2, i_3 = index
     size = 4 * stride
     w_0, w_1 = load_weights(address(words, i_0, size), policy), load_weights(address(words, i_1, size), policy)
     w_2, w_3 = load_weights(address(words, i_2, size), policy), load_weights(address(words, i_3, size), policy)
-    size = 2 * groups_of_row
-    s = (load_scale(address(scale, i_0, size), DTYPE), load_scale(address(scale, i_1, size), DTYPE),
-         load_scale(address(scale, i_2, size), DTYPE), load_scale(address(scale, i_3, size), DTYPE))  # fmt: skip
-    z = s
-    if BITS == 4:
-        size = groups_of_row
-        z = (load_zero(address(zero, i_0, size)), load_zero(address(zero, i_1, size)),
-             load_zero(address(zero, i_2, size)), load_zero(address(zero, i_3, size)))  # fmt: skip
+    s, z = index, index
+    if GROUP_K == 0:
+        size = 2 * groups_of_row
+        s = (load_scale(address(scale, i_0, size), DTYPE), load_scale(address(scale, i_1, size), DTYPE),
+             load_scale(address(scale, i_2, size), DTYPE), load_scale(address(scale, i_3, size), DTYPE))  # fmt: skip
+        z = s
+        if BITS == 4:
+            size = groups_of_row
+            z = (load_zero(address(zero, i_0, size)), load_zero(address(zero, i_1, size)),
+                 load_zero(address(zero, i_2, size)), load_zero(address(zero, i_3, size)))  # fmt: skip
     return w_0, w_1, w_2, w_3, s, z
 
 
 @triton.jit
+def in_b(value, s, begin, end, GROUP_K: tl.constexpr, SPAN: tl.constexpr):
+    """What a column of B has for an entry of x, given as bits: times scale s, or x if its channel s is of the column's."""
+    x = value.to(tl.float32, bitcast=True)
+    if GROUP_K == 0:
+        y = x * s
+    elif SPAN == 1:
+        y = x
+    else:
+        y = tl.where((s >= begin) & (s < end), x, 0.0)
+    return y
+
+
+@triton.jit
+def whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr):
+    """The sum of the J-th integers of word c of a lane's 16 bytes, with columns own and own + COLUMNS of B."""
+    # A lane's own columns of B are 2 c and 2 c + 1; wanted are the high and the low part.
+    first_wanted = (2 * c == own) | (2 * c == own + COLUMNS)
+    second_wanted = (2 * c + 1 == own) | (2 * c + 1 == own + COLUMNS)
+    y_0 = wanted(sums_0, first_wanted, second_wanted, J, BITS)
+    y_1 = wanted(sums_1, first_wanted, second_wanted, J, BITS)
+    y_2 = wanted(sums_2, first_wanted, second_wanted, J, BITS)
+    y_3 = wanted(sums_3, first_wanted, second_wanted, J, BITS)
+    # Each of two exchanges halves the words a lane is concerned with.
+    y_0, y_2 = tl.where(c < 2, y_0, y_2), tl.where(c < 2, y_2, y_0)
+    y_1, y_3 = tl.where(c < 2, y_1, y_3), tl.where(c < 2, y_3, y_1)
+    y_0 += exchange(y_2, 2)
+    y_1 += exchange(y_3, 2)
+    y_0, y_1 = tl.where(c % 2 == 0, y_0, y_1), tl.where(c % 2 == 0, y_1, y_0)
+    return y_0 + exchange(y_1, 1)
+
+
+@triton.jit
+def of_column(too_much, own, COLUMNS: tl.constexpr):
+    """What lanes 4 n have for columns n = own and n = own + COLUMNS of B."""
+    return from_lane(too_much, 4 * own) + from_lane(too_much, 4 * (own + COLUMNS))
+
+
+@triton.jit
 def store_sums(
-    sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end,
-    GROUPS: tl.constexpr, GROUP_N: tl.constexpr, BITS: tl.constexpr,
+    sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
+    COLUMNS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Write what the lanes of a warp hold of its columns, from column on, to their places in p_row."""
+    """Write what the lanes of a warp hold of its columns, from column on, to their places in p_row.
+
+    Groups along the input, from number group on, meet their scales here.
+    """
     lane = tl.arange(0, too_much.shape[0])
     r, c = lane % 32 // 4, lane % 4
-    # A lane's own columns of B are 2 c and 2 c + 1; wanted are its group's, high and low part.
-    own = r * GROUPS // 8
-    first_wanted = (2 * c == own) | (2 * c == own + GROUPS)
-    second_wanted = (2 * c + 1 == own) | (2 * c + 1 == own + GROUPS)
     too_much += exchange(too_much, 1)
     too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
-    too_much = from_lane(too_much, 4 * own) + from_lane(too_much, 4 * (own + GROUPS))
     WORDS: tl.constexpr = GROUP_N * BITS // 32
     w = column * BITS // 32 + 4 * r + c  # after the exchanges a lane has word c of its 16 bytes
     first = w // WORDS * GROUP_N + w % WORDS if BITS == 4 else 4 * w
     for j in tl.static_range(32 // BITS):
-        y_0 = wanted(sums_0, first_wanted, second_wanted, j, BITS)
-        y_1 = wanted(sums_1, first_wanted, second_wanted, j, BITS)
-        y_2 = wanted(sums_2, first_wanted, second_wanted, j, BITS)
-        y_3 = wanted(sums_3, first_wanted, second_wanted, j, BITS)
-        # Each of two exchanges halves the words a lane is concerned with.
-        y_0, y_2 = tl.where(c < 2, y_0, y_2), tl.where(c < 2, y_2, y_0)
-        y_1, y_3 = tl.where(c < 2, y_1, y_3), tl.where(c < 2, y_3, y_1)
-        y_0 += exchange(y_2, 2)
-        y_1 += exchange(y_3, 2)
-        y_0, y_1 = tl.where(c % 2 == 0, y_0, y_1), tl.where(c % 2 == 0, y_1, y_0)
-        y = y_0 + exchange(y_1, 1) - (too_much if BITS == 4 else 2304.0 * too_much)  # 128 + 16 * 128 + 128
         at = first + (j * WORDS if BITS == 4 else j)
+        y = tl.zeros_like(too_much)
+        if GROUP_K == 0:
+            own = r * COLUMNS // 8  # the group of a lane's columns
+            y = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
+            y -= of_column(too_much, own, COLUMNS) * (1.0 if BITS == 4 else 2304.0)  # 128 + 16 * 128 + 128
+        else:
+            for g in tl.static_range(COLUMNS):
+                own = r * 0 + g
+                scale, zero = load_column_scales(p_scale, p_zero, group + g, K, N, at, end, BITS, GROUP_K)
+                part = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
+                y += scale * (part - of_column(too_much, own, COLUMNS) * (zero if BITS == 4 else 2304.0))
         tl.store(p_row + at, y, mask=at < end)
 
 
 @triton.jit
 def store_one_row_tensor_core(
-    p_weight, stride, p_scale, p_zero, groups_of_row, p_index, p_value, count, p_row, start, end,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, PDL: tl.constexpr,
+    p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_row, first, start, end,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SPAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows."""
+    """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows.
+
+    As sum_rows_by_input, too, of channels from first on that touch SPAN groups.
+    """
     WARP_N: tl.constexpr = WARP_BYTES * 8 // BITS  # columns of a warp
     THREADS: tl.constexpr = BLOCK_N // WARP_N * 32
-    GROUPS: tl.constexpr = WARP_N // GROUP_N  # in a warp's columns: 1, 2 or 4
-    tl.static_assert((GROUPS == 1) | (GROUPS == 2) | (GROUPS == 4))
+    COLUMNS: tl.constexpr = SPAN if GROUP_K else WARP_N // GROUP_N  # of B: groups of channels, or in a warp's columns
+    tl.static_assert(COLUMNS <= 4)  # B has eight, and each is needed twice
     dtype: tl.constexpr = p_scale.dtype.element_ty
     lane = tl.arange(0, THREADS)
     r, c = lane % 32 // 4, lane % 4
     column = start + lane // 32 * WARP_N  # the warp's first
     word = tl.minimum((column * BITS // 32) + 4 * r, end * BITS // 32 - 4)
     words = (p_weight + word).to(tl.int64)
-    group = tl.minimum(column // GROUP_N + r % GROUPS, end // GROUP_N - 1)  # r is B's column here
+    own = r % COLUMNS  # r is B's column here
+    group = tl.minimum(column // GROUP_N + own, end // GROUP_N - 1)
     scale = (p_scale + group).to(tl.int64)
     zero = (p_zero + group).to(tl.int64) if BITS == 4 else scale
-    is_low = (r >= GROUPS) & (r < 2 * GROUPS)
+    own_begin = (first // GROUP_K + own) * GROUP_K if GROUP_K else own
+    own_end = own_begin + GROUP_K
+    is_low = (r >= COLUMNS) & (r < 2 * COLUMNS)
     policy = leave_first(lane)
     nothing = tl.zeros([THREADS], tl.float32)
     sums = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
@@ -258,22 +311,26 @@ def store_one_row_tensor_core(
     index_at, value_at = (p_index + 4 * c).to(tl.int64), (p_value + 4 * c).to(tl.int64)
     last = tl.cdiv(count, STEP) * STEP
     index = load_four(index_at)
-    w_0, w_1, w_2, w_3, s, z = load_step(words, stride, scale, zero, groups_of_row, index, policy, BITS, dtype)
+    w_0, w_1, w_2, w_3, s, z = load_step(
+        words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
+    )  # fmt: skip
     value = load_four(value_at)
     index = load_four(index_at + 4 * STEP)
     for i in range(0, count, STEP):
-        n_0, n_1, n_2, n_3, n_s, n_z = load_step(words, stride, scale, zero, groups_of_row, index, policy, BITS, dtype)
+        n_0, n_1, n_2, n_3, n_s, n_z = load_step(
+            words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
+        )  # fmt: skip
         n_value = load_four(value_at + 4 * (i + STEP))
         index = load_four(index_at + 4 * tl.minimum(i + 2 * STEP, last))
         keep_loads_above()
-        v_0 = value[0].to(tl.float32, bitcast=True) * s[0]
-        v_1 = value[1].to(tl.float32, bitcast=True) * s[1]
-        v_2 = value[2].to(tl.float32, bitcast=True) * s[2]
-        v_3 = value[3].to(tl.float32, bitcast=True) * s[3]
+        v_0 = in_b(value[0], s[0], own_begin, own_end, GROUP_K, SPAN)
+        v_1 = in_b(value[1], s[1], own_begin, own_end, GROUP_K, SPAN)
+        v_2 = in_b(value[2], s[2], own_begin, own_end, GROUP_K, SPAN)
+        v_3 = in_b(value[3], s[3], own_begin, own_end, GROUP_K, SPAN)
         b_0, b_1 = pair(v_0, v_1), pair(v_2, v_3)
         b_0 = tl.where(is_low, pair(v_0 - low_of(b_0), v_1 - high_of(b_0)), b_0)
         b_1 = tl.where(is_low, pair(v_2 - low_of(b_1), v_3 - high_of(b_1)), b_1)
-        if BITS == 4:
+        if (BITS == 4) & (GROUP_K == 0):
             too_much += low_of(b_0) * z[0] + high_of(b_0) * z[1] + low_of(b_1) * z[2] + high_of(b_1) * z[3]
         else:
             too_much += low_of(b_0) + high_of(b_0) + low_of(b_1) + high_of(b_1)
@@ -283,4 +340,7 @@ def store_one_row_tensor_core(
         sums_3 = add_tile(sums_3, w_0[3], w_1[3], w_2[3], w_3[3], b_0, b_1, BITS)
         w_0, w_1, w_2, w_3, s, z, value = n_0, n_1, n_2, n_3, n_s, n_z, n_value
     let_next_start(PDL)
-    store_sums(sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, GROUPS, GROUP_N, BITS)
+    store_sums(
+        sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, first // GROUP_K if GROUP_K else 0,
+        COLUMNS, GROUP_N, GROUP_K, BITS,
+    )  # fmt: skip

@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import GROUP, INTERPRETED
+from kernels.gather import INTERPRETED
 from kernels.packing import Weight, check_quantized
-from kernels.tuning import GemvTile, gemv_tile
+from kernels.tuning import GemvTile, gemv_tile, input_run
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 DTYPES = tuple(TRITON_DTYPES)
 MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense product is faster
+RUN = 16  # channels a program owns side by side: 32 bytes of 16-bit x, one memory sector
 
 
 def check_rows(x: Tensor, weight: Weight) -> None:
@@ -35,12 +36,23 @@ def check_partials(partials: Tensor, N: int, like: Tensor) -> None:
 
 def empty_partials(weight: Weight, B: int) -> Tensor:
     """What a sparse GEMV with B rows returns, unfilled: fp32 [splits, B, N]."""
-    return torch.empty(_tile(weight, B).splits, B, weight.N, dtype=torch.float32, device=weight.values.device)
+    _, splits = _run_and_splits(weight, _tile(weight, B))
+    return torch.empty(splits, B, weight.N, dtype=torch.float32, device=weight.values.device)
 
 
 def _tile(weight: Weight, B: int) -> GemvTile:
     values = weight.values
-    return gemv_tile(int(values.shape[0]), int(weight.N), int(B), values.device, weight.dtype, weight.bits)
+    rows = max(B, 2) if weight.by_input and not _suits_tensor_cores(weight, B) else B  # one row as several, there
+    return gemv_tile(int(values.shape[0]), int(weight.N), int(rows), values.device, weight.dtype, weight.bits)
+
+
+def _run_and_splits(weight: Weight, tile: GemvTile) -> tuple[int, int]:
+    """(neighbouring channels a program owns, programs that share the channels): a single run of groups along the input."""
+    if not weight.by_input:
+        return RUN, tile.splits
+    K = int(weight.values.shape[0])
+    run = input_run(K, weight.channels, tile.splits)
+    return run, triton.cdiv(K, run)
 
 
 def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
@@ -48,8 +60,6 @@ def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, 
     values = weight.values
     if weight.scales is not None:
         check_quantized(weight, K, segments)
-        if weight.by_input:
-            raise ValueError("a quantized weight must have groups along the output here")
         if not all(t.is_contiguous() for t in weight if t is not None):
             raise ValueError("a quantized weight must be contiguous")
     if values.dim() != 2 or values.shape[0] != K or weight.dtype not in DTYPES:
@@ -84,16 +94,16 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
     """Tile, scratch, outputs and common arguments of a launch."""
     K, N, device = weight.values.shape[0], weight.N, weight.values.device
     tile = tile or _tile(weight, B)
-    if B > 1 and tile.lanes * tile.unroll < 16:
-        raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth, for {B} rows")
+    if (B > 1 or weight.by_input) and tile.lanes * tile.unroll < 16:
+        raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth")
     if tile.block_n < weight.group_size:
         raise ValueError(f"{tile}: block_n must be at least the group size {weight.group_size}")
-    group = int(GROUP)
-    owned = triton.cdiv(triton.cdiv(K, group), tile.splits) * group
+    run, splits = _run_and_splits(weight, tile)
+    owned = triton.cdiv(triton.cdiv(K, run), splits) * run
     capacity = owned + 2 * tile.lanes * tile.unroll
     blocks = sum(triton.cdiv(n, tile.block_n) for n in segments)
-    partials = torch.empty(tile.splits, B, N, dtype=torch.float32, device=device)
-    programs = blocks * tile.splits
+    partials = torch.empty(splits, B, N, dtype=torch.float32, device=device)
+    programs = blocks * splits
     index = torch.empty(programs, capacity, dtype=torch.int32, device=device)
     value = torch.empty(programs, B, capacity, dtype=torch.float32, device=device)
     widths = (*segments, 0, 0)[:3]
@@ -105,12 +115,12 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
     return GemvLaunch(
         tile,
         partials,
-        (blocks, tile.splits),
+        (blocks, splits),
         (*weights, thresholds, *thresholds.stride(), index, value, partials, B, K, N, *widths),
         {
             "R": capacity,
             "BLOCK_R": triton.next_power_of_2(owned),
-            "SPLITS": tile.splits,
+            "SPLITS": splits,
             "BLOCK_B": 1 if B == 1 else 8,
             "LANES": tile.lanes,
             "UNROLL": tile.unroll,
@@ -118,6 +128,9 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
             "EVEN_N": all(n % tile.block_n == 0 for n in segments),
             "BITS": weight.bits,
             "GROUP_N": weight.group_size,
+            "GROUP_K": weight.channels,
+            "RUN": run,
+            "SPAN": _span(weight.channels, run),
             "ALIGNED": aligned,
             "DTYPE": TRITON_DTYPES[weight.dtype],
             "TENSOR_CORE": _takes_tensor_core(weight, B, tile),
@@ -128,11 +141,22 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
 
 def _takes_tensor_core(weight: Weight, B: int, tile: GemvTile) -> bool:
     """Whether the product is one of gather_tensor_core.py."""
-    if weight.bits == 16 or B > 1 or weight.dtype.itemsize != 2 or not has_tensor_cores(weight.values.device):
-        return False
     warp_columns = 1024 // weight.bits
     fits = tile.lanes * tile.unroll == 16 and tile.block_n == tile.num_warps * warp_columns
-    return fits and warp_columns // weight.group_size in (1, 2, 4)
+    return (
+        fits and _suits_tensor_cores(weight, B) and (weight.by_input or warp_columns // weight.group_size in (1, 2, 4))
+    )
+
+
+def _suits_tensor_cores(weight: Weight, B: int) -> bool:
+    return weight.bits < 16 and B == 1 and weight.dtype.itemsize == 2 and has_tensor_cores(weight.values.device)
+
+
+def _span(group: int, run: int) -> int:
+    """How many groups of channels a run touches at most (tuning.input_run): whole ones, or parts of one or two."""
+    if not group or not group % run:
+        return 1
+    return 2 if run < group else run // group
 
 
 def has_tensor_cores(device: torch.device) -> bool:

@@ -9,8 +9,7 @@ Nibble j of word w of a group holds the group's column j * group/8 + w, so that 
 is neighbouring columns.
 
 Weights that other tools have rounded have groups along the input dimension: scales and zeros [K/group, N], a pair for each
-column of so many channels. Words of 4 bits are those of groups of 32 columns. Only the CPU's kernel and dense products
-take them.
+column of so many channels. Words of 4 bits are those of groups of 32 columns.
 """
 
 from typing import NamedTuple
@@ -55,6 +54,13 @@ class Weight(NamedTuple):
         if self.scales is None:
             return 1
         return INPUT_GROUP_COLUMNS if self.by_input else self.N // self.scales.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """Channels to a scale, of groups along the input; 0 of others."""
+        if self.scales is None or not self.by_input:
+            return 0
+        return self.values.shape[0] // self.scales.shape[0]
 
     def columns(self, begin: int, end: int) -> "Weight":
         """A part of it, of whole groups."""
@@ -119,5 +125,5 @@ def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -
     for tensor in (scales, zeros):
         if tensor is not None and tensor.device != values.device:
             raise ValueError(f"values are on {values.device}, scales or zeros on {tensor.device}: expected the same")
-    if any(n % weight.group_size for n in segments or []):
-        raise ValueError(f"segments {segments} are no multiples of the group size {weight.group_size}")
+    if any(n % weight.group_size for n in segments or [weight.N]):
+        raise ValueError(f"segments {segments or [weight.N]} are no multiples of the group size {weight.group_size}")

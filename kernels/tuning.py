@@ -57,6 +57,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shap
 MAX_BLOCK_N = 1024
 MAX_GROUP = max(GROUP_SIZES)  # a block holds whole groups of quantized weights
 MAX_SPLITS = 128  # the kernels that sum the partials hold one value of each split
+MAX_SPAN = 4  # groups along the input that a program's channels touch: a tensor core has eight columns, two for a group
 
 
 def gemv_tile(K: int, N: int, B: int, device: torch.device, dtype: torch.dtype, bits: int = 16) -> GemvTile:
@@ -93,6 +94,17 @@ def _filling_splits(blocks: int, places: int) -> int:
     """Splits whose programs fill the places on all multiprocessors once, or twice if that leaves many empty."""
     once = places // blocks
     return once if once * blocks >= FULL_ENOUGH * places else max(1, 2 * places // blocks)
+
+
+def input_run(K: int, group: int, splits: int) -> int:
+    """Neighbouring channels to a program, for about so many splits of K, where a scale is for group of them.
+
+    Whole groups, as each costs a program the reading of its scales, or equal parts of one.
+    """
+    groups = K / splits / group  # wanted
+    if groups >= 1:
+        return group * min(MAX_SPAN, round(groups))
+    return min(group, 16 * triton.cdiv(group, 16 * round(1 / groups)))  # whole sectors of x
 
 
 def user_tiles_path() -> Path:

@@ -1,4 +1,4 @@
-"""Weights with groups along the input dimension, on a CPU, against plain fp32 products."""
+"""Weights with groups along the input dimension against plain fp32 products: the CPU's kernel, and Triton's."""
 
 import math
 
@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 from kernels import dequantize as dequantize_file
-from kernels.launch import check_gemv
+from kernels import launch
+from kernels import sparse_gemv as sparse_gemv_file
+from kernels.attention_gemv import attention_gemv
+from kernels.norm_gemv import norm_gemv
 from kernels.packing import Weight, dequantize, pack_int4
 from kernels.quantized_matmul import quantized_matmul
-from kernels.reference import sparse_linear_reference
+from kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
+from kernels.silu_gemv import silu_gemv
+from kernels.sparse_gemv import sparse_gemv
 from kernels.sparse_linear import MAX_KERNEL_ROWS, sparse_linear, sparse_linear_op
+from kernels.tuning import MAX_SPAN, GemvTile, input_run
+from tests import lanes
 from tests.conftest import relative_error
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 4e-4}
 
 
@@ -87,12 +95,102 @@ def test_opcheck() -> None:
     torch.library.opcheck(sparse_linear_op, (torch.randn(1, 64), values, torch.zeros(1), [64], scales, zeros))
 
 
-def test_the_triton_kernels_refuse_them() -> None:
-    (values, scales, zeros), _ = random_weight(96, 64, 32, torch.float32)
-    with pytest.raises(ValueError, match="must have groups along the output"):
-        check_gemv(Weight(values, scales, zeros), torch.zeros(1), [64], 96, 1)
-    with pytest.raises(ValueError, match="expected groups along the output"):
-        dequantize_file.launch(values, scales, zeros)
+def on_device(weight: tuple[Tensor, Tensor, Tensor | None]) -> Weight:
+    return Weight(*(None if part is None else part.to(DEVICE) for part in weight))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize(
+    "K,group,B,bits,dtype",
+    [
+        (192, 32, 1, 4, torch.bfloat16),
+        (192, 32, 3, 4, torch.float32),
+        (192, 64, 3, 8, torch.bfloat16),
+        (96, 96, 1, 8, torch.float32),
+        (200, 40, 1, 4, torch.float16),
+        (160, 80, 8, 4, torch.bfloat16),
+        (16, 16, 1, 8, torch.float16),
+    ],
+    ids=str,
+)
+def test_the_triton_kernels(K: int, group: int, B: int, bits: int, dtype: torch.dtype) -> None:
+    packed, exact = random_weight(K, 128, group, dtype, bits)
+    weight, exact, segments = on_device(packed), exact.to(DEVICE), [64, 32, 32]
+    assert torch.equal(dequantize_file.launch(*weight), exact.to(dtype))
+    part = weight.columns(32, 96)
+    assert torch.equal(dequantize_file.launch(*part), exact[:, 32:96].to(dtype))
+    x = torch.randn(B, K, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    limits = torch.tensor([0.3, 0.9, 0.0], device=DEVICE)
+    expected = sparse_linear_reference(x, exact, limits, segments)
+    for splits in (None, 1, 3):
+        tile = splits and GemvTile(64, 2, 8, splits, 1)
+        found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+        assert relative_error(found, expected) <= 1e-5, splits  # sums are fp32 of exact products
+    x[0, K // 2] = math.nan
+    assert sparse_gemv(x, weight.values, limits, segments, *weight[1:]).sum(0)[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "K,group,splits,span,bits,dtype",
+    [
+        (192, 64, 3, 1, 4, torch.bfloat16),
+        (256, 32, 2, 4, 4, torch.float16),
+        (192, 96, 4, 1, 8, torch.bfloat16),
+        (192, 64, 1, 3, 8, torch.float16),
+        (320, 160, 6, 2, 4, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_sum_on_tensor_cores(
+    K: int, group: int, splits: int, span: int, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE.type == "cpu":  # in numpy, from what the instructions do
+        lanes.emulate(monkeypatch)
+        monkeypatch.setattr(launch, "has_tensor_cores", lambda device: True)
+    packed, exact = random_weight(K, 416, group, dtype, bits)
+    weight, exact, segments = on_device(packed), exact.to(DEVICE), [288, 128]
+    x = torch.randn(1, K, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    limits, tile = torch.tensor([0.3, 0.9], device=DEVICE), GemvTile(2048 // bits, 4, 4, splits, 2)
+    meta = launch.plan_gemv(weight, limits, segments, 1, tile).meta
+    assert meta["TENSOR_CORE"] and meta["SPAN"] == span
+    found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    assert relative_error(found, sparse_linear_reference(x, exact, limits, segments)) <= 1e-5
+    for wild in (math.nan, math.inf):
+        x[0, K // 2] = wild
+        assert not sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0).isfinite().any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("B", [1, 2])
+def test_the_fused_products(B: int, bits: int) -> None:
+    K, N = 64, 96
+    packed, exact = random_weight(K, N, 32, torch.float32, bits)
+    weight, exact = on_device(packed), exact.to(DEVICE)
+    values, *scales = weight
+    limits, norm = torch.tensor([0.6], device=DEVICE), torch.rand(K, device=DEVICE) + 0.5
+    x = torch.randn(B, K, device=DEVICE)
+    found = norm_gemv(x, norm, 1e-5, values, limits, [N], *scales).sum(0)
+    normed = rms_norm_reference(x, norm, 1e-5)
+    assert relative_error(found, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5
+    gate_up = torch.randn(3, B, 2 * K, device=DEVICE)
+    hidden = silu_reference(*gate_up.sum(0).chunk(2, dim=-1))
+    found = silu_gemv(gate_up, values, limits, *scales).sum(0)
+    assert relative_error(found, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5
+    sums, one = torch.randn(B, 4, 1, 16, device=DEVICE), torch.ones(B, 4, 1, device=DEVICE)
+    found = attention_gemv(sums, 0 * one, one, values, limits, *scales).sum(0)
+    assert relative_error(found, sparse_linear_reference(sums.view(B, K), exact, limits, [N])) <= 1e-5
+    torch.library.opcheck(sparse_gemv, (x, values, limits, [N], *scales))
+
+
+def test_a_run_of_channels_is_whole_groups_or_a_part_of_one() -> None:
+    for K, group in ((4096, 128), (14336, 128), (28672, 32), (4096, 4096), (200, 40), (320, 160), (5120, 64)):
+        for splits in (1, 5, 14, 33, 66, 99, 128):
+            run = input_run(K, group, splits)
+            assert (run % group == 0 and run <= MAX_SPAN * group) or (run % 16 == 0 and run < group)
+            programs = -(-K // run)
+            assert programs >= min(splits, K // group) // 2
+            assert programs <= 2 * max(splits, -(-K // (MAX_SPAN * group)))
+    assert input_run(4096, 128, 66) == 64 and input_run(14336, 32, 99) == 128
 
 
 def test_bad_arguments_are_refused() -> None:
