@@ -5,7 +5,6 @@ those that remain. With scales of an input channel in its own row, each channel'
 is, and channels can go in the order of their importance (the paper's act-order) without regard to groups.
 """
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,26 +44,25 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
     return pack(values, scales, zeros, bits)
 
 
-def gptq_input_groups(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
-    """As gptq with groups of the usual kind, along the input dimension; the rounded weight [K, N], as floats.
+def gptq_input_groups(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
+    """As gptq with groups of the usual kind, along the input dimension.
 
     A group's scales are those of its channels at first (the paper's static groups): channels go in the order of their
     importance here, too, and those of a group do not follow each other.
     """
     order = _importance(hessian)
-    result = torch.empty_like(weight)
+    values = torch.empty(weight.shape, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
     groups = weight.float().t().reshape(weight.shape[1], -1, group_size)  # [N, G, group_size]
     scales, zeros = group_scales(groups, bits, weight.dtype)
 
     def round_row(rows: Tensor, k: int) -> Tensor:
         s, z = (t[:, order[k] // group_size] for t in (scales, zeros))
         integers = round_groups(rows[k, :, None], s, z, bits)[:, 0]
-        rounded = (integers - z) * s.float()
-        result[order[k]] = rounded.to(weight.dtype)
-        return rounded
+        values[order[k]] = integers.to(values.dtype)
+        return (integers - z) * s.float()
 
     _round_in_order(weight, hessian, order, round_row)
-    return result
+    return pack(values, scales.t().contiguous(), zeros.t().contiguous(), bits)
 
 
 def _importance(hessian: Tensor) -> Tensor:
@@ -101,19 +99,13 @@ class BlockwiseGptq:
     """Quantizes the blocks of the model in a folder in order, each on what the quantized ones before it make of a text.
 
     Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L]; where: the
-    file that holds each tensor; input_groups: groups along the input dimension, as floats.
+    file that holds each tensor.
     """
 
     def __init__(
-        self,
-        source: Path,
-        scheme: QuantConfig,
-        sequences: Tensor,
-        where: dict[str, Path],
-        device: torch.device,
-        input_groups: bool = False,
+        self, source: Path, scheme: QuantConfig, sequences: Tensor, where: dict[str, Path], device: torch.device
     ) -> None:
-        self.scheme, self.where, self.device, self.input_groups = scheme, where, device, input_groups
+        self.scheme, self.where, self.device = scheme, where, device
         with torch.device("meta"):
             self.model = Transformer(load_config(source)).eval().requires_grad_(False)
         embedding = self._read("model.embed_tokens.weight")
@@ -144,8 +136,6 @@ class BlockwiseGptq:
     def _read_quantized(self, shard: Path, prefix: str) -> Tensor:
         """The weight [N, K] that the tensors of this prefix stand for."""
         with open_shard(shard) as tensors:
-            if self.input_groups:
-                return tensors.get_tensor(prefix + "weight")
             zeros = tensors.get_tensor(prefix + "zeros") if self.scheme.bits == 4 else None
             return dequantize(tensors.get_tensor(prefix + "qweight"), tensors.get_tensor(prefix + "scales"), zeros).t()
 
@@ -163,15 +153,10 @@ class BlockwiseGptq:
             for part in inputs.parts:
                 hessian += part[0].t() @ part[0]
             bits, size, weight = self.scheme.bits, self.scheme.group_size, module.weight.t().to(dtype)
-            holder: nn.Module
-            if self.input_groups:
-                module.weight.copy_(gptq_input_groups(weight, hessian, bits, size).t())
-                holder = copy.deepcopy(module).to(dtype)
-            else:
-                packed = gptq(weight, hessian, bits, size)
-                module.weight.copy_(dequantize(*packed).t())
-                holder = QuantizedLinear(module, bits, size).to(dtype)
-                holder.set_weight(*packed)
+            packed = (gptq_input_groups if self.scheme.by_input else gptq)(weight, hessian, bits, size)
+            module.weight.copy_(dequantize(*packed).t())
+            holder = QuantizedLinear(module, bits, size, self.scheme.by_input).to(dtype)
+            holder.set_weight(*packed)
             for name, part in projection_targets(holder, sizes).items():
                 if not name.endswith(".bias"):  # which is no matter of quantization
                     found[f"model.layers.{i}.{name}"] = part.contiguous().cpu()

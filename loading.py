@@ -61,11 +61,13 @@ def load_for_decoding(
     return loaded
 
 
-def round_weights(loaded: LoadedModel, quant: str, quant_lm_head: bool, option: str) -> None:
+def round_weights(
+    loaded: LoadedModel, quant: str, quant_lm_head: bool, option: str, grouping: str = "output"
+) -> None:  # fmt: skip
     """Round the weights of loaded to "int8" or "int4" in place; option named it. Raises UserError if they are by now."""
     if is_quantized(loaded.model):
         raise UserError(f"{option} {quant}: {loaded.name} is quantized already; leave the option out")
-    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head)
+    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head, grouping)
     use_quantized_linears(loaded.model, scheme, fill=True)
     loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "")
 

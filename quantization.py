@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from kernels.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4
+from kernels.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4, unpack_int4
 from kernels.quantized_matmul import quantized_matmul
 from kernels.sparse_linear import sparse_linear
 from model import ModelConfig, Transformer
@@ -21,26 +21,38 @@ from model import ModelConfig, Transformer
 QUANT_METHOD = "teal"
 QUANT_VERSION = 1
 BITS = {"int8": 8, "int4": 4}
+GROUPINGS = ("output", "input")
 Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a weight (kernels/packing.py)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantConfig:
-    """How a checkpoint's projections are quantized; lm_head: whether the head is too, in 8 bits."""
+    """How a checkpoint's projections are quantized.
+
+    lm_head: whether the head is too, in 8 bits with groups along the output. grouping: the dimension along which the
+    groups of all others lie.
+    """
 
     mode: str
     group_size: int
     lm_head: bool = False
+    grouping: str = "output"
 
     def __post_init__(self) -> None:
         if self.mode not in BITS:
             raise UserError(f"quantization mode {self.mode!r} is unknown; expected one of {', '.join(BITS)}")
         if self.group_size not in GROUP_SIZES:
             raise UserError(f"group size {self.group_size} is not usable; expected one of {GROUP_SIZES}")
+        if self.grouping not in GROUPINGS:
+            raise UserError(f"grouping {self.grouping!r} is unknown; expected one of {', '.join(GROUPINGS)}")
 
     @property
     def bits(self) -> int:
         return BITS[self.mode]
+
+    @property
+    def by_input(self) -> bool:
+        return self.grouping == "input"
 
     def as_json(self) -> dict[str, Any]:
         """What config.json keeps under quantization_config."""
@@ -87,20 +99,21 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
     return pack(round_groups(groups, scales, zeros, bits).view(K, N), scales, zeros, bits)
 
 
-def round_input_groups(weight: Tensor, bits: int, group_size: int) -> Packed:
-    """As round_to_nearest, with groups of the usual kind, of channels along the input dimension."""
-    K, N = weight.shape
-    groups = weight.float().t().reshape(N, K // group_size, group_size)
-    scales, zeros = group_scales(groups, bits, weight.dtype)
-    integers = round_groups(groups, scales, zeros, bits).view(N, K).t()
-    return pack(integers, scales.t().contiguous(), zeros.t().contiguous(), bits)
+def round_input_groups(
+    weight: Tensor, bits: int, group_size: int, rounding: Callable[[Tensor, int, int], Packed] = round_to_nearest
+) -> Packed:
+    """As round_to_nearest, or another function like it, with groups of the usual kind, of channels along the input."""
+    values, scales, zeros = rounding(weight.t().contiguous(), bits, group_size)
+    if zeros is None:
+        return values.t().contiguous(), scales.t().contiguous(), None
+    return pack(unpack_int4(values, group_size).t(), scales.t().contiguous(), zeros.t().contiguous(), bits)
 
 
 def pack(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Packed:
     """Integers [K, N] of any dtype, with scales and zeros of either kind -> values, scales, zeros (kernels/packing.py)."""
-    N = integers.shape[1]
+    N, integers = integers.shape[1], integers.contiguous()
     if bits == 8:
-        return integers.to(torch.int8).contiguous(), scales, None
+        return integers.to(torch.int8), scales, None
     packed_together = INPUT_GROUP_COLUMNS if scales.shape[1] == N else N // scales.shape[1]
     return pack_int4(integers, packed_together), scales, zeros.to(torch.uint8)
 
@@ -165,15 +178,16 @@ def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = 
     fill: with their weights rounded to nearest; without values otherwise.
     """
 
-    def quantized(linear: nn.Linear, bits: int) -> QuantizedLinear:
-        module = QuantizedLinear(linear, bits, config.group_size)
+    def quantized(linear: nn.Linear, bits: int, by_input: bool) -> QuantizedLinear:
+        module = QuantizedLinear(linear, bits, config.group_size, by_input)
         if fill:
-            module.set_weight(*round_to_nearest(linear.weight.t().contiguous(), bits, config.group_size))
+            rounding = round_input_groups if by_input else round_to_nearest
+            module.set_weight(*rounding(linear.weight.t().contiguous(), bits, config.group_size))
         return module
 
-    replace_projections(model, lambda linear: quantized(linear, config.bits))
+    replace_projections(model, lambda linear: quantized(linear, config.bits, config.by_input))
     if config.lm_head:
-        model.lm_head = quantized(model.lm_head, 8)  # type: ignore[assignment]
+        model.lm_head = quantized(model.lm_head, 8, by_input=False)  # type: ignore[assignment]
 
 
 def use_input_groups(model: Transformer, bits: int, group_size: int) -> None:

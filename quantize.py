@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--grouping",
         choices=("output", "input"),
         default="output",
-        help="dimension along which groups lie; input is the usual one, for comparison: written as floats",
+        help="dimension along which groups lie; input is the usual one, for comparison",
     )
     parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
@@ -75,10 +75,10 @@ def main() -> None:
         raise UserError(f"--output {args.output}: is the checkpoint itself; name another folder")
     if args.output.exists() and not args.force:
         raise UserError(f"--output {args.output}: exists; remove it, name another or pass --force")
-    scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8")
+    scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8", args.grouping)
     sequences = calibration_sequences(args, source, config.max_seq_len) if args.method == "gptq" else None
     before = sum(shard.stat().st_size for shard in find_shards(source))
-    quantize_folder(source, args.output, scheme, args.method, args.grouping == "input", sequences, args.device)
+    quantize_folder(source, args.output, scheme, args.method, sequences, args.device)
     after = sum(shard.stat().st_size for shard in find_shards(args.output))
     print(
         f"{args.output}: {args.mode} by {args.method}, groups of {scheme.group_size} along the {args.grouping}, "
@@ -101,14 +101,12 @@ def quantize_folder(
     output: Path,
     scheme: "QuantConfig",
     method: str = "rtn",
-    as_floats: bool = False,
     sequences: "Tensor | None" = None,
     device: str = "auto",
 ) -> None:
     """Write source's quantized model to output, through a folder beside it that a later call may go on with.
 
-    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. as_floats: with groups along the
-    input dimension, written as floats that hold the rounded values. Raises UserError.
+    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError.
     """
     from filelock import FileLock
 
@@ -120,13 +118,13 @@ def quantize_folder(
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = cache_folder("locks") / f"{hashlib.sha256(str(output).encode()).hexdigest()[:16]}.lock"
     with FileLock(lock):
-        _start_or_resume(work, source, scheme, method, as_floats, sequences)
-        _write_shards(source, work, scheme, method, as_floats, sequences, device)
+        _start_or_resume(work, source, scheme, method, sequences)
+        _write_shards(source, work, scheme, method, sequences, device)
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(SKIPPED_FILES) and not path.name.startswith("."):
                 shutil.copyfile(path, work / path.name)
         description = read_json(source / "config.json")
-        description["quantized_values" if as_floats else "quantization_config"] = scheme.as_json()
+        description["quantization_config"] = scheme.as_json()
         (work / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (work / "progress.json").unlink()
         if output.exists():  # only with --force
@@ -135,13 +133,13 @@ def quantize_folder(
 
 
 def _start_or_resume(
-    work: Path, source: Path, scheme: "QuantConfig", method: str, as_floats: bool, sequences: "Tensor | None"
+    work: Path, source: Path, scheme: "QuantConfig", method: str, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
     """Make work a folder of this very job: what another job left there is removed."""
     from checkpoint import model_identity
 
     text = None if sequences is None else hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-    key = {"source": model_identity(source), **scheme.as_json(), "method": method, "as_floats": as_floats, "text": text}
+    key = {"source": model_identity(source), **scheme.as_json(), "method": method, "text": text}
     marker = work / "progress.json"
     if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != key:
         shutil.rmtree(work, ignore_errors=True)
@@ -154,7 +152,6 @@ def _write_shards(
     work: Path,
     scheme: "QuantConfig",
     method: str,
-    as_floats: bool,
     sequences: "Tensor | None",
     device: str,
 ) -> None:
@@ -175,14 +172,14 @@ def _write_shards(
         from hardware import pick_device
 
         where = {name: path for names in jobs for name, path in names.items()}
-        gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device), as_floats)
+        gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device))
     index: dict[str, str] = {}
     total = 0
     for i, names in enumerate(tqdm(jobs, desc="quantizing", unit="layer", disable=None)):
         path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
         is_layer = i + 1 < len(jobs)
         if not path.exists():
-            tensors = _quantized_tensors(names, scheme, as_floats, rounding)
+            tensors = _quantized_tensors(names, scheme, rounding)
             if gptq is not None and is_layer:
                 tensors |= gptq.layer(i)
             with atomic_file(path) as temporary:
@@ -217,15 +214,14 @@ def _jobs(source: Path, scheme: "QuantConfig") -> list[dict[str, Path]]:
 
 
 def _quantized_tensors(
-    names: dict[str, Path], scheme: "QuantConfig", as_floats: bool, rounding: "Rounding | None"
+    names: dict[str, Path], scheme: "QuantConfig", rounding: "Rounding | None"
 ) -> dict[str, "Tensor"]:  # fmt: skip
     """What a shard holds of these tensors: projections rounded, or left out, the rest as it is. Raises UserError.
 
     The head is rounded to nearest, of 8 bits.
     """
     from checkpoint import open_shard
-    from kernels.packing import dequantize
-    from quantization import round_to_nearest
+    from quantization import round_input_groups, round_to_nearest
 
     result: dict[str, Tensor] = {}
     dtypes: dict[Any, str] = {}
@@ -246,10 +242,11 @@ def _quantized_tensors(
         rounded, bits = (round_to_nearest, 8) if head else (rounding, scheme.bits)
         if rounded is None:
             continue
-        if as_floats and not head:
-            result[name] = dequantize(*rounded(tensor, bits, scheme.group_size)).contiguous()
-            continue
-        parts = rounded(tensor.t().contiguous(), bits, scheme.group_size)
+        weight = tensor.t().contiguous()
+        if scheme.by_input and not head:
+            parts = round_input_groups(weight, bits, scheme.group_size, rounded)
+        else:
+            parts = rounded(weight, bits, scheme.group_size)
         prefix = name.removesuffix("weight")
         result |= {prefix + n: t for n, t in zip(("qweight", "scales", "zeros"), parts, strict=True) if t is not None}
     return result

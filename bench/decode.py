@@ -23,7 +23,7 @@ from engine import Engine, choose_plan, weight_bytes_per_token
 from errors import UserError
 from generate import add_decode_arguments
 from hardware import read_bandwidth
-from loading import load_for_decoding
+from loading import load_for_decoding, round_weights
 from model import ModelConfig
 from params import SamplingParams
 from plan import SparsityPlan
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
     parser.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
     parser.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
+    parser.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input, as AWQ's")
     parser.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel in a step (CUDA)")
     parser.add_argument("--gguf", type=Path, help="also run this GGUF file by llama-cpp-python, on CPU")
@@ -103,7 +104,9 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
 
 
 def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, EngineRunner]:
-    """A runner for each sparsity asked for, by label; two engines at most."""
+    """A runner for each sparsity asked for, by label; two engines at most. Raises UserError."""
+    if args.input_groups and args.quant is None:
+        raise UserError("--input-groups without --quant means nothing; add --quant int8 or int4")
     runners: dict[str, EngineRunner] = {}
     if 0.0 in args.sparsities and args.quant is None:
         options: dict[str, Any] = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
@@ -112,10 +115,13 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
+    by_load = not args.input_groups
     loaded = load_for_decoding(
-        args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant,
-        args.lm_head == "int8", args.kv_cache,
+        args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant if by_load else None,
+        args.lm_head == "int8" and by_load, args.kv_cache,
     )  # fmt: skip
+    if args.input_groups:
+        round_weights(loaded, args.quant, args.lm_head == "int8", "--quant", "input")
     plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans

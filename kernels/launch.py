@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.gather import INTERPRETED
 from kernels.packing import Weight, check_quantized
-from kernels.tuning import GemvTile, gemv_tile, input_run
+from kernels.tuning import GemvTile, gemv_tile, input_group_options, input_run
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 DTYPES = tuple(TRITON_DTYPES)
@@ -112,6 +112,10 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
     values = weight.values.view(torch.int32) if weight.bits == 8 else weight.values  # read as words of four
     aligned = all(n % 16 == 0 for n in segments) and values.stride(0) % 16 == 0
     weights = (values, values.stride(0), weight.scales, weight.zeros)
+    tensor_core = _takes_tensor_core(weight, B, tile)
+    options = launch_options(device, tile.num_warps)
+    if tensor_core and weight.by_input and not INTERPRETED.value:
+        options |= input_group_options(programs, device)
     return GemvLaunch(
         tile,
         partials,
@@ -133,8 +137,8 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
             "SPAN": _span(weight.channels, run),
             "ALIGNED": aligned,
             "DTYPE": TRITON_DTYPES[weight.dtype],
-            "TENSOR_CORE": _takes_tensor_core(weight, B, tile),
-            **launch_options(device, tile.num_warps),
+            "TENSOR_CORE": tensor_core,
+            **options,
         },
     )
 

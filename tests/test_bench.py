@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gemv, tune
+from bench import decode, gemv, tune
 from bench.steps import fitted_plan
 from engine import Engine
 from errors import UserError
@@ -74,6 +74,8 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
         (tune.main, ("--model", "Llama-9"), "Llama-9"),
         (gemv.main, ("--models", "Llama-9", "--device", "cpu"), "Llama-9"),
         (gemv.main, ("--rows", "9", "--device", "cpu"), "--rows 9"),
+        (gemv.main, ("--input-groups", "--device", "cpu"), "add --quant"),
+        (decode.main, ("--input-groups", "--device", "cpu"), "add --quant"),
         (gemv.main, ("--dtypes", "fp64", "--device", "cpu"), "fp64"),
     ],
 )
@@ -118,10 +120,12 @@ def test_the_group_size_divides_every_segment() -> None:
         gemv.largest_group_size([576, 48])
 
 
+@pytest.mark.parametrize("input_groups", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_shapes_are_timed_too(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_shapes_are_timed_too(bits: int, input_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "COLD_BYTES", 4_000_000)
-    cold = gemv.ColdWeights(256, [512, 256], 1, torch.bfloat16, torch.device("cpu"), bits)
+    cold = gemv.ColdWeights(256, [512, 256], 1, torch.bfloat16, torch.device("cpu"), bits, input_groups)
+    assert cold.weights[0].by_input == input_groups
     assert cold.count > len(cold.floats) and len({w.values.data_ptr() for w in cold.weights}) == cold.count
     thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device("cpu"))
     assert max(cold.errors(thresholds, [512, 256])) <= 3e-3

@@ -15,15 +15,18 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("grouping", ["output", "input"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.4])
-def test_text_equals_the_cpus(tmp_path: Path, byte_level_tokenizer_json: str, sparsity: float, mode: str) -> None:
+def test_text_equals_the_cpus(
+    tmp_path: Path, byte_level_tokenizer_json: str, sparsity: float, grouping: str, mode: str
+) -> None:  # fmt: skip
     config = tiny_config(
         "llama", **QUANTIZABLE, vocab_size=320
     )  # fmt: skip
     source, folder = tmp_path / "dense", tmp_path / "quantized"
     save_tiny_model(config, source)
     (source / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
-    quantize.quantize_folder(source, folder, QuantConfig(mode, 32, lm_head=True))
+    quantize.quantize_folder(source, folder, QuantConfig(mode, 32, lm_head=True, grouping=grouping))
     texts = []
     for device, compile in (("cpu", False), ("cuda", False), ("cuda", True)):
         engine = Engine.load(str(folder), device=device, dtype="fp32", sparsity=sparsity, compile=compile)

@@ -96,7 +96,14 @@ def test_opcheck() -> None:
 
 
 def on_device(weight: tuple[Tensor, Tensor, Tensor | None]) -> Weight:
-    return Weight(*(None if part is None else part.to(DEVICE) for part in weight))  # type: ignore[arg-type]
+    values, scales, zeros = weight
+    return Weight(values.to(DEVICE), scales.to(DEVICE), None if zeros is None else zeros.to(DEVICE))
+
+
+def floats(weight: Weight) -> Tensor:
+    values, scales, zeros = weight
+    assert scales is not None
+    return dequantize_file.launch(values, scales, zeros)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -116,14 +123,13 @@ def on_device(weight: tuple[Tensor, Tensor, Tensor | None]) -> Weight:
 def test_the_triton_kernels(K: int, group: int, B: int, bits: int, dtype: torch.dtype) -> None:
     packed, exact = random_weight(K, 128, group, dtype, bits)
     weight, exact, segments = on_device(packed), exact.to(DEVICE), [64, 32, 32]
-    assert torch.equal(dequantize_file.launch(*weight), exact.to(dtype))
-    part = weight.columns(32, 96)
-    assert torch.equal(dequantize_file.launch(*part), exact[:, 32:96].to(dtype))
+    for part, expected in ((weight, exact), (weight.columns(32, 96), exact[:, 32:96])):
+        assert torch.equal(floats(part), expected.to(dtype))
     x = torch.randn(B, K, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     limits = torch.tensor([0.3, 0.9, 0.0], device=DEVICE)
     expected = sparse_linear_reference(x, exact, limits, segments)
     for splits in (None, 1, 3):
-        tile = splits and GemvTile(64, 2, 8, splits, 1)
+        tile = GemvTile(64, 2, 8, splits, 1) if splits else None
         found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
         assert relative_error(found, expected) <= 1e-5, splits  # sums are fp32 of exact products
     x[0, K // 2] = math.nan

@@ -26,7 +26,7 @@ from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import sparse_linear_reference
 from kernels.sparse_linear import sparse_linear, sparse_linear_op
 from model import KVCache, Transformer
-from quantization import QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest
+from quantization import BITS, QuantConfig, QuantizedLinear, pick_group_size, round_to_nearest, use_quantized_linears
 from tests.conftest import (
     ROOT,
     assert_one_line_error,
@@ -218,15 +218,20 @@ def test_rounding_at_load_is_what_quantize_writes(folder: Path, tmp_path: Path, 
     assert_one_line_error(code, err, "--quant int8", "quantized already")
 
 
-def test_groups_along_the_input_are_written_as_floats(folder: Path, tmp_path: Path, call_main: Command) -> None:
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_groups_along_the_input(folder: Path, tmp_path: Path, call_main: Command, mode: str) -> None:
     out = tmp_path / "out"
-    assert call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", "--grouping", "input", "-o", out)[0] == 0
+    options = ("--mode", mode, "--grouping", "input", "--lm-head", "int8")
+    assert call_main(quantize.main, "--checkpoint", folder, *options, "-o", out)[0] == 0
     name = "model.layers.1.mlp.down_proj.weight"
     [original] = [load_file(shard)[name] for shard in find_shards(folder)]
-    [rounded] = [tensors[name] for shard in find_shards(out) if name in (tensors := load_file(shard))]
-    assert torch.equal(rounded, dequantize(*round_to_nearest(original, 4, 32)))
-    assert json.loads((out / "config.json").read_text())["quantized_values"]["mode"] == "int4"
-    assert logits(load_model(out, torch.device("cpu"), torch.float32)).isfinite().all()
+    model, dense = (load_model(path, torch.device("cpu"), torch.float32) for path in (out, folder))
+    down, head = model.blocks[1].feed_forward.down, model.lm_head
+    assert isinstance(down, QuantizedLinear) and down.scales.shape == (96 // 32, 64)
+    assert isinstance(head, QuantizedLinear) and head.scales.shape == (64, head.out_features // 32)
+    assert torch.equal(down.dequantized(), dequantize(*round_to_nearest(original, BITS[mode], 32)).t())
+    use_quantized_linears(dense, QuantConfig(mode, 32, True, "input"), fill=True)
+    assert torch.equal(logits(model), logits(dense))
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, tmp_path: Path) -> None:
@@ -272,9 +277,10 @@ def test_gptq_with_groups_along_the_input(bits: int) -> None:
     x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
     weight = torch.randn(96, 128, generator=generator)
     nearest = dequantize(*round_to_nearest(weight.t().contiguous(), bits, 32)).t()
-    better = gptq_input_groups(weight, x.t() @ x, bits, 32)
+    better = dequantize(*gptq_input_groups(weight, x.t() @ x, bits, 32))
     assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight)
-    assert torch.equal(gptq_input_groups(weight, torch.eye(96), bits, 32), nearest)  # of independent channels: rounding
+    of_independent_channels = dequantize(*gptq_input_groups(weight, torch.eye(96), bits, 32))
+    assert torch.equal(of_independent_channels, nearest)  # rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -326,7 +332,7 @@ def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command, grouping:
             raise KeyboardInterrupt
         return original(self, i)
 
-    again, how = tmp_path / "again", (QuantConfig("int4", 32), "gptq", grouping == "input", sequences, "cpu")
+    again, how = tmp_path / "again", (QuantConfig("int4", 32, grouping=grouping), "gptq", sequences, "cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockwiseGptq, "layer", failing)
         with pytest.raises(KeyboardInterrupt):

@@ -207,15 +207,15 @@ def decode_logits(model: Transformer, B: int) -> Tensor:
     return torch.cat(parts + [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(8, 11)], dim=1)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode,grouping", [("int8", "output"), ("int4", "output"), ("int4", "input")])
 @pytest.mark.parametrize("B", [1, 2])
-def test_a_fused_quantized_model_equals_the_unfused_one(tmp_path: Path, B: int, mode: str) -> None:
+def test_a_fused_quantized_model_equals_the_unfused_one(tmp_path: Path, B: int, mode: str, grouping: str) -> None:
     config = tiny_config(
         "llama", **QUANTIZABLE, num_hidden_layers=2
     )  # fmt: skip
     save_tiny_model(config, tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.json").write_text("{}")
-    quantize.quantize_folder(tmp_path / "dense", tmp_path / "quantized", QuantConfig(mode, 32))
+    quantize.quantize_folder(tmp_path / "dense", tmp_path / "quantized", QuantConfig(mode, 32, grouping=grouping))
     model = load_model(tmp_path / "quantized", DEVICE, torch.float32)
     layer = {name: ProjectionPlan(0.4, 0.3) for name in PROJECTIONS}
     plan = SparsityPlan(config_fields(model.config), "uniform", 0.4, (layer,) * model.config.num_layers)
