@@ -89,11 +89,12 @@ def main() -> None:
             sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
             floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
             floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
-            scales, zeros = (torch.zeros(C // 8, 512, dtype=kind) for kind in (dtype, torch.uint8))  # along the input
-            sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
-            sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
-            floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
-            floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+            if dtype == torch.bfloat16:  # groups along the input
+                scales, zeros = (torch.zeros(C // 8, 512, dtype=kind) for kind in (dtype, torch.uint8))
+                sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
+                sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
+                floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
+                floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
             take_likeliest(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 
