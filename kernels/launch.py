@@ -173,7 +173,13 @@ def kernels_run_on(device: torch.device) -> bool:
     return device.type == "cuda" or INTERPRETED.value
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether the GPU has programmatic dependent launch, of compute capability 9.0 on."""
+    return device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def launch_options(device: torch.device, num_warps: int) -> dict:
-    """Triton's options: programmatic dependent launch on GPUs that have it (compute capability 9.0 on)."""
-    pdl = device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": pdl, "num_warps": num_warps} | ({"launch_pdl": True} if pdl else {})
+    """Triton's options: dependent launch where there is such, and multiply-adds, which Triton 3.10 must be asked for."""
+    pdl = has_dependent_launch(device)
+    options = {"PDL": pdl, "num_warps": num_warps, "enable_fp_fusion": True}
+    return options | ({"launch_pdl": True} if pdl else {})
