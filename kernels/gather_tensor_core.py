@@ -206,12 +206,12 @@ def load_step(
 
 
 @triton.jit
-def in_b(value, s, begin, end, GROUP_K: tl.constexpr, SPAN: tl.constexpr):
+def in_b(value, s, begin, end, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr):
     """What a column of B has for an entry of x, given as bits: times scale s, or x if its channel s is of the column's."""
     x = value.to(tl.float32, bitcast=True)
     if GROUP_K == 0:
         y = x * s
-    elif SPAN == 1:
+    elif COLUMNS == 1:
         y = x
     else:
         y = tl.where((s >= begin) & (s < end), x, 0.0)
@@ -254,8 +254,6 @@ def store_sums(
     """
     lane = tl.arange(0, too_much.shape[0])
     r, c = lane % 32 // 4, lane % 4
-    too_much += exchange(too_much, 1)
-    too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
     WORDS: tl.constexpr = GROUP_N * BITS // 32
     w = column * BITS // 32 + 4 * r + c  # after the exchanges a lane has word c of its 16 bytes
     first = w // WORDS * GROUP_N + w % WORDS if BITS == 4 else 4 * w
@@ -276,23 +274,37 @@ def store_sums(
 
 
 @triton.jit
-def store_one_row_tensor_core(
-    p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_row, first, start, end,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SPAN: tl.constexpr,
-    PDL: tl.constexpr,
+def make_b(
+    value, s, begin, end, is_low, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
-    """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows.
+    """A lane's two words of B, of its four values. ONE_ROW: what bf16 leaves of them where is_low."""
+    v_0, v_1 = in_b(value[0], s[0], begin, end, GROUP_K, COLUMNS), in_b(value[1], s[1], begin, end, GROUP_K, COLUMNS)
+    v_2, v_3 = in_b(value[2], s[2], begin, end, GROUP_K, COLUMNS), in_b(value[3], s[3], begin, end, GROUP_K, COLUMNS)
+    b_0, b_1 = pair(v_0, v_1), pair(v_2, v_3)
+    if ONE_ROW:
+        b_0 = tl.where(is_low, pair(v_0 - low_of(b_0), v_1 - high_of(b_0)), b_0)
+        b_1 = tl.where(is_low, pair(v_2 - low_of(b_1), v_3 - high_of(b_1)), b_1)
+    return b_0, b_1
 
-    As sum_rows_by_input, too, of channels from first on that touch SPAN groups.
+
+@triton.jit
+def sum_tiles(
+    p_weight, stride, p_scale, p_zero, N, p_index, value_at, count, first, start, end,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """A program's products of B and the weights of the listed channels: 16 sums of each word of a lane, and what is too much.
+
+    value_at: the address (int64) of the first of a lane's four values, of the row of x that its column of B stands for. With
+    ONE_ROW a second set of columns has what bf16 leaves of it. The last result is each warp's first column of weights.
     """
     WARP_N: tl.constexpr = WARP_BYTES * 8 // BITS  # columns of a warp
     THREADS: tl.constexpr = BLOCK_N // WARP_N * 32
-    COLUMNS: tl.constexpr = SPAN if GROUP_K else WARP_N // GROUP_N  # of B: groups of channels, or in a warp's columns
     tl.static_assert(COLUMNS <= 4)  # B has eight, and each is needed twice
     dtype: tl.constexpr = p_scale.dtype.element_ty
     lane = tl.arange(0, THREADS)
     r, c = lane % 32 // 4, lane % 4
-    column = start + lane // 32 * WARP_N  # the warp's first
+    column = start + lane // 32 * WARP_N
     word = tl.minimum((column * BITS // 32) + 4 * r, end * BITS // 32 - 4)
     words = (p_weight + word).to(tl.int64)
     own = r % COLUMNS  # r is B's column here
@@ -308,7 +320,7 @@ def store_one_row_tensor_core(
             nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)  # fmt: skip
     sums_0, sums_1, sums_2, sums_3 = sums, sums, sums, sums
     too_much = nothing
-    index_at, value_at = (p_index + 4 * c).to(tl.int64), (p_value + 4 * c).to(tl.int64)
+    index_at = (p_index + 4 * c).to(tl.int64)
     last = tl.cdiv(count, STEP) * STEP
     index = load_four(index_at)
     w_0, w_1, w_2, w_3, s, z = load_step(
@@ -323,13 +335,7 @@ def store_one_row_tensor_core(
         n_value = load_four(value_at + 4 * (i + STEP))
         index = load_four(index_at + 4 * tl.minimum(i + 2 * STEP, last))
         keep_loads_above()
-        v_0 = in_b(value[0], s[0], own_begin, own_end, GROUP_K, SPAN)
-        v_1 = in_b(value[1], s[1], own_begin, own_end, GROUP_K, SPAN)
-        v_2 = in_b(value[2], s[2], own_begin, own_end, GROUP_K, SPAN)
-        v_3 = in_b(value[3], s[3], own_begin, own_end, GROUP_K, SPAN)
-        b_0, b_1 = pair(v_0, v_1), pair(v_2, v_3)
-        b_0 = tl.where(is_low, pair(v_0 - low_of(b_0), v_1 - high_of(b_0)), b_0)
-        b_1 = tl.where(is_low, pair(v_2 - low_of(b_1), v_3 - high_of(b_1)), b_1)
+        b_0, b_1 = make_b(value, s, own_begin, own_end, is_low, GROUP_K, COLUMNS, ONE_ROW)
         if (BITS == 4) & (GROUP_K == 0):
             too_much += low_of(b_0) * z[0] + high_of(b_0) * z[1] + low_of(b_1) * z[2] + high_of(b_1) * z[3]
         else:
@@ -339,8 +345,31 @@ def store_one_row_tensor_core(
         sums_2 = add_tile(sums_2, w_0[2], w_1[2], w_2[2], w_3[2], b_0, b_1, BITS)
         sums_3 = add_tile(sums_3, w_0[3], w_1[3], w_2[3], w_3[3], b_0, b_1, BITS)
         w_0, w_1, w_2, w_3, s, z, value = n_0, n_1, n_2, n_3, n_s, n_z, n_value
+    too_much += exchange(too_much, 1)
+    too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
+    return sums_0, sums_1, sums_2, sums_3, too_much, column
+
+
+@triton.jit
+def store_one_row_tensor_core(
+    p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_row, first, start, end,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SPAN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows.
+
+    As sum_rows_by_input, too, of channels from first on that touch SPAN groups.
+    """
+    # Of B, for a row of x: one for each group of channels, or for each in a warp's columns.
+    COLUMNS: tl.constexpr = SPAN if GROUP_K else WARP_BYTES * 8 // BITS // GROUP_N
+    c = tl.arange(0, BLOCK_N * BITS // 32) % 4  # of each lane
+    sums_0, sums_1, sums_2, sums_3, too_much, column = sum_tiles(
+        p_weight, stride, p_scale, p_zero, N, p_index, (p_value + 4 * c).to(tl.int64), count, first, start, end,
+        BLOCK_N, BITS, GROUP_N, GROUP_K, COLUMNS, True,
+    )  # fmt: skip
     let_next_start(PDL)
+    group = first // GROUP_K if GROUP_K else 0
     store_sums(
-        sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, first // GROUP_K if GROUP_K else 0,
+        sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
         COLUMNS, GROUP_N, GROUP_K, BITS,
     )  # fmt: skip

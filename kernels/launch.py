@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.gather import INTERPRETED
 from kernels.packing import Weight, check_quantized
-from kernels.tuning import GemvTile, gemv_tile, input_group_options, input_run
+from kernels.tuning import MAX_SPAN, GemvTile, gemv_tile, input_run, register_limit
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 DTYPES = tuple(TRITON_DTYPES)
@@ -36,22 +36,23 @@ def check_partials(partials: Tensor, N: int, like: Tensor) -> None:
 
 def empty_partials(weight: Weight, B: int) -> Tensor:
     """What a sparse GEMV with B rows returns, unfilled: fp32 [splits, B, N]."""
-    _, splits = _run_and_splits(weight, _tile(weight, B))
+    _, splits = _run_and_splits(weight, B, _tile(weight, B))
     return torch.empty(splits, B, weight.N, dtype=torch.float32, device=weight.values.device)
 
 
 def _tile(weight: Weight, B: int) -> GemvTile:
     values = weight.values
-    rows = max(B, 2) if weight.by_input and not _suits_tensor_cores(weight, B) else B  # one row as several, there
+    # The same programs for one row and several on tensor cores; sum_rows_by_input has no form of its own for one.
+    rows = 1 if _suits_tensor_cores(weight, B) else max(B, 2) if weight.by_input else B
     return gemv_tile(int(values.shape[0]), int(weight.N), int(rows), values.device, weight.dtype, weight.bits)
 
 
-def _run_and_splits(weight: Weight, tile: GemvTile) -> tuple[int, int]:
+def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
     """(neighbouring channels a program owns, programs that share the channels): a single run of groups along the input."""
     if not weight.by_input:
         return RUN, tile.splits
     K = int(weight.values.shape[0])
-    run = input_run(K, weight.channels, tile.splits)
+    run = input_run(K, weight.channels, tile.splits, 1 if B > 4 else 2 if B > 1 else MAX_SPAN)
     return run, triton.cdiv(K, run)
 
 
@@ -98,9 +99,9 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
         raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth")
     if tile.block_n < weight.group_size:
         raise ValueError(f"{tile}: block_n must be at least the group size {weight.group_size}")
-    run, splits = _run_and_splits(weight, tile)
+    run, splits = _run_and_splits(weight, B, tile)
     owned = triton.cdiv(triton.cdiv(K, run), splits) * run
-    capacity = owned + 2 * tile.lanes * tile.unroll
+    capacity = triton.cdiv(owned, RUN) * RUN + 2 * tile.lanes * tile.unroll  # lists are read 16 bytes at a time
     blocks = sum(triton.cdiv(n, tile.block_n) for n in segments)
     partials = torch.empty(splits, B, N, dtype=torch.float32, device=device)
     programs = blocks * splits
@@ -114,8 +115,8 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
     weights = (values, values.stride(0), weight.scales, weight.zeros)
     tensor_core = _takes_tensor_core(weight, B, tile)
     options = launch_options(device, tile.num_warps)
-    if tensor_core and weight.by_input and not INTERPRETED.value:
-        options |= input_group_options(programs, device)
+    if tensor_core:
+        options |= register_limit(weight.by_input, B, programs, device)
     return GemvLaunch(
         tile,
         partials,
@@ -144,16 +145,18 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
 
 
 def _takes_tensor_core(weight: Weight, B: int, tile: GemvTile) -> bool:
-    """Whether the product is one of gather_tensor_core.py."""
-    warp_columns = 1024 // weight.bits
-    fits = tile.lanes * tile.unroll == 16 and tile.block_n == tile.num_warps * warp_columns
-    return (
-        fits and _suits_tensor_cores(weight, B) and (weight.by_input or warp_columns // weight.group_size in (1, 2, 4))
-    )
+    """Whether the product is one of gather_tensor_core.py or gather_tensor_core_rows.py."""
+    fits = tile.lanes * tile.unroll == 16 and tile.block_n * weight.bits == 1024 * tile.num_warps
+    return fits and _suits_tensor_cores(weight, B)
 
 
 def _suits_tensor_cores(weight: Weight, B: int) -> bool:
-    return weight.bits < 16 and B == 1 and weight.dtype.itemsize == 2 and has_tensor_cores(weight.values.device)
+    """Whether it is, with the right tile."""
+    if weight.bits == 16 or not has_tensor_cores(weight.values.device):
+        return False
+    if weight.dtype != torch.bfloat16 and (B > 1 or weight.dtype != torch.float16):
+        return False
+    return weight.by_input or 1024 // weight.bits // weight.group_size in (1, 2, 4)
 
 
 def _span(group: int, run: int) -> int:

@@ -6,6 +6,7 @@ import triton.language as tl
 from kernels.gather import let_next_start, sum_one_row, sum_rows, threshold_and_compact
 from kernels.gather_quantized import store_one_row_quantized, sum_rows_by_input, sum_rows_quantized
 from kernels.gather_tensor_core import store_one_row_tensor_core
+from kernels.gather_tensor_core_rows import store_rows_tensor_core
 
 
 @triton.jit
@@ -27,10 +28,15 @@ def sparse_product(
     p_value += program * B * R
     count = threshold_and_compact(x, threshold, channels, K, B, p_index, p_value, R, 2 * STEP, BLOCK_B)
     first = i_split * RUN  # the first channel, where it owns a single run
-    if TENSOR_CORE:
+    if TENSOR_CORE & (BLOCK_B == 1):
         store_one_row_tensor_core(
             p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_partial + i_split * N, first, start, end,
             BLOCK_N, BITS, GROUP_N, GROUP_K, SPAN, PDL,
+        )  # fmt: skip
+    elif TENSOR_CORE:
+        store_rows_tensor_core(
+            p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, B, p_partial + i_split * B * N, first, start, end,
+            R, BLOCK_N, BITS, GROUP_N, GROUP_K, SPAN, PDL,
         )  # fmt: skip
     elif (BITS < 16) & (BLOCK_B == 1) & (GROUP_K == 0):
         store_one_row_quantized(

@@ -54,7 +54,9 @@ INTERPRETED_MULTIPROCESSORS = 4  # programs run one after the other there: few s
 QUANTIZED_PROGRAMS = 3  # for each multiprocessor: what the registers of gather_tensor_core.py leave room for
 # With groups along the input a few registers less are enough for a fourth. More programs than three a multiprocessor then
 # run at once: gate and up of Llama-3-8B at 50% 19.0 us with this limit, 23.6 without; down 11.5 and 14.6.
-INPUT_GROUP_REGISTERS = 128
+FOUR_PROGRAMS_REGISTERS = 128
+# For several rows and groups along the output three programs need a limit: four rows of gate and up 35.9 us instead of 49.2.
+THREE_PROGRAMS_REGISTERS = 168
 FULL_ENOUGH = 0.8  # a share of the places
 PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shapes above, with block_n 1024
 MAX_BLOCK_N = 1024
@@ -74,10 +76,12 @@ def gemv_tile(K: int, N: int, B: int, device: torch.device, dtype: torch.dtype, 
     return default_tile(K, N, B, multiprocessors, bits)
 
 
-def input_group_options(programs: int, device: torch.device) -> dict[str, int]:
-    """Launch options of gather_tensor_core.py for so many programs and groups along the input."""
+def register_limit(by_input: bool, B: int, programs: int, device: torch.device) -> dict[str, int]:
+    """Launch options of the sums on tensor cores for so many rows and programs; by_input: where groups lie."""
     _, multiprocessors = _device_facts(device)
-    return {"maxnreg": INPUT_GROUP_REGISTERS} if programs > QUANTIZED_PROGRAMS * multiprocessors else {}
+    if by_input and B == 1 and programs > QUANTIZED_PROGRAMS * multiprocessors:
+        return {"maxnreg": FOUR_PROGRAMS_REGISTERS}
+    return {"maxnreg": THREE_PROGRAMS_REGISTERS} if B > 1 and not by_input else {}
 
 
 def default_tile(K: int, N: int, B: int, multiprocessors: int, bits: int = 16) -> GemvTile:
@@ -105,14 +109,14 @@ def _filling_splits(blocks: int, places: int) -> int:
     return once if once * blocks >= FULL_ENOUGH * places else max(1, 2 * places // blocks)
 
 
-def input_run(K: int, group: int, splits: int) -> int:
-    """Neighbouring channels to a program, for about so many splits of K, where a scale is for group of them.
+def input_run(K: int, group: int, splits: int, most: int = MAX_SPAN) -> int:
+    """Neighbouring channels to a program, of most groups, for about so many splits of K; group: channels to a scale.
 
     Whole groups, as each costs a program the reading of its scales, or equal parts of one.
     """
     groups = K / splits / group  # wanted
     if groups >= 1:
-        return group * min(MAX_SPAN, round(groups))
+        return group * min(most, round(groups))
     return min(group, 16 * triton.cdiv(group, 16 * round(1 / groups)))  # whole sectors of x
 
 

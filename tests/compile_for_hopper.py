@@ -42,9 +42,9 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     options.pop("launch_pdl", None)
     source = ASTSource(self, signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=HOPPER, options=options)
-    if values.get("BITS", 16) < 16 and self.fn.__name__ == "sparse_gemv_kernel" and values["BLOCK_B"] == 1:
+    if values.get("BITS", 16) < 16 and self.fn.__name__ == "sparse_gemv_kernel":
         assert "cvt.rn.f32" not in kernel.asm["ptx"], "integers are converted, at a quarter of the rate"
-        assert values["TENSOR_CORE"] == ("mma.sync" in kernel.asm["ptx"])
+        assert "mma.sync" in kernel.asm["ptx"] or not values["TENSOR_CORE"]
     compiled.append(self.fn.__name__)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 from kernels import gather_tensor_core as code
+from kernels import gather_tensor_core_rows as code_of_rows
 
 
 def numbers(x: Any) -> np.ndarray:
@@ -129,3 +130,4 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load_four", "load_weights", "load_scale", "load_zero", "address", "leave_first", "pair", "exchange",
                  "from_lane", "add_tile"):  # fmt: skip
         monkeypatch.setattr(code, name, globals()[name])
+    monkeypatch.setattr(code_of_rows, "from_lane", from_lane)

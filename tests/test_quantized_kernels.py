@@ -93,12 +93,38 @@ def test_the_sum_on_tensor_cores(
         assert not sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0).isfinite().any()
 
 
+@pytest.mark.parametrize(
+    "B,bits,K,segments,group",
+    [(3, 4, 97, [256, 128], 128), (5, 4, 64, [320, 64], 64), (8, 8, 97, [256, 128], 128), (2, 8, 50, [192], 64),
+     (7, 8, 40, [64, 96], 32)],
+)  # fmt: skip
+def test_sums_of_several_rows_on_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, B: int, bits: int, K: int, segments: list[int], group: int
+) -> None:
+    if DEVICE.type == "cpu":
+        lanes.emulate(monkeypatch)
+        monkeypatch.setattr(launch, "has_tensor_cores", lambda device: True)
+    x, (values, scales, zeros), exact = make(B, K, sum(segments), bits, group, torch.bfloat16)
+    limits = torch.linspace(0.6, 0.9, len(segments)).to(DEVICE)
+    weight, tile = Weight(values, scales, zeros), GemvTile(2048 // bits, 4, 4, 3, 2)
+    assert launch.plan_gemv(weight, limits, segments, B, tile).meta["TENSOR_CORE"]
+    found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    expected = sparse_linear_reference(x, exact, limits, segments)
+    for row in range(B):
+        assert relative_error(found[row], expected[row]) <= 2e-3, row
+    x[B - 1, K // 2] = math.nan  # stays within its row
+    found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    assert found[B - 1].isnan().all() and found[: B - 1].isfinite().all()
+
+
 def test_tensor_cores_are_used_only_where_the_sum_fits_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "has_tensor_cores", lambda device: True)
     good = GemvTile(512, 4, 4, 3, 2)
     for bits, group, dtype, B, tile, expected in (
         (4, 128, torch.bfloat16, 1, good, True),
-        (4, 128, torch.bfloat16, 2, good, False),
+        (4, 128, torch.bfloat16, 2, good, True),
+        (4, 128, torch.float16, 1, good, True),
+        (4, 128, torch.float16, 2, good, False),
         (4, 128, torch.float32, 1, good, False),
         (4, 32, torch.bfloat16, 1, good, False),
         (4, 128, torch.bfloat16, 1, GemvTile(512, 1, 8, 3, 2), False),
