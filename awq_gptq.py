@@ -1,7 +1,7 @@
 """AWQ and GPTQ checkpoints in Hugging Face layout: their integers as kernels/packing.py has them, or the floats they stand for.
 
-Both have groups along the input dimension, a scale for each group and output. Where a kernel takes such weights (on a CPU,
-with groups of neighbouring channels, of 8 bits with a zero in the middle) they are repacked, all else becomes floats; both
+Both have groups along the input dimension, a scale for each group and output. Where the kernels take such weights (groups of
+neighbouring channels, of 8 bits with a zero in the middle) they are repacked, all else becomes floats; both
 are exact but for the dtype of scales and floats. Layouts: those AutoAWQ ("gemm") and AutoGPTQ write.
 """
 

@@ -69,7 +69,7 @@ def round_weights(
         raise UserError(f"{option} {quant}: {loaded.name} is quantized already; leave the option out")
     scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head, grouping)
     use_quantized_linears(loaded.model, scheme, fill=True)
-    loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "")
+    loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if scheme.by_input else "")
 
 
 def _load(checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool) -> LoadedModel:

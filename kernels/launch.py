@@ -52,7 +52,8 @@ def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
     if not weight.by_input:
         return RUN, tile.splits
     K = int(weight.values.shape[0])
-    run = input_run(K, weight.channels, tile.splits, 1 if B > 4 else 2 if B > 1 else MAX_SPAN)
+    most = MAX_SPAN if B == 1 else 2 if B <= 4 else 1  # that leave a tensor core's eight columns enough for all rows
+    run = input_run(K, weight.channels, tile.splits, most)
     return run, triton.cdiv(K, run)
 
 

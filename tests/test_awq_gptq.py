@@ -113,7 +113,7 @@ def test_logits_are_those_of_the_dequantized_weights(config: dict[str, Any], tmp
     "config", [AWQ, AWQ | {"group_size": -1}, GPTQ, GPTQ | {"checkpoint_format": "gptq_v2"}, GPTQ | SYMMETRIC]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_integers_are_kept_on_a_cpu(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_integers_are_kept(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     packed, floats = write(tmp_path, config, **QUANTIZABLE)
     kept, twin = load_model(packed, CPU, dtype), load_model(floats, CPU, dtype)
     assert is_quantized(kept) and not is_quantized(twin)
@@ -130,7 +130,7 @@ def test_integers_are_kept_on_a_cpu(config: dict[str, Any], dtype: torch.dtype, 
 @pytest.mark.parametrize(
     "config", [GPTQ | {"desc_act": True}, GPTQ | {"bits": 8}], ids=["act-order", "8 bits, asymmetric"]
 )
-def test_what_the_kernel_does_not_take_becomes_floats(config: dict[str, Any], tmp_path: Path) -> None:
+def test_what_the_kernels_do_not_take_becomes_floats(config: dict[str, Any], tmp_path: Path) -> None:
     packed, floats = write(tmp_path, config, **QUANTIZABLE)
     model = load_model(packed, CPU, torch.float32)
     assert not is_quantized(model)
