@@ -13,6 +13,7 @@ from kernels.sparse_linear import sparse_linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROBE_SIZE = 2048  # a bf16 matrix of 8 MiB: larger than a core's own cache
+PROBE_ROWS = 16  # of the product that stands for prefill
 READ_PROBE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # several times any last-level cache
 
 
@@ -32,7 +33,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, sparse: bool) -> torch.dtype:
-    """The dtype called name; "auto" is bf16 on CUDA and whichever of bf16 and fp32 decodes faster on this CPU."""
+    """The dtype called name; "auto" is bf16 on CUDA and whichever of bf16 and fp32 is faster on this CPU."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -41,20 +42,20 @@ def pick_dtype(name: str, device: torch.device, sparse: bool) -> torch.dtype:
 
 
 def faster_cpu_dtype(sparse: bool) -> torch.dtype:
-    """bf16 or fp32, by timing a dense or sparse matrix-vector product once per CPU, threads and torch version.
+    """bf16 or fp32, by timing products of a dense or sparse model once per CPU, threads and torch version.
 
-    The result is kept, so that the choice, and with it the text, cannot flip between runs. CPUs without
-    bf16 instructions emulate them in a dense product, which is far slower than the bytes saved; the
-    sparse kernel widens bf16 itself and gains nearly the factor of two.
+    The result is kept, so that the choice, and with it the text, cannot flip between runs. The sparse kernel widens bf16
+    itself and gains nearly the factor of two, but prefill and the output head are torch's, which emulates bf16 on CPUs
+    without instructions for it: on an EPYC with AVX2 at a thirtieth of the speed of fp32.
     """
-    key = f"{'sparse' if sparse else 'dense'}, {cpu_name()} x{torch.get_num_threads()}, torch {torch.__version__}"
+    key = f"{'sparse' if sparse else 'dense'}, {cpu_name()} x{torch.get_num_threads()}, torch {torch.__version__}, prefill"
     path = cache_folder("hardware") / "cpu_dtype.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     if known.get(key) not in ("bf16", "fp32"):
-        seconds = {name: _time_gemv(DTYPES[name], sparse) for name in ("bf16", "fp32")}
+        seconds = {name: _time_token(DTYPES[name], sparse) for name in ("bf16", "fp32")}
         known[key] = min(seconds, key=lambda name: seconds[name])
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
@@ -74,7 +75,8 @@ def read_bandwidth(device: torch.device) -> float:
     return buffer.nbytes / _median_seconds(read)
 
 
-def _time_gemv(dtype: torch.dtype, sparse: bool) -> float:
+def _time_token(dtype: torch.dtype, sparse: bool) -> float:
+    """Seconds that a few matrices take for a token of a prompt and a decoded one."""
     weights = [torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype) for _ in range(4)]
     x = torch.arange(PROBE_SIZE, dtype=dtype)[None]
     half = torch.tensor([PROBE_SIZE / 2])
@@ -86,10 +88,12 @@ def _time_gemv(dtype: torch.dtype, sparse: bool) -> float:
             else:
                 F.linear(x, weight)
 
-    return _median_seconds(products)
+    prompt = torch.ones(PROBE_ROWS, PROBE_SIZE, dtype=dtype)
+    prefill = _median_seconds(lambda: prompt @ weights[0], repeats=3) * len(weights) / PROBE_ROWS
+    return _median_seconds(products) + prefill
 
 
-def _median_seconds(action: Callable[[], None], repeats: int = 7) -> float:
+def _median_seconds(action: Callable[[], object], repeats: int = 7) -> float:
     times = []
     action()
     for _ in range(repeats):
