@@ -19,6 +19,7 @@ from teal_layers import achieved_sparsity, set_counting, sparsify
 from tests.conftest import QUANTIZABLE, relative_error, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
 SYMMETRIC = {"bits": 8, "sym": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
@@ -84,7 +85,8 @@ def write(folder: Path, config: dict[str, Any], **sizes: int) -> tuple[Path, Pat
 
 @torch.inference_mode()
 def logits(model: Transformer, one_by_one: bool = False) -> Tensor:
-    ids, positions = torch.arange(9)[None] + 3, torch.arange(9)[None]
+    positions = torch.arange(9, device=model.embedding.weight.device)[None]
+    ids = positions + 3
     cache = model.new_cache(1, 16)
     calls = zip(ids.split(1 if one_by_one else 9, 1), positions.split(1 if one_by_one else 9, 1), strict=True)
     return torch.cat([model(tokens, at, cache) for tokens, at in calls], dim=1).float()
@@ -113,9 +115,10 @@ def test_logits_are_those_of_the_dequantized_weights(config: dict[str, Any], tmp
     "config", [AWQ, AWQ | {"group_size": -1}, GPTQ, GPTQ | {"checkpoint_format": "gptq_v2"}, GPTQ | SYMMETRIC]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_integers_are_kept(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_integers_are_kept(device: torch.device, config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     packed, floats = write(tmp_path, config, **QUANTIZABLE)
-    kept, twin = load_model(packed, CPU, dtype), load_model(floats, CPU, dtype)
+    kept, twin = load_model(packed, device, dtype), load_model(floats, device, dtype)
     assert is_quantized(kept) and not is_quantized(twin)
     modules = dict(kept.named_modules())
     for name, linear in twin.layers.named_modules(prefix="layers"):
@@ -137,10 +140,11 @@ def test_what_the_kernels_do_not_take_becomes_floats(config: dict[str, Any], tmp
     assert torch.equal(logits(model), logits(load_model(floats, CPU, torch.float32)))
 
 
-def test_sparse_decoding_of_kept_integers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_sparse_decoding_of_kept_integers(device: torch.device, tmp_path: Path) -> None:
     """Calibrated, sparse and token by token, as the model of floats with the same thresholds."""
     packed, floats = write(tmp_path, AWQ, **QUANTIZABLE)
-    kept, twin = load_model(packed, CPU, torch.float32), load_model(floats, CPU, torch.float32)
+    kept, twin = load_model(packed, device, torch.float32), load_model(floats, device, torch.float32)
     text = "".join(chr(97 + i % 23) for i in range(24000))
     plan = calibrate_uniform(kept, lambda t: [ord(c) % 199 for c in t], 0.4, text)
     for model in (kept, twin):
