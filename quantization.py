@@ -102,8 +102,8 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
 def round_input_groups(
     weight: Tensor, bits: int, group_size: int, rounding: Callable[[Tensor, int, int], Packed] = round_to_nearest
 ) -> Packed:
-    """As round_to_nearest, or another function like it, with groups of the usual kind, of channels along the input."""
-    values, scales, zeros = rounding(weight.t().contiguous(), bits, group_size)
+    """As round_to_nearest, or another function like it, of weight [N, K] with groups of the usual kind, along the input."""
+    values, scales, zeros = rounding(weight, bits, group_size)
     if zeros is None:
         return values.t().contiguous(), scales.t().contiguous(), None
     return pack(unpack_int4(values, group_size).t(), scales.t().contiguous(), zeros.t().contiguous(), bits)
@@ -181,8 +181,11 @@ def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = 
     def quantized(linear: nn.Linear, bits: int, by_input: bool) -> QuantizedLinear:
         module = QuantizedLinear(linear, bits, config.group_size, by_input)
         if fill:
-            rounding = round_input_groups if by_input else round_to_nearest
-            module.set_weight(*rounding(linear.weight.t().contiguous(), bits, config.group_size))
+            weight, size = linear.weight, config.group_size  # [N, K]
+            if by_input:
+                module.set_weight(*round_input_groups(weight, bits, size))
+            else:
+                module.set_weight(*round_to_nearest(weight.t().contiguous(), bits, size))
         return module
 
     replace_projections(model, lambda linear: quantized(linear, config.bits, config.by_input))

@@ -242,11 +242,10 @@ def _quantized_tensors(
         rounded, bits = (round_to_nearest, 8) if head else (rounding, scheme.bits)
         if rounded is None:
             continue
-        weight = tensor.t().contiguous()
         if scheme.by_input and not head:
-            parts = round_input_groups(weight, bits, scheme.group_size, rounded)
+            parts = round_input_groups(tensor, bits, scheme.group_size, rounded)
         else:
-            parts = rounded(weight, bits, scheme.group_size)
+            parts = rounded(tensor.t().contiguous(), bits, scheme.group_size)
         prefix = name.removesuffix("weight")
         result |= {prefix + n: t for n, t in zip(("qweight", "scales", "zeros"), parts, strict=True) if t is not None}
     return result

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import cli
+from bench.gemv import add_input_groups, check_input_groups
 from bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step
 from engine import Engine, choose_plan, weight_bytes_per_token
 from errors import UserError
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
     parser.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
     parser.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
-    parser.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input, as AWQ's")
+    add_input_groups(parser)
     parser.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel in a step (CUDA)")
     parser.add_argument("--gguf", type=Path, help="also run this GGUF file by llama-cpp-python, on CPU")
@@ -105,8 +106,7 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
 
 def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, EngineRunner]:
     """A runner for each sparsity asked for, by label; two engines at most. Raises UserError."""
-    if args.input_groups and args.quant is None:
-        raise UserError("--input-groups without --quant means nothing; add --quant int8 or int4")
+    check_input_groups(args)
     runners: dict[str, EngineRunner] = {}
     if 0.0 in args.sparsities and args.quant is None:
         options: dict[str, Any] = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}

@@ -40,10 +40,21 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
     parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
     parser.add_argument("--quant", choices=("int8", "int4"), help="weights of 8 or 4 bits; dense stays in floats")
-    parser.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input")
+    add_input_groups(parser)
     parser.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     return parser
+
+
+def add_input_groups(parser: argparse.ArgumentParser) -> None:
+    """The option --input-groups, which bench.decode has too."""
+    parser.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input, as AWQ's")
+
+
+def check_input_groups(args: argparse.Namespace) -> None:
+    """Raise UserError if that option is given without --quant."""
+    if args.input_groups and args.quant is None:
+        raise UserError("--input-groups without --quant means nothing; add --quant int8 or int4")
 
 
 def shapes_of(model: str, option: str = "--models") -> dict[str, tuple[int, list[int]]]:
@@ -87,8 +98,10 @@ class ColdWeights:
         self.weights = [Weight(weight) for weight in self.floats]
         if bits < 16:
             group_size = largest_group_size([K] if input_groups else segments)
-            rounding = round_input_groups if input_groups else round_to_nearest
-            packed = [Weight(*rounding(weight, bits, group_size)) for weight in self.floats]
+            if input_groups:
+                packed = [Weight(*round_input_groups(w.t().contiguous(), bits, group_size)) for w in self.floats]
+            else:
+                packed = [Weight(*round_to_nearest(w, bits, group_size)) for w in self.floats]
             self.count = _copies(K * N * bits // 8)
             self.weights = [copied(packed[i % len(packed)]) for i in range(self.count)]
         self.inputs = [torch.randn(B, K, **options) for _ in range(self.count)]
@@ -199,8 +212,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if not 1 <= args.rows <= 8:
         raise UserError(f"--rows {args.rows} is out of range; expected 1 to 8")
-    if args.input_groups and args.quant is None:
-        raise UserError("--input-groups without --quant means nothing; add --quant int8 or int4")
+    check_input_groups(args)
     for dtype in args.dtypes.split(","):
         if dtype not in DTYPES:
             raise UserError(f"--dtypes {dtype}: expected bf16, fp16 or fp32")

@@ -69,11 +69,12 @@ def build_parser() -> cli.Parser:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
-    options = {"zero_through_sparse": False, "batch": (), "profile": False, "gguf": None, "input_groups": False}
-    decoded, config = decode.measure(argparse.Namespace(**{**vars(args), **options}))
+    defaults = vars(decode.build_parser().parse_args([]))
+    decoded, config = decode.measure(argparse.Namespace(**{**defaults, **vars(args)}))
     device, ceiling = pick_device(args.device), 1e9 * decoded["read_gb_per_s"]
     dtype = next(name for name, known in DTYPES.items() if str(known) == f"torch.{decoded['rows'][0]['dtype']}")
-    asked = argparse.Namespace(dtypes=dtype, sparsities=args.sparsities, quant=args.quant, rows=1, input_groups=False)
+    asked = gemv.build_parser().parse_args([])
+    asked.dtypes, asked.sparsities, asked.quant = dtype, args.sparsities, args.quant
     name = args.checkpoint or args.random_weights or "SmolLM2-135M-Instruct"
     rows = gemv.measure(asked, {name: gemv.projection_shapes(config)}, device, ceiling)
     return {

@@ -6,8 +6,9 @@ a (1 + q/16) is wanted plus 16 times the entry and scale; what is too much is th
 row, is summed once, and taken off at the end, together with the zero point. That leaves a shift, a logical operation
 and a multiply-add for each weight.
 
-One row of 16-bit x goes to gather_tensor_core.py instead, where the GPU has tensor cores and the groups fit; what is here
-takes everything else: fp32, the smallest groups along the output, several rows, and Triton's interpreter.
+One row of 16-bit x goes to gather_tensor_core.py instead, and several of bf16 to gather_tensor_core_rows.py, where the GPU has
+tensor cores and the groups fit; what is here takes everything else: fp32, the smallest groups along the output, several rows
+of fp16, and Triton's interpreter.
 """
 
 import triton

@@ -79,9 +79,7 @@ def test_sparse_gemv(K: int, segments: list[int], group: int, B: int, bits: int,
 def test_the_sum_on_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, bits: int, K: int, segments: list[int], group: int, dtype: torch.dtype
 ) -> None:
-    if DEVICE.type == "cpu":  # in numpy, from what the instructions do
-        lanes.emulate(monkeypatch)
-        monkeypatch.setattr(launch, "has_tensor_cores", lambda device: True)
+    lanes.emulate(monkeypatch)
     x, (values, scales, zeros), exact = make(1, K, sum(segments), bits, group, dtype)
     limits = torch.linspace(0.0, 0.9, len(segments)).to(DEVICE)
     weight, tile = Weight(values, scales, zeros), GemvTile(2048 // bits, 4, 4, 3, 2)
@@ -101,9 +99,7 @@ def test_the_sum_on_tensor_cores(
 def test_sums_of_several_rows_on_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, B: int, bits: int, K: int, segments: list[int], group: int
 ) -> None:
-    if DEVICE.type == "cpu":
-        lanes.emulate(monkeypatch)
-        monkeypatch.setattr(launch, "has_tensor_cores", lambda device: True)
+    lanes.emulate(monkeypatch)
     x, (values, scales, zeros), exact = make(B, K, sum(segments), bits, group, torch.bfloat16)
     limits = torch.linspace(0.6, 0.9, len(segments)).to(DEVICE)
     weight, tile = Weight(values, scales, zeros), GemvTile(2048 // bits, 4, 4, 3, 2)
