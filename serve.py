@@ -49,9 +49,10 @@ def main() -> None:
 
     import uvicorn
 
+    from http_limits import Limits
     from openai_api import Service
     from scheduler import Scheduler
-    from server import Limits, build_app
+    from server import build_app
 
     listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -23,6 +23,8 @@ LEVELS = [
         "constrained",
         "openai_schema",
         "openai_api",
+        "http_limits",
+        "endpoints",
         "server",
     },
     {"generate", "serve", "calibrate", "evaluate", "quantize", "bench", "commands", "examples"},
