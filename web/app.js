@@ -187,6 +187,7 @@ async function ask(event) {
   $("conversation").scrollTop = $("conversation").scrollHeight;
   let outcome = "Done.";
   try {
+    await ready; // the sparsities are known
     await runTurn(turn, columns, messagesOf(turns, message), controller.signal);
   } catch (error) {
     outcome = error.name === "AbortError" ? "Stopped." : error.message;
@@ -250,4 +251,4 @@ $("message").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("ask").requestSubmit(); }
 });
 $("reset").addEventListener("click", newChat);
-setUp().catch((error) => say(error.message));
+const ready = setUp().catch((error) => say(error.message));
