@@ -217,15 +217,34 @@ def _cut_at_open_end(text: str, final: str) -> str:
 
 
 def find_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates of a checkpoint folder by name; one alone is "default". Files come before tokenizer_config.json."""
-    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*chat_templates/*.jinja"))}
+    """Chat templates of a checkpoint folder by name; one alone is "default". Files come before tokenizer_config.json.
+
+    Raises UserError for a file that is not UTF-8, or a template that is none.
+    """
+    found = {path.stem: _read(path) for path in sorted(folder.glob("*chat_templates/*.jinja"))}
     if (file := folder / "chat_template.jinja").is_file():
-        found["default"] = file.read_text(encoding="utf-8")
+        found["default"] = _read(file)
     if found:
         return found
     beside = folder / "chat_template.json"
-    template = read_json(beside).get("chat_template") if beside.exists() else None
-    template = config.get("chat_template") if template is None else template
-    if isinstance(template, str):
-        return {"default": template}
-    return {entry["name"]: entry["template"] for entry in template or []}
+    if beside.exists() and (template := read_json(beside).get("chat_template")) is not None:
+        return _by_name(template, beside)
+    return _by_name(config.get("chat_template"), folder / "tokenizer_config.json")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; download it again") from None
+
+
+def _by_name(template: Any, path: Path) -> dict[str, str]:
+    entries = [{"name": "default", "template": template}] if isinstance(template, str) else template or []
+    try:
+        named = {entry["name"]: entry["template"] for entry in entries}
+    except (TypeError, KeyError):
+        named = {"": None}
+    if not all(isinstance(text, str) for text in (*named, *named.values())):
+        raise UserError(f"{path}: chat_template is not usable; expected a string or a list of named ones")
+    return named

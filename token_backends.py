@@ -7,7 +7,6 @@ chat template writes, such as <tool_call>.
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +73,7 @@ class JsonBackend:
         late = [name for name in sorted(declared.special - known) if self.inner.token_to_id(name) is not None]
         self.inner.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in late])
         added = self.inner.get_added_tokens_decoder()
+        self.added = {token.content: i for i, token in added.items()}
         self.special = {token.content: i for i, token in added.items() if token.special}
         markers = {token.content: i for i, token in added.items() if declared.is_marker(token.content)}
         self.control = self.special | markers
@@ -91,13 +91,13 @@ class JsonBackend:
     def encode(self, parts: Sequence[str | int]) -> list[int]:
         names, unknown = self.names, self._unknown
         text = "".join(names[p] if isinstance(p, int) else p for p in parts)
-        ids = self.inner.encode(text, add_special_tokens=False).ids
+        # Unlike encode, encode_batch_fast lets other threads run: 4 MB of text take seconds.
+        ids = self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
         made = [i for i in ids if i in names and i != unknown]
         wanted = [p for p in parts if isinstance(p, int) and p != unknown]
         if made == wanted and not any(names.get(unknown, PRIVATE) in p for p in parts if isinstance(p, str)):
             return ids  # the text names no control token that it is not to become
-        private = (PRIVATE + names[p] if isinstance(p, int) else p.replace(PRIVATE, "") for p in parts)
-        return self._without_names.encode("".join(private), add_special_tokens=False).ids
+        return self._encode_without_names(parts)
 
     @cached_property
     def _unknown(self) -> int:
@@ -109,8 +109,33 @@ class JsonBackend:
 
     @cached_property
     def _without_names(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, whose control tokens have names that no text contains. Made when a text needs it."""
-        return tokenizers.Tokenizer.from_str(_renamed(self.inner.to_str(), {n: PRIVATE + n for n in self.control}))
+        """The same tokenizer, in which control tokens have names that no text contains; it shares the model."""
+        other = tokenizers.Tokenizer(self.inner.model)
+        other.normalizer, other.pre_tokenizer = self.inner.normalizer, self.inner.pre_tokenizer
+        for i, token in sorted(self.inner.get_added_tokens_decoder().items()):
+            if i in self.names:
+                token = tokenizers.AddedToken(
+                    PRIVATE + token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False
+                )
+            other.add_tokens([token])
+        return other
+
+    def _encode_without_names(self, parts: Sequence[str | int]) -> list[int]:
+        text = "".join(PRIVATE + self.names[p] if isinstance(p, int) else p.replace(PRIVATE, "") for p in parts)
+        encoding = self._without_names.encode_batch([text], add_special_tokens=False)[0]
+        ids: list[int] = []
+        for i, name in zip(encoding.ids, encoding.tokens, strict=True):
+            if name.startswith(PRIVATE):
+                ids.append(self.control[name[1:]])
+            elif i in self.names and i != self._unknown and name == self.names[i]:
+                ids += self._spelled(name)  # the vocabulary made it from characters
+            else:
+                ids.append(self.added.get(name, i))
+        return ids
+
+    def _spelled(self, name: str) -> list[int]:
+        """Ids of a control token's name as text."""
+        return [token.id for part in (name[:1], name[1:]) for token in self.inner.model.tokenize(part)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=True)
@@ -130,25 +155,6 @@ class JsonBackend:
         if self.has_byte_tokens and (byte := BYTE_TOKEN.fullmatch(name)):
             return bytes([int(byte[1], 16)])
         return self._joined(["a", name])[1:].encode("utf-8")  # as it stands within a text, not at its start
-
-
-def _renamed(content: str, names: dict[str, str]) -> str:
-    """A tokenizer.json whose tokens have other names and the same ids; the model makes none of them from text."""
-    data = json.loads(content)
-    for token in data["added_tokens"]:
-        if token["content"] in names:
-            token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
-    model = data["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
-    if "merges" in model:
-        merges = ((m.split(" ") if isinstance(m, str) else m) for m in model["merges"])
-        model["merges"] = [m for m in merges if not names.keys() & {*m, "".join(m)}]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    return json.dumps(data | {"post_processor": None}, ensure_ascii=False)
 
 
 def _byte_of_character() -> dict[str, int]:

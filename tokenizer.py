@@ -126,22 +126,30 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _load_backend(path: Path, folder: Path) -> Backend:
-    config = _tokenizer_config(folder)
-    tokens = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    special = {token["content"] for token in tokens.values() if token.get("special")}
-    special |= {text for role in ROLES if (text := _token_text(config.get(f"{role}_token")))}
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        special |= {text for token in config.get(key) or [] if (text := _token_text(token))}
-    declared = Declared(
-        added={token["content"]: i for i, token in tokens.items()},
-        special=frozenset(special),
-        templates="\n".join(find_templates(folder, config).values()),
-        legacy=bool(config.get("legacy", False)),
-    )
+    declared = _declared(folder)
     try:
         return make_backend(path.read_bytes(), declared)
     except Exception as error:  # tokenizers raises plain Exception, sentencepiece RuntimeError
         raise UserError(f"{path}: not a readable tokenizer ({error}); download it again") from error
+
+
+def _declared(folder: Path) -> Declared:
+    config = _tokenizer_config(folder)
+    templates = "\n".join(find_templates(folder, config).values())
+    try:
+        tokens = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        added = {str(token["content"]): i for i, token in tokens.items()}
+        special = {str(token["content"]) for token in tokens.values() if token.get("special")}
+    except (AttributeError, TypeError, KeyError, ValueError):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is not usable; expected token objects by id"
+        ) from None
+    named = [config.get(f"{role}_token") for role in ROLES]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key)
+        named += listed if isinstance(listed, list) else listed.values() if isinstance(listed, dict) else []
+    special |= {text for text in map(_token_text, named) if text}
+    return Declared(added, frozenset(special), templates, legacy=bool(config.get("legacy", False)))
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -155,4 +163,5 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 def _token_text(value: Any) -> str | None:
     """A special token in tokenizer_config.json is a string or an object with a content field."""
-    return value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
