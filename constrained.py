@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from tokenizer import JsonBackend, Tokenizer
+from token_backends import JsonBackend
+from tokenizer import Tokenizer
 
 ANY_OBJECT = {"type": "object"}
 

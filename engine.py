@@ -240,7 +240,7 @@ class Engine:
 
         Pieces end on character boundaries. Raises as generate does.
         """
-        decoder, filter = StreamDecoder(self.tokenizer), StopStrings(stops)
+        decoder, filter = StreamDecoder(self.tokenizer, prompt_ids), StopStrings(stops)
         for token in self.generate(prompt_ids, params, max_new_tokens, ignore_eos):
             if piece := filter.push(decoder.push(token)):
                 yield piece

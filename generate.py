@@ -24,6 +24,11 @@ def build_parser() -> cli.Parser:
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; with --chat, the first message")
     source.add_argument("--prompt-file", type=Path, help="file whose text is the prompt")
+    text.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="names of control tokens in the prompt, such as <|im_end|>, are those tokens; otherwise they are text",
+    )
     text.add_argument("--chat", action="store_true", help="converse: one message a line on stdin, until its end")
     text.add_argument("--system", help="system message for --chat")
     out = parser.add_argument_group("output")
@@ -109,12 +114,14 @@ def main() -> None:
     )
     if args.chat and args.json:
         raise UserError("--json prints one answer and --chat holds a conversation; choose one")
+    if args.chat and args.special_tokens:
+        raise UserError("--special-tokens is for a raw prompt; with --chat the template writes the control tokens")
     prompt = None if args.chat else read_prompt(args)
     engine = load_engine(args)
     if prompt is None:
         chat(engine, args, params)
         return
-    ids = engine.tokenizer.encode(prompt)
+    ids = engine.tokenizer.encode(prompt, allow_special=args.special_tokens)
     text = "".join(answer(engine, ids, args, params, quiet=args.json))
     statistics = collect_statistics(engine) | (detailed_statistics(engine, ids, params) if args.stats else {})
     if args.json:

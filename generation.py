@@ -95,7 +95,7 @@ class Sequence:
     """What only a running request needs."""
 
     def __init__(self, request: Request, engine: Engine) -> None:
-        self.decoder = StreamDecoder(engine.tokenizer)
+        self.decoder = StreamDecoder(engine.tokenizer, request.prompt_ids)
         self.filter = StopStrings(request.stops)
         self.logprobs: list[TokenLogprob] = []
         self.text = Lookup([])  # as far as drafting has looked at it

@@ -262,8 +262,10 @@ def _write_tokenizer(path: Path, meta: dict[str, Any], folder: Path) -> None:
         for role in ("bos", "eos")
         if f"tokenizer.ggml.{role}_token_id" in meta
     }
-    chat = {"chat_template": meta["tokenizer.chat_template"]} if "tokenizer.chat_template" in meta else {}
-    _write_json(folder / "tokenizer_config.json", special | chat)
+    keys = {name: f"tokenizer.chat_template.{name}" for name in meta.get("tokenizer.chat_templates", [])}
+    keys["default"] = "tokenizer.chat_template"
+    chat = [{"name": name, "template": meta[key]} for name, key in keys.items() if key in meta]
+    _write_json(folder / "tokenizer_config.json", special | ({"chat_template": chat} if chat else {}))
 
 
 def _byte_level_bpe(path: Path, meta: dict[str, Any], tokens: list[str]) -> Tokenizer:

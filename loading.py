@@ -13,7 +13,8 @@ from params import KV_CACHES
 from presets import random_model
 from quantization import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
 from source import resolve_checkpoint
-from tokenizer import IdBackend, Tokenizer, load_tokenizer
+from token_backends import IdBackend
+from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(slots=True)
