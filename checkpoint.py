@@ -9,8 +9,8 @@ first byte is copied. Pickle files are never read: loading one can run code.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,17 @@ from model import Block, ModelConfig, Transformer
 from quantization import QuantConfig, QuantizedLinear, use_input_groups, use_quantized_linears
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
+COMPARED_ROWS = 1024  # of head and embedding at a time
 PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model in a Hugging Face folder, in eval mode, with its weights on device as dtype.
 
-    Raises UserError for a folder that is incomplete, damaged, or holds another architecture.
+    Raises UserError for a folder that is incomplete, damaged, or holds another architecture, and for a weight that is
+    NaN or infinite, in the file or as dtype.
     """
-    config = load_config(folder)
+    config = stored_config(folder)
     quantized = load_quantization(folder)
     shards = find_shards(folder)
     packing = quantized if isinstance(quantized, Packing) else None
@@ -53,7 +55,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
             with open_shard(shard) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                     if name in targets.stored:
-                        targets.take(name, tensors.get_tensor(name))
+                        targets.take(name, tensors.get_tensor(name), shard)
             bar.update()
     return model
 
@@ -97,11 +99,11 @@ class Targets:
                 self.parts[prefix] = len(parts)
                 self.stored |= {f"{prefix}.{part}": like for part, like in parts.items()}
 
-    def take(self, name: str, tensor: Tensor) -> None:
-        """Set what this tensor stands for, if it is the last part."""
+    def take(self, name: str, tensor: Tensor, shard: Path) -> None:
+        """Set what this tensor stands for, if it is the last part. Raises UserError, naming the file, if it is not finite."""
         prefix, _, part = name.rpartition(".")
         if self.packing is None or prefix not in self.parts or part == "bias":
-            self.targets[name].copy_(tensor.to(self.targets[name].device))
+            self._set(name, tensor, shard)
             return
         parts = self.waiting.setdefault(prefix, {})
         parts[part] = tensor
@@ -109,11 +111,58 @@ class Targets:
             return
         del self.waiting[prefix]
         if f"{prefix}.weight" in self.targets:
-            self.targets[f"{prefix}.weight"].copy_(self.packing.weight(parts))
+            self._set(f"{prefix}.weight", self.packing.weight(parts), shard)
         else:
             for kind, values in zip(("qweight", "scales", "zeros"), self.packing.repacked(parts), strict=True):
                 if values is not None:
-                    self.targets[f"{prefix}.{kind}"].copy_(values)
+                    self._set(f"{prefix}.{kind}", values, shard)
+
+    def _set(self, name: str, values: Tensor, shard: Path) -> None:
+        target = self.targets[name]
+        target.copy_(values.to(target.device))
+        if not target.is_floating_point() or is_finite(target):
+            return
+        if not is_finite(values):
+            raise UserError(f"{shard}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        dtype, wider = ("bf16", "fp32") if target.dtype == torch.bfloat16 else ("fp16", "bf16 or fp32")
+        raise UserError(
+            f"{shard}: {name} reaches {float(values.abs().max()):.4g}, beyond the {torch.finfo(target.dtype).max:.4g} "
+            f"of {dtype}; use --dtype {wider}"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. aminmax reads at memory's speed, isfinite at a twentieth of it."""
+    low, high = torch.aminmax(tensor)  # of a tensor with a NaN both are NaN
+    return bool(low.isfinite() and high.isfinite())
+
+
+def stored_config(folder: Path) -> ModelConfig:
+    """The architecture in folder, with a head of its own if the files hold one unlike the embedding.
+
+    As transformers does: tie_word_embeddings cannot take back a head that was trained. Raises UserError.
+    """
+    config = load_config(folder)
+    if config.tie_embeddings and _has_own_head(find_shards(folder)):
+        return replace(config, tie_embeddings=False)
+    return config
+
+
+def _has_own_head(shards: list[Path]) -> bool:
+    """Whether lm_head.weight is there and differs from the embedding. Compares rows as far as the first difference."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_shard(shard)) for shard in shards]
+        where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 - safe_open is no dict
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if not all(name in where for name in names):
+            return False
+        head, embedding = (where[name].get_slice(name) for name in names)
+        if head.get_shape() != embedding.get_shape():
+            return True
+        rows = range(0, head.get_shape()[0], COMPARED_ROWS)
+        return not all(
+            torch.equal(head[i : i + COMPARED_ROWS].float(), embedding[i : i + COMPARED_ROWS].float()) for i in rows
+        )
 
 
 def empty_model(
