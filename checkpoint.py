@@ -111,7 +111,11 @@ class Targets:
             return
         del self.waiting[prefix]
         if f"{prefix}.weight" in self.targets:
-            self._set(f"{prefix}.weight", self.packing.weight(parts), shard)
+            try:
+                weight = self.packing.weight(parts)
+            except UserError as error:
+                raise UserError(f"{shard}: {prefix}: {error}; the checkpoint is damaged, download it again") from None
+            self._set(f"{prefix}.weight", weight, shard)
         else:
             for kind, values in zip(("qweight", "scales", "zeros"), self.packing.repacked(parts), strict=True):
                 if values is not None:
