@@ -11,7 +11,7 @@ LEVELS = [
     {"errors", "files", "params", "model", "plan"},
     {"cli", "kernels"},
     {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
-    {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
+    {"hf_config", "checkpoint", "gguf_convert", "gguf_parts", "source", "presets", "tokenizer", "streaming", "loading"},
     {"texts", "greedy", "calibration", "evaluation", "gptq", "half_quadratic", "harness", "teal_import", "plots"},
     {"engine"},
     {"speculation"},
