@@ -110,7 +110,7 @@ def quantize_folder(
     """
     from filelock import FileLock
 
-    from checkpoint import stored_config
+    from checkpoint import stored_config, weights_identity
     from files import cache_folder
     from hf_config import read_json
 
@@ -126,7 +126,9 @@ def quantize_folder(
                 shutil.copyfile(path, work / path.name)
         description = read_json(source / "config.json")
         description["tie_word_embeddings"] = stored_config(source).tie_embeddings
-        description["quantization_config"] = scheme.as_json()
+        description["quantization_config"] = scheme.as_json() | {
+            "source": {"name": source.name, "identity": weights_identity(source)}  # so that its plans fit
+        }
         (work / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (work / "progress.json").unlink()
         if output.exists():  # only with --force
