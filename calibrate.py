@@ -88,7 +88,10 @@ def calibrate_model(args: argparse.Namespace) -> None:
     request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.criterion, args.step])
     progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
     seen: list[list[dict[str, Histogram]]] = []
-    plans = calibrate(loaded.model, sequences, settings, facts, args.offload, progress, seen if args.plot else None)
+    histograms = seen if args.plot else None
+    plans = calibrate(
+        loaded.model, sequences, settings, facts, args.offload, progress, histograms, weights=loaded.weights
+    )
     plans = [with_achieved(loaded.model, plan, checked) for plan in plans]
     save(plans, paths)
     draw(plans, args.plot, seen)

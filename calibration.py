@@ -23,7 +23,7 @@ from errors import UserError
 from files import atomic_file
 from greedy import greedy_sparsities
 from model import Block, Transformer
-from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, config_fields
+from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
 from teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from texts import split_text, text_hash, token_sequences
 
@@ -132,10 +132,11 @@ def calibrate(
     offload: bool = False,
     progress_file: Path | None = None,
     seen: list[list[dict[str, Histogram]]] | None = None,
+    weights: Weights | None = None,
 ) -> list[SparsityPlan]:
     """A plan for each of settings.targets, from sequences [N, L] of token ids; leaves model sparse with the last.
 
-    facts are kept in the plans. Finished blocks are written to progress_file and not computed again if a call with
+    facts are kept in the plans, and whose weights these are. Finished blocks are written to progress_file and not computed again if a call with
     the same model, sequences and settings finds them there; it is removed at the end. A list given as seen
     receives [block][target][projection], the histograms behind the thresholds. Raises UserError.
     """
@@ -172,7 +173,7 @@ def calibrate(
         progress_file.unlink(missing_ok=True)
     fields = config_fields(model.config)
     return [
-        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts)
+        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts, weights)
         for j, t in enumerate(settings.targets)
     ]
 
@@ -291,17 +292,21 @@ def _write_progress(path: Path | None, key: dict[str, Any], blocks: list[list[La
 
 
 def calibrate_uniform(
-    model: Transformer, encode: Callable[[str], list[int]], sparsity: float, text: str
+    model: Transformer,
+    encode: Callable[[str], list[int]],
+    sparsity: float,
+    text: str,
+    weights: Weights | None = None,
 ) -> SparsityPlan:
     """Sparsify model, in place, at one sparsity for every projection, quickly; the plan has measured sparsities.
 
-    encode turns text into token ids. Raises UserError if the text is too short or sparsity is out of range.
+    encode turns text into token ids; weights is kept in the plan. Raises UserError if the text is too short or sparsity is out of range.
     """
     calibration_part, held_out = split_text(text)
     length = min(QUICK_LENGTH, model.config.max_seq_len)
     sequences = token_sequences(encode, calibration_part, QUICK_SEQUENCES, length)
     facts = {"text": text_hash(text), "sequences": QUICK_SEQUENCES, "length": length}
-    [plan] = calibrate(model, sequences, Settings((sparsity,)), facts)
+    [plan] = calibrate(model, sequences, Settings((sparsity,)), facts, weights=weights)
     return with_achieved(model, plan, token_sequences(encode, held_out, HELD_OUT_SEQUENCES, length))
 
 

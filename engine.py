@@ -19,7 +19,7 @@ from calibration import calibrate_uniform
 from compilation import capture, compile_model
 from errors import UserError
 from int8_cache import has_int8_cache
-from loading import LoadedModel, load_for_decoding
+from loading import LoadedModel, load_for_decoding, load_plan
 from model import Block, KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import SparsityPlan, cached_plan, keep_all_plan, plan_name
@@ -95,17 +95,20 @@ class Engine:
         quant: str | None = None,
         quant_lm_head: bool = False,
         kv_cache: str = "float",
+        force_plan: bool = False,
     ) -> Self:
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
         sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
-        output head to 8 bits, kv_cache "int8" keys and values. compile None means: on CUDA only. Raises UserError for
-        anything the user can mend.
+        output head to 8 bits, kv_cache "int8" keys and values. force_plan takes plans of other models, too. compile None
+        means: on CUDA only. Raises UserError for anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
         sparse = sparsity > 0 or plan is not None
-        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache)
+        loaded = load_for_decoding(
+            checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache, force_plan
+        )
         return cls.from_loaded(loaded, choose_plan(loaded, sparsity, plan) if sparse else None, compile)
 
     @classmethod
@@ -119,6 +122,7 @@ class Engine:
         if plan is None and on_cuda and (is_quantized(engine.model) or has_int8_cache(engine.model)):
             plan = keep_all_plan(engine.model.config)  # the fused kernels are those that read few bits fast
         if plan is not None:
+            plan.check_weights(loaded.weights)
             sparsify(engine.model, plan)
             if on_cuda:
                 from fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
@@ -134,6 +138,8 @@ class Engine:
         Returns whether they have other shapes, so that steps captured before are void.
         """
         self._require_sparse()
+        if self.loaded is not None:
+            plan.check_weights(self.loaded.weights)
         shapes = [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]
         sparsify(self.model, plan)
         self.plan = plan
@@ -345,12 +351,7 @@ def choose_plan(
     path = Path(plan) if plan is not None else beside
     if path is None or (plan is None and not path.exists()):
         return quick_plan(loaded, sparsity, can_calibrate)
-    chosen = SparsityPlan.load(path)
-    try:
-        chosen.check_fits(loaded.model.config)
-    except UserError as error:
-        raise UserError(f"--plan {path}: {error}") from None
-    return chosen
+    return load_plan(path, loaded)
 
 
 def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True) -> SparsityPlan:
@@ -367,7 +368,7 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
         raise UserError(
             f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
         )
-    plan = calibrate_uniform(loaded.model, loaded.tokenizer.encode, sparsity, text)
+    plan = calibrate_uniform(loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights)
     plan.save(path)
     return plan
 

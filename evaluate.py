@@ -36,6 +36,7 @@ def build_parser() -> cli.Parser:
         help="tokens that are sparse: decode: all, as generated ones are; half: the last half of each window (paper)",
     )  # fmt: skip
     grid.add_argument("--plan", type=Path, action="append", default=[], help="plan file to evaluate instead of a grid")
+    cli.add_force_plan_argument(grid)
     text = parser.add_argument_group("text")
     add_text_arguments(text)
     text.add_argument("--tokens", type=cli.positive_int, default=16384, help="most tokens to score")
@@ -93,8 +94,9 @@ def main() -> None:
 
     text = read_texts(args.text, args.field)
     loaded = load_for_decoding(
-        args.checkpoint, args.random_weights, args.device, args.dtype, True, kv_cache=args.kv_cache
-    )
+        args.checkpoint, args.random_weights, args.device, args.dtype, True,
+        kv_cache=args.kv_cache, force_plan=args.force_plan,
+    )  # fmt: skip
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
     cases = build_cases(args, loaded)
     window = min(args.window, loaded.model.config.max_seq_len)
@@ -130,13 +132,11 @@ def load_reference(args: argparse.Namespace, loaded: "LoadedModel") -> "Transfor
 def build_cases(args: argparse.Namespace, loaded: "LoadedModel") -> "list[Case]":
     """The dense model, then each plan under each policy; the model is sparse afterwards if there is any plan."""
     from evaluation import Case
-    from plan import SparsityPlan
+    from loading import load_plan
 
     plans: list[tuple[str, SparsityPlan]] = []
     for path in args.plan:
-        plan = SparsityPlan.load(path)
-        plan.check_fits(loaded.model.config)
-        plans.append((path.stem, plan))
+        plans.append((path.stem, load_plan(path, loaded)))
     targets = tuple(target for target in args.sparsity if target > 0)
     if not args.plan and targets:
         for method in args.method:
@@ -165,7 +165,7 @@ def calibrated_plans(
         criterion = "wina" if method.startswith("wina") else "magnitude"
         settings = Settings(wanted, method.removeprefix("wina-"), criterion)
         print(f"calibrating {method} at {', '.join(f'{t:g}' for t in wanted)}", file=sys.stderr)
-        for plan in calibrate(loaded.model, sequences, settings, facts):
+        for plan in calibrate(loaded.model, sequences, settings, facts, weights=loaded.weights):
             plan.save(paths[plan.target])
     return [SparsityPlan.load(path) for path in paths.values()]
 

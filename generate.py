@@ -62,6 +62,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     sparse = how.add_mutually_exclusive_group()
     sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
+    cli.add_force_plan_argument(how)
     how.add_argument("--quant", choices=("int8", "int4"), help="round the weights at load; quantize.py does it once")
     how.add_argument("--lm-head", choices=("none", "int8"), default="none", help="with --quant: round the head too")
     cli.add_kv_cache_argument(how)
@@ -145,6 +146,7 @@ def load_engine(args: argparse.Namespace) -> "Engine":
         "quant": args.quant,
         "quant_lm_head": args.lm_head == "int8",
         "kv_cache": args.kv_cache,
+        "force_plan": args.force_plan,
     }
     if speculative and not args.speculate_lookup:
         draft = {"draft_sparsity": args.draft_sparsity, "draft_plan": args.draft_plan, "draft_quant": args.draft_quant}

@@ -110,6 +110,7 @@ def quantize_folder(
     """
     from filelock import FileLock
 
+    from checkpoint import stored_config, weights_identity
     from files import cache_folder
     from hf_config import read_json
 
@@ -124,7 +125,10 @@ def quantize_folder(
             if path.is_file() and not path.name.endswith(SKIPPED_FILES) and not path.name.startswith("."):
                 shutil.copyfile(path, work / path.name)
         description = read_json(source / "config.json")
-        description["quantization_config"] = scheme.as_json()
+        description["tie_word_embeddings"] = stored_config(source).tie_embeddings
+        description["quantization_config"] = scheme.as_json() | {
+            "source": {"name": source.name, "identity": weights_identity(source)}  # so that its plans fit
+        }
         (work / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (work / "progress.json").unlink()
         if output.exists():  # only with --force
@@ -195,14 +199,13 @@ def _write_shards(
 
 def _jobs(source: Path, scheme: "QuantConfig") -> list[dict[str, Path]]:
     """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
-    from checkpoint import find_shards, open_shard
-    from hf_config import load_config
+    from checkpoint import find_shards, open_shard, stored_config
 
     where: dict[str, Path] = {}
     for shard in find_shards(source):
         with open_shard(shard) as tensors:
             where |= dict.fromkeys(tensors.keys(), shard)
-    config = load_config(source)
+    config = stored_config(source)
     if scheme.lm_head and config.tie_embeddings:
         where["lm_head.weight"] = where["model.embed_tokens.weight"]
     elif config.tie_embeddings:
@@ -220,7 +223,7 @@ def _quantized_tensors(
 
     The head is rounded to nearest, of 8 bits.
     """
-    from checkpoint import open_shard
+    from checkpoint import is_finite, open_shard
     from quantization import round_input_groups, round_to_nearest
 
     result: dict[str, Tensor] = {}
@@ -230,11 +233,11 @@ def _quantized_tensors(
             stored = "model.embed_tokens.weight" if name not in tensors.keys() else name  # noqa: SIM118 - a tied head
             tensor = tensors.get_tensor(stored)
         head = name == "lm_head.weight" and scheme.lm_head
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
         if not head and not name.endswith("_proj.weight"):
             result[name] = tensor.contiguous()
             continue
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged")
         dtypes.setdefault(tensor.dtype, name)
         if len(dtypes) > 1:
             (one, first), (other, second) = dtypes.items()

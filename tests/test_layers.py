@@ -23,6 +23,7 @@ LEVELS = [
         "tokenizer",
         "streaming",
         "loading",
+        "gguf_parts",
     },
     {"texts", "greedy", "calibration", "evaluation", "gptq", "half_quadratic", "harness", "teal_import", "plots"},
     {"engine"},
