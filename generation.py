@@ -11,12 +11,13 @@ from torch import Tensor
 from engine import Engine
 from params import COUNTED_TOKENS, SamplingParams
 from plan import SparsityPlan
+from sampling import bias_row
 from speculation import Lookup
 from streaming import StopStrings, StreamDecoder
 
 
 class Matcher(Protocol):
-    """A grammar's state: which tokens may come next (constrained.py)."""
+    """A grammar's state: which tokens may come next (constrained.py). Both raise UserError where it has no way on."""
 
     def mask(self, logits: Tensor) -> Tensor: ...
 
@@ -60,6 +61,7 @@ class Request:
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)  # as sampling.bias_row has it
     top_logprobs: int | None = None  # None: no log probabilities at all
     matcher: Matcher | None = None
     plan: SparsityPlan | None = None  # None: the engine's own
@@ -77,8 +79,8 @@ class Request:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
-        penalized = self.presence_penalty or self.frequency_penalty
-        return self.params.takes_likeliest and not penalized and self.matcher is None
+        changed = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.params.takes_likeliest and not changed and self.matcher is None
 
     @property
     def takes_likeliest(self) -> bool:
@@ -97,7 +99,6 @@ class Sequence:
     def __init__(self, request: Request, engine: Engine) -> None:
         self.decoder = StreamDecoder(engine.tokenizer)
         self.filter = StopStrings(request.stops)
-        self.logprobs: list[TokenLogprob] = []
         self.text = Lookup([])  # as far as drafting has looked at it
         self.generator = torch.Generator(engine.device)
         self.generator.manual_seed(request.params.seed)
@@ -106,6 +107,30 @@ class Sequence:
         self.counts = torch.zeros(1, size, device=engine.device)
         self.seen = torch.zeros(1, size, dtype=torch.bool, device=engine.device)
         self.seen[0, torch.tensor(request.prompt_ids, device=engine.device)] = True
+        self.bias = bias_row(request.logit_bias, size, engine.device) if request.logit_bias else None
+        self.pending: list[tuple[int, TokenLogprob]] = []  # where the token's text begins, for those not emitted yet
+        self.decoded = self.shown = 0  # characters: of all tokens, and of the text emitted
+
+    def push(self, token: int, logprob: TokenLogprob | None) -> Piece | None:
+        """The text that became certain with this token, and the log probabilities of the tokens in it."""
+        if logprob is not None:
+            self.pending.append((self.decoded, logprob))
+        text = self.decoder.push(token)
+        self.decoded += len(text)
+        return self._piece(self.filter.push(text))
+
+    def rest(self) -> Piece | None:
+        """What was held back, at the end of the text. Tokens past a stop string are in no piece."""
+        text = self._piece(self.filter.push(self.decoder.flush()) + self.filter.flush(), last=not self.filter.stopped)
+        self.pending.clear()
+        return text
+
+    def _piece(self, text: str, last: bool = False) -> Piece | None:
+        self.shown += len(text)
+        count = len(self.pending) if last else sum(start < self.shown for start, _ in self.pending)
+        logprobs = tuple(logprob for _, logprob in self.pending[:count])
+        del self.pending[:count]
+        return Piece(text, logprobs) if text or logprobs else None
 
 
 class Observer:
