@@ -157,19 +157,48 @@ class Tokenizer:
         names = [text, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
         return frozenset(found | {self.backend.special[n] for n in names if n in self.backend.special})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of a plain prompt, with the beginning-of-text token where the model expects one."""
+        if isinstance(self.backend, JsonBackend):
+            self.backend.inner.encode_special_tokens = not allow_special
+            ids = self.bos_ids + self.backend.encode(text)
+            self.backend.inner.encode_special_tokens = False
+            return ids
         return self.bos_ids + self.backend.encode(text)
 
-    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token within a text, which may be part of a character."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        assert isinstance(self.backend, JsonBackend)
+        table = {character: byte for byte, character in bytes_to_unicode().items()}
+        return bytes(table[character] for character in self.backend.inner.id_to_token(token) or "")
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of a conversation ({"role", "content"} dicts), ready for the assistant's next answer.
 
         tools: function descriptions for the template, or for a system message if it has no place for them. Raises
         UserError if the folder has no chat template or the template rejects the messages.
         """
-        return self.backend.encode(self.render_chat(messages, tools))
+        options = {"documents": documents, "add_generation_prompt": add_generation_prompt, **(template_kwargs or {})}
+        text = self.render_chat(messages, tools, **options)
+        if continue_final_message:
+            content = messages[-1]["content"]
+            text = text[: text.rindex(content) + len(content)]
+        return self.backend.encode(text)
 
-    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+    def render_chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> str:
         """The conversation as the text the model was trained on. Raises UserError as encode_chat does."""
         if self.chat_template is None:
             raise UserError("this checkpoint has no chat template; use --prompt, or a chat-tuned checkpoint")
@@ -181,7 +210,9 @@ class Tokenizer:
         texts = {f"{role}_token": text or "" for role, text in self.special_texts.items()}
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, tools=tools, add_generation_prompt=True, **texts)
+            return template.render(
+                **{"messages": messages, "tools": tools, "add_generation_prompt": True, **texts, **options}
+            )
         except Exception as error:  # a template is a program, and messages from outside may be of any shape
             raise UserError(f"the checkpoint's chat template rejected the conversation ({error})") from error
 
