@@ -88,7 +88,10 @@ class JsonMatcher:
         """Take the token that was chosen; True if the text is complete. Raises UserError if it has no way on."""
         self.matcher.consume_token(token)
         _require_sound(self.matcher)
-        return bool(self.matcher.is_stopped())
+        stopped = bool(self.matcher.is_stopped())
+        if stopped and not self.matcher.is_accepting():
+            raise UserError(f"the JSON schema cannot be followed to an end: {self.matcher.stop_reason()}")
+        return stopped
 
     def copy(self) -> "JsonMatcher":
         """Another text of the same schema, which need not be compiled again."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from engine import Engine
+from errors import UserError
 from params import COUNTED_TOKENS, SamplingParams
 from plan import SparsityPlan
-from sampling import bias_row
+from sampling import bias_row, penalize_counts, sample
 from speculation import Lookup
 from streaming import StopStrings, StreamDecoder
 
@@ -97,6 +98,7 @@ class Sequence:
     """What only a running request needs."""
 
     def __init__(self, request: Request, engine: Engine) -> None:
+        self.request = request
         self.decoder = StreamDecoder(engine.tokenizer)
         self.filter = StopStrings(request.stops)
         self.text = Lookup([])  # as far as drafting has looked at it
@@ -110,6 +112,22 @@ class Sequence:
         self.bias = bias_row(request.logit_bias, size, engine.device) if request.logit_bias else None
         self.pending: list[tuple[int, TokenLogprob]] = []  # where the token's text begins, for those not emitted yet
         self.decoded = self.shown = 0  # characters: of all tokens, and of the text emitted
+
+    def sample(self, logits: Tensor) -> int:
+        """A token by all that the request asks for, from its logits [1, V]. Raises UserError if that allows none."""
+        request = self.request
+        if request.presence_penalty or request.frequency_penalty:
+            logits = penalize_counts(logits, self.counts, request.presence_penalty, request.frequency_penalty)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if request.matcher is not None:
+            logits = request.matcher.mask(logits)
+        if self.bias is not None and not bool((logits > -torch.inf).any()):
+            raise UserError("logit_bias bans every token that may come next")
+        token = int(sample(logits, request.params, self.seen, self.generator))
+        self.counts[0, token] += 1
+        self.seen[0, token] = True
+        return token
 
     def push(self, token: int, logprob: TokenLogprob | None) -> Piece | None:
         """The text that became certain with this token, and the log probabilities of the tokens in it."""

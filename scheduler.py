@@ -20,7 +20,6 @@ from engine import PREFILL_CHUNK, Engine
 from errors import UserError
 from generation import Done, Observer, Piece, Request, Sequence, TokenLogprob, token_logprob
 from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
-from sampling import penalize_counts, sample
 from speculation import SpeculativeEngine
 from teal_layers import achieved_sparsity, set_counting
 
@@ -178,9 +177,8 @@ class Scheduler:
         self.observer.finished(request, reason)
         if request.cancelled:
             return
-        if sequence is not None and reason != "error":
-            if (tail := sequence.rest()) is not None:
-                request.emit(tail)
+        if sequence is not None and reason != "error" and (tail := sequence.rest()) is not None:
+            request.emit(tail)
         request.emit(Done(reason, error))
 
     def _stop_counting(self, request: Request) -> None:
@@ -317,7 +315,7 @@ class Scheduler:
         """
         sequence = self.sequences[request]
         try:
-            token = likeliest if logits is None or request.is_plain else self._sampled(request, sequence, logits)
+            token = likeliest if logits is None or request.is_plain else sequence.sample(logits)
             complete = request.matcher is not None and request.matcher.accept(token)
         except UserError as error:
             self._end(request, "error", str(error))
@@ -330,20 +328,6 @@ class Scheduler:
         if request.top_logprobs is not None and logits is not None:
             logprob = token_logprob(logits[0], token, request.top_logprobs)
         self._pass_on(request, sequence, token, logprob, complete)
-
-    def _sampled(self, request: Request, sequence: Sequence, logits: Tensor) -> int:
-        if request.presence_penalty or request.frequency_penalty:
-            logits = penalize_counts(logits, sequence.counts, request.presence_penalty, request.frequency_penalty)
-        if sequence.bias is not None:
-            logits = logits + sequence.bias
-        if request.matcher is not None:
-            logits = request.matcher.mask(logits)
-        if sequence.bias is not None and not bool((logits > -torch.inf).any()):
-            raise UserError("logit_bias bans every token that may come next")
-        token = int(sample(logits, request.params, sequence.seen, sequence.generator))
-        sequence.counts[0, token] += 1
-        sequence.seen[0, token] = True
-        return token
 
     def _timed(self, request: Request) -> None:
         now = time.monotonic()
