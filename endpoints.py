@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from generation import Done, Piece
 from http_limits import Limits, read_body
-from openai_api import Answer, Choice, Service, chat_choice, completion_logprobs, usage
+from openai_api import Answer, Choice, Service, chat_choice, chat_reason, completion_logprobs, delta_of, usage
 from openai_schema import ChatRequest, CompletionRequest, Sampling, parse
 
 DISCONNECT_POLL_S = 0.05
@@ -37,6 +37,48 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.answer.close()
+
+
+class ChatStream:
+    """The chunks of one choice of a streamed chat; calls of tools come piece by piece."""
+
+    def __init__(self, service: Service, body: ChatRequest, i: int, choice: Choice) -> None:
+        self.service, self.body, self.i = service, body, i
+        self.parser = service.parser(body, choice.request) if body.may_call_tools else None
+        self.logprobs: list[dict[str, Any]] = []  # of text that is held back
+
+    def chunks(self, event: Piece | Done) -> list[dict[str, Any]]:
+        """What the client is to know of an event."""
+        if isinstance(event, Done):
+            deltas = self.parser.finish(cut=event.finish_reason == "length") if self.parser else []
+            reason = chat_reason(self.parser, event.finish_reason) if self.parser else event.finish_reason
+            return [*(self._chunk(delta_of(delta)) for delta in deltas), self._chunk({}, reason)]
+        if self.body.logprobs:
+            self.logprobs += [self.service.token_entry(entry) for entry in event.logprobs]
+        if self.parser is None:
+            return [self._chunk({"content": event.text})]
+        return [self._chunk(delta_of(delta)) for delta in self.parser.push(event.text)]
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        logprobs = {"content": self.logprobs} if self.logprobs else None
+        self.logprobs = []
+        return {"index": self.i, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+class CompletionStream:
+    """The chunks of one choice of a streamed plain completion."""
+
+    def __init__(self, service: Service, body: CompletionRequest, i: int, choice: Choice) -> None:
+        self.service, self.body, self.i = service, body, i
+        self.offsets = choice.offsets
+
+    def chunks(self, event: Piece | Done) -> list[dict[str, Any]]:
+        """What the client is to know of an event."""
+        if isinstance(event, Done):
+            return [{"index": self.i, "text": "", "logprobs": None, "finish_reason": event.finish_reason}]
+        wanted = self.body.logprobs is not None
+        logprobs = completion_logprobs(self.service, event.logprobs, self.offsets) if wanted else None
+        return [{"index": self.i, "text": event.text, "logprobs": logprobs, "finish_reason": None}]
 
 
 class Endpoints:
@@ -70,14 +112,16 @@ class Endpoints:
             return Response(status_code=499)
         choices = []
         for i, choice in enumerate(answer.choices):
-            logprobs = None if body.logprobs is None else completion_logprobs(self.service, choice.logprobs, 0)
+            logprobs = (
+                None if body.logprobs is None else completion_logprobs(self.service, choice.logprobs, choice.offsets)
+            )
             found = {"index": i, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
             choices.append(found)
         return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
 
     def _head(self, prefix: str, kind: str) -> dict[str, Any]:
         identity = f"{prefix}-{uuid.uuid4().hex}"
-        return {"id": identity, "object": kind, "created": int(time.time()), "model": self.service.name}
+        return {"id": identity, "object": kind, "created": int(time.time()), "model": self.service.names[0]}
 
     def _begin(
         self, body: Sampling, prompts: list[list[int]], limit: int | None, top: int | None, schema: dict[str, Any] | None
@@ -112,6 +156,10 @@ class Endpoints:
     async def _lines(self, body: Any, answer: Answer, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events of an answer."""
         is_chat = isinstance(body, ChatRequest)
+        streams: list[ChatStream | CompletionStream] = [
+            ChatStream(self.service, body, i, choice) if is_chat else CompletionStream(self.service, body, i, choice)
+            for i, choice in enumerate(answer.choices)
+        ]
         if is_chat:
             for i in range(len(answer.choices)):
                 opening = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -120,39 +168,20 @@ class Endpoints:
             if isinstance(event, Done) and event.error is not None:
                 yield event_line({"error": {"message": event.error, "type": "server_error"}})
                 return
-            delta = (self._chat_delta if is_chat else self._completion_delta)(body, answer.choices, i, event)
-            if delta is not None:
-                yield event_line(head | {"choices": [delta]})
+            for chunk in streams[i].chunks(event):
+                yield event_line(head | {"choices": [chunk]})
         if body.stream_options is not None and body.stream_options.include_usage:
             yield event_line(head | {"choices": [], "usage": usage(answer.choices, body.n)})
         yield "data: [DONE]\n\n"
 
-    def _chat_delta(
-        self, body: ChatRequest, choices: list[Choice], i: int, event: Piece | Done
-    ) -> dict[str, Any] | None:
-        """A chat chunk's choice; calls of tools come whole, with the end."""
-        if isinstance(event, Piece):
-            if body.may_call_tools:
-                return None
-            entries = [self.service.token_entry(e) for e in event.logprobs]
-            logprobs = {"content": entries} if body.logprobs else None
-            return {"index": i, "delta": {"content": event.text}, "logprobs": logprobs, "finish_reason": None}
-        if not body.may_call_tools:
-            return {"index": i, "delta": {}, "finish_reason": event.finish_reason}
-        answer = chat_choice(self.service, body, i, choices[i])
-        calls = [{"index": j, **call} for j, call in enumerate(answer["message"].get("tool_calls", []))]
-        delta = {"tool_calls": calls} if calls else {"content": choices[i].text}
-        return {"index": i, "delta": delta, "finish_reason": answer["finish_reason"]}
-
-    def _completion_delta(
-        self, body: CompletionRequest, choices: list[Choice], i: int, event: Piece | Done
-    ) -> dict[str, Any]:
-        if isinstance(event, Done):
-            return {"index": i, "text": "", "logprobs": None, "finish_reason": event.finish_reason}
-        offset = len(choices[i].text) - len(event.text)
-        logprobs = None if body.logprobs is None else completion_logprobs(self.service, list(event.logprobs), offset)
-        return {"index": i, "text": event.text, "logprobs": logprobs, "finish_reason": None}
-
     async def models(self, http: Request) -> Response:
-        entry = {"id": self.service.name, "object": "model", "created": self.service.started, "owned_by": "teal"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.service.names]})
+
+    async def model(self, http: Request) -> Response:
+        """One model by its name, which may have slashes in it."""
+        name = http.path_params["name"]
+        self.service.check_model(name)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.service.started, "owned_by": "teal"}

@@ -25,7 +25,10 @@ def build_parser() -> cli.Parser:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
     server.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one")
-    server.add_argument("--name", help="model name in the API; default that of the checkpoint")
+    server.add_argument(
+        "--served-model-name", "--name", nargs="+", metavar="NAME",
+        help="what the API calls the model, and aliases; without it the checkpoint's name",
+    )  # fmt: skip
     server.add_argument("--api-key", help="required from clients; default the environment's TEAL_API_KEY, or none")
     server.add_argument("--sparsities", type=cli.sparsities, default=(), help="further ones that requests may name")
     limits = parser.add_argument_group("limits")
@@ -62,13 +65,13 @@ def main() -> None:
         raise UserError(f"--host {args.host} --port {args.port}: {error.strerror}; choose another") from None
     engine, plans = load_engine(args)
     scheduler = Scheduler(engine, args.rows, args.queue, args.context)
-    name = args.name or os.path.basename(os.path.normpath(engine.name))
+    names = model_names(args, engine)
     key = args.api_key or os.environ.get("TEAL_API_KEY") or None
     limits = Limits(args.max_body_mb * 1_000_000, args.max_seconds, key, args.drain_seconds)
-    app = build_app(Service(engine, scheduler, name, plans), limits)
+    app = build_app(Service(engine, scheduler, names, plans), limits)
     listener.listen()  # from here on clients wait and are not refused
     host, port = listener.getsockname()[:2]
-    print(f"{name} at http://{host}:{port}/ (API under /v1)", file=sys.stderr, flush=True)
+    print(f"{names[0]} at http://{host}:{port}/ (API under /v1)", file=sys.stderr, flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.drain_seconds)
     web = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -77,6 +80,18 @@ def main() -> None:
     thread.start()
     scheduler.run()  # in this thread: see there
     thread.join()
+
+
+def model_names(args: argparse.Namespace, engine: "Engine") -> tuple[str, ...]:
+    """What the API calls the model, and aliases: as told, or by its folder, file or hub id; the default model's own."""
+    from source import DEFAULT_FOLDER
+
+    is_default = args.checkpoint is None and args.random_weights is None
+    short = os.path.basename(os.path.normpath(engine.name))
+    own = [DEFAULT_FOLDER if is_default else short, short]
+    if not os.path.exists(engine.name):  # a hub id; a path is nobody else's concern
+        own.append(engine.name)
+    return tuple(dict.fromkeys(args.served_model_name or own))
 
 
 def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, SparsityPlan]]":

@@ -147,6 +147,7 @@ def build_app(service: Service, limits: Limits) -> Starlette:
         "/v1/chat/completions": (endpoints.chat, "POST"),
         "/v1/completions": (endpoints.completion, "POST"),
         "/v1/models": (endpoints.models, "GET"),
+        "/v1/models/{name:path}": (endpoints.model, "GET"),
         "/sparsity": (api.sparsity, "GET"),
         "/metrics": (api.metrics_text, "GET"),
     }
