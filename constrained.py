@@ -1,7 +1,7 @@
 """Constrained decoding: JSON of any shape, or of a schema, by llguidance (pip install llguidance)."""
 
 import json
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from errors import UserError
 from tokenizer import JsonBackend, Tokenizer
 
 ANY_OBJECT = {"type": "object"}
+MAX_SCHEMA_BYTES = 131_072  # compiling takes time with the square of a schema's size: half a second for this much
+KEPT_GRAMMARS = 16
 
 
 class Grammars:
@@ -19,6 +21,12 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self._compiled = lru_cache(KEPT_GRAMMARS)(self._compile)
+
+    def prepare(self) -> None:
+        """Read the vocabulary now: it takes a second, in which no other thread runs."""
+        if isinstance(self.tokenizer.backend, JsonBackend):
+            _ = self._vocabulary
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -31,16 +39,20 @@ class Grammars:
 
     def json(self, schema: dict[str, Any] | None = None) -> "JsonMatcher":
         """A matcher of one JSON text of this schema, by default any object. Raises UserError for a schema unknown here."""
+        text = json.dumps(ANY_OBJECT if schema is None else schema)
+        if len(text) > MAX_SCHEMA_BYTES:
+            raise UserError(f"the JSON schema has {len(text)} bytes; at most {MAX_SCHEMA_BYTES} can be used")
+        return JsonMatcher(self._compiled(text).deep_copy(), self.vocab_size)
+
+    def _compile(self, schema: str) -> Any:
+        """An LLMatcher at its start; other threads run meanwhile."""
         import llguidance
 
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(ANY_OBJECT if schema is None else schema), overrides={"whitespace_flexible": False}
-        )
-        vocabulary = self._vocabulary
-        problem = llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
-        if problem:
-            raise UserError(f"the JSON schema cannot be used: {' '.join(problem.split())}")
-        return JsonMatcher(llguidance.LLMatcher(vocabulary, grammar), self.vocab_size)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        if matcher.is_error():
+            raise UserError(f"the JSON schema cannot be used: {' '.join(matcher.get_error().split())}")
+        return matcher
 
 
 class JsonMatcher:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from constrained import Grammars
 from engine import Engine
@@ -18,8 +18,11 @@ from openai_schema import BadRequest, ChatRequest, CompletionRequest, Sampling
 from params import SamplingParams
 from plan import SparsityPlan
 from scheduler import Scheduler
+from text_length import text_bound
 
 TOOL_OPEN, TOOL_CLOSE = "<tool_call>", "</tool_call>"
+Emit = Callable[[int, Piece | Done], None]  # the number of a choice, and what happened to it
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class Service:
         self.name = name
         self.plans = plans
         self.grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size)
+        self.text_bound = text_bound(engine.tokenizer.backend)
         self.started = int(time.time())
 
     def chat_prompt(self, body: ChatRequest) -> list[int]:
@@ -48,7 +52,8 @@ class Service:
         messages = [message.as_template_input() for message in body.messages]
         tools = [tool.model_dump() for tool in body.tools or []] if body.may_call_tools else None
         try:
-            return self.engine.tokenizer.encode_chat(messages, tools)
+            text = self.engine.tokenizer.render_chat(messages, tools)
+            return self._encoded(self.engine.tokenizer.backend.encode, text)
         except UserError as error:
             raise BadRequest(str(error), "messages") from None
 
@@ -57,16 +62,23 @@ class Service:
         prompts = body.prompt
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[assignment]
-        found = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]  # type: ignore[arg-type]
+        encode = self.engine.tokenizer.encode
+        found = [self._encoded(encode, p) if isinstance(p, str) else list(p) for p in prompts]  # type: ignore[arg-type]
         size = self.engine.model.config.vocab_size
         for ids in found:
             if wrong := next((i for i in ids if not 0 <= i < size), None):
                 raise BadRequest(f"token id {wrong} is none of this model's {size}", "prompt")
         return found
 
+    def _encoded(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        """Token ids of a text that can fit. Raises UserError for others, before the work."""
+        if self.text_bound is not None:
+            self.text_bound.check(text, self.scheduler.context)
+        return encode(text)
+
     def requests(
         self, body: Sampling, prompts: list[list[int]], limit: int | None, top_logprobs: int | None,
-        schema: dict[str, Any] | None, emit: Callable[[int, Piece | Done], None],
+        schema: dict[str, Any] | None, emit: Emit,
     ) -> list[Request]:  # fmt: skip
         """n requests for each prompt; emit gets the number of the choice. Raises BadRequest."""
         if body.model not in (None, self.name):
@@ -97,21 +109,22 @@ class Service:
             )  # fmt: skip
         return found
 
-    def begin(
-        self, make: Callable[[Callable[[int, Piece | Done], None]], list[Request]], time_limit: float
-    ) -> "Answer":
-        """Submit what make returns. Raises what make and Scheduler.submit raise."""
+    async def begin(
+        self, prepare: Callable[[Emit], tuple[Prepared, list[Request]]], time_limit: float
+    ) -> "tuple[Prepared, Answer]":
+        """Submit the requests that prepare makes, in a worker thread. Raises what it and Scheduler.submit raise."""
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[int, Piece | Done]] = asyncio.Queue()
+        answer = Answer(self.scheduler)
 
         def emit(i: int, event: Piece | Done) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (i, event))
+            loop.call_soon_threadsafe(answer.take, i, event)
 
-        requests = make(emit)
+        prepared, requests = await asyncio.to_thread(prepare, emit)
+        answer.choices = [Choice(request) for request in requests]
         for request in requests:
             request.deadline = time.monotonic() + time_limit
         self.scheduler.submit(*requests)
-        return Answer(self.scheduler, [Choice(request) for request in requests], events)
+        return prepared, answer
 
     def token_entry(self, entry: TokenLogprob) -> dict[str, Any]:
         """As chat's logprobs.content lists it."""
@@ -135,8 +148,19 @@ class Answer:
     """The choices of one HTTP request while they are being generated; close it in any case."""
 
     scheduler: Scheduler
-    choices: list[Choice]
-    queue: "asyncio.Queue[tuple[int, Piece | Done]]"
+    choices: list[Choice] = field(default_factory=list)
+    queue: "asyncio.Queue[tuple[int, Piece | Done]]" = field(default_factory=asyncio.Queue)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)  # something has happened to a choice
+
+    def take(self, i: int, event: Piece | Done) -> None:
+        """What happened to choice i."""
+        self.queue.put_nowait((i, event))
+        self.begun.set()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the scheduler has begun with any choice."""
+        return self.begun.is_set() or any(choice.request.prefilled for choice in self.choices)
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Done]]:
         """(number of a choice, what happened to it), until all are finished; choices are up to date then."""

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"errors", "files", "params", "model", "plan"},
+    {"errors", "files", "params", "model", "plan", "shutdown"},
     {"cli", "kernels"},
     {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
@@ -23,7 +23,11 @@ LEVELS = [
         "constrained",
         "openai_schema",
         "openai_api",
+        "text_length",
+        "http_errors",
         "http_limits",
+        "http_origin",
+        "http_protocol",
         "endpoints",
         "server",
     },

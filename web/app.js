@@ -53,7 +53,8 @@ async function answerInto(node, figures, sparsity, count) {
     count_sparsity: count,
   };
   const answer = await call("/v1/chat/completions", {
-    method: "POST", body: JSON.stringify(body), signal: state.controller.signal,
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+    signal: state.controller.signal,
   });
   if (!answer.ok) throw new Error((await answer.json()).error.message);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
