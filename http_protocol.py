@@ -97,8 +97,8 @@ class LimitedProtocol(H11Protocol):
             response = h11.Response(
                 status_code=status, headers=list({**headers, **error_headers(status)}.items()), reason=STATUS_PHRASES[status]
             )  # fmt: skip
-            for event in (response, h11.Data(data=content), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            events = (response, h11.Data(data=content), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
         if self.cycle is not None:  # the application learns of it as of any client that left
             self.cycle.disconnected = True

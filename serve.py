@@ -67,11 +67,11 @@ def main() -> None:
         raise UserError(f"--port {args.port} is out of range; expected 0 to 65535")
     key = api_key(args.api_key)
     ending = Shutdown()
+    callers = make_callers(args, key)
+    listener = open_listener(args.host, args.port)
     from openai_api import Service
     from scheduler import Scheduler
 
-    callers = make_callers(args, key)
-    listener = open_listener(args.host, args.port)
     engine, plans = load_engine(args)
     scheduler = Scheduler(engine, args.rows, args.queue, args.context)
     name = args.name or os.path.basename(os.path.normpath(engine.name))
