@@ -187,22 +187,27 @@ def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> 
     from conversation import Conversation
 
     first = read_prompt(args) if args.prompt is not None or args.prompt_file is not None else None
-    conversation = Conversation(engine, args.system)
+    conversation = Conversation(engine, args.system, args.max_new_tokens)
     for message in conversation.messages_of_user(first):
         pieces: list[str] = []
-        ids = conversation.prompt_ids(message)
+        try:
+            ids = conversation.prompt_ids(message)
+        except UserError as error:  # of this message; the conversation goes on
+            print(f"error: {error}", file=sys.stderr)
+            continue
         try:
             for piece in answer(engine, ids, args, params):
                 pieces.append(piece)
         except KeyboardInterrupt:  # of the answer, not of the conversation
             if not sys.stdin.isatty():
                 raise
+            engine.stats.finish_reason = "stopped"
             print("\n[stopped]", file=sys.stderr)
         conversation.add_answer("".join(pieces))
         conversation.figures = collect_statistics(engine)
         if args.stats:
             conversation.figures |= detailed_statistics(engine, ids, params)
-        print_statistics(conversation.figures)
+            print_statistics(conversation.figures)
 
 
 def collect_statistics(engine: "Engine") -> dict[str, Any]:
