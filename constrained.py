@@ -1,7 +1,7 @@
 """Constrained decoding: JSON of any shape, or of a schema, by llguidance (pip install llguidance)."""
 
 import json
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from tokenizer import Tokenizer
 
 FORCED_STEPS = 4  # of a schema are tried before it is taken
 ANY_OBJECT = {"type": "object"}
+MAX_SCHEMA_BYTES = 131_072  # compiling takes time with the square of a schema's size: half a second for this much
+KEPT_GRAMMARS = 16
 
 
 class Grammars:
@@ -21,6 +23,12 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self._compiled = lru_cache(KEPT_GRAMMARS)(self._compile)
+
+    def prepare(self) -> None:
+        """Read the vocabulary now: it takes a second, in which no other thread runs."""
+        if isinstance(self.tokenizer.backend, JsonBackend):
+            _ = self._vocabulary
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -36,15 +44,20 @@ class Grammars:
 
         Raises UserError for a schema with unknown keywords, without any answer, or beyond the matcher's limits.
         """
+        text = json.dumps(ANY_OBJECT if schema is None else schema)
+        if len(text) > MAX_SCHEMA_BYTES:
+            raise UserError(f"the JSON schema has {len(text)} bytes; at most {MAX_SCHEMA_BYTES} can be used")
+        return JsonMatcher(self._compiled(text).deep_copy(), self.vocab_size)
+
+    def _compile(self, schema: str) -> Any:
+        """An LLMatcher at its start; other threads run meanwhile."""
         import llguidance
 
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(ANY_OBJECT if schema is None else schema), overrides={"whitespace_flexible": False}
-        )
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         _require_sound(matcher, "cannot be used")
         _try_out(matcher.deep_copy())
-        return JsonMatcher(matcher, self.vocab_size)
+        return matcher
 
 
 def _try_out(matcher: Any) -> None:

@@ -4,8 +4,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,16 +13,36 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from generation import Done, Piece
-from http_limits import Limits, read_body
-from openai_api import Answer, Choice, Service, chat_choice, chat_reason, completion_logprobs, delta_of, usage
+from generation import Request as Generation
+from http_errors import STOPPING
+from http_limits import Limits, check_nodes, read_body
+from openai_api import (
+    Answer,
+    Choice,
+    Emit,
+    Service,
+    chat_choice,
+    chat_reason,
+    completion_choice,
+    completion_logprobs,
+    delta_of,
+    usage,
+)
 from openai_schema import ChatRequest, CompletionRequest, Sampling, parse
 
 DISCONNECT_POLL_S = 0.05
+Parsed = TypeVar("Parsed", bound=Sampling)
 
 
 def event_line(content: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def parsed(kind: type[Parsed], content: bytes) -> Parsed:
+    """A body as a request of this kind. Raises BadRequest."""
+    check_nodes(content)
+    return parse(kind, content)
 
 
 class EventStream(StreamingResponse):
@@ -89,46 +109,55 @@ class Endpoints:
         self.limits = limits
 
     async def chat(self, http: Request) -> Response:
-        body: ChatRequest = parse(ChatRequest, await read_body(http, self.limits))
-        prompts = [self.service.chat_prompt(body)]
-        top = body.top_logprobs if body.logprobs else None
-        answer = self._begin(body, prompts, body.answer_limit, top, body.answer_schema())
+        content = await read_body(http)
+
+        def prepare(emit: Emit) -> tuple[ChatRequest, list[Generation]]:
+            body = parsed(ChatRequest, content)
+            top = body.top_logprobs if body.logprobs else None
+            prompts = [self.service.chat_prompt(body)]
+            return body, self.service.requests(body, prompts, body.answer_limit, top, body.answer_schema(), emit)
+
+        body, answer = await self.service.begin(prepare, self.limits.seconds)
         head = self._head("chatcmpl", "chat.completion")
         if body.stream:
+            if not await self._while_connected(http, answer, answer.begun.wait()):
+                return Response(status_code=499)
             return EventStream(answer, self._lines(body, answer, head | {"object": "chat.completion.chunk"}))
         if not await self._finished(http, answer):
             return Response(status_code=499)
-        choices = [chat_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
-        return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        def whole() -> Response:
+            choices = [chat_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
+            return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        return await asyncio.to_thread(whole)
 
     async def completion(self, http: Request) -> Response:
-        body: CompletionRequest = parse(CompletionRequest, await read_body(http, self.limits))
-        prompts = self.service.completion_prompts(body)
-        answer = self._begin(body, prompts, body.answer_limit, body.logprobs, None)
+        content = await read_body(http)
+
+        def prepare(emit: Emit) -> tuple[CompletionRequest, list[Generation]]:
+            body = parsed(CompletionRequest, content)
+            prompts = self.service.completion_prompts(body)
+            return body, self.service.requests(body, prompts, body.answer_limit, body.logprobs, None, emit)
+
+        body, answer = await self.service.begin(prepare, self.limits.seconds)
         head = self._head("cmpl", "text_completion")
         if body.stream:
+            if not await self._while_connected(http, answer, answer.begun.wait()):
+                return Response(status_code=499)
             return EventStream(answer, self._lines(body, answer, head))
         if not await self._finished(http, answer):
             return Response(status_code=499)
-        choices = []
-        for i, choice in enumerate(answer.choices):
-            logprobs = (
-                None if body.logprobs is None else completion_logprobs(self.service, choice.logprobs, choice.offsets)
-            )
-            found = {"index": i, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-            choices.append(found)
-        return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        def whole() -> Response:
+            choices = [completion_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
+            return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        return await asyncio.to_thread(whole)
 
     def _head(self, prefix: str, kind: str) -> dict[str, Any]:
         identity = f"{prefix}-{uuid.uuid4().hex}"
         return {"id": identity, "object": kind, "created": int(time.time()), "model": self.service.names[0]}
-
-    def _begin(
-        self, body: Sampling, prompts: list[list[int]], limit: int | None, top: int | None, schema: dict[str, Any] | None
-    ) -> Answer:  # fmt: skip
-        return self.service.begin(
-            lambda emit: self.service.requests(body, prompts, limit, top, schema, emit), self.limits.seconds
-        )
 
     async def _finished(self, http: Request, answer: Answer) -> bool:
         """Wait for all choices; False if the client left before. Raises HTTPException for a failed generation."""
@@ -138,20 +167,38 @@ class Endpoints:
                 if isinstance(event, Done) and event.error is not None:
                     raise HTTPException(500, event.error)
 
-        async def gone() -> None:
-            while not await http.is_disconnected():
-                await asyncio.sleep(DISCONNECT_POLL_S)
-
-        work, watch = asyncio.create_task(collect()), asyncio.create_task(gone())
         try:
-            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            return work.done()
+            return await self._while_connected(http, answer, collect())
         finally:
             answer.close()
+
+    async def _while_connected(self, http: Request, answer: Answer, wanted: Awaitable[object]) -> bool:
+        """Wait for wanted; False, and the answer closed, if the client left before.
+
+        Raises what wanted raises, and HTTPException if the server stops before the answer has begun.
+        """
+
+        scheduler = self.service.scheduler
+
+        async def lost() -> None:
+            while not await http.is_disconnected():
+                over = scheduler.ended.is_set() or (scheduler.closing and not answer.is_running)
+                await asyncio.sleep(DISCONNECT_POLL_S)  # what the scheduler has said by now comes first
+                if over:
+                    raise HTTPException(503, STOPPING)
+
+        work, watch = asyncio.ensure_future(wanted), asyncio.ensure_future(lost())
+        succeeded = False
+        try:
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+            succeeded = work.done()
+            await (work if succeeded else watch)
+            return succeeded
+        finally:
             for task in (work, watch):
                 task.cancel()
+            if not succeeded:
+                answer.close()
 
     async def _lines(self, body: Any, answer: Answer, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events of an answer."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from constrained import Grammars, JsonMatcher
 from engine import Engine
@@ -22,6 +22,8 @@ from tool_calls import THINK_OPEN, Arguments, CallStart, Content, Delta, ToolCal
 THINK_TOKENS = 8  # of a prompt's end, in which it may open the answer's thoughts
 NOTED_FIELDS = 100  # names of ignored fields in the log at most
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+Emit = Callable[[int, Piece | Done], None]  # the number of a choice, and what happened to it
+Prepared = TypeVar("Prepared")
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +76,7 @@ class Service:
             return self.engine.tokenizer.encode_chat(
                 messages, body.described_tools, documents=body.documents, add_generation_prompt=prompting,
                 continue_final_message=body.continue_final_message, template_kwargs=body.chat_template_kwargs,
+                context=self.scheduler.context,
             )  # fmt: skip
         except UserError as error:
             raise BadRequest(f"messages: {error}", "messages") from None
@@ -84,7 +87,11 @@ class Service:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[assignment]
         encode = self.engine.tokenizer.encode
-        found = [encode(p, allow_special=body.parse_special) if isinstance(p, str) else list(p) for p in prompts]  # type: ignore[arg-type]
+        context = self.scheduler.context
+        found = [
+            encode(p, allow_special=body.parse_special, context=context) if isinstance(p, str) else list(p)  # type: ignore[arg-type]
+            for p in prompts
+        ]
         for ids in found:
             self._check_ids("prompt", ids)
         return found
@@ -96,7 +103,7 @@ class Service:
 
     def requests(
         self, body: Sampling, prompts: list[list[int]], limit: int | None, top_logprobs: int | None,
-        schema: dict[str, Any] | None, emit: Callable[[int, Piece | Done], None],
+        schema: dict[str, Any] | None, emit: Emit,
     ) -> list[Request]:  # fmt: skip
         """n requests for each prompt; emit gets the number of the choice. Raises BadRequest."""
         self._note_ignored(body)
@@ -164,21 +171,22 @@ class Service:
             self.noted.update(new)
             log.warning("ignored fields of requests: %s", ", ".join(repr(name[:40]) for name in new))
 
-    def begin(
-        self, make: Callable[[Callable[[int, Piece | Done], None]], list[Request]], time_limit: float
-    ) -> "Answer":
-        """Submit what make returns. Raises what make and Scheduler.submit raise."""
+    async def begin(
+        self, prepare: Callable[[Emit], tuple[Prepared, list[Request]]], time_limit: float
+    ) -> "tuple[Prepared, Answer]":
+        """Submit the requests that prepare makes, in a worker thread. Raises what it and Scheduler.submit raise."""
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[int, Piece | Done]] = asyncio.Queue()
+        answer = Answer(self.scheduler)
 
         def emit(i: int, event: Piece | Done) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (i, event))
+            loop.call_soon_threadsafe(answer.take, i, event)
 
-        requests = make(emit)
+        prepared, requests = await asyncio.to_thread(prepare, emit)
+        answer.choices = [Choice(request) for request in requests]
         for request in requests:
             request.deadline = time.monotonic() + time_limit
         self.scheduler.submit(*requests)
-        return Answer(self.scheduler, [Choice(request) for request in requests], events)
+        return prepared, answer
 
     def token_entry(self, entry: TokenLogprob) -> dict[str, Any]:
         """As chat's logprobs.content lists it."""
@@ -218,8 +226,19 @@ class Answer:
     """The choices of one HTTP request while they are being generated; close it in any case."""
 
     scheduler: Scheduler
-    choices: list[Choice]
-    queue: "asyncio.Queue[tuple[int, Piece | Done]]"
+    choices: list[Choice] = field(default_factory=list)
+    queue: "asyncio.Queue[tuple[int, Piece | Done]]" = field(default_factory=asyncio.Queue)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)  # something has happened to a choice
+
+    def take(self, i: int, event: Piece | Done) -> None:
+        """What happened to choice i."""
+        self.queue.put_nowait((i, event))
+        self.begun.set()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the scheduler has begun with any choice."""
+        return self.begun.is_set() or any(choice.request.prefilled for choice in self.choices)
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Done]]:
         """(number of a choice, what happened to it), until all are finished; choices are up to date then."""
@@ -299,3 +318,10 @@ def completion_logprobs(service: Service, entries: Sequence[TokenLogprob], offse
         ],
         "text_offset": [offsets.next(service.token_bytes(entry.token)) for entry in entries],
     }
+
+
+def completion_choice(service: Service, body: CompletionRequest, i: int, choice: Choice) -> dict[str, Any]:
+    """A whole answer as completions has it."""
+    wanted = body.logprobs is not None
+    logprobs = completion_logprobs(service, choice.logprobs, choice.offsets) if wanted else None
+    return {"index": i, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}

@@ -5,6 +5,7 @@ from the chat template, or from a raw prompt where the caller allows it.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from chat_template import ChatTemplates, find_templates
 from control_tokens import ControlTokens
 from errors import UserError
 from hf_config import read_json
+from text_length import TextBound, text_bound
 from token_backends import Backend, Declared, JsonBackend, make_backend
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
@@ -58,12 +60,15 @@ class Tokenizer:
         names = [text, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
         return frozenset(found | {self.backend.special[n] for n in names if n in self.backend.special})
 
-    def encode(self, text: str, allow_special: bool = False, add_bos: bool = True) -> list[int]:
+    def encode(
+        self, text: str, allow_special: bool = False, add_bos: bool = True, context: int | None = None
+    ) -> list[int]:
         """Ids of a plain prompt, with one beginning-of-text token where the model expects one.
 
         allow_special: names of control tokens in the text, such as <|im_end|>, are those tokens, and not text.
+        context: raises UserError, before the work, for a text whose length alone tells that it has as many tokens.
         """
-        ids = self.backend.encode(self.control.parts(text) if allow_special else [text])
+        ids = self._encoded(self.control.parts(text) if allow_special else [text], context)
         bos = self.bos_ids if add_bos else []
         return ids if ids[: len(bos)] == bos else bos + ids
 
@@ -76,18 +81,28 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        context: int | None = None,
     ) -> list[int]:
         """Ids of a conversation ({"role", "content"} dicts), ready for the assistant's next answer.
 
         Names of control tokens in messages, tools, documents and template_kwargs are text.
         tools: function descriptions for the template, or for a system message if it has no place for them.
         continue_final_message: the last message stays open, and no generation prompt follows it.
-        Raises UserError if the folder has no chat template or the template rejects the messages.
+        context is encode's. Raises UserError if the folder has no chat template or the template rejects the messages.
         """
         text = self.templates.render(
             messages, tools, documents, add_generation_prompt, continue_final_message, template_kwargs, self.control
         )
-        return self.backend.encode(self.control.parts(text))
+        return self._encoded(self.control.parts(text), context)
+
+    def _encoded(self, parts: Sequence[str | int], context: int | None) -> list[int]:
+        if context is not None and self._text_bound is not None:
+            self._text_bound.check("".join(part for part in parts if isinstance(part, str)), context)
+        return self.backend.encode(parts)
+
+    @cached_property
+    def _text_bound(self) -> TextBound | None:
+        return text_bound(self.backend)
 
     def render_chat(
         self,

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"errors", "files", "params", "model", "plan"},
+    {"errors", "files", "params", "model", "plan", "shutdown"},
     {"cli", "kernels"},
     {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
     {
@@ -18,6 +18,7 @@ LEVELS = [
         "source",
         "presets",
         "token_backends",
+        "text_length",
         "control_tokens",
         "chat_template",
         "tokenizer",
@@ -38,7 +39,10 @@ LEVELS = [
         "openai_schema",
         "tool_calls",
         "openai_api",
+        "http_errors",
         "http_limits",
+        "http_origin",
+        "http_protocol",
         "endpoints",
         "server",
     },

@@ -52,7 +52,8 @@ class Server:
         """Status, body and headers of one request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, headers or {})
+            content = {} if body is None else {"Content-Type": "application/json"}
+            connection.request(method, path, body, {**content, **(headers or {})})
             answer = connection.getresponse()
             return answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
         finally:
@@ -264,7 +265,7 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
     for stream in (True, False):
         body = {"prompt": "The", "max_tokens": 380, "stream": stream, "ignore_eos": True, "n": 8}
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         server.wait_until(running=8)
         assert connection.sock is not None
         connection.sock.close()
