@@ -250,7 +250,11 @@ def check_replaceable(option: str, path: Path, kind: FileKind) -> None:
         raise UserError(f"{option} {path}: is a folder; name a file")
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    if head and not re.search(kind.mark, head):
+    if path.stat().st_size and not is_kind(path, kind):
         raise UserError(f"{option} {path}: exists and is not {kind.name}; move it away or name another file")
+
+
+def is_kind(path: Path, kind: FileKind) -> bool:
+    """Whether a file's head has the kind's mark."""
+    with path.open("rb") as file:
+        return re.search(kind.mark, file.read(HEAD_BYTES)) is not None
