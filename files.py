@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from errors import UserError
 FINGERPRINT_SAMPLE = 1 << 20  # bytes
 HEAD_BYTES = 4096  # of a file, in which the mark of its kind stands
 OWNER = "owner.part"  # the lock in a temporary folder
+UNOWNED_S = 60.0  # an empty folder is younger while its process is about to make the lock
 
 
 def cache_folder(name: str) -> Path:
@@ -71,7 +73,8 @@ def sweep(folder: Path, pattern: str) -> None:
     for temporary in folder.glob(pattern):
         with suppress(OSError, Timeout):
             if not (temporary / OWNER).is_file():
-                temporary.rmdir()  # its process died at once; what is not empty is not ours, and stays
+                if time.time() - temporary.stat().st_mtime > UNOWNED_S:
+                    temporary.rmdir()  # its process died at once; what is not empty is not ours, and stays
                 continue
             with FileLock(temporary / OWNER).acquire(timeout=0):
                 _remove(temporary)
@@ -106,8 +109,8 @@ def _own(folder: Path) -> FileLock | None:
         if (folder / OWNER).exists():
             return lock
         lock.release()
-    except Timeout:
-        pass
+    except (Timeout, FileNotFoundError, FileExistsError):
+        pass  # FileLock makes the folder again that a sweep removed
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
