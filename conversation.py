@@ -8,8 +8,9 @@ from typing import Any
 
 from engine import Engine
 from errors import UserError
-from files import atomic_file, cache_folder
+from files import FileKind, Output, atomic_file, cache_folder, reserved
 
+SAVED = FileKind("a saved conversation", rb'^\[\s*(\]|\{\s*"role": )')
 HELP = """/sparsity P   drop another share of activations from now on (0 is dense)
 /stats        figures of the last answer, as JSON
 /reset        forget the conversation
@@ -117,11 +118,8 @@ class Conversation:
         if not name:
             raise UserError("/save needs a file name")
         path = Path(name).expanduser()
-        try:
-            with atomic_file(path) as temporary:
-                temporary.write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"/save {name}: {error.strerror}; name a file that can be written") from None
+        with reserved(Output("/save", path, SAVED)), atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return f"{path}: {len(self.messages)} messages"
 
 

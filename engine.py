@@ -368,7 +368,9 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
         raise UserError(
             f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
         )
-    plan = calibrate_uniform(loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights)
+    plan = calibrate_uniform(
+        loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights, save=lambda plans: plans[0].save(path)
+    )
     plan.save(path)
     return plan
 

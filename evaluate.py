@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import cli
 from calibrate import DEFAULT_LENGTH, DEFAULT_SEQUENCES, add_text_arguments
 from errors import UserError
+from files import FileKind, Output, atomic_file, reserved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 METHODS = ("uniform", "greedy", "wina-uniform", "wina-greedy")
 POLICIES = ("decode", "half")
+CSV = FileKind("a table of evaluate.py", rb"^method,sparsity,policy,")
 
 
 def build_parser() -> cli.Parser:
@@ -78,7 +80,7 @@ def _choices(known: tuple[str, ...]) -> Any:
 
 
 def main() -> None:
-    """Calibrate where needed, evaluate, print."""
+    """Refuse what cannot be done, then evaluate."""
     args = build_parser().parse_args()
     if args.stride >= args.window:
         raise UserError(
@@ -88,6 +90,23 @@ def main() -> None:
     for path in (args.csv, args.plot):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: no such folder; create it first")
+    with reserved(*outputs(args)):
+        evaluate_model(args)
+
+
+def outputs(args: argparse.Namespace) -> list[Output]:
+    """The files that args name to be written. Raises UserError if matplotlib is wanted and missing."""
+    found = [Output("--csv", args.csv, CSV)] if args.csv is not None else []
+    if args.plot is not None:
+        from plots import FIGURE, require_matplotlib
+
+        require_matplotlib("--plot")
+        found.append(Output("--plot", args.plot, FIGURE))
+    return found
+
+
+def evaluate_model(args: argparse.Namespace) -> None:
+    """Load, calibrate where needed, evaluate; print the rows and write them."""
     from evaluation import evaluate
     from loading import load_for_decoding
     from texts import first_tokens, read_texts
@@ -102,6 +121,8 @@ def main() -> None:
     window = min(args.window, loaded.model.config.max_seq_len)
     reference = load_reference(args, loaded)
     results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window - 1), reference)
+    if args.csv is not None:
+        write_csv([result.as_row() for result in results], args.csv)  # of hours, before more of them
     more = more_measurements(args, loaded, cases, tokens)
     rows = [result.as_row() | further for result, further in zip(results, more, strict=True)]
     if args.json:
@@ -216,8 +237,6 @@ def _cell(value: Any) -> str:
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     """Rows as a CSV file, atomically."""
-    from files import atomic_file
-
     names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)

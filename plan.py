@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from files import atomic_file, cache_folder
+from files import FileKind, atomic_file, cache_folder
 from model import ModelConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 PLAN_FORMAT = "teal-plan"
 PLAN_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
+PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
 CRITERIA = ("magnitude", "wina")
 
 # Bins are the top bits of |x| as fp32: 128 to an octave, so neighbouring edges differ by under 0.8%
