@@ -86,6 +86,10 @@ class RowTable:
             begin += len(before.requests)
         return range(begin, begin + len(group.requests))
 
+    def held(self) -> list[int]:
+        """How many positions of each row hold something: a step in flight fills one more."""
+        return [len(contents.ids) + 1 if contents.ids else 0 for contents in self.contents]
+
     def group_of(self, request: Request) -> Group | None:
         """None if it does not run."""
         return next((group for group in self.groups if request in group.requests), None)
