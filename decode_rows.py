@@ -1,9 +1,11 @@
-"""Rows of one KV cache that are decoded together: prefill of one, a step of the first n, moves between rows.
+"""Rows of one KV cache that are decoded together: prefill of one, a step of neighbouring ones, moves between rows.
 
-On CUDA a step of n rows is a graph of its own, captured when n first occurs, and it leaves the likeliest tokens where
-the next step reads them: the host may launch that one before it has looked at them.
+On CUDA a step of some rows is a graph of its own, captured when they first occur, and it leaves the likeliest tokens
+where the next step reads them: the host may launch that one before it has looked at them.
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,21 @@ class Step:
         return self.host.tolist()
 
 
+def zeros(like: Tensor, length: int) -> Tensor:
+    """Zeros for as many rows as like [layers, B, K, S, D] has, of length positions.
+
+    On a CPU the system hands out their memory as it is written: 8 rows of 8192 positions of a 135M model are 1.5 GB, and
+    filling them stopped everybody for 2 s.
+    """
+    shape = (*like.shape[:3], length, like.shape[4])
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    pages = mmap.mmap(
+        -1, math.prod(shape) * like.element_size()
+    )  # numpy.zeros asks for pages of 2 MB, which several rows share
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
 class DecodeRows:
     """So many rows of a cache of up to context positions, for the model of an engine."""
 
@@ -43,8 +60,9 @@ class DecodeRows:
         self.engine, self.model, self.device, self.use_graph = engine, engine.model, engine.device, engine.use_graph
         self.context = context
         self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by rows
-        self.round_graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by drafted tokens
+        # By layout of the engine's plan, and rows or drafted tokens.
+        self.graphs: dict[tuple[int, range], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.round_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.unread = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.head_rows = 1 if self.device.type == "cpu" and not self._head_is_row_invariant(count) else count
         self.cache = self.model.new_cache(count, min(LENGTH_STEP, context))
@@ -61,15 +79,22 @@ class DecodeRows:
         parts = [self.model.logits(part).float() for part in hidden.split(self.head_rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def reserve(self, length: int) -> None:
-        """Make room for so many positions. On CUDA at least twice what there was, since graphs are captured anew."""
-        if length > self.cache.length:
-            least = length if self.device.type == "cpu" else max(length, 2 * self.cache.length)
-            self.cache = self.cache.resized(min(-(-least // LENGTH_STEP) * LENGTH_STEP, self.context))
-            self.drop_graphs()
+    def reserve(self, length: int, held: list[int]) -> None:
+        """Make room for so many positions, keeping the first held[row] of each row.
 
-    def drop_graphs(self) -> None:
-        """Forget the steps captured: what they read or its shape has changed."""
+        On CUDA for at least twice as many as there were, since graphs are captured anew.
+        """
+        if length <= self.cache.length:
+            return
+        least = length if self.device.type == "cpu" else max(length, 2 * self.cache.length)
+        grown = self.cache.part(slice(None), None)
+        grown.k, grown.v = (
+            zeros(old, min(-(-least // LENGTH_STEP) * LENGTH_STEP, self.context)) for old in (grown.k, grown.v)
+        )
+        for row, kept in enumerate(held):
+            for old, new in ((self.cache.k, grown.k), (self.cache.v, grown.v)):
+                new[:, row, :, :kept] = old[:, row, :, :kept]
+        self.cache = grown
         self.graphs.clear()
         self.round_graphs.clear()
 
@@ -98,31 +123,34 @@ class DecodeRows:
         hidden = self.model.hidden_states(tokens, positions, self._part(slice(row, row + 1), len(ids)))
         return self._logits(hidden[:, -1])
 
-    def feed(self, tokens: list[int], positions: list[int]) -> None:
-        """Say what the next step's rows read and where; after a step, the likeliest tokens at the next positions."""
+    def feed(self, rows: range, tokens: list[int], positions: list[int]) -> None:
+        """Set what the next step of these rows reads, and where; after a step, that is its argmax at the next positions."""
         for tensor, values in ((self.tokens, tokens), (self.positions, positions)):
-            tensor[: len(values), 0] = torch.tensor(values, device=self.device)
+            tensor[rows.start : rows.stop, 0] = torch.tensor(values, device=self.device)
 
-    def step(self, count: int, length: int, eager: bool = False) -> Step:
-        """One token more for the first count rows, none of which gets longer than length. eager: not by a graph."""
+    def step(self, rows: range, length: int, eager: bool = False) -> Step:
+        """One token more for these rows, none of which gets longer than length. eager: not by a graph."""
         if self.use_graph and not eager:
-            if count not in self.graphs:
-                self._capture(count)
-            graph, logits = self.graphs[count]
+            key = self.engine.layout, rows
+            if key not in self.graphs:
+                self._capture(rows)
+            graph, logits = self.graphs[key]
             graph.replay()
         else:
-            logits = self._run(count, length)
+            logits = self._run(rows, length)
+        tokens = self.tokens[rows.start : rows.stop, 0]
         if self.device.type == "cpu":
-            return Step(logits, self.tokens[:count, 0].clone(), None)
-        host = torch.empty(count, dtype=torch.int64, pin_memory=True)
-        host.copy_(self.tokens[:count, 0], non_blocking=True)
+            return Step(logits, tokens.clone(), None)
+        host = torch.empty(len(rows), dtype=torch.int64, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return Step(logits, host, event)
 
-    def _run(self, count: int, length: int) -> Tensor:
-        tokens, positions = self.tokens[:count], self.positions[:count]
-        hidden = self.model.hidden_states(tokens, positions, self._part(slice(0, count), length))
+    def _run(self, rows: range, length: int) -> Tensor:
+        part = slice(rows.start, rows.stop)
+        tokens, positions = self.tokens[part], self.positions[part]
+        hidden = self.model.hidden_states(tokens, positions, self._part(part, length))
         logits = self._logits(hidden[:, -1])
         take_likeliest(logits, tokens, positions)
         return logits
@@ -134,9 +162,10 @@ class DecodeRows:
         """
         assert isinstance(self.engine, SpeculativeEngine)
         if self.use_graph:
-            if drafts not in self.round_graphs:
+            key = self.engine.layout, drafts
+            if key not in self.round_graphs:
                 self._capture_round(self.engine, drafts)
-            self.round_graphs[drafts].replay()
+            self.round_graphs[key].replay()
         else:
             self._run_round(self.engine, drafts, length)
         return self.engine.judged(drafts)
@@ -146,21 +175,21 @@ class DecodeRows:
         engine.draft_and_judge(row, SamplingParams(), drafts)
 
     def _capture_round(self, engine: SpeculativeEngine, drafts: int) -> None:
-        self.round_graphs[drafts] = capture(
+        self.round_graphs[engine.layout, drafts] = capture(
             lambda: self._run_round(engine, drafts, self.cache.length), (self.tokens, self.positions)
         )
 
-    def _capture(self, count: int) -> None:
-        """Record a step of count rows. What running it writes, the first replay writes again."""
+    def _capture(self, rows: range) -> None:
+        """Record a step of these rows. What running it writes, the first replay writes again."""
         found: list[Tensor] = []
-        graph = capture(lambda: found.append(self._run(count, self.cache.length)), (self.tokens, self.positions))
-        self.graphs[count] = (graph, found[-1])
+        graph = capture(lambda: found.append(self._run(rows, self.cache.length)), (self.tokens, self.positions))
+        self.graphs[self.engine.layout, rows] = (graph, found[-1])
 
     def warm(self) -> None:
-        """On CUDA compile and capture steps of all counts and rounds of all lengths now, not in the middle of an answer."""
+        """On CUDA compile and capture what requests of the engine's own plan need now, not in the middle of an answer."""
         if self.use_graph:
             for count in range(1, len(self.tokens) + 1):
-                self._capture(count)
-            if isinstance(self.engine, SpeculativeEngine):
+                self._capture(range(count))
+            if isinstance(self.engine, SpeculativeEngine) and self.engine.drafts_under(self.engine.plan):
                 for drafts in range(1, self.engine.draft_length + 1):
                     self._capture_round(self.engine, drafts)

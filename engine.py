@@ -7,58 +7,46 @@ reads token i from a pinned copy the device is already computing token i + 1.
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from calibration import calibrate_uniform
 from compilation import capture, compile_model
 from errors import UserError
+from exclusive import Exclusive
+from figures import GenerationStats
 from int8_cache import has_int8_cache
 from loading import LoadedModel, load_for_decoding, load_plan
 from model import Block, KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import SparsityPlan, cached_plan, keep_all_plan, plan_name
-from quantization import QuantizedLinear, is_quantized
+from plan_switch import PlanSwitch
+from quantization import is_quantized
 from sampling import sample, take_likeliest
 from streaming import StopStrings, StreamDecoder
-from teal_layers import SparseLinear, set_counting, sparse_layers, sparsify
+from teal_layers import set_counting, sparsify
 from texts import default_text, text_hash
 from tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens; bounds the attention mask and the activations of long prompts
+IN_USE = (
+    "this engine is making another text: exhaust or close its generator first, load a second engine, or give several "
+    "prompts to scheduler.generate_batch"
+)
 CACHE_STEP = 256  # the KV cache grows in multiples of this, so that few lengths are ever compiled
 
 
-@dataclass(slots=True)
-class GenerationStats:
-    """What one call of generate did. Times in seconds; token_s are the gaps between tokens after the first."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    first_token_s: float = 0.0
-    token_s: list[float] = field(default_factory=list)
-    finish_reason: str = ""
-    rounds: int = 0  # of drafting and judging, by speculation.SpeculativeEngine
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return len(self.token_s) / sum(self.token_s) if self.token_s else None
-
-    def latency_percentile(self, q: float) -> float | None:
-        """The q-quantile of the gaps between tokens, seconds."""
-        return sorted(self.token_s)[min(len(self.token_s) - 1, int(q * len(self.token_s)))] if self.token_s else None
-
-
 class Engine:
-    """Generates tokens with one model at batch size one. Build with Engine.load; then call generate."""
+    """Generates tokens with one model at batch size one. Build with Engine.load; then call generate.
+
+    It makes one text at a time, from whatever threads: as long as a generator of generate or stream is unfinished, or a
+    Scheduler runs on the engine, another generation and a change of its settings raise RuntimeError. A generator is
+    finished when it is exhausted, closed, or nothing refers to it any more, as after a break out of a for loop over it.
+    """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, use_graph: bool) -> None:
         self.model = model
@@ -66,6 +54,8 @@ class Engine:
         self.name = name
         self.use_graph = use_graph
         self.plan: SparsityPlan | None = None
+        self.layout = 0  # the number of the plan's layout (plan_switch.py)
+        self.plan_switch: PlanSwitch | None = None  # None: dense
         self.loaded: LoadedModel | None = None
         self.load_s = 0.0
         self.compile_s = 0.0
@@ -74,6 +64,8 @@ class Engine:
         self.device, self.dtype = weight.device, weight.dtype
         self.generator = torch.Generator(self.device)
         self.cached_ids: list[int] = []
+        self.cached_under: object = None  # cache_key when they were cached
+        self.use = Exclusive(IN_USE)
         limit = model.config.max_seq_len
         with torch.inference_mode():  # tensors made outside and inside it would each be compiled for
             self._set_cache(model.new_cache(1, min(CACHE_STEP, limit)))
@@ -124,6 +116,8 @@ class Engine:
         if plan is not None:
             plan.check_weights(loaded.weights)
             sparsify(engine.model, plan)
+            engine.plan_switch = PlanSwitch(engine.model)
+            engine.layout = engine.plan_switch.use(plan)
             if on_cuda:
                 from fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
 
@@ -132,44 +126,50 @@ class Engine:
             engine._compile()
         return engine
 
-    def use_plan(self, plan: SparsityPlan) -> bool:
-        """Decode with another plan's thresholds from now on; a dense engine has none to change. Raises UserError.
+    def use_plan(self, plan: SparsityPlan) -> None:
+        """Decode with another plan's thresholds from now on.
 
-        Returns whether they have other shapes, so that steps captured before are void.
+        Raises UserError if the engine is dense or the plan is for another model, RuntimeError if it is in use.
         """
-        self._require_sparse()
+        with self.use.taken():
+            self.switch_plan(plan)
+
+    def switch_plan(self, plan: SparsityPlan) -> None:
+        """As use_plan, for whoever has taken self.use."""
+        switch = self._require_sparse()
         if self.loaded is not None:
             plan.check_weights(self.loaded.weights)
-        shapes = [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]
-        sparsify(self.model, plan)
+        self.layout = switch.use(plan)
         self.plan = plan
-        self.cached_ids = []
-        changed = shapes != [[m.thresholds.shape for m in layer] for layer in sparse_layers(self.model)]
-        if changed:
-            self.graphs.clear()
-        return changed
+
+    def cache_key(self, plan: SparsityPlan | None) -> object:
+        """What keys and values depend on beside their tokens: they may be reused where it is equal."""
+        return plan, 0.0 if self.plan_switch is None else self.plan_switch.sparse_share
 
     def use_sparsity(self, sparsity: float) -> None:
         """As use_plan, with the plan that load takes for a sparsity. Raises UserError if it would have to be made now."""
         self._require_sparse()
         assert self.loaded is not None
         plain = all(isinstance(layer, Block) for layer in self.model.layers)  # not wrapped by now
-        self.use_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain))
+        with self.use.taken():
+            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain))
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Within the block sparse layers count what they keep (teal_layers.achieved_sparsity), off a GPU's fast path."""
-        graph, self.use_graph = self.use_graph, False
-        set_counting(self.model, True)
+        with self.use.taken():  # no text is begun without and ended with counting
+            graph, self.use_graph = self.use_graph, False
+            set_counting(self.model, True)
         try:
             yield
         finally:
             set_counting(self.model, False)
             self.use_graph = graph
 
-    def _require_sparse(self) -> None:
-        if self.plan is None:
+    def _require_sparse(self) -> PlanSwitch:
+        if self.plan is None or self.plan_switch is None:
             raise UserError("this engine was loaded dense; load it with a sparsity or a plan")
+        return self.plan_switch
 
     def _compile(self) -> None:
         """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""
@@ -183,8 +183,8 @@ class Engine:
 
     def _set_cache(self, cache: KVCache) -> None:
         self.cache = cache
-        # By sampling parameters and how many tokens are drafted: none in an ordinary step.
-        self.graphs: dict[tuple[SamplingParams, int], torch.cuda.CUDAGraph] = {}
+        # By layout of the plan, sampling parameters and how many tokens are drafted: none in an ordinary step.
+        self.graphs: dict[tuple[int, SamplingParams, int], torch.cuda.CUDAGraph] = {}
 
     def _reserve(self, length: int) -> None:
         """Make the cache hold at least length tokens, keeping what is in it."""
@@ -201,8 +201,9 @@ class Engine:
     ) -> Generator[int, None, None]:
         """Yield tokens that continue prompt_ids, ending before an end-of-text token; fills self.stats.
 
-        Keys and values of a prefix shared with the previous call are reused. Raises UserError for an
-        empty prompt, one that leaves no room in the model's context, or a count below 1.
+        Keys and values of a prefix shared with the previous call are reused if the plan is the same. Raises UserError
+        for an empty prompt, one that leaves no room in the model's context, or a count below 1; RuntimeError if the
+        engine is in use. All this happens when the first token is asked for.
         """
         limit = self.model.config.max_seq_len
         if not prompt_ids:
@@ -211,7 +212,13 @@ class Engine:
             raise UserError(f"the prompt has {len(prompt_ids)} tokens; this model's context of {limit} must exceed it")
         if max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {max_new_tokens} is out of range; expected at least 1")
-        max_new_tokens = min(max_new_tokens, limit - len(prompt_ids))
+        with self.use.taken():
+            yield from self._generate(prompt_ids, params, min(max_new_tokens, limit - len(prompt_ids)), ignore_eos)
+
+    def _generate(
+        self, prompt_ids: list[int], params: SamplingParams, max_new_tokens: int, ignore_eos: bool
+    ) -> Iterator[int]:
+        """As generate, for right arguments, while self.use is taken."""
         stats = self.stats = GenerationStats(prompt_tokens=len(prompt_ids), finish_reason="length")
         eos = frozenset() if ignore_eos else self.tokenizer.eos_ids
         start = time.perf_counter()
@@ -247,12 +254,13 @@ class Engine:
         Pieces end on character boundaries. Raises as generate does.
         """
         decoder, filter = StreamDecoder(self.tokenizer, prompt_ids), StopStrings(stops)
-        for token in self.generate(prompt_ids, params, max_new_tokens, ignore_eos):
-            if piece := filter.push(decoder.push(token)):
-                yield piece
-            if filter.stopped:
-                self.stats.finish_reason = "stop"
-                return
+        with closing(self.generate(prompt_ids, params, max_new_tokens, ignore_eos)) as tokens:
+            for token in tokens:
+                if piece := filter.push(decoder.push(token)):
+                    yield piece
+                if filter.stopped:
+                    self.stats.finish_reason = "stop"
+                    return
         if tail := filter.push(decoder.flush()) + filter.flush():
             yield tail
 
@@ -263,7 +271,9 @@ class Engine:
         Calls get at least two tokens where the prompt has them: one alone would count as decoding and
         be sparse, and the same prompt would give another text with a warm cache than with a cold one.
         """
-        reused = 0
+        reused, key = 0, self.cache_key(self.plan)
+        if key != self.cached_under:
+            self.cached_ids, self.cached_under = [], key
         while reused < min(len(self.cached_ids), len(ids) - 2) and self.cached_ids[reused] == ids[reused]:
             reused += 1
         self.stats.reused_tokens = reused
@@ -329,8 +339,9 @@ class Engine:
         return self._captured((params.without_seed(), 0), lambda: self._step(params)).replay
 
     @torch.inference_mode()
-    def _captured(self, key: tuple[SamplingParams, int], step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The CUDA graph of this key; if need be step is recorded, which leaves tensors and random state as they were."""
+    def _captured(self, of: tuple[SamplingParams, int], step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The CUDA graph of this step; if need be it is recorded, which leaves tensors and random state as they were."""
+        key = self.layout, *of
         if key not in self.graphs:
             random_state = self.generator.get_state()
             self.graphs[key] = capture(step, (self.token, self.position, self.seen), self.generator)
@@ -373,15 +384,3 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     )
     plan.save(path)
     return plan
-
-
-def weight_bytes_per_token(model: Transformer) -> float:
-    """Bytes of weights one decode step reads: all projections and the head, less the rows that sparsity skips.
-
-    Skipped rows are those counted since teal_layers.set_counting; without a count all rows are taken as read.
-    """
-    modules = [m for m in model.layers.modules() if isinstance(m, (SparseLinear, QuantizedLinear, nn.Linear))]
-    return sum(
-        module.bytes_read() if isinstance(module, SparseLinear) else sum(p.nbytes for p in module.parameters())
-        for module in (*modules, model.lm_head)
-    )

@@ -247,9 +247,8 @@ def detailed_statistics(engine: "Engine", ids: list[int], params: SamplingParams
 
     They are generated once more for that: counting slows a GPU's decoding, and would change the speed it explains.
     """
-    from engine import weight_bytes_per_token
     from hardware import read_bandwidth
-    from teal_layers import achieved_sparsity
+    from teal_layers import achieved_sparsity, weight_bytes_per_token
 
     stats, cached = engine.stats, engine.cached_ids
     if stats.tokens_per_s is None:

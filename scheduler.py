@@ -1,9 +1,10 @@
-"""Several requests decoded together: a queue, rows of one KV cache, and one step for all running rows.
+"""Several requests decoded together: a queue, blocks of prompts and steps in turns, one step for all of a plan.
 
-One thread owns the model. Running requests occupy the first rows of the cache; the rows behind keep what
-finished requests left, so that a prompt which begins like an earlier one starts from its keys and values. Only those
-made by prefill are shared, in whole blocks that are always computed alike: a request's text does not depend on what
-was served before it or is beside it, to the bit on a CPU (its kernels sum each row as if it were alone).
+One thread owns the model. Prompts are read in blocks, between which the running requests take steps: neither a long
+prompt nor another's plan keeps anybody waiting for more than a block and a few steps. Blocks go in turn to the prompt
+with the least left and to the one that came first, so short ones begin soon and long ones get half at least. Requests
+of one plan share a step; plans take turns. A request's text does not depend on what was served before it or is beside
+it, to the bit on a CPU (its kernels sum each row as if it were alone; row_table.py says what rows share).
 """
 
 import functools
@@ -15,15 +16,22 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from decode_rows import DecodeRows, Step
+from decode_rows import DecodeRows
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
 from generation import Done, Observer, Piece, Request, Sequence, TokenLogprob, token_logprob
 from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from plan import SparsityPlan
+from plan_switch import Tally
+from prefill import Prefill
+from row_table import Flight, Group, RowTable
 from speculation import SpeculativeEngine
-from teal_layers import achieved_sparsity, set_counting
+from teal_layers import achieved_sparsity
 
 CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on CUDA PREFILL_CHUNK
+# Steps between two blocks of prompts, less after a shorter one. Of a 135M model a block takes as long as 5 to 8 steps of
+# one row, or 2 of eight: neither reading nor writing gets much more time than the other.
+STEPS_A_BLOCK = 4
 MAX_ROWS = 8  # what the sparse kernels take at once
 IDLE_S = 0.5  # between looks at deadlines while nothing runs
 
@@ -33,7 +41,10 @@ class QueueFull(Exception):
 
 
 class Scheduler:
-    """Runs requests on an engine's model, up to rows at once; submit and cancel from any thread."""
+    """Runs requests on an engine's model, up to rows at once; submit and cancel from any thread.
+
+    While it runs, the engine is in use: Engine.generate and another Scheduler raise RuntimeError.
+    """
 
     def __init__(
         self,
@@ -52,34 +63,36 @@ class Scheduler:
         self.queue = queue
         self.observer = Observer()
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # request i is in row i
-        self.prefilling: tuple[Request, int] | None = None  # and its row
+        self.owed_steps = 0  # to the running requests, before another block
         self.sequences: dict[Request, Sequence] = {}
-        self.row_ids: list[list[int]] = [[] for _ in range(rows)]  # tokens whose keys and values are in each row
-        self.row_shared = [0] * rows  # how many of them were made by prefill
         self.achieved: list[dict[str, float]] = []
         self.own_plan = engine.plan
         self.changed = threading.Condition()
         self.closing = False
-        self.block = CPU_BLOCK if engine.device.type == "cpu" else PREFILL_CHUNK
         self.ahead = engine.device.type == "cuda" if ahead is None else ahead
-        self.in_flight: tuple[list[Request], Step] | None = None  # a step whose tokens nobody has read yet
         with torch.inference_mode():
             self.rows = DecodeRows(engine, rows, self.context)
+        self.table = RowTable(self.rows, rows, CPU_BLOCK if engine.device.type == "cpu" else PREFILL_CHUNK)
+        self.prefill = Prefill(self.rows, self.table)
         self.ended = threading.Event()
 
     def start(self) -> None:
-        """Run in a thread of its own."""
-        threading.Thread(target=self.run, name="scheduler", daemon=True).start()
+        """Run in a thread of its own. Raises RuntimeError if the engine is in use."""
+        self.engine.use.take()
+        threading.Thread(target=self._run, name="scheduler", daemon=True).start()
 
     def submit(self, *requests: Request) -> None:
-        """Queue requests. Raises QueueFull if they do not all fit, UserError for a prompt that cannot be run."""
+        """Queue requests. Raises QueueFull if they do not all fit, UserError for one that cannot be run."""
         for request in requests:
             count = len(request.prompt_ids)
             if count < 1:
                 raise UserError("the prompt is empty; give at least one token of text")
             if count >= self.context:
                 raise UserError(f"the prompt has {count} tokens; the context of {self.context} must exceed it")
+            if request.plan is not None and self.own_plan is None:
+                raise UserError(
+                    "a plan was given for an engine that was loaded dense; load it with a sparsity or a plan"
+                )
             request.max_new_tokens = min(request.max_new_tokens, self.context - count)
         with self.changed:
             if self.closing or len(self.waiting) + len(requests) > self.queue:
@@ -103,7 +116,7 @@ class Scheduler:
         """Take no more requests, let those there are finish for so many seconds, then end them."""
         self.close_when_idle()
         if not self.ended.wait(timeout):
-            for request in (*self.waiting, *self._admitted()):
+            for request in (*self._queued(), *self._admitted()):
                 request.deadline = 0.0
             self.ended.wait()
 
@@ -113,48 +126,57 @@ class Scheduler:
         return len(self.waiting), len(self._admitted())
 
     def run(self) -> None:
-        """Serve until close. On a CPU in the thread that loaded the model: OpenMP's teams of two threads of a program
-        get in each other's way, and a token took 21 ms instead of 13.
+        """Serve until close. Raises RuntimeError if the engine is in use. On a CPU in the thread that loaded the model:
+        OpenMP's teams of two threads of a program get in each other's way, and a token took 21 ms instead of 13.
         """
+        self.engine.use.take()
+        self._run()
+
+    def _run(self) -> None:
         try:
             with torch.inference_mode():
                 self.rows.warm()
                 self._serve()
         finally:
+            self._switch(self.own_plan)
+            self.engine.use.release()
             self.ended.set()
 
     def _serve(self) -> None:
         while True:
             with self.changed:
-                while not (self.waiting or self.running or self.prefilling):
+                while not (self.waiting or self._admitted()):
                     if self.closing:
                         return
                     self.changed.wait(IDLE_S)
             try:
                 self._drop_ended()
                 self._admit()
-                self._prefill_chunk()
-                if not self._speculate():
-                    self._step()
+                if self.prefill.requests and not (self.owed_steps > 0 and self.table.groups):
+                    self._prefill_block()
+                else:
+                    self._step_all()
             except Exception as error:  # a bug or the device's limit: the requests learn of it, the server lives on
                 traceback.print_exc()
                 self._fail(f"{type(error).__name__}: {error}")
 
+    def _queued(self) -> list[Request]:
+        """Requests that wait, while others may come."""
+        with self.changed:
+            return list(self.waiting)
+
     def _admitted(self) -> list[Request]:
         """Requests that have a row of the cache."""
-        prefilling = self.prefilling
-        return [*self.running, *([prefilling[0]] if prefilling else [])]
+        return [*self.table.running, *self.prefill.requests]
 
     def _fail(self, message: str) -> None:
-        self.in_flight = None
         for request in self._admitted():
             self._end(request, "error", message)
-        self.row_ids = [[] for _ in self.row_ids]
-        self.row_shared = [0] * len(self.row_shared)
+        self.table.forget()
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
-        for request in [*self._admitted(), *self.waiting]:
+        for request in [*self._admitted(), *self._queued()]:
             if request.cancelled:
                 self._end(request, "cancelled")
             elif request.deadline is not None and now > request.deadline:
@@ -165,15 +187,12 @@ class Scheduler:
         if request.counting and request not in self.waiting:
             self._stop_counting(request)
         sequence = self.sequences.pop(request, None)
-        if request in self.running:
-            row, last = self.running.index(request), len(self.running) - 1
-            self._swap(row, last)
-            self.running[row] = self.running[last]
-            self.running.pop()
-        elif self.prefilling is not None and self.prefilling[0] is request:
-            self.prefilling = None
-        elif request in self.waiting:
+        if request in self.waiting:
             self.waiting.remove(request)
+        else:
+            if request in self.prefill.requests:
+                self.prefill.requests.remove(request)
+            self.table.leave(request)
         self.observer.finished(request, reason)
         if request.cancelled:
             return
@@ -181,132 +200,110 @@ class Scheduler:
             request.emit(tail)
         request.emit(Done(reason, error))
 
-    def _stop_counting(self, request: Request) -> None:
-        """Note what was dropped while request was counted; go on for the others."""
-        self.achieved = achieved_sparsity(self.engine.model)
-        if not any(other.counting for other in self._admitted() if other is not request):
-            set_counting(self.engine.model, False)
-
-    def _swap(self, a: int, b: int) -> None:
-        """Exchange two rows of the cache."""
-        if a == b:
-            return
-        newest = 1 if self.in_flight is not None else 0  # the position that a step started ahead fills
-        self.rows.swap(a, b, max(len(self.row_ids[a]), len(self.row_ids[b])) + newest)
-        self.row_ids[a], self.row_ids[b] = self.row_ids[b], self.row_ids[a]
-        self.row_shared[a], self.row_shared[b] = self.row_shared[b], self.row_shared[a]
-
     def _admit(self) -> None:
-        """Begin the oldest request's prefill, if a row is free and it decodes with the thresholds in use."""
-        if self.prefilling is not None or not self.waiting or len(self.running) == len(self.row_ids):
+        """Give free rows to the requests that came first."""
+        while self.waiting and self.table.has_room():
+            request = self.waiting.popleft()
+            self.table.take(request, self.engine.cache_key(self._plan_of(request)))
+            self.prefill.requests.append(request)
+            self.rows.reserve(len(request.prompt_ids) + request.max_new_tokens, self.table.held())
+
+    def _plan_of(self, request: Request) -> SparsityPlan | None:
+        return request.plan or self.own_plan
+
+    def _switch(self, plan: SparsityPlan | None, tally: Tally | None = None) -> None:
+        """Let the next calls of the model be of this plan, and count what they drop in tally."""
+        if plan is not None and plan is not self.engine.plan:
+            self.engine.switch_plan(plan)
+        if self.engine.plan_switch is not None:
+            self.engine.plan_switch.count(tally)
+
+    def _stop_counting(self, request: Request) -> None:
+        """Note what was dropped while request was counted; go on for the others of its plan."""
+        group = self.table.group_of(request)
+        if group is None or group.tally is None:
             return
-        request = self.waiting[0]
-        plan = request.plan or self.own_plan
-        if plan is not self.engine.plan:
-            if self.running:  # it waits for its turn, and those behind it too: first come, first served
-                return
-            assert plan is not None
-            if self.engine.use_plan(plan):
-                self.rows.drop_graphs()
-        if request.counting and not any(other.counting for other in self.running):
-            set_counting(self.engine.model, True)
-        self.waiting.popleft()
-        row = self._row_for(request)
-        self.prefilling = (request, row)
-        self.rows.reserve(len(request.prompt_ids) + request.max_new_tokens)
+        self._switch(group.plan, group.tally)
+        self.achieved = achieved_sparsity(self.engine.model)
+        if not any(other.counting for other in group.requests if other is not request):
+            group.tally = None
+            self._switch(group.plan)
 
-    def _row_for(self, request: Request) -> int:
-        """A free row that holds the longest start of the prompt there is, and how much that is, in request."""
-        ids = request.prompt_ids
+    def _prefill_block(self) -> None:
+        """Read the next part of a prompt; with the last part the request runs."""
+        request = self.prefill.next()
+        plan = self._plan_of(request)
+        self._switch(plan)
+        tokens, logits = self.prefill.read_block(request)
+        self.owed_steps = -(-tokens * STEPS_A_BLOCK // self.table.block)
+        if logits is not None:
+            self.table.join(request, plan)
+            self.sequences[request] = Sequence(request, self.engine)
+            self._choose(request, logits, int(logits.argmax()))
 
-        def common(row: int) -> int:
-            # At least two tokens are left for prefill: one alone would count as decoding and be sparse.
-            limit = min(self.row_shared[row], len(ids) - 2)
-            same = next((i for i in range(limit) if self.row_ids[row][i] != ids[i]), max(limit, 0))
-            return same // self.block * self.block
+    def _step_all(self) -> None:
+        """One step of every plan, or a round of drafting."""
+        self.owed_steps -= 1
+        for group in list(self.table.groups):
+            if group.requests and not self._speculate(group):
+                self._step(group)
 
-        best = max(range(len(self.row_ids)), key=lambda r: (common(r), -len(self.row_ids[r])))
-        reused = common(best)
-        row = best
-        if best < len(self.running):  # in use: copy from it
-            row = min(range(len(self.running), len(self.row_ids)), key=lambda r: len(self.row_ids[r]))
-            self.rows.copy(best, row, reused)
-        self.row_ids[row] = ids[:reused]
-        self.row_shared[row] = reused
-        request.prefilled = request.reused_tokens = reused
-        return row
+    def _step(self, group: Group) -> None:
+        """One token more for every running request of a plan."""
+        flight, rows = group.flight or self._launch(group), self.table.rows_of(group)
+        group.flight = None
+        same = flight.requests == group.requests and flight.rows == rows
+        if self.ahead and same and not self._may_draft(group) and all(r.takes_likeliest for r in group.requests):
+            group.flight = self._launch(group, fed=True)
+        for request in group.requests:
+            if request in flight.requests:
+                self.table.contents_of(request).ids.append(request.token)
+        for i, (request, token) in enumerate(zip(flight.requests, flight.step.likeliest(), strict=True)):
+            if request in group.requests:  # it has not ended meanwhile
+                self._choose(request, flight.step.logits[i : i + 1], token)
 
-    def _prefill_chunk(self) -> None:
-        """Put the next part of the prompt into the cache; with the last part the request runs."""
-        if self.prefilling is None:
-            return
-        request, row = self.prefilling
-        ids = request.prompt_ids
-        end = request.prefilled + self.block
-        if end >= len(ids) - 1:  # one token that is left over joins the block before
-            end = len(ids)
-        logits = self.rows.prefill(row, ids[:end], request.prefilled)
-        request.prefilled = end
-        self.row_ids[row] = ids[:end]
-        self.row_shared[row] = end
-        if end < len(ids):
-            return
-        self._swap(row, len(self.running))
-        self.prefilling = None
-        self.running.append(request)
-        self.sequences[request] = Sequence(request, self.engine)
-        self._choose(request, logits, int(logits.argmax()))
-
-    def _step(self) -> None:
-        """One token more for every running request."""
-        if not self.running:
-            self.in_flight = None
-            return
-        requests, step = self.in_flight or self._launch()
-        self.in_flight = None
-        if self.ahead and requests == self.running and all(request.takes_likeliest for request in requests):
-            self.in_flight = self._launch(fed=True)
-        for request, ids in zip(self.running, self.row_ids, strict=False):
-            if request in requests:
-                ids.append(request.token)
-        for row, (request, token) in enumerate(zip(requests, step.likeliest(), strict=True)):
-            if request in self.running:  # it has not ended meanwhile
-                self._choose(request, step.logits[row : row + 1], token)
-
-    def _speculate(self) -> bool:
-        """Several tokens by drafting and judging, if the engine does that and one request runs that takes the likeliest.
+    def _may_draft(self, group: Group) -> bool:
+        """Whether the engine drafts and one request runs that takes the likeliest, by the engine's own plan.
 
         Beside others it takes ordinary steps, which read the weights once for all of them.
         """
+        engine, requests = self.engine, self.table.running
+        drafts = isinstance(engine, SpeculativeEngine) and engine.drafts_under(self.own_plan)
+        return drafts and group.plan is self.own_plan and len(requests) == 1 and requests[0].takes_likeliest
+
+    def _speculate(self, group: Group) -> bool:
+        """Several tokens by drafting and judging, if that may be and there is something to judge."""
         engine = self.engine
-        if not isinstance(engine, SpeculativeEngine) or not engine.draft_length or engine.plan is not self.own_plan:
+        if not isinstance(engine, SpeculativeEngine) or group.flight is not None or not self._may_draft(group):
             return False
-        if self.in_flight is not None or len(self.running) != 1 or not self.running[0].takes_likeliest:
-            return False
-        request, ids = self.running[0], self.row_ids[0]
+        request, ids = group.requests[0], self.table.contents[0].ids
         text = self.sequences[request].text
         if engine.drafter is None:
             text.extend([*ids, request.token][len(text.text) :])
         drafts = engine.propose(text, min(engine.best_length(), request.max_new_tokens - request.new_tokens - 1))
         if drafts == 0:
             return False
-        self.rows.feed([request.token], [len(ids)])
+        self._switch(group.plan)
+        self.rows.feed(range(1), [request.token], [len(ids)])
         tokens = self.rows.round(drafts, len(ids) + drafts + 1)
         self.observer.drafted(drafts, len(tokens) - 1)
         for token in tokens:
-            if request in self.running:
+            if request in group.requests:
                 ids.append(request.token)
                 self._choose(request, None, token)
         return True
 
-    def _launch(self, fed: bool = False) -> tuple[list[Request], Step]:
-        """Start a step of all running requests. fed: it goes on from one of the same requests that was just started."""
-        requests = list(self.running)
-        lengths = [len(self.row_ids[row]) for row in range(len(requests))]
+    def _launch(self, group: Group, fed: bool = False) -> Flight:
+        """Start a step of a plan's requests. fed: it goes on from one of the same requests that was just started."""
+        requests, rows = list(group.requests), self.table.rows_of(group)
+        lengths = [len(self.table.contents[row].ids) for row in rows]
         if not fed:
-            self.rows.feed([request.token for request in requests], lengths)
+            self.rows.feed(rows, [request.token for request in requests], lengths)
         counting = any(request.counting for request in requests)
-        return requests, self.rows.step(len(requests), max(lengths) + (2 if fed else 1), eager=counting)
+        if counting and group.tally is None and self.engine.plan_switch is not None:
+            group.tally = self.engine.plan_switch.tally()
+        self._switch(group.plan, group.tally if counting else None)
+        return Flight(requests, rows, self.rows.step(rows, max(lengths) + (2 if fed else 1), eager=counting))
 
     def _choose(self, request: Request, logits: Tensor | None, likeliest: int) -> None:
         """Sample a token for request from its logits [1, V], pass its text on, end it if it is finished.

@@ -21,7 +21,7 @@ from errors import UserError
 from loading import LoadedModel, load_for_decoding, round_weights
 from model import KVCache, Transformer
 from params import SamplingParams
-from plan import keep_all_plan
+from plan import SparsityPlan, keep_all_plan
 from sampling import draw, probabilities, take_likeliest
 from teal_layers import sparsify
 
@@ -85,14 +85,18 @@ class SpeculativeEngine(Engine):
         self.drafter, self.draft_cost = None, LOOKUP_COST
         self._speculate(length)
 
+    def drafts_under(self, plan: SparsityPlan | None) -> bool:
+        """Whether it drafts: not under a plan that drops anything, whose text the pass that judges does not give."""
+        return self.draft_length > 0 and (plan is None or drops_nothing(plan))
+
     def _speculate(self, length: int) -> None:
         check_length(length)
-        self.draft_length = length
-        self._forget()
-        with torch.inference_mode():
+        with self.use.taken(), torch.inference_mode():
+            self.draft_length = length
+            self._forget()
             self.drafted = torch.zeros(MAX_DRAFT, dtype=torch.int64, device=self.device)
             self.outcome = torch.zeros(MAX_DRAFT + 2, dtype=torch.int64, device=self.device)
-        self.graphs.clear()
+            self.graphs.clear()
 
     def _forget(self) -> None:
         self.tried, self.taken = 2.0, 1.0  # tokens drafted and accepted lately
@@ -110,7 +114,7 @@ class SpeculativeEngine(Engine):
 
     def _tokens(self, params: SamplingParams, count: int) -> Iterator[int]:
         """As Engine._tokens, in rounds of drafting and judging."""
-        if not self.draft_length:
+        if not self.drafts_under(self.plan):
             yield from super()._tokens(params, count)
             return
         self._forget()  # or the same seed would give another text, later
@@ -261,6 +265,11 @@ class Lookup:
             if (at := self.after.get(tuple(self.text[-n:]))) is not None:
                 return self.text[at : at + length]
         return []
+
+
+def drops_nothing(plan: SparsityPlan) -> bool:
+    """Whether the plan is dense decoding."""
+    return not any(projection.threshold for layer in plan.layers for projection in layer.values())
 
 
 def check_length(length: int) -> None:

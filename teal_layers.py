@@ -31,6 +31,8 @@ class SparseLinear(nn.Module):
 
     thresholds: Tensor
     name_thresholds: Tensor
+    kept: Tensor
+    seen: Tensor
 
     def __init__(self, linear: nn.Linear | QuantizedLinear, names: tuple[str, ...], sizes: list[int]) -> None:
         super().__init__()
@@ -180,6 +182,18 @@ def achieved_sparsity(model: Transformer) -> list[dict[str, float]]:
                 shares |= {n: 1 - int(k) / seen for n, k in zip(module.names, module.kept, strict=True)}
         result.append(shares)
     return result
+
+
+def weight_bytes_per_token(model: Transformer) -> float:
+    """Bytes of weights one decode step reads: all projections and the head, less the rows that sparsity skips.
+
+    Skipped rows are those counted since set_counting; without a count all rows are taken as read.
+    """
+    modules = [m for m in model.layers.modules() if isinstance(m, (SparseLinear, QuantizedLinear, nn.Linear))]
+    return sum(
+        module.bytes_read() if isinstance(module, SparseLinear) else sum(p.nbytes for p in module.parameters())
+        for module in (*modules, model.lm_head)
+    )
 
 
 @contextmanager

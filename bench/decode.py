@@ -20,7 +20,7 @@ import torch
 import cli
 from bench.gemv import add_input_groups, check_input_groups
 from bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step
-from engine import Engine, choose_plan, weight_bytes_per_token
+from engine import Engine, choose_plan
 from errors import UserError
 from generate import add_decode_arguments
 from hardware import read_bandwidth
@@ -28,7 +28,7 @@ from loading import load_for_decoding, round_weights
 from model import ModelConfig
 from params import SamplingParams
 from plan import SparsityPlan
-from teal_layers import achieved_sparsity
+from teal_layers import achieved_sparsity, weight_bytes_per_token
 
 Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import engine as engine_module
-from engine import CACHE_STEP, Engine, weight_bytes_per_token
+from engine import CACHE_STEP, Engine
 from errors import UserError
 from model import KVCache
 from params import SamplingParams
 from plan import SparsityPlan
+from teal_layers import weight_bytes_per_token
 
 PROMPT = [5, 9, 33, 120, 7, 250, 61]
 SAMPLED = SamplingParams(temperature=1.5, top_k=200, top_p=0.99, min_p=0.001, repetition_penalty=1.1, seed=3)

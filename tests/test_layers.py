@@ -8,13 +8,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"errors", "files", "params", "model", "plan", "shutdown"},
+    {"errors", "files", "params", "model", "plan", "shutdown", "exclusive", "figures"},
     {"cli", "kernels"},
-    {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
+    {
+        "awq_gptq",
+        "quantization",
+        "teal_layers",
+        "int8_cache",
+        "fused_block",
+        "hardware",
+        "compilation",
+        "sampling",
+        "plan_switch",
+    },
     {
         "hf_config",
         "checkpoint",
         "gguf_convert",
+        "gguf_parts",
         "source",
         "presets",
         "token_backends",
@@ -24,7 +35,6 @@ LEVELS = [
         "tokenizer",
         "streaming",
         "loading",
-        "gguf_parts",
     },
     {"texts", "greedy", "calibration", "evaluation", "gptq", "half_quadratic", "harness", "teal_import", "plots"},
     {"engine"},
@@ -32,6 +42,8 @@ LEVELS = [
     {
         "generation",
         "decode_rows",
+        "row_table",
+        "prefill",
         "scheduler",
         "conversation",
         "constrained",
