@@ -9,6 +9,7 @@ from errors import UserError
 from hardware import pick_device, pick_dtype
 from int8_cache import use_int8_cache
 from model import Transformer
+from output_head import use_native_head
 from params import KV_CACHES
 from presets import random_model
 from quantization import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
@@ -49,6 +50,7 @@ def load_for_decoding(
     """
     start = time.perf_counter()
     loaded = _load(checkpoint, random_weights, device, dtype, sparse)
+    use_native_head(loaded.model)
     if quant_lm_head and quant is None:
         raise UserError("--lm-head int8 goes with --quant; to keep the rest in floats is not supported")
     if quant is not None:
