@@ -69,7 +69,7 @@ def round_weights(
     """Round the weights of loaded to "int8" or "int4" in place; option named it. Raises UserError if they are by now."""
     if is_quantized(loaded.model):
         raise UserError(f"{option} {quant}: {loaded.name} is quantized already; leave the option out")
-    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head, grouping)
+    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None, quant_lm_head), quant_lm_head, grouping)
     use_quantized_linears(loaded.model, scheme, fill=True)
     loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if scheme.by_input else "")
 

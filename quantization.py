@@ -75,10 +75,15 @@ class QuantConfig:
             raise UserError(f"{where}: quantization_config: {error}") from None
 
 
-def pick_group_size(config: ModelConfig, asked: int | None) -> int:
-    """The group size asked for, or the largest usable one. Raises UserError, saying which divide, if it does not."""
+def pick_group_size(config: ModelConfig, asked: int | None, lm_head: bool = False) -> int:
+    """The group size asked for, or the largest usable one. Raises UserError, saying which divide, if it does not.
+
+    lm_head: whether the head is quantized, too.
+    """
     widths = {"q": config.q_size, "k and v": config.kv_size, "hidden": config.hidden_size}
     widths["intermediate"] = config.intermediate_size
+    if lm_head:
+        widths["vocabulary (--lm-head)"] = config.vocab_size
     usable = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
     size = asked or (usable[0] if usable else GROUP_SIZES[-1])
     if size in usable:

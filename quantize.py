@@ -75,7 +75,8 @@ def main() -> None:
         raise UserError(f"--output {args.output}: is the checkpoint itself; name another folder")
     if args.output.exists() and not args.force:
         raise UserError(f"--output {args.output}: exists; remove it, name another or pass --force")
-    scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8", args.grouping)
+    head = args.lm_head == "int8"
+    scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size, head), head, args.grouping)
     sequences = calibration_sequences(args, source, config.max_seq_len) if args.method == "gptq" else None
     before = sum(shard.stat().st_size for shard in find_shards(source))
     quantize_folder(source, args.output, scheme, args.method, sequences, args.device)
