@@ -155,11 +155,12 @@ class BlockwiseGptq:
             bits, size, weight = self.scheme.bits, self.scheme.group_size, module.weight.t().to(dtype)
             packed = (gptq_input_groups if self.scheme.by_input else gptq)(weight, hessian, bits, size)
             module.weight.copy_(dequantize(*packed).t())
-            holder = QuantizedLinear(module, bits, size, self.scheme.by_input).to(dtype)
+            # Without the module's own bias, which the rest of the block goes on to use in fp32.
+            like = nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
+            holder = QuantizedLinear(like, bits, size, self.scheme.by_input).to_empty(device=self.device)
             holder.set_weight(*packed)
             for name, part in projection_targets(holder, sizes).items():
-                if not name.endswith(".bias"):  # which is no matter of quantization
-                    found[f"model.layers.{i}.{name}"] = part.contiguous().cpu()
+                found[f"model.layers.{i}.{name}"] = part.contiguous().cpu()
 
         sizes = {"self_attn.q_proj": c.q_size, "self_attn.k_proj": c.kv_size, "self_attn.v_proj": c.kv_size}
         quantize(attention.wqkv, self.stream.map(block.attention_norm), sizes)

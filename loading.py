@@ -10,6 +10,7 @@ from errors import UserError
 from hardware import pick_device, pick_dtype
 from int8_cache import use_int8_cache
 from model import Transformer
+from output_head import use_native_head
 from params import KV_CACHES
 from plan import SparsityPlan, Weights
 from presets import random_model
@@ -56,6 +57,7 @@ def load_for_decoding(
     """
     start = time.perf_counter()
     loaded = _load(checkpoint, random_weights, device, dtype, sparse)
+    use_native_head(loaded.model)
     if quant_lm_head and quant is None:
         raise UserError("--lm-head int8 goes with --quant; to keep the rest in floats is not supported")
     if quant is not None:
@@ -75,7 +77,7 @@ def round_weights(
     """Round the weights of loaded to "int8" or "int4" in place; option named it. Raises UserError if they are by now."""
     if is_quantized(loaded.model):
         raise UserError(f"{option} {quant}: {loaded.name} is quantized already; leave the option out")
-    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None), quant_lm_head, grouping)
+    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None, quant_lm_head), quant_lm_head, grouping)
     use_quantized_linears(loaded.model, scheme, fill=True)
     loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if scheme.by_input else "")
 

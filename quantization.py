@@ -75,10 +75,15 @@ class QuantConfig:
             raise UserError(f"{where}: quantization_config: {error}") from None
 
 
-def pick_group_size(config: ModelConfig, asked: int | None) -> int:
-    """The group size asked for, or the largest usable one. Raises UserError, saying which divide, if it does not."""
+def pick_group_size(config: ModelConfig, asked: int | None, lm_head: bool = False) -> int:
+    """The group size asked for, or the largest usable one. Raises UserError, saying which divide, if it does not.
+
+    lm_head: whether the head is quantized, too.
+    """
     widths = {"q": config.q_size, "k and v": config.kv_size, "hidden": config.hidden_size}
     widths["intermediate"] = config.intermediate_size
+    if lm_head:
+        widths["vocabulary (--lm-head)"] = config.vocab_size
     usable = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
     size = asked or (usable[0] if usable else GROUP_SIZES[-1])
     if size in usable:
@@ -135,9 +140,19 @@ def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Te
 
 
 class QuantizedLinear(nn.Module):
-    """nn.Linear with weights of 8 or 4 bits in the layout of kernels/packing.py; by_input: groups along the input."""
+    """nn.Linear with weights of 8 or 4 bits in the layout of kernels/packing.py; by_input: groups along the input.
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int, by_input: bool = False) -> None:
+    out_dtype: of the result, x's or fp32; by default x's.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        bits: int,
+        group_size: int,
+        by_input: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         K, N = linear.in_features, linear.out_features
         columns, dtype = (N, torch.int8) if bits == 8 else (N // NIBBLES, torch.int32)
@@ -149,7 +164,7 @@ class QuantizedLinear(nn.Module):
         self.zeros = zeros
         self.keep_all = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
         self.bias = linear.bias
-        self.bits, self.group_size, self.out_features = bits, group_size, N
+        self.bits, self.group_size, self.out_features, self.out_dtype = bits, group_size, N, out_dtype
 
     def set_weight(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
         """Take these as the weight."""
@@ -164,10 +179,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, K] or [..., K] -> [..., N]; one token a row takes the kernels of the sparse product."""
         if x.dim() == 3 and x.shape[1] > 1:
-            y = quantized_matmul(x, self.weight, self.scales, self.zeros)
+            y = quantized_matmul(x, self.weight, self.scales, self.zeros, self.out_dtype)
         else:
-            rows = x.reshape(-1, x.shape[-1])
-            y = sparse_linear(rows, self.weight, self.keep_all, [self.out_features], self.scales, self.zeros)
+            rows, segments = x.reshape(-1, x.shape[-1]), [self.out_features]
+            y = sparse_linear(rows, self.weight, self.keep_all, segments, self.scales, self.zeros, self.out_dtype)
             y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -175,11 +190,13 @@ class QuantizedLinear(nn.Module):
 def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = False) -> None:
     """Replace the projections, and the head if config says so, in place by QuantizedLinear modules.
 
-    fill: with their weights rounded to nearest; without values otherwise.
+    fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's is.
     """
 
-    def quantized(linear: nn.Linear, bits: int, by_input: bool) -> QuantizedLinear:
-        module = QuantizedLinear(linear, bits, config.group_size, by_input)
+    def quantized(
+        linear: nn.Linear, bits: int, by_input: bool, out_dtype: torch.dtype | None = None
+    ) -> QuantizedLinear:  # fmt: skip
+        module = QuantizedLinear(linear, bits, config.group_size, by_input, out_dtype)
         if fill:
             weight, size = linear.weight, config.group_size  # [N, K]
             if by_input:
@@ -190,7 +207,8 @@ def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = 
 
     replace_projections(model, lambda linear: quantized(linear, config.bits, config.by_input))
     if config.lm_head:
-        model.lm_head = quantized(model.lm_head, 8, by_input=False)  # type: ignore[assignment]
+        head = quantized(model.lm_head, 8, by_input=False, out_dtype=torch.float32)
+        model.lm_head = head  # type: ignore[assignment]
 
 
 def use_input_groups(model: Transformer, bits: int, group_size: int) -> None:

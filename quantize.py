@@ -82,7 +82,8 @@ def main() -> None:
     config = load_config(source)
     if load_quantization(source) is not None:
         raise UserError(f"--checkpoint {args.checkpoint}: is quantized already; give the original model")
-    scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8", args.grouping)
+    head = args.lm_head == "int8"
+    scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size, head), head, args.grouping)
     sequences = calibration_sequences(args, source, config.max_seq_len) if args.method == "gptq" else None
     before = sum(shard.stat().st_size for shard in find_shards(source))
     quantize_folder(source, args.output, scheme, args.method, sequences, args.device, args.force)

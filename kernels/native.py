@@ -20,7 +20,7 @@ from filelock import FileLock
 from errors import UserError
 from files import atomic_file, cache_folder, cpu_name
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("row_gather.cpp", "dequantize.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("row_gather.cpp", "linear_fp32.cpp", "dequantize.cpp"))
 # Bits must not depend on how the compiler orders a sum, so no -ffast-math; torch's own OpenMP is used, found at load.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++20", "-fPIC", "-fopenmp")
 

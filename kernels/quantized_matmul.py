@@ -27,15 +27,20 @@ def floats(weight: Weight, out: Tensor | None = None) -> Tensor:
     return found if out is None else out.copy_(found)
 
 
-def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def quantized_matmul(
+    x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, out_dtype: torch.dtype | None = None
+) -> Tensor:  # fmt: skip
     """x [..., K] times a quantized weight [K, N], a block of columns at a time: no full copy in floats. [..., N].
 
-    Weights are rounded to x's dtype, once, from fp32. Raises ValueError on a mismatch.
+    Weights are rounded to x's dtype, once, from fp32. out_dtype, by default x's, may be fp32: sums are then not rounded,
+    and on a CPU, whose products round theirs, weights are not either. Raises ValueError on a mismatch.
 
     Under torch.compile the weight becomes floats, whole, by a kernel of Inductor's. A call of an op of our own costs an
     H100's host 0.2 ms and more, and 128 of them 101 ms before the first token of Llama-3-8B in 4 bits, where the GPU was
     busy for 20.
     """
+    if out_dtype == torch.float32 and (x.device.type == "cpu" or torch.compiler.is_compiling()):
+        x, scales = x.float(), scales.float()
     if torch.compiler.is_compiling():
         return x @ dequantize(values, scales, zeros)
     quantized = Weight(values, scales, zeros)
@@ -44,10 +49,13 @@ def quantized_matmul(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | 
         raise ValueError(f"x is {x.dtype} and scales {scales.dtype}: expected the same")
     K, N = x.shape[-1], quantized.N
     rows = x.reshape(-1, K)
-    y = x.new_empty(rows.shape[0], N)
+    y = x.new_empty(rows.shape[0], N, dtype=out_dtype)
     memory = x.new_empty(K * min(N, COLUMNS_AT_ONCE))  # one for all blocks
     for begin in range(0, N, COLUMNS_AT_ONCE):
         end = min(N, begin + COLUMNS_AT_ONCE)
         weight = floats(quantized.columns(begin, end), memory[: K * (end - begin)].view(K, -1))
-        torch.mm(rows, weight, out=y[:, begin:end])
+        if y.dtype == x.dtype:
+            torch.mm(rows, weight, out=y[:, begin:end])
+        else:
+            y[:, begin:end] = torch.mm(rows, weight, out_dtype=y.dtype)
     return y.view(*x.shape[:-1], N)

@@ -41,6 +41,32 @@ inline float add_product(float sum, float a, float b) {
 #endif
 }
 
+// Where sums go: [row][columns from some column on], in fp32 or rounded once to a dtype of 16 bits.
+struct Output {
+  void* data;
+  at::ScalarType dtype;
+  int64_t stride;  // elements from one row to the next
+
+  Output from(int64_t column) const {
+    return {static_cast<char*>(data) + column * c10::elementSize(dtype), dtype, stride};
+  }
+
+  void store(int64_t row, const float* sums, int64_t width) const {
+    switch (dtype) {
+      case at::kFloat: return write<float>(row, sums, width);
+      case at::kBFloat16: return write<at::BFloat16>(row, sums, width);
+      default: return write<at::Half>(row, sums, width);
+    }
+  }
+
+ private:
+  template <typename T>
+  void write(int64_t row, const float* sums, int64_t width) const {
+    T* to = static_cast<T*>(data) + row * stride;
+    for (int64_t n = 0; n < width; ++n) to[n] = static_cast<T>(sums[n]);
+  }
+};
+
 struct Kept {
   std::vector<int32_t> channels;
   std::vector<float> values;  // [channel][columns], an entry for each row of x: 0 where it drops the channel
@@ -69,7 +95,7 @@ Kept compact(const T* x, int64_t rows, int64_t columns, int64_t K, const float* 
 }
 
 template <typename T, int ROWS>
-void sum_columns(const Kept& kept, const T* weight, int64_t stride, int64_t width, T* y, int64_t y_stride) {
+void sum_columns(const Kept& kept, const T* weight, int64_t stride, int64_t width, const Output& y) {
   alignas(64) float sums[ROWS][BLOCK] = {};
   const int64_t count = kept.channels.size();
   const int32_t* channels = kept.channels.data();
@@ -100,8 +126,7 @@ void sum_columns(const Kept& kept, const T* weight, int64_t stride, int64_t widt
     for (int r = 0; r < ROWS; ++r)
       for (int64_t n = 0; n < width; ++n) sums[r][n] = add_product(sums[r][n], values[i * ROWS + r], widen(w[n]));
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int64_t n = 0; n < width; ++n) y[r * y_stride + n] = static_cast<T>(sums[r][n]);
+  for (int r = 0; r < ROWS; ++r) y.store(r, sums[r], width);
 }
 
 struct Quantized {
@@ -113,8 +138,8 @@ struct Quantized {
 
 // As sum_columns, for the groups of GROUP columns from first_group on.
 template <typename T, int ROWS, int BITS, int GROUP>
-void sum_groups(const Kept& kept, const Quantized& weight, int64_t first_group, int64_t groups, int64_t rows, T* y,
-                int64_t y_stride) {
+void sum_groups(const Kept& kept, const Quantized& weight, int64_t first_group, int64_t groups, int64_t rows,
+                const Output& y) {
   constexpr int64_t WORDS = GROUP / 8;
   alignas(64) float sums[ROWS][BLOCK] = {};
   float offsets[ROWS][BLOCK / GROUP] = {};
@@ -157,16 +182,17 @@ void sum_groups(const Kept& kept, const Quantized& weight, int64_t first_group, 
       }
     }
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < groups * GROUP; ++n)
-      y[r * y_stride + n] = static_cast<T>(sums[r][n] - offsets[r][n / GROUP]);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < groups * GROUP; ++n) sums[r][n] -= offsets[r][n / GROUP];
+    y.store(r, sums[r], groups * GROUP);
+  }
 }
 
 // As sum_columns, for weights with groups along the input dimension (packing.py). Within a group of channels the
 // integers are summed as they are, those of 4 bits in the order of words and nibbles; scales and zero points come after.
 template <typename T, int ROWS, int BITS>
-void sum_input_groups(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t rows, T* y,
-                      int64_t y_stride) {
+void sum_input_groups(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t rows,
+                      const Output& y) {
   constexpr int64_t GROUP = 32, WORDS = GROUP / 8;  // columns packed together
   alignas(64) float sums[ROWS][BLOCK] = {};
   const int64_t N = weight.scales.size(1), channels = weight.values.size(0) / weight.scales.size(0);
@@ -220,20 +246,19 @@ void sum_input_groups(const Kept& kept, const Quantized& weight, int64_t begin, 
         sums[r][n] = add_product(sums[r][n], integers, widen(scales[n]));
       }
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < width; ++n) y[r * y_stride + n] = static_cast<T>(sums[r][n]);
+  for (int64_t r = 0; r < rows; ++r) y.store(r, sums[r], width);
 }
 
 template <typename T, int BITS>
 void sum_quantized(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t group, int64_t rows,
-                   T* y, int64_t y_stride) {
+                   const Output& y) {
   if (weight.by_input) {
-    if (rows == 1) return sum_input_groups<T, 1, BITS>(kept, weight, begin, width, rows, y, y_stride);
-    return sum_input_groups<T, MAX_ROWS, BITS>(kept, weight, begin, width, rows, y, y_stride);
+    if (rows == 1) return sum_input_groups<T, 1, BITS>(kept, weight, begin, width, rows, y);
+    return sum_input_groups<T, MAX_ROWS, BITS>(kept, weight, begin, width, rows, y);
   }
   const auto of_group = [&]<int GROUP>() {
-    if (rows == 1) return sum_groups<T, 1, BITS, GROUP>(kept, weight, begin / group, width / group, rows, y, y_stride);
-    return sum_groups<T, MAX_ROWS, BITS, GROUP>(kept, weight, begin / group, width / group, rows, y, y_stride);
+    if (rows == 1) return sum_groups<T, 1, BITS, GROUP>(kept, weight, begin / group, width / group, rows, y);
+    return sum_groups<T, MAX_ROWS, BITS, GROUP>(kept, weight, begin / group, width / group, rows, y);
   };
   switch (group) {
     case 32: return of_group.template operator()<32>();
@@ -266,7 +291,7 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
     column += segments[s];
     ends.push_back(column);
   }
-  T* out = y.mutable_data_ptr<T>();
+  const Output out{y.mutable_data_ptr(), y.scalar_type(), N};
   at::parallel_for(0, tasks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const auto [s, begin] = tasks[t];
@@ -275,15 +300,15 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
         const Quantized quantized{weight, *scales, zeros ? zeros->const_data_ptr<uint8_t>() : nullptr,
                                   by_input};
         const auto sum = zeros ? sum_quantized<T, 4> : sum_quantized<T, 8>;
-        sum(kept[s], quantized, begin, width, group, rows, out + begin, N);
+        sum(kept[s], quantized, begin, width, group, rows, out.from(begin));
         continue;
       }
       const T* w = weight.const_data_ptr<T>() + begin;
       switch (rows) {
-        case 1: sum_columns<T, 1>(kept[s], w, stride, width, out + begin, N); break;
-        case 2: sum_columns<T, 2>(kept[s], w, stride, width, out + begin, N); break;
-        case 3: sum_columns<T, 3>(kept[s], w, stride, width, out + begin, N); break;
-        default: sum_columns<T, 4>(kept[s], w, stride, width, out + begin, N);
+        case 1: sum_columns<T, 1>(kept[s], w, stride, width, out.from(begin)); break;
+        case 2: sum_columns<T, 2>(kept[s], w, stride, width, out.from(begin)); break;
+        case 3: sum_columns<T, 3>(kept[s], w, stride, width, out.from(begin)); break;
+        default: sum_columns<T, 4>(kept[s], w, stride, width, out.from(begin));
       }
     }
   });
@@ -291,12 +316,14 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
 
 at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresholds,
                       at::IntArrayRef segments, const std::optional<at::Tensor>& scales,
-                      const std::optional<at::Tensor>& zeros) {
+                      const std::optional<at::Tensor>& zeros, std::optional<at::ScalarType> out_dtype) {
+  const at::ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == x.scalar_type(), "out_dtype ", dtype, ": expected fp32 or x's");
   TORCH_CHECK_VALUE(x.size(0) <= MAX_ROWS && x.is_contiguous(), "x ", x.sizes(), ": expected few, contiguous rows");
   TORCH_CHECK_VALUE(!scales || (weight.is_contiguous() && scales->is_contiguous() && (!zeros || zeros->is_contiguous())),
                     "a quantized weight must be contiguous");
   const int64_t N = std::accumulate(segments.begin(), segments.end(), int64_t{0});
-  at::Tensor y = at::empty({x.size(0), N}, x.options());
+  at::Tensor y = at::empty({x.size(0), N}, x.options().dtype(dtype));
   switch (x.scalar_type()) {
     case at::kFloat: run<float>(x, weight, thresholds, segments, scales, zeros, y); break;
     case at::kBFloat16: run<at::BFloat16>(x, weight, thresholds, segments, scales, zeros, y); break;
@@ -310,6 +337,7 @@ at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::T
 
 TORCH_LIBRARY_FRAGMENT(teal_cpu, library) {
   library.def(
-      "row_gather(Tensor x, Tensor weight, Tensor thresholds, int[] segments, Tensor? scales, Tensor? zeros) -> Tensor");
+      "row_gather(Tensor x, Tensor weight, Tensor thresholds, int[] segments, Tensor? scales, Tensor? zeros, "
+      "ScalarType? out_dtype=None) -> Tensor");
   library.impl("row_gather", c10::DispatchKey::CPU, row_gather);
 }

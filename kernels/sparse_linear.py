@@ -25,34 +25,35 @@ def sparse_linear(
     segments: list[int],
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
     x [B, K] and weight [K, N] of one dtype (bf16, fp16 or fp32) and device, or weight, scales and zeros a quantized
     weight [K, N] (packing.py) whose scales have x's dtype; thresholds fp32 [J], or [J, K] for one on each channel,
-    rounded to x's dtype before they are compared; segments: J widths that add up to N. Returns [B, N] in x's dtype.
-    Raises ValueError on a mismatch.
+    rounded to x's dtype before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns
+    [B, N] in out_dtype, by default x's. Raises ValueError on a mismatch.
 
     Only torch.compile needs an op: the first call of one imports Dynamo, 0.75 s on 2 Xeon cores before the first sparse
     token, and each takes 5 us more than this function.
     """
     if torch.compiler.is_compiling():
-        return sparse_linear_op(x, weight, thresholds, segments, scales, zeros)
+        return sparse_linear_op(x, weight, thresholds, segments, scales, zeros, out_dtype)
     _check(x, Weight(weight, scales, zeros), thresholds, segments)
     if x.is_cuda and x.shape[0] <= MAX_KERNEL_ROWS and len(segments) <= 3:
         from kernels.reduce_partials import reduce_partials  # a CPU needs no Triton
         from kernels.sparse_gemv import sparse_gemv
 
-        return reduce_partials(
-            sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros), x.dtype, None, None
-        )
+        partials = sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros)
+        return reduce_partials(partials, out_dtype or x.dtype, None, None)
     if x.device.type == "cpu" and x.shape[0] <= MAX_KERNEL_ROWS and (native := native_kernels()) is not None:
         parts = x.contiguous().split(MAX_GATHER_ROWS)
-        found = [native.row_gather(part, weight, thresholds, segments, scales, zeros) for part in parts]
+        found = [native.row_gather(part, weight, thresholds, segments, scales, zeros, out_dtype) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
     columns = (weight if scales is None else floats(Weight(weight, scales, zeros))).split(segments, dim=1)
+    wide = out_dtype or x.dtype
     products = [
-        x.masked_fill(x.abs() < threshold, 0) @ part
+        x.masked_fill(x.abs() < threshold, 0).to(wide) @ part.to(wide)
         for threshold, part in zip(thresholds.to(x.dtype), columns, strict=True)
     ]
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
@@ -69,8 +70,9 @@ def _(
     segments: list[int],
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], sum(segments))
+    return x.new_empty(x.shape[0], sum(segments), dtype=out_dtype)
 
 
 def _check(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int]) -> None:
