@@ -11,6 +11,8 @@ import cli
 from errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from plan import Histogram, SparsityPlan
 
 DEFAULT_SEQUENCES = 10  # the paper's calibration set
@@ -32,7 +34,7 @@ def build_parser() -> cli.Parser:
     text.add_argument("--length", type=cli.positive_int, default=DEFAULT_LENGTH, help="tokens each, capped to context")
     text.add_argument("--offload", action="store_true", help="keep activations in host memory between blocks")
     out = parser.add_argument_group("output")
-    out.add_argument("-o", "--output", type=Path, help="plan file, or folder for several; default: beside the model")
+    out.add_argument("-o", "--output", type=Path, help="plan file, or folder for several; without it beside the model")
     out.add_argument("--plot", type=Path, metavar="FOLDER", help="also draw distributions and sparsities as PNG there")
     other = parser.add_argument_group("instead of calibrating")
     other.add_argument("--show", type=Path, metavar="PLAN", help="print a plan as a table")
@@ -43,7 +45,7 @@ def build_parser() -> cli.Parser:
 def add_text_arguments(group: argparse._ArgumentGroup) -> None:
     """Options that choose the text."""
     group.add_argument(
-        "--text", type=Path, action="append", default=[], help=".txt or .jsonl file; may be repeated; default: Python's"
+        "--text", type=Path, action="append", default=[], help=".txt or .jsonl file; may be repeated; without it Python's"
         " help topics, English prose in every CPython, good for a smoke test only",
     )  # fmt: skip
     group.add_argument("--field", default="text", help="field of each .jsonl line that holds the text")
@@ -52,6 +54,7 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
 def main() -> None:
     """Calibrate, import or show; then draw."""
     args = build_parser().parse_args()
+    cli.require_package("matplotlib", "--plot", args.plot)
     if args.show is not None:
         from plan import SparsityPlan
 
@@ -72,18 +75,22 @@ def calibrate_model(args: argparse.Namespace) -> None:
     """Load the model and the text, calibrate for every target, write the plans."""
     from calibration import HELD_OUT_SEQUENCES, QUICK_LENGTH, Settings, calibrate, with_achieved
     from files import cache_folder
-    from loading import load_for_decoding
-    from texts import read_texts, split_text, text_hash, token_sequences
+    from loading import Described, load_for_decoding
+    from texts import read_texts, split_sequences, text_hash
 
     settings = Settings(args.sparsity, args.method, args.criterion, args.step)
     text = read_texts(args.text, args.field)
-    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, sparse=True)
+    cut: list[Tensor] = []
+
+    def cut_text(model: Described) -> None:  # before the weights are read: it may be too short
+        limit = model.config.max_seq_len
+        sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
+        cut[:] = split_sequences(model.tokenizer.encode, text, *sizes)
+
+    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, True, check=cut_text)
     paths = output_paths(args, loaded.name, loaded.folder)
-    encode, limit = loaded.tokenizer.encode, loaded.model.config.max_seq_len
-    part, held_out = split_text(text)
-    length = min(args.length, limit)
-    sequences = token_sequences(encode, part, args.sequences, length)
-    checked = token_sequences(encode, held_out, HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
+    sequences, checked = cut
+    length = sequences.shape[1]
     facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
     request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.criterion, args.step])
     progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
@@ -91,6 +98,9 @@ def calibrate_model(args: argparse.Namespace) -> None:
     plans = calibrate(loaded.model, sequences, settings, facts, args.offload, progress, seen if args.plot else None)
     plans = [with_achieved(loaded.model, plan, checked) for plan in plans]
     save(plans, paths)
+    for plan in plans:
+        if warning := plan.warning(plan.achieved, "held-out text"):
+            print(warning, file=sys.stderr)
     draw(plans, args.plot, seen)
 
 

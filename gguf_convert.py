@@ -19,11 +19,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tqdm import tqdm
 
 from awq_gptq import as_awq, as_gptq
 from errors import UserError
 from model import ModelConfig, RopeScaling, rope_frequencies
+from progress import progress
 
 READABLE_TYPES = frozenset(
     GGMLQuantizationType[name]
@@ -170,7 +170,7 @@ def _hf_name(name: str) -> str | None:
 def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF name, CPU tensor) for each tensor of the file, one at a time."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for tensor in tqdm(reader.tensors, desc="converting GGUF", unit="tensor", leave=False, disable=None):
+    for tensor in progress(reader.tensors, "converting GGUF", "tensor"):
         name = _hf_name(tensor.name)
         if name is None:
             continue

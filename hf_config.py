@@ -1,6 +1,5 @@
 """`config.json` of a Hugging Face folder -> ModelConfig, refusing by name whatever this model.py cannot do."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from awq_gptq import Packing
 from errors import UserError
 from model import ModelConfig, RopeScaling
 from quantization import QuantConfig
+from user_text import parse_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -33,10 +33,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError naming the file if it is missing, unreadable or holds no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint folder must hold it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")

@@ -1,13 +1,14 @@
 """Serve a model over HTTP, as OpenAI's API does: python serve.py --sparsity 0.5"""
 
 import argparse
+import functools
 import os
 import sys
 from typing import TYPE_CHECKING
 
 import cli
 from errors import UserError
-from generate import add_decode_arguments, add_draft_arguments, check_draft_arguments
+from generate import add_decode_arguments, add_draft_arguments, check_decode_arguments, check_draft_arguments
 from params import LOOKUP_LENGTH
 
 if TYPE_CHECKING:
@@ -25,13 +26,13 @@ def build_parser() -> cli.Parser:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
     server.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one")
-    server.add_argument("--name", help="model name in the API; default that of the checkpoint")
-    server.add_argument("--api-key", help="required from clients; default the environment's TEAL_API_KEY, or none")
+    server.add_argument("--name", help="model name in the API; without it that of the checkpoint")
+    server.add_argument("--api-key", help="required from clients; without it the environment's TEAL_API_KEY, or none")
     server.add_argument("--sparsities", type=cli.sparsities, default=(), help="further ones that requests may name")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--rows", type=cli.positive_int, default=8, help="generations decoded at once, at most 8")
     limits.add_argument("--queue", type=cli.positive_int, default=128, help="generations that may wait; then 429")
-    limits.add_argument("--context", type=cli.positive_int, help="tokens of prompt and answer; default the model's")
+    limits.add_argument("--context", type=cli.positive_int, help="tokens of prompt and answer; without it the model's")
     limits.add_argument("--max-seconds", type=cli.positive_int, default=600, help="for one request")
     limits.add_argument("--max-body-mb", type=cli.positive_int, default=4, help="of one request")
     limits.add_argument("--drain-seconds", type=cli.positive_int, default=30, help="for requests to end at shutdown")
@@ -51,9 +52,11 @@ def main() -> None:
 
     from http_limits import Limits
     from openai_api import Service
-    from scheduler import Scheduler
+    from scheduler import MAX_ROWS, Scheduler
     from server import build_app
 
+    if args.rows > MAX_ROWS:
+        raise UserError(f"--rows {args.rows} is out of range; expected 1 to {MAX_ROWS}")
     listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -84,13 +87,12 @@ def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, Sparsity
     speculative = check_draft_arguments(args)
     from engine import choose_plan
     from loading import load_for_decoding
-    from speculation import SpeculativeEngine, check_length, make_draft
+    from speculation import SpeculativeEngine, make_draft
 
     length = args.speculate or LOOKUP_LENGTH
-    check_length(length)
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant, args.lm_head == "int8",
-        args.kv_cache,
+        args.kv_cache, functools.partial(check_decode_arguments, args),
     )  # fmt: skip
     draft = None
     if speculative and not args.speculate_lookup:  # first: it may need the weights as they were loaded
@@ -102,6 +104,8 @@ def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, Sparsity
         engine.draft_with(draft, length)
     elif speculative:
         engine.look_up(length)
+    times = f"load {engine.load_s:.2f} s, calibrate {engine.calibrate_s:.1f} s, compile {engine.compile_s:.1f} s"
+    print(times, file=sys.stderr)
     return engine, plans | {own.target: own}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"errors", "files", "params", "model", "plan"},
+    {"architectures", "errors", "files", "interrupts", "params", "progress", "user_text", "model", "plan"},
     {"cli", "kernels"},
     {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
