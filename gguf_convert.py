@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from awq_gptq import as_awq, as_gptq
 from errors import UserError
+from gguf_header import check_architecture
 from model import ModelConfig, RopeScaling, rope_frequencies
 from progress import progress
 
@@ -68,9 +69,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
     meta = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{path}: GGUF architecture {architecture!r} is not supported; expected 'llama'")
+    check_architecture(path, meta.get("general.architecture"))
     for tensor in reader.tensors:
         if tensor.tensor_type not in READABLE_TYPES:
             raise UserError(

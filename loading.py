@@ -111,8 +111,10 @@ def describe(checkpoint: str | None, random_weights: str | None) -> Described:
         config = find_preset(random_weights, "--random-weights")
         return Described(random_weights, config, Tokenizer(IdBackend()), None, False)
     folder = resolve_checkpoint(checkpoint)
-    config, quantized = load_config(folder), load_quantization(folder) is not None
-    return Described(checkpoint or folder.name, config, load_tokenizer(folder), folder, quantized)
+    config, quantized, tokenizer = load_config(folder), load_quantization(folder) is not None, load_tokenizer(folder)
+    if not all(0 <= i < config.vocab_size for i in tokenizer.bos_ids):
+        raise UserError(f"{folder}: bos token {tokenizer.bos_ids} is not among the model's {config.vocab_size} tokens")
+    return Described(checkpoint or folder.name, config, tokenizer, folder, quantized)
 
 
 def _load(described: Described, device: torch.device, dtype: torch.dtype) -> LoadedModel:

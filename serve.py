@@ -42,8 +42,7 @@ def build_parser() -> cli.Parser:
 def main() -> None:
     """Load the model, listen, serve until interrupted."""
     args = build_parser().parse_args()
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port {args.port} is out of range; expected 0 to 65535")
+    check_arguments(args)
     import signal
     import socket
     import threading
@@ -52,11 +51,9 @@ def main() -> None:
 
     from http_limits import Limits
     from openai_api import Service
-    from scheduler import MAX_ROWS, Scheduler
+    from scheduler import Scheduler
     from server import build_app
 
-    if args.rows > MAX_ROWS:
-        raise UserError(f"--rows {args.rows} is out of range; expected 1 to {MAX_ROWS}")
     listener = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -80,6 +77,16 @@ def main() -> None:
     thread.start()
     scheduler.run()  # in this thread: see there
     thread.join()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for what is wrong whatever the model."""
+    from scheduler import MAX_ROWS
+
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port {args.port} is out of range; expected 0 to 65535")
+    if args.rows > MAX_ROWS:
+        raise UserError(f"--rows {args.rows} is out of range; expected 1 to {MAX_ROWS}")
 
 
 def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, SparsityPlan]]":

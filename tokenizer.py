@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from errors import UserError
-from hf_config import read_json
+from hf_config import read_tokenizer_settings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
@@ -130,7 +130,7 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, folder: Path | None = None) -> None:
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
-        config, generation, model = (_optional_json(folder / name) if folder else {} for name in names)
+        config, generation, model = (read_tokenizer_settings(folder / name) if folder else {} for name in names)
         self.backend = backend
         self.special_texts = {role: _token_text(config.get(f"{role}_token")) for role in ("bos", "eos", "unk", "pad")}
         self.bos_ids = self._find_bos(config, model)
@@ -206,7 +206,7 @@ def _load_backend(path: Path, folder: Path) -> Backend:
             return JsonBackend(content)
         if _is_tiktoken(content):
             return TiktokenBackend(content)
-        declared = _optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        declared = read_tokenizer_settings(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         return SentencePieceBackend(content, {token["content"]: int(i) for i, token in declared.items()})
     except Exception as error:  # tokenizers raises plain Exception, sentencepiece RuntimeError
         raise UserError(f"{path}: not a readable tokenizer ({error}); download it again") from error
@@ -220,10 +220,6 @@ def _is_tiktoken(content: bytes) -> bool:
         return False
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
 def _token_text(value: Any) -> str | None:
     """A special token in tokenizer_config.json is a string or an object with a content field."""
     return value.get("content") if isinstance(value, dict) else value
@@ -232,8 +228,11 @@ def _token_text(value: Any) -> str | None:
 def _find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _optional_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: byte {error.start} is not UTF-8; download it again") from None
+    template = read_tokenizer_settings(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # several named templates
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default", next(iter(named.values()), None))
