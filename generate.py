@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import cli
 from errors import UserError
 from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, LOOKUP_LENGTH, SamplingParams, check_length, check_prompt
+from user_text import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -230,22 +231,29 @@ def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams, fir
 
     if sys.stdin.isatty():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer here, not the program
-    conversation = Conversation(engine, args.system)
+    conversation = Conversation(engine, args.system, args.max_new_tokens)
     for message in conversation.messages_of_user(first):
         pieces: list[str] = []
-        ids = conversation.prompt_ids(message)
+        try:
+            if not is_text(message):
+                raise UserError(f"{message[:80]!a} is not UTF-8 text; convert it")
+            ids = conversation.prompt_ids(message)
+        except UserError as error:  # of this message; the conversation goes on
+            print(f"error: {error}", file=sys.stderr)
+            continue
         try:
             for piece in answer(engine, ids, args, params):
                 pieces.append(piece)
         except KeyboardInterrupt:  # of the answer, not of the conversation
             if not sys.stdin.isatty():
                 raise
+            engine.stats.finish_reason = "stopped"
             print("\n[stopped]", file=sys.stderr)
         conversation.add_answer("".join(pieces))
         conversation.figures = collect_statistics(engine)
         if args.stats:
             conversation.figures |= detailed_statistics(engine, ids, params)
-        print_statistics(conversation.figures)
+            print_statistics(conversation.figures)
 
 
 def collect_statistics(engine: "Engine") -> dict[str, Any]:
