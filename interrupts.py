@@ -37,8 +37,11 @@ def pending() -> bool:
 
 
 def work_is_done() -> None:
-    """From now on a Ctrl-C interrupts nothing; a process that does not end by itself is still ended by it."""
-    signal.signal(signal.SIGINT, _ignore)
+    """From now on a Ctrl-C interrupts nothing; a process that does not end by itself is still ended by the thread.
+
+    Python sets a handler of its own back to the system's while it shuts down, but not SIG_IGN: a second Ctrl-C would kill.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN if pending() else _ignore)
 
 
 def say() -> None:
