@@ -174,6 +174,15 @@ def architecture(text: str) -> str:
     return text
 
 
+def host(text: str) -> str:
+    """Argument type: an address, or a name that can be looked up."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no host name; give an address such as 127.0.0.1") from None
+    return text
+
+
 def positive_int(text: str, least: int = 1) -> int:
     """Argument type: a whole number of at least 1."""
     try:

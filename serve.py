@@ -24,7 +24,7 @@ def build_parser() -> cli.Parser:
     add_decode_arguments(parser)
     add_draft_arguments(parser)
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
+    server.add_argument("--host", type=cli.host, default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
     server.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one")
     server.add_argument("--name", help="model name in the API; without it that of the checkpoint")
     server.add_argument("--api-key", help="required from clients; without it the environment's TEAL_API_KEY, or none")

@@ -40,7 +40,7 @@ TEXT = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="test_faults.py: all file operations, 400 bad command lines")
+    parser.addoption("--full", action="store_true", help="test_faults.py, test_untrusted.py: all that they can try")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

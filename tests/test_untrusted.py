@@ -259,3 +259,9 @@ def test_any_gguf_file(tmp_path: Path, call: Command, fuzzer: Fuzzer) -> None:
         assert_one_line_error(code, err, "model.gguf")
 
     fuzzer.run(property, 50)
+
+
+@pytest.mark.parametrize("host", ["\ufff9", "a" * 100, "a..b"], ids=["no-character", "too-long", "empty-label"])
+def test_a_host_that_is_no_name_is_refused(host: str, call: Command) -> None:
+    code, _, err = call(serve.main, "--checkpoint", "/no/such/model", "--host", host)
+    assert_one_line_error(code, err, "--host", "no host name")
