@@ -12,7 +12,10 @@ from errors import UserError
 from files import Output, cache_folder, check_writable, reserved
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calibration import Settings
+    from loading import Described
     from plan import Histogram, SparsityPlan
 
 DEFAULT_SEQUENCES = 10  # the paper's calibration set
@@ -34,7 +37,7 @@ def build_parser() -> cli.Parser:
     text.add_argument("--length", type=cli.positive_int, default=DEFAULT_LENGTH, help="tokens each, capped to context")
     text.add_argument("--offload", action="store_true", help="keep activations in host memory between blocks")
     out = parser.add_argument_group("output")
-    out.add_argument("-o", "--output", type=Path, help="plan file, or folder for several; default: beside the model")
+    out.add_argument("-o", "--output", type=Path, help="plan file, or folder for several; without it beside the model")
     out.add_argument("--plot", type=Path, metavar="FOLDER", help="also draw distributions and sparsities as PNG there")
     other = parser.add_argument_group("instead of calibrating")
     other.add_argument("--show", type=Path, metavar="PLAN", help="print a plan as a table")
@@ -45,7 +48,7 @@ def build_parser() -> cli.Parser:
 def add_text_arguments(group: argparse._ArgumentGroup) -> None:
     """Options that choose the text."""
     group.add_argument(
-        "--text", type=Path, action="append", default=[], help=".txt or .jsonl file; may be repeated; default: Python's"
+        "--text", type=Path, action="append", default=[], help=".txt or .jsonl file; may be repeated; without it Python's"
         " help topics, English prose in every CPython, good for a smoke test only",
     )  # fmt: skip
     group.add_argument("--field", default="text", help="field of each .jsonl line that holds the text")
@@ -54,6 +57,7 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
 def main() -> None:
     """Calibrate, import or show; then draw."""
     args = build_parser().parse_args()
+    cli.require_package("matplotlib", "--plot", args.plot)
     if args.show is not None:
         from plan import SparsityPlan
 
@@ -91,14 +95,18 @@ def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths
     """Calibrate and write the plans at once, then again with the sparsities they achieve."""
     from calibration import HELD_OUT_SEQUENCES, QUICK_LENGTH, calibrate, with_achieved
     from loading import load_for_decoding
-    from texts import split_text, text_hash, token_sequences
+    from texts import split_sequences, text_hash
 
-    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, sparse=True)
-    encode, limit = loaded.tokenizer.encode, loaded.model.config.max_seq_len
-    part, held_out = split_text(text)
-    length = min(args.length, limit)
-    sequences = token_sequences(encode, part, args.sequences, length)
-    checked = token_sequences(encode, held_out, HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
+    cut: list[Tensor] = []
+
+    def cut_text(model: "Described") -> None:  # before the weights are read: it may be too short
+        limit = model.config.max_seq_len
+        sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
+        cut[:] = split_sequences(model.tokenizer.encode, text, *sizes)
+
+    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, True, check=cut_text)
+    sequences, checked = cut
+    length = sequences.shape[1]
     facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
     request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.criterion, args.step])
     progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
@@ -109,7 +117,10 @@ def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths
         save=lambda found: save(found, paths),
     )  # fmt: skip
     for plan, path in zip(plans, paths, strict=True):
-        with_achieved(loaded.model, plan, checked).save(path)
+        measured = with_achieved(loaded.model, plan, checked)
+        measured.save(path)
+        if warning := measured.warning(measured.achieved, "held-out text"):
+            print(warning, file=sys.stderr)
     draw(plans, args.plot, seen)
 
 

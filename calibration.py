@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from errors import UserError
 from files import atomic_file
 from greedy import greedy_sparsities
 from model import Block, Transformer
 from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
+from progress import progress
 from teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
-from texts import split_text, text_hash, token_sequences
+from texts import split_sequences, text_hash
+from user_text import parse_json
 
 METHODS = ("uniform", "greedy")
 # Quick calibration, on the default model: the worst projection misses its target by 1.7 points on held-out text of
@@ -150,7 +151,7 @@ def calibrate(
     streams = [embedded for _ in settings.targets]
     greedy = settings.method == "greedy"
     blocks: list[list[Layer]] = []
-    for i in tqdm(range(len(model.blocks)), desc="calibrating", unit="block", leave=False, disable=None):
+    for i in progress(range(len(model.blocks)), "calibrating", "block"):
         stages = BlockStages(model, i, sequences.shape[1])
         sparsify_block(stages.block, model.config, dict.fromkeys(PROJECTIONS, 0.0))
         if i < len(done):
@@ -277,11 +278,11 @@ def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, fac
 
 def _read_progress(path: Path | None, key: dict[str, Any]) -> list[list[Layer]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        content = parse_json(path.read_text(encoding="utf-8")) if path else {}
         if content.get("key") != key:
             return []
         return [[{n: ProjectionPlan(**p) for n, p in layer.items()} for layer in block] for block in content["blocks"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return []
 
 
@@ -309,12 +310,11 @@ def calibrate_uniform(
     encode turns text into token ids; weights is kept in the plan. save gets the plan before the sparsities are measured.
     Raises UserError if the text is too short or sparsity is out of range.
     """
-    calibration_part, held_out = split_text(text)
     length = min(QUICK_LENGTH, model.config.max_seq_len)
-    sequences = token_sequences(encode, calibration_part, QUICK_SEQUENCES, length)
+    sequences, held_out = split_sequences(encode, text, (QUICK_SEQUENCES, length), (HELD_OUT_SEQUENCES, length))
     facts = {"text": text_hash(text), "sequences": QUICK_SEQUENCES, "length": length}
     [plan] = calibrate(model, sequences, Settings((sparsity,)), facts, weights=weights, save=save)
-    return with_achieved(model, plan, token_sequences(encode, held_out, HELD_OUT_SEQUENCES, length))
+    return with_achieved(model, plan, held_out)
 
 
 def with_achieved(model: Transformer, plan: SparsityPlan, sequences: Tensor) -> SparsityPlan:
@@ -338,7 +338,7 @@ def measure_sparsity(model: Transformer, sequences: Tensor) -> list[dict[str, fl
     set_counting(model, True)
     try:
         with sparse_prefill(model):
-            for row in tqdm(sequences, desc="measuring", unit="sequence", leave=False, disable=None):
+            for row in progress(list(sequences), "measuring", "sequence"):
                 model.hidden_states(row[None].to(weight.device), positions, cache)
         return achieved_sparsity(model)
     finally:

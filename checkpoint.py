@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from awq_gptq import Packing
 from errors import UserError
 from hf_config import load_config, load_quantization, read_json
 from model import Block, ModelConfig, Transformer
 from plan import Weights
+from progress import progress
 from quantization import QUANT_METHOD, QuantConfig, QuantizedLinear, use_input_groups, use_quantized_linears
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
@@ -50,14 +50,12 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     else:
         quantize = None
     targets = Targets(model := empty_model(config, device, dtype, quantize), packing)
-    with tqdm(total=len(shards), desc="loading weights", unit="shard", leave=False, disable=None) as bar:
-        _check_shards(shards, targets.stored, config)
-        for shard in shards:
-            with open_shard(shard) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                    if name in targets.stored:
-                        targets.take(name, tensors.get_tensor(name), shard)
-            bar.update()
+    _check_shards(shards, targets.stored, config)
+    for shard in progress(shards, "loading weights", "shard"):
+        with open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                if name in targets.stored:
+                    targets.take(name, tensors.get_tensor(name), shard)
     return model
 
 

@@ -5,10 +5,10 @@ stay where they are: on CUDA the step is captured once in a graph and replayed, 
 reads token i from a pinned copy the device is already computing token i + 1.
 """
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from errors import UserError
 from exclusive import Exclusive
 from figures import GenerationStats
 from int8_cache import has_int8_cache
-from loading import LoadedModel, load_for_decoding, load_plan
+from loading import Check, LoadedModel, load_for_decoding, load_plan
 from model import Block, KVCache, Transformer
-from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
-from plan import SparsityPlan, cached_plan, keep_all_plan, plan_name
+from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams, check_prompt
+from plan import SparsityPlan, cached_plan, keep_all_plan, plan_file
 from plan_switch import PlanSwitch
+from progress import progress
 from quantization import is_quantized
 from sampling import sample, take_likeliest
 from streaming import StopStrings, StreamDecoder
@@ -88,18 +89,19 @@ class Engine:
         quant_lm_head: bool = False,
         kv_cache: str = "float",
         force_plan: bool = False,
+        check: Check | None = None,
     ) -> Self:
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
         sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
         output head to 8 bits, kv_cache "int8" keys and values. force_plan takes plans of other models, too. compile None
-        means: on CUDA only. Raises UserError for anything the user can mend.
+        means: on CUDA only. check: see load_for_decoding. Raises UserError for anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
         sparse = sparsity > 0 or plan is not None
         loaded = load_for_decoding(
-            checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache, force_plan
+            checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache, force_plan, check
         )
         return cls.from_loaded(loaded, choose_plan(loaded, sparsity, plan) if sparse else None, compile)
 
@@ -154,6 +156,11 @@ class Engine:
         with self.use.taken():
             self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain))
 
+    @property
+    def calibrate_s(self) -> float:
+        """Seconds that quick calibrations took, at load and since."""
+        return self.loaded.calibrate_s if self.loaded is not None else 0.0
+
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Within the block sparse layers count what they keep (teal_layers.achieved_sparsity), off a GPU's fast path."""
@@ -206,10 +213,7 @@ class Engine:
         engine is in use. All this happens when the first token is asked for.
         """
         limit = self.model.config.max_seq_len
-        if not prompt_ids:
-            raise UserError("the prompt is empty; give at least one token of text")
-        if len(prompt_ids) >= limit:
-            raise UserError(f"the prompt has {len(prompt_ids)} tokens; this model's context of {limit} must exceed it")
+        check_prompt(prompt_ids, limit)
         if max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {max_new_tokens} is out of range; expected at least 1")
         with self.use.taken():
@@ -282,7 +286,8 @@ class Engine:
         prompt = torch.tensor([ids], device=self.device)
         positions = torch.arange(len(ids), device=self.device)[None]
         chunks = -(-(len(ids) - reused) // PREFILL_CHUNK)
-        for part, at in zip(*(t[:, reused:].tensor_split(chunks, dim=1) for t in (prompt, positions)), strict=True):
+        parts = list(zip(*(t[:, reused:].tensor_split(chunks, dim=1) for t in (prompt, positions)), strict=True))
+        for part, at in progress(parts, "reading the prompt", "chunk", delay=1.0):
             hidden = self.model.hidden_states(part, at, self.cache)
         self.seen.zero_().scatter_(1, prompt, True)
         self.position.fill_(len(ids))
@@ -358,11 +363,8 @@ def choose_plan(
     """
     if plan is None and sparsity == 0:
         return keep_all_plan(loaded.model.config)
-    beside = loaded.folder / plan_name(sparsity) if loaded.folder is not None else None
-    path = Path(plan) if plan is not None else beside
-    if path is None or (plan is None and not path.exists()):
-        return quick_plan(loaded, sparsity, can_calibrate)
-    return load_plan(path, loaded)
+    path = plan_file(loaded.folder, sparsity, plan)
+    return quick_plan(loaded, sparsity, can_calibrate) if path is None else load_plan(path, loaded)
 
 
 def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True) -> SparsityPlan:
@@ -379,8 +381,11 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
         raise UserError(
             f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
         )
+    print(f"calibrating sparsity {sparsity:g} on Python's help topics (once)", file=sys.stderr)
+    start = time.perf_counter()
     plan = calibrate_uniform(
         loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights, save=lambda plans: plans[0].save(path)
     )
     plan.save(path)
+    loaded.calibrate_s += time.perf_counter() - start
     return plan

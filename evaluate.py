@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from errors import UserError
 from files import FileKind, Output, atomic_file, reserved
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from evaluation import Case
-    from loading import LoadedModel
+    from evaluation import Case, Result
+    from loading import Described, LoadedModel
     from model import Transformer
     from plan import SparsityPlan
 
@@ -29,39 +32,56 @@ def build_parser() -> cli.Parser:
     """The command line of evaluate.py."""
     parser = cli.Parser("Measure perplexity, divergence from the dense model and greedy agreement, by sparsity.")
     cli.add_model_arguments(parser)
-    cli.add_kv_cache_argument(parser)
     grid = parser.add_argument_group("what to evaluate (the dense model always comes first)")
-    grid.add_argument("--sparsity", type=cli.sparsities, default=(0.5,), help="sparsities, commas between")
-    grid.add_argument("--method", type=_choices(METHODS), default=("uniform",), help=f"of {', '.join(METHODS)}")
+    cli.add_kv_cache_argument(grid)
+    grid.add_argument(
+        "--sparsity", type=cli.sparsities, default=(0.5,),
+        help="sparsities, commas between; by the plans of generate.py: those beside the checkpoint, or quick ones",
+    )  # fmt: skip
     grid.add_argument(
         "--policy", type=_choices(POLICIES), default=("decode",),
         help="tokens that are sparse: decode: all, as generated ones are; half: the last half of each window (paper)",
     )  # fmt: skip
-    grid.add_argument("--plan", type=Path, action="append", default=[], help="plan file to evaluate instead of a grid")
+    grid.add_argument(
+        "--plan", type=Path, action="append", default=[], help="plan file to evaluate instead; may be repeated"
+    )
     cli.add_force_plan_argument(grid)
     text = parser.add_argument_group("text")
     add_text_arguments(text)
     text.add_argument("--tokens", type=cli.positive_int, default=16384, help="most tokens to score")
     text.add_argument("--window", type=cli.positive_int, default=2048, help="tokens a window, capped to the context")
     text.add_argument("--stride", type=cli.positive_int, default=1024, help="tokens from one window to the next")
-    calibration = parser.add_argument_group("calibration (plans are kept in the cache)")
-    calibration.add_argument(
-        "--calibration-text", type=Path, action="append", default=[], help="default: as calibrate's"
+    calibration = parser.add_argument_group(
+        "calibration (any of these makes plans for --sparsity anew, and keeps them in the cache)"
     )
-    calibration.add_argument("--sequences", type=cli.positive_int, default=DEFAULT_SEQUENCES, help="token sequences")
-    calibration.add_argument("--length", type=cli.positive_int, default=DEFAULT_LENGTH, help="tokens each")
+    calibration.add_argument(
+        "--method", type=_choices(METHODS), help=f"of {', '.join(METHODS)}, commas between; {METHODS[0]} unless given"
+    )
+    calibration.add_argument(
+        "--calibration-text",
+        type=Path,
+        action="append",
+        default=[],
+        help="file; may be repeated; else as calibrate.py's",
+    )
+    calibration.add_argument(
+        "--sequences", type=cli.positive_int, help=f"token sequences; {DEFAULT_SEQUENCES} unless given"
+    )
+    calibration.add_argument("--length", type=cli.positive_int, help=f"tokens each; {DEFAULT_LENGTH} unless given")
     more = parser.add_argument_group("more measurements")
     more.add_argument(
         "--reference", metavar="CHECKPOINT",
-        help="model to measure divergence and agreement from, for a quantized one; default: the model itself, dense",
+        help="model to measure divergence and agreement from, for a quantized one; without it the model itself, dense",
     )  # fmt: skip
-    more.add_argument("--continuations", type=int, default=0, help="prompts to continue greedily; 0 is off")
-    more.add_argument("--decode-tokens", type=int, default=0, help="score so many tokens one by one, too; 0 is off")
+    more.add_argument("--continuations", type=cli.count, default=0, help="prompts to continue greedily; 0 is off")
+    more.add_argument(
+        "--decode-tokens", type=cli.count, default=0, help="score so many tokens one by one, too; 0 is off"
+    )
     more.add_argument(
         "--lm-eval", metavar="TASKS", help="also run these tasks of lm-evaluation-harness, commas between"
     )
     more.add_argument("--lm-eval-path", type=Path, metavar="FOLDER", help="folder with further task definitions")
-    more.add_argument("--lm-eval-limit", type=cli.positive_int, help="examples a task; default all")
+    more.add_argument("--lm-eval-limit", type=cli.positive_int, help="examples a task; without it all")
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     out.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
@@ -82,25 +102,17 @@ def _choices(known: tuple[str, ...]) -> Any:
 def main() -> None:
     """Refuse what cannot be done, then evaluate."""
     args = build_parser().parse_args()
-    if args.stride >= args.window:
-        raise UserError(
-            f"--stride {args.stride} must be less than --window {args.window}: "
-            "the first token of a window has nothing before it that could predict it"
-        )
-    for path in (args.csv, args.plot):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{path}: no such folder; create it first")
+    check_arguments(args)
     with reserved(*outputs(args)):
         evaluate_model(args)
 
 
 def outputs(args: argparse.Namespace) -> list[Output]:
-    """The files that args name to be written. Raises UserError if matplotlib is wanted and missing."""
+    """The files that args name to be written."""
     found = [Output("--csv", args.csv, CSV)] if args.csv is not None else []
     if args.plot is not None:
-        from plots import FIGURE, require_matplotlib
+        from plots import FIGURE
 
-        require_matplotlib("--plot")
         found.append(Output("--plot", args.plot, FIGURE))
     return found
 
@@ -112,17 +124,19 @@ def evaluate_model(args: argparse.Namespace) -> None:
     from texts import first_tokens, read_texts
 
     text = read_texts(args.text, args.field)
+    calibration_text = read_texts(args.calibration_text, args.field) if calibrates(args) else ""
     loaded = load_for_decoding(
-        args.checkpoint, args.random_weights, args.device, args.dtype, True,
-        kv_cache=args.kv_cache, force_plan=args.force_plan,
+        args.checkpoint, args.random_weights, args.device, args.dtype, True, kv_cache=args.kv_cache,
+        force_plan=args.force_plan, check=functools.partial(check_model, args, text, calibration_text),
     )  # fmt: skip
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
-    cases = build_cases(args, loaded)
+    reference = load_reference(args)
+    cases = build_cases(args, loaded, calibration_text)
     window = min(args.window, loaded.model.config.max_seq_len)
-    reference = load_reference(args, loaded)
     results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window - 1), reference)
     if args.csv is not None:
         write_csv([result.as_row() for result in results], args.csv)  # of hours, before more of them
+    warn_of_misses(results)
     more = more_measurements(args, loaded, cases, tokens)
     rows = [result.as_row() | further for result, further in zip(results, more, strict=True)]
     if args.json:
@@ -137,58 +151,133 @@ def evaluate_model(args: argparse.Namespace) -> None:
         plot_quality(rows, args.plot)
 
 
-def load_reference(args: argparse.Namespace, loaded: "LoadedModel") -> "Transformer | None":
-    """The model of --reference. Raises UserError if its vocabulary is another one."""
+def calibrates(args: argparse.Namespace) -> bool:
+    """Whether plans are to be calibrated: an option of that group was given."""
+    options = (args.method, args.calibration_text or None, args.sequences, args.length)
+    return not args.plan and any(option is not None for option in options)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for what is wrong whatever the model."""
+    if args.stride >= args.window:
+        raise UserError(
+            f"--stride {args.stride} must be less than --window {args.window}: "
+            "the first token of a window has nothing before it that could predict it"
+        )
+    if args.lm_eval_path is not None and not args.lm_eval_path.is_dir():
+        raise UserError(f"--lm-eval-path {args.lm_eval_path}: no such folder")
+    cli.require_package("matplotlib", "--plot", args.plot)
+    cli.require_package("lm_eval", "--lm-eval", args.lm_eval)
+
+
+def check_model(args: argparse.Namespace, text: str, calibration_text: str, model: "Described") -> None:
+    """Raise UserError if this model cannot be evaluated as asked. Its weights have not been read yet."""
+    from evaluation import check_tokens
+    from loading import describe
+    from plan import load_fitting_plan, plan_file
+    from texts import first_tokens
+
+    check_tokens(len(first_tokens(model.tokenizer.encode, text, args.tokens)), args.continuations)
+    if args.reference is not None:
+        expected, found = model.config.vocab_size, describe(args.reference, None).config.vocab_size
+        if found != expected:
+            raise UserError(
+                f"--reference {args.reference} has {found} tokens in its vocabulary, {model.name} {expected}"
+            )
+    for path in args.plan:
+        load_fitting_plan(path, model.config, args.force_plan)
+    if calibrates(args):
+        calibration_sequences(args, model.tokenizer.encode, calibration_text, model.config.max_seq_len)
+    elif not args.plan:
+        for target in args.sparsity:
+            if (beside := plan_file(model.folder, target, None)) is not None:
+                load_fitting_plan(beside, model.config, args.force_plan)
+
+
+def calibration_sequences(
+    args: argparse.Namespace, encode: "Callable[[str], list[int]]", text: str, limit: int
+) -> "Tensor":
+    """Token ids [sequences, length] to calibrate on, from the calibration part of a text. Raises UserError."""
+    from texts import CALIBRATION_PART, split_text, token_sequences
+
+    length = min(args.length or DEFAULT_LENGTH, limit)
+    part = split_text(text)[0]
+    return token_sequences(encode, part, args.sequences or DEFAULT_SEQUENCES, length, (CALIBRATION_PART, len(text)))
+
+
+def load_reference(args: argparse.Namespace) -> "Transformer | None":
+    """The model of --reference."""
     from loading import load_for_decoding
 
     if args.reference is None:
         return None
-    model = load_for_decoding(args.reference, None, args.device, args.dtype, sparse=True).model
-    expected, found = loaded.model.config.vocab_size, model.config.vocab_size
-    if found != expected:
-        raise UserError(f"--reference {args.reference} has {found} tokens in its vocabulary, {loaded.name} {expected}")
-    return model
+    return load_for_decoding(args.reference, None, args.device, args.dtype, sparse=True).model
 
 
-def build_cases(args: argparse.Namespace, loaded: "LoadedModel") -> "list[Case]":
+def build_cases(args: argparse.Namespace, loaded: "LoadedModel", calibration_text: str) -> "list[Case]":
     """The dense model, then each plan under each policy; the model is sparse afterwards if there is any plan."""
     from evaluation import Case
     from loading import load_plan
+    from plan import SparsityPlan
 
-    plans: list[tuple[str, SparsityPlan]] = []
-    for path in args.plan:
-        plans.append((path.stem, load_plan(path, loaded)))
     targets = tuple(target for target in args.sparsity if target > 0)
-    if not args.plan and targets:
-        for method in args.method:
-            plans += [(method, plan) for plan in calibrated_plans(args, loaded, method, targets)]
+    plans: list[tuple[str, SparsityPlan]] = []
+    if args.plan:
+        plans = [(path.stem, load_plan(path, loaded)) for path in args.plan]
+    elif targets and calibrates(args):
+        for method in args.method or METHODS[:1]:
+            plans += [(method, plan) for plan in calibrated_plans(args, loaded, calibration_text, method, targets)]
+    else:
+        plans = [(plan.method, plan) for plan in chosen_plans(loaded, targets)]
     cases = [Case("dense", 0.0, None)]
     return cases + [Case(name, plan.target, plan, policy) for policy in args.policy for name, plan in plans]
 
 
+def chosen_plans(loaded: "LoadedModel", targets: tuple[float, ...]) -> "list[SparsityPlan]":
+    """The plans that generate.py takes for the targets."""
+    from engine import choose_plan
+    from plan import plan_file
+
+    plans = []
+    for target in targets:
+        plans.append(choose_plan(loaded, target, None))
+        path = plan_file(loaded.folder, target, None)
+        source = f"plan {path}" if path is not None else "quick plan, uniform, calibrated on Python's help topics"
+        print(f"sparsity {target:g}: {source}", file=sys.stderr)
+    return plans
+
+
 def calibrated_plans(
-    args: argparse.Namespace, loaded: "LoadedModel", method: str, targets: tuple[float, ...]
+    args: argparse.Namespace, loaded: "LoadedModel", text: str, method: str, targets: tuple[float, ...]
 ) -> "list[SparsityPlan]":
     """Plans for the targets by one of METHODS, from the cache or calibrated now."""
     from calibration import Settings, calibrate
     from plan import SparsityPlan, cached_plan
-    from texts import read_texts, split_text, text_hash, token_sequences
+    from texts import text_hash
 
-    text = read_texts(args.calibration_text, args.field)
-    length = min(args.length, loaded.model.config.max_seq_len)
-    facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
-    how = f"{facts['text']}-{args.sequences}x{length}-{method}"
+    sequences = calibration_sequences(args, loaded.tokenizer.encode, text, loaded.model.config.max_seq_len)
+    count, length = sequences.shape
+    facts = {"text": text_hash(text), "sequences": count, "length": length}
+    how = f"{facts['text']}-{count}x{length}-{method}"
     weight = loaded.model.embedding.weight
     paths = {t: cached_plan(loaded.identity, how, weight.dtype, weight.device, t) for t in targets}
     wanted = tuple(t for t, path in paths.items() if not path.exists())
     if wanted:
-        sequences = token_sequences(loaded.tokenizer.encode, split_text(text)[0], args.sequences, length)
         criterion = "wina" if method.startswith("wina") else "magnitude"
         settings = Settings(wanted, method.removeprefix("wina-"), criterion)
         print(f"calibrating {method} at {', '.join(f'{t:g}' for t in wanted)}", file=sys.stderr)
         for plan in calibrate(loaded.model, sequences, settings, facts, weights=loaded.weights):
             plan.save(paths[plan.target])
+    for target, path in paths.items():
+        print(f"sparsity {target:g}: {method} plan on {count} x {length} tokens, {path}", file=sys.stderr)
     return [SparsityPlan.load(path) for path in paths.values()]
+
+
+def warn_of_misses(results: "list[Result]") -> None:
+    """Say which plans reach another sparsity on this text than their target."""
+    found = (r.case.plan.warning(r.achieved, "this text") for r in results if r.case.plan is not None)
+    for line in dict.fromkeys(filter(None, found)):
+        print(line, file=sys.stderr)
 
 
 def more_measurements(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from errors import UserError
 from model import Transformer
 from plan import SparsityPlan, keep_all_plan
+from progress import progress
 from teal_layers import achieved_sparsity, set_counting, sparse_prefill, sparsify
 
 # Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get; "half" is the
@@ -89,6 +89,15 @@ def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, in
             return
 
 
+def check_tokens(count: int, continuations: int = 0) -> None:
+    """Raise UserError unless a text of so many tokens can be scored, and so many prompts cut from it."""
+    if count < 2:
+        raise UserError(f"the text has {count} tokens; at least 2 are needed, and some thousands for a figure")
+    if count < continuations * CONTINUATION_PROMPT:
+        needed = continuations * CONTINUATION_PROMPT
+        raise UserError(f"{continuations} continuations need {needed} tokens of text; there are {count}")
+
+
 @torch.inference_mode()
 def evaluate(
     model: Transformer,
@@ -103,13 +112,12 @@ def evaluate(
     KL divergence and agreement are with reference, by default the dense model itself. model must be sparse already if any case has a plan (thresholds change in place). Raises UserError if there are
     too few tokens.
     """
-    if len(tokens) < 2:
-        raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed, and some thousands for a figure")
+    check_tokens(len(tokens))
     results = [Result(case) for case in cases]
     weight = model.embedding.weight
     sums: list[list[dict[str, float]]] = [[] for _ in cases]  # of achieved sparsities times tokens
     spans = list(windows(len(tokens), length, stride))
-    for begin, first, end in tqdm(spans, desc="evaluating", unit="window", leave=False, disable=None):
+    for begin, first, end in progress(spans, "evaluating", "window"):
         ids = tokens[None, begin:end].to(weight.device)
         dense = window_logits(model, ids, first - begin)
         expected = dense if reference is None else window_logits(reference, ids, first - begin)
@@ -170,7 +178,7 @@ def decode_score(model: Transformer, tokens: Tensor) -> Score:
     cache = model.new_cache(1, len(tokens))
     score = Score()
     ids = tokens.to(weight.device)
-    for i in tqdm(range(len(ids) - 1), desc="decoding", unit="token", leave=False, disable=None):
+    for i in progress(range(len(ids) - 1), "decoding", "token"):
         position = torch.full((1, 1), i, device=weight.device)
         logits = model(ids[None, i : i + 1], position, cache)[0].float()
         add_score(score, logits, logits, ids[i + 1 : i + 2])
@@ -200,10 +208,7 @@ def departures(expected: Tensor, actual: Tensor) -> list[int]:
 
 def agreements_with_dense(model: Transformer, plans: list[SparsityPlan], tokens: Tensor, prompts: int) -> list[float]:
     """For each plan the median, over prompts cut from tokens, of the tokens before sparse text departs from dense."""
-    if len(tokens) < prompts * CONTINUATION_PROMPT:
-        raise UserError(
-            f"{prompts} continuations need {prompts * CONTINUATION_PROMPT} tokens of text; there are {len(tokens)}"
-        )
+    check_tokens(len(tokens), prompts)
     starts = [i * (len(tokens) // prompts) for i in range(prompts)]
     batch = torch.stack([tokens[start : start + CONTINUATION_PROMPT] for start in starts])
     sparsify(model, keep_all_plan(model.config))

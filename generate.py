@@ -1,19 +1,23 @@
 """Generate text with a dense or activation-sparse model: python generate.py --prompt "..." --sparsity 0.5"""
 
 import argparse
+import functools
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cli
 from errors import UserError
-from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, LOOKUP_LENGTH, SamplingParams
+from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, LOOKUP_LENGTH, SamplingParams, check_length, check_prompt
+from user_text import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from engine import Engine
+    from loading import Check, Described
 
 
 def build_parser() -> cli.Parser:
@@ -70,7 +74,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compile with torch.compile; default on CUDA only, where it pays at once (see BENCHMARKS.md)",
+        help="compile with torch.compile, or do not; otherwise on CUDA only, where it pays at once (see BENCHMARKS.md)",
     )
 
 
@@ -78,7 +82,7 @@ def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of speculative decoding."""
     draft = parser.add_argument_group("speculative decoding (the dense model's text, several tokens a pass)")
     draft.add_argument("--speculate", type=cli.positive_int, metavar="K", help="draft up to K tokens by sparse steps")
-    draft.add_argument("--draft-sparsity", type=cli.sparsity, default=0.5, help="of those steps")
+    draft.add_argument("--draft-sparsity", type=cli.sparsity, default=0.5, help="share of activations that they drop")
     draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
     draft.add_argument(
         "--draft-quant", choices=("int8", "int4"), help="round the weights of those steps, and of no other"
@@ -99,6 +103,9 @@ def check_draft_arguments(args: argparse.Namespace) -> bool:
     for option, given in (("--sparsity", args.sparsity > 0), ("--plan", args.plan)):
         if given:
             raise UserError(f"{option} does not go with speculative decoding, whose text is the dense model's")
+    check_length(args.speculate or LOOKUP_LENGTH)
+    if args.draft_plan is None and args.draft_sparsity == 0 and not args.speculate_lookup:
+        raise UserError("--draft-sparsity 0 is out of range; expected 0 < sparsity < 1")
     return True
 
 
@@ -113,14 +120,12 @@ def main() -> None:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    if args.chat and args.json:
-        raise UserError("--json prints one answer and --chat holds a conversation; choose one")
-    if args.chat and args.special_tokens:
-        raise UserError("--special-tokens is for a raw prompt; with --chat the template writes the control tokens")
-    prompt = None if args.chat else read_prompt(args)
-    engine = load_engine(args)
-    if prompt is None:
-        chat(engine, args, params)
+    check_arguments(args)
+    given = args.prompt is not None or args.prompt_file is not None
+    prompt = read_prompt(args) if given or not args.chat else ""
+    engine = load_engine(args, functools.partial(check_model, args, prompt))
+    if args.chat:
+        chat(engine, args, params, prompt or None)
         return
     ids = engine.tokenizer.encode(prompt, allow_special=args.special_tokens)
     text = "".join(answer(engine, ids, args, params, quiet=args.json))
@@ -131,11 +136,48 @@ def main() -> None:
         print_statistics(statistics)
 
 
-def load_engine(args: argparse.Namespace) -> "Engine":
-    """The engine that args describe. Raises UserError."""
-    speculative = check_draft_arguments(args)
-    if speculative and args.stats:
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for options that contradict each other, or lack one that gives them a meaning."""
+    if args.chat and args.json:
+        raise UserError("--json prints one answer and --chat holds a conversation; choose one")
+    if args.chat and args.special_tokens:
+        raise UserError("--special-tokens is for a raw prompt; with --chat the template writes the control tokens")
+    if args.system is not None and not args.chat:
+        raise UserError("--system goes with --chat; a prompt is continued as it is")
+    if "" in args.stop:
+        raise UserError("--stop is empty; give the text to stop before")
+    if check_draft_arguments(args) and args.stats:
         raise UserError("--stats does not go with speculative decoding, which has no bytes a token")
+
+
+def check_model(args: argparse.Namespace, prompt: str, model: "Described") -> None:
+    """Raise UserError if what is asked for cannot be done with this model. Its weights have not been read yet."""
+    check_decode_arguments(args, model)
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        model.tokenizer.encode_chat([*system, {"role": "user", "content": prompt or "Hello"}])
+    else:
+        check_prompt(model.tokenizer.encode(prompt, allow_special=args.special_tokens), model.config.max_seq_len)
+
+
+def check_decode_arguments(args: argparse.Namespace, model: "Described") -> None:
+    """Raise UserError if options of add_decode_arguments and add_draft_arguments do not suit this model."""
+    from loading import check_rounding
+    from plan import load_fitting_plan, plan_file
+
+    if (path := plan_file(model.folder, args.sparsity, args.plan)) is not None:
+        load_fitting_plan(path, model.config, args.force_plan)
+    if args.speculate is None or args.speculate_lookup:
+        return
+    if (path := plan_file(model.folder, args.draft_sparsity, args.draft_plan)) is not None:
+        load_fitting_plan(path, model.config, args.force_plan)
+    if args.draft_quant is not None:
+        check_rounding(model, args.draft_quant, "--draft-quant")
+
+
+def load_engine(args: argparse.Namespace, check: "Check") -> "Engine":
+    """The engine that args describe, unless check refuses the model. Raises UserError."""
+    speculative = check_draft_arguments(args)
     from speculation import SpeculativeEngine  # importing torch takes a second: not for --help or a mistyped option
 
     model: dict[str, Any] = {
@@ -147,6 +189,7 @@ def load_engine(args: argparse.Namespace) -> "Engine":
         "quant_lm_head": args.lm_head == "int8",
         "kv_cache": args.kv_cache,
         "force_plan": args.force_plan,
+        "check": check,
     }
     if speculative and not args.speculate_lookup:
         draft = {"draft_sparsity": args.draft_sparsity, "draft_plan": args.draft_plan, "draft_quant": args.draft_quant}
@@ -183,7 +226,7 @@ def answer(
     engine: "Engine", ids: list[int], args: argparse.Namespace, params: SamplingParams, quiet: bool = False
 ) -> "Iterator[str]":
     """Generate from ids: the pieces of the text, each printed before it is yielded unless quiet."""
-    for piece in engine.stream(ids, params, args.max_new_tokens, tuple(filter(None, args.stop)), args.ignore_eos):
+    for piece in engine.stream(ids, params, args.max_new_tokens, tuple(args.stop), args.ignore_eos):
         if not quiet:
             print(piece, end="", flush=True)
         yield piece
@@ -191,15 +234,18 @@ def answer(
         print(flush=True)
 
 
-def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> None:
-    """Hold a conversation; each turn feeds the model only what its KV cache lacks."""
+def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams, first: str | None) -> None:
+    """Hold a conversation that begins with first, if given; a turn feeds the model only what its KV cache lacks."""
     from conversation import Conversation
 
-    first = read_prompt(args) if args.prompt is not None or args.prompt_file is not None else None
+    if sys.stdin.isatty():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer here, not the program
     conversation = Conversation(engine, args.system, args.max_new_tokens)
     for message in conversation.messages_of_user(first):
         pieces: list[str] = []
         try:
+            if not is_text(message):
+                raise UserError(f"{message[:80]!a} is not UTF-8 text; convert it")
             ids = conversation.prompt_ids(message)
         except UserError as error:  # of this message; the conversation goes on
             print(f"error: {error}", file=sys.stderr)
@@ -234,6 +280,7 @@ def collect_statistics(engine: "Engine") -> dict[str, Any]:
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,
         "load_s": engine.load_s,
+        "calibrate_s": engine.calibrate_s,
         "compile_s": engine.compile_s,
         "first_token_s": stats.first_token_s,
         "tokens_per_s": stats.tokens_per_s,
@@ -258,7 +305,9 @@ def detailed_statistics(engine: "Engine", ids: list[int], params: SamplingParams
         if engine.plan is not None:
             for _ in engine.generate(ids, params, min(stats.new_tokens, COUNTED_TOKENS), ignore_eos=True):
                 pass
-            figures["achieved_sparsity"] = achieved_sparsity(engine.model)
+            achieved = figures["achieved_sparsity"] = achieved_sparsity(engine.model)
+            if warning := engine.plan.warning(achieved, "this text"):
+                print(warning, file=sys.stderr)
         rate = weight_bytes_per_token(engine.model) * stats.tokens_per_s
     if cached[: len(engine.cached_ids)] == engine.cached_ids:  # what the cache holds beyond is as it was
         engine.cached_ids = cached
@@ -274,9 +323,10 @@ def print_statistics(figures: dict[str, Any]) -> None:
         return "-" if figures[name] is None else f"{1e3 * figures[name]:.1f} ms"
 
     rate = figures["tokens_per_s"]
+    calibrated = f"calibrate {figures['calibrate_s']:.1f} s, " if figures["calibrate_s"] else ""
     lines = [
         f"[{figures['model']}, {figures['device']} {figures['dtype']}, sparsity {figures['target_sparsity']:g}]",
-        f"load {figures['load_s']:.2f} s, compile {figures['compile_s']:.1f} s, "
+        f"load {figures['load_s']:.2f} s, {calibrated}compile {figures['compile_s']:.1f} s, "
         f"prompt {figures['prompt_tokens']} tokens ({figures['reused_tokens']} cached), "
         f"first token {milliseconds('first_token_s')}",
         f"{figures['new_tokens']} tokens, {'-' if rate is None else f'{rate:.1f}'} tok/s, "

@@ -19,13 +19,14 @@ import torch
 from gguf import GGMLQuantizationType, ReaderTensor, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tqdm import tqdm
 
 from awq_gptq import as_awq, as_gptq
 from checkpoint import is_finite
 from errors import UserError
+from gguf_header import check_architecture
 from gguf_parts import read_parts
 from model import ModelConfig, RopeScaling, rope_frequencies
+from progress import progress
 
 READABLE_TYPES = frozenset(
     GGMLQuantizationType[name]
@@ -76,9 +77,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     part is missing.
     """
     meta, tensors = read_parts(path)
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{path}: GGUF architecture {architecture!r} is not supported; expected 'llama'")
+    check_architecture(path, meta.get("general.architecture"))
     for tensor in tensors:
         if tensor.tensor_type not in READABLE_TYPES:
             raise UserError(
@@ -206,7 +205,7 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
     """(HF name, CPU tensor) for each tensor of the file, one at a time. Raises UserError if one is not finite."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for tensor in tqdm(tensors, desc="converting GGUF", unit="tensor", leave=False, disable=None):
+    for tensor in progress(tensors, "converting GGUF", "tensor"):
         name = _hf_name(tensor.name)
         if name is None:
             continue

@@ -1,7 +1,7 @@
 """`config.json` of a Hugging Face folder -> ModelConfig, refusing by name whatever this model.py cannot do."""
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ from awq_gptq import Packing
 from errors import UserError
 from model import ModelConfig, RopeScaling
 from quantization import QuantConfig
+from user_text import is_number, parse_json
 
+MAX_LAYERS = 10_000  # a damaged number must not fill the memory with layers
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # What transformers assumes where config.json leaves a field out, if the families differ.
@@ -34,13 +36,47 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError naming the file if it is missing, unreadable or holds no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint folder must hold it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def _is_token(value: Any) -> bool:
+    """A special token is a string, or an object with its text in content."""
+    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_template(value: Any) -> bool:
+    """A chat template is a string, or a list of named ones."""
+    entries = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    return all(isinstance(e, dict) and all(isinstance(e.get(n), str) for n in ("name", "template")) for e in entries)
+
+
+# Fields that tokenizer.py reads from the three configs of a folder: what they may be, and how to say so.
+TOKENIZER_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), (_is_token, "a string")),
+    "bos_token_id": (_is_id, "a token id"),
+    "eos_token_id": (lambda value: all(map(_is_id, value if isinstance(value, list) else [value])), "token ids"),
+    "add_bos_token": (lambda value: isinstance(value, bool), "true or false"),
+    "chat_template": (_is_template, "a string or a list of named ones"),
+}
+
+
+def read_tokenizer_settings(path: Path) -> dict[str, Any]:
+    """The object in one of those files, {} if there is none. Raises UserError for a field of an unusable kind."""
+    content = read_json(path) if path.exists() else {}
+    for name, (is_usable, expected) in TOKENIZER_FIELDS.items():
+        if (value := content.get(name)) is not None and not is_usable(value):
+            raise UserError(f"{path}: {name} {value!r:.200} is not usable; expected {expected}")
     return content
 
 
@@ -77,14 +113,16 @@ def _positive(
 ) -> Any:
     value = raw.get(field)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-        raise UserError(f"{path}: {field} {value!r} is not usable; expected a positive {kind.__name__}")
+    if not (is_number(value) and isinstance(value, (int, kind)) and 0 < value < math.inf):
+        raise UserError(f"{path}: {field} {value!r:.200} is not usable; expected a positive {kind.__name__}")
     return value
 
 
 def _build(path: Path, family: str, raw: dict[str, Any]) -> ModelConfig:
     hidden_size = _positive(path, raw, "hidden_size")
     num_layers = _positive(path, raw, "num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers {num_layers} is not usable; expected at most {MAX_LAYERS}")
     num_heads = _positive(path, raw, "num_attention_heads")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
     if not isinstance(rope, dict):

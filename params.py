@@ -8,6 +8,7 @@ from errors import UserError
 DEFAULT_MAX_NEW_TOKENS = 256
 COUNTED_TOKENS = 32  # of an answer, to say what sparsity drops: shares of thousands of entries each
 LOOKUP_LENGTH = 8  # tokens drafted at once by lookup
+MAX_DRAFT = 16  # tokens drafted at once at most
 MIN_TEMPERATURE = 1e-5  # below it fp32 logits would be divided to infinity, and only the largest has a share anyway
 KV_CACHES = ("float", "int8")  # how keys and values are kept; the first is the default
 
@@ -54,3 +55,17 @@ class SamplingParams:
     def without_seed(self) -> "SamplingParams":
         """Equal for parameters that run the same computation: the seed lives in the generator."""
         return replace(self, seed=0)
+
+
+def check_prompt(prompt_ids: list[int], limit: int) -> None:
+    """Raise UserError unless a context of limit tokens has room for the prompt and one token more."""
+    if not prompt_ids:
+        raise UserError("the prompt is empty; give at least one token of text")
+    if len(prompt_ids) >= limit:
+        raise UserError(f"the prompt has {len(prompt_ids)} tokens; this model's context of {limit} must exceed it")
+
+
+def check_length(length: int) -> None:
+    """Raise UserError unless so many tokens can be drafted in a round."""
+    if not 1 <= length <= MAX_DRAFT:
+        raise UserError(f"--speculate {length} is out of range; expected 1 to {MAX_DRAFT}")

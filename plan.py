@@ -16,6 +16,7 @@ from torch import Tensor
 from errors import UserError
 from files import FileKind, atomic_file, cache_folder
 from model import ModelConfig
+from user_text import is_number, parse_json
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 PLAN_FORMAT = "teal-plan"
@@ -23,6 +24,7 @@ PLAN_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
 PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
 CRITERIA = ("magnitude", "wina")
+MAX_MISS = 0.05  # of a target, on some text, that is passed over in silence
 
 # Bins are the top bits of |x| as fp32: 128 to an octave, so neighbouring edges differ by under 0.8%
 # at every scale, and no first pass over the data is needed to find its range.
@@ -75,6 +77,11 @@ def _bin_edge(i: int) -> float:
     return float(torch.tensor((i + LOWEST_BIN) << BITS_DROPPED, dtype=torch.int32).view(torch.float32))
 
 
+def _check_sparsity(value: Any) -> None:
+    if not (is_number(value) and 0 <= value < 1):
+        raise UserError(f"sparsity {value!r} is out of range; expected 0 <= sparsity < 1")
+
+
 @dataclass(frozen=True, slots=True)
 class ProjectionPlan:
     """One projection: its target sparsity, the threshold on |x|, and the sparsity measured on held-out text."""
@@ -84,10 +91,11 @@ class ProjectionPlan:
     achieved: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity {self.sparsity} is out of range; expected 0 <= sparsity < 1")
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise UserError(f"threshold {self.threshold} is not usable; expected a finite number >= 0")
+        _check_sparsity(self.sparsity)
+        if not (is_number(self.threshold) and 0 <= self.threshold < math.inf):
+            raise UserError(f"threshold {self.threshold!r} is not usable; expected a finite number >= 0")
+        if self.achieved is not None and not (is_number(self.achieved) and 0 <= self.achieved <= 1):
+            raise UserError(f"achieved {self.achieved!r} is not usable; expected a share from 0 to 1, or null")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +134,14 @@ class SparsityPlan:
     weights: Weights | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.target < 1:
-            raise UserError(f"sparsity {self.target} is out of range; expected 0 <= sparsity < 1")
+        _check_sparsity(self.target)
+        for name, kind in (("model", dict), ("method", str), ("calibration", dict)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise UserError(
+                    f"{name} {value!r} is not usable; expected {'an object' if kind is dict else 'a string'}"
+                )
+        if not self.layers:
+            raise UserError("the plan lists no layers; expected one for each of the model's")
         if self.criterion not in CRITERIA:
             raise UserError(f"criterion {self.criterion!r} is unknown; expected one of {', '.join(CRITERIA)}")
         for i, layer in enumerate(self.layers):
@@ -159,6 +173,27 @@ class SparsityPlan:
         """The same thresholds with nothing said of whose they are: any model with as many layers takes them."""
         return replace(self, model={}, weights=None)
 
+    @property
+    def achieved(self) -> list[dict[str, float]]:
+        """The sparsities measured on held-out text [layer][projection], where they were."""
+        return [{n: p.achieved for n, p in layer.items() if p.achieved is not None} for layer in self.layers]
+
+    def warning(self, achieved: list[dict[str, float]], text: str) -> str | None:
+        """A line for the user if achieved sparsities [layer][projection] on a text are far from those planned, on average."""
+        gaps = [
+            (seen - layer[name].sparsity, f"layer {i} {name} {seen:.0%} of {layer[name].sparsity:.0%}")
+            for i, (layer, shares) in enumerate(zip(self.layers, achieved, strict=True))
+            for name, seen in shares.items()
+        ]
+        mean = sum(gap for gap, _ in gaps) / max(1, len(gaps))
+        if abs(mean) <= MAX_MISS:
+            return None
+        _, worst = max(gaps, key=lambda pair: abs(pair[0]))
+        return (
+            f"warning: on {text} the plan for sparsity {self.target:g} drops {100 * abs(mean):.1f} points "
+            f"{'more' if mean > 0 else 'less'} (worst: {worst}); calibrate on more text of this kind (calibrate.py --text)"
+        )
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
         content = {"format": PLAN_FORMAT, "version": PLAN_VERSION, **asdict(self)}
@@ -169,8 +204,8 @@ class SparsityPlan:
     def load(cls, path: Path) -> "SparsityPlan":
         """Read a plan. Raises UserError if the file is missing, not a plan, or holds impossible values."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UserError(f"plan {path}: not readable ({error}); expected a JSON plan") from error
         if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT:
             raise UserError(f"plan {path}: not a sparsity plan; expected a JSON object with format {PLAN_FORMAT!r}")
@@ -192,6 +227,28 @@ class SparsityPlan:
             raise UserError(f"plan {path}: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"plan {path}: missing or malformed field ({error}); calibrate again") from error
+
+
+def load_fitting_plan(path: Path, config: ModelConfig, force: bool = False) -> SparsityPlan:
+    """The plan in a file, for a model with this config; with force for any with as many layers.
+
+    Raises UserError naming the file.
+    """
+    plan = SparsityPlan.load(path)
+    plan = plan.for_any_model() if force else plan
+    try:
+        plan.check_fits(config)
+    except UserError as error:
+        raise UserError(f"plan {path}: {error}") from None
+    return plan
+
+
+def plan_file(folder: Path | None, sparsity: float, plan: str | None) -> Path | None:
+    """The file named plan, else the one for this sparsity beside a checkpoint in folder, None if there is none."""
+    if plan is not None:
+        return Path(plan)
+    beside = folder / plan_name(sparsity) if folder is not None and sparsity > 0 else None
+    return beside if beside is not None and beside.exists() else None
 
 
 def keep_all_plan(config: ModelConfig) -> SparsityPlan:

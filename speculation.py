@@ -18,14 +18,13 @@ from typing_extensions import Self
 
 from engine import Engine, choose_plan
 from errors import UserError
-from loading import LoadedModel, load_for_decoding, round_weights
+from loading import Check, LoadedModel, load_for_decoding, round_weights
 from model import KVCache, Transformer
-from params import SamplingParams
+from params import MAX_DRAFT, SamplingParams, check_length
 from plan import SparsityPlan, keep_all_plan
 from sampling import draw, probabilities, take_likeliest
 from teal_layers import sparsify
 
-MAX_DRAFT = 16
 LOOKUP_TOKENS = (4, 3, 2)  # how many last tokens must have stood before, tried in this order
 SAVED_BY_SPARSITY = 0.8  # of a draft step's time at sparsity 1: 40% less at 50%, as on an H100 (BENCHMARKS.md)
 ROUNDED_COST = {None: 1.0, "int8": 0.63, "int4": 0.48}  # of a step with these weights, at 50%, there too
@@ -57,6 +56,7 @@ class SpeculativeEngine(Engine):
         quant_lm_head: bool = False,
         kv_cache: str = "float",
         force_plan: bool = False,
+        check: Check | None = None,
     ) -> Self:
         """As Engine.load, an engine that drafts up to length tokens by sparse steps of the model.
 
@@ -65,7 +65,16 @@ class SpeculativeEngine(Engine):
         """
         check_length(length)
         loaded = load_for_decoding(
-            checkpoint, random_weights, device, dtype, draft_quant is None, quant, quant_lm_head, kv_cache, force_plan
+            checkpoint,
+            random_weights,
+            device,
+            dtype,
+            draft_quant is None,
+            quant,
+            quant_lm_head,
+            kv_cache,
+            force_plan,
+            check,
         )
         draft = make_draft(loaded, draft_sparsity, draft_plan, draft_quant, compile)
         # A draft with the same weights needs them in the sparse layout, and the dense model then keeps all of them.
@@ -238,6 +247,7 @@ def make_draft(
         copied = sharing_copy(loaded)
         round_weights(copied, quant, quant_lm_head=True, option="--draft-quant")
         chosen = choose_plan(copied, sparsity, plan)
+        loaded.calibrate_s = copied.calibrate_s  # which began with loaded's
     engine = Engine.from_loaded(copied, chosen, compile)
     cost = ROUNDED_COST[quant] * (1 - SAVED_BY_SPARSITY * chosen.target)
     return Draft(engine.model, cost, engine.compile_s)
@@ -270,12 +280,6 @@ class Lookup:
 def drops_nothing(plan: SparsityPlan) -> bool:
     """Whether the plan is dense decoding."""
     return not any(projection.threshold for layer in plan.layers for projection in layer.values())
-
-
-def check_length(length: int) -> None:
-    """Raise UserError unless so many tokens can be drafted in a round."""
-    if not 1 <= length <= MAX_DRAFT:
-        raise UserError(f"--speculate {length} is out of range; expected 1 to {MAX_DRAFT}")
 
 
 def sharing_copy(loaded: LoadedModel) -> LoadedModel:

@@ -1,7 +1,6 @@
 """Text to calibrate and evaluate on: files, the default text, and token sequences cut from it."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +8,11 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from user_text import parse_json
 
 SPLIT_BLOCK = 4096  # characters; every fifth block is held out, so that both parts cover the whole text
 HELD_OUT_EVERY = 5
+CALIBRATION_PART = "the 4/5 for calibration"  # of a text, in errors
 CHARACTERS_PER_TOKEN = 8  # no tokenizer of a supported family averages over this on prose
 
 
@@ -34,7 +35,7 @@ def read_texts(paths: list[Path], field: str) -> str:
 
 def _read(path: Path, field: str) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--text {path}: byte {error.start} is not UTF-8; convert the file") from None
     except OSError as error:
@@ -42,13 +43,16 @@ def _read(path: Path, field: str) -> str:
     if path.suffix != ".jsonl":
         return content
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(
+        content.split("\n"), 1
+    ):  # JSON strings may hold what splitlines takes for a line's end
         if not line.strip():
             continue
         try:
-            documents.append(json.loads(line)[field])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"--text {path}: line {number} is no JSON object with the field {field!r}") from None
+            documents.append(parse_json(line)[field])
+        except (ValueError, KeyError, TypeError) as error:
+            expected = f"line {number} is no JSON object with the field {field!r}"
+            raise UserError(f"--text {path}: {expected} ({error!r:.80})") from None
         if not isinstance(documents[-1], str):
             raise UserError(f"--text {path}: line {number}: field {field!r} is no string")
     return "\n\n".join(documents)
@@ -60,23 +64,48 @@ def text_hash(text: str) -> str:
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """(calibration part, held-out part) of a text."""
-    blocks = [text[i : i + SPLIT_BLOCK] for i in range(0, len(text), SPLIT_BLOCK)]
+    """(calibration part, held-out part) of a text: 4/5 and 1/5 of it."""
+    size = max(
+        1, min(SPLIT_BLOCK, len(text) // HELD_OUT_EVERY)
+    )  # of a block; a short text gives something to both parts
+    blocks = [text[i : i + size] for i in range(0, len(text), size)]
     held_out = blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     del blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     return "".join(blocks), "".join(held_out)
 
 
-def token_sequences(encode: Callable[[str], list[int]], text: str, sequences: int, length: int) -> Tensor:
-    """int64 [sequences, length] of tokens, taken at even spacing over the text. Raises UserError if it is too short."""
+def split_sequences(
+    encode: Callable[[str], list[int]], text: str, calibration: tuple[int, int], held_out: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Tokens of the two parts of a text, each int64 [sequences, length] of the sizes given. Raises UserError."""
+    parts = split_text(text)
+    names = (CALIBRATION_PART, "the 1/5 held out to check it")
+    first, second = (
+        token_sequences(encode, part, *size, (name, len(text)))
+        for part, size, name in zip(parts, (calibration, held_out), names, strict=True)
+    )
+    return first, second
+
+
+def token_sequences(
+    encode: Callable[[str], list[int]], text: str, sequences: int, length: int, part: tuple[str, int] | None = None
+) -> Tensor:
+    """int64 [sequences, length] of tokens, taken at even spacing over the text. Raises UserError if it is too short.
+
+    part, if text is one of a longer text: what the error calls it, and the characters of the whole.
+    """
     stride = len(text) // sequences
-    starts = [i * stride for i in range(sequences)]
-    pieces = [encode(text[start : start + CHARACTERS_PER_TOKEN * length])[:length] for start in starts]
-    shortest = min(len(piece) for piece in pieces)
+    shortest = 0  # without a character for each sequence there is no need to look
+    if stride > 0:
+        starts = [i * stride for i in range(sequences)]
+        pieces = [encode(text[start : start + CHARACTERS_PER_TOKEN * length])[:length] for start in starts]
+        shortest = min(len(piece) for piece in pieces)
     if shortest < length:
+        name, given = part or ("", len(text))
+        where = f" (in {name}, {len(text)} characters)" if part else ""
         raise UserError(
-            f"the text of {len(text)} characters is too short: {sequences} sequences of {length} tokens are needed, "
-            f"the shortest has {shortest}; give a longer --text"
+            f"the text of {given} characters is too short: {sequences} sequences of {length} tokens are needed, "
+            f"the shortest has {shortest}{where}; give a longer --text, or fewer or shorter sequences"
         )
     return torch.tensor(pieces)
 

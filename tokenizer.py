@@ -12,7 +12,7 @@ from typing import Any
 from chat_template import ChatTemplates, find_templates
 from control_tokens import ControlTokens
 from errors import UserError
-from hf_config import read_json
+from hf_config import read_tokenizer_settings
 from text_length import TextBound, text_bound
 from token_backends import Backend, Declared, JsonBackend, make_backend
 
@@ -28,7 +28,7 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, folder: Path | None = None) -> None:
         names = ("generation_config.json", "config.json")
-        generation, model = (_optional_json(folder / name) if folder else {} for name in names)
+        generation, model = (read_tokenizer_settings(folder / name) if folder else {} for name in names)
         config = _tokenizer_config(folder) if folder else {}
         self.backend = backend
         self.special_ids = frozenset(backend.special.values())
@@ -169,11 +169,9 @@ def _declared(folder: Path) -> Declared:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; what it does not say of special tokens, older checkpoints say in a file of their own."""
-    return _optional_json(folder / "special_tokens_map.json") | _optional_json(folder / "tokenizer_config.json")
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    older, config = (read_tokenizer_settings(folder / name) for name in names)
+    return older | config
 
 
 def _token_text(value: Any) -> str | None:

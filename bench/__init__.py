@@ -1,0 +1,8 @@
+"""Benchmarks: python -m bench.decode and the like."""
+
+import sys
+
+import interrupts
+
+if sys.argv[0] == "-m":  # being started, not imported: Ctrl-C may come while torch is imported
+    interrupts.install_for_imports()

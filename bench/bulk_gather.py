@@ -45,8 +45,9 @@ class Tile(NamedTuple):
 def build_parser() -> cli.Parser:
     """The command line of bench.bulk_gather."""
     parser = cli.Parser("Time a CUDA C++ sparse GEMV on bulk copies beside Triton's, for every projection of a model.")
-    parser.add_argument("--model", default="Llama-3-8B", help="a known architecture")
-    parser.add_argument("--sparsity", type=cli.sparsity, default=0.5, help="share of channels dropped")
+    group = parser.add_argument_group("what to time")
+    group.add_argument("--model", default="Llama-3-8B", type=cli.architecture, help="a known architecture")
+    group.add_argument("--sparsity", type=cli.sparsity, default=0.5, help="share of channels dropped")
     return parser
 
 

@@ -37,15 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of bench.decode: the model options of generate.py, with a list of sparsities."""
     parser = cli.Parser("Measure decode speed, dense and sparse, interleaved in one process.")
     add_decode_arguments(parser)
-    parser.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="commas between; 0 is dense")
-    parser.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens before the timed ones")
-    parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
-    parser.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
-    parser.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
-    add_input_groups(parser)
-    parser.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
-    parser.add_argument("--profile", action="store_true", help="also print the time of each kernel in a step (CUDA)")
-    parser.add_argument("--gguf", type=Path, help="also run this GGUF file by llama-cpp-python, on CPU")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="commas between; 0 is dense")
+    group.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens before the timed ones")
+    group.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
+    group.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
+    group.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
+    add_input_groups(group)
+    group.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
+    group.add_argument("--profile", action="store_true", help="also print the time of each kernel in a step (CUDA)")
+    group.add_argument("--gguf", type=Path, help="also run this GGUF file by llama-cpp-python, on CPU")
     return parser
 
 

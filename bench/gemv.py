@@ -35,20 +35,21 @@ MAX_COPIES = 40
 def build_parser() -> cli.Parser:
     """The command line of bench.gemv."""
     parser = cli.Parser("Time the sparse GEMV of every projection, compaction and reduction included, beside cuBLAS.")
-    parser.add_argument("--models", default=DEFAULT_MODELS, help="known architectures, commas between")
+    group = parser.add_argument_group("what to time")
+    group.add_argument("--models", default=DEFAULT_MODELS, help="known architectures, commas between")
     sparsities = (0.0, 0.25, 0.4, 0.5, 0.65, 0.8)
-    parser.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
-    parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
-    parser.add_argument("--quant", choices=("int8", "int4"), help="weights of 8 or 4 bits; dense stays in floats")
-    add_input_groups(parser)
-    parser.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    group.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
+    group.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
+    group.add_argument("--quant", choices=("int8", "int4"), help="weights of 8 or 4 bits; dense stays in floats")
+    add_input_groups(group)
+    group.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
+    group.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     return parser
 
 
-def add_input_groups(parser: argparse.ArgumentParser) -> None:
+def add_input_groups(group: argparse._ArgumentGroup) -> None:
     """The option --input-groups, which bench.decode has too."""
-    parser.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input, as AWQ's")
+    group.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input, as AWQ's")
 
 
 def check_input_groups(args: argparse.Namespace) -> None:

@@ -27,16 +27,17 @@ TOLERANCE = 0.1  # between /metrics and the clients
 def build_parser() -> cli.Parser:
     """The command line of bench.load."""
     parser = cli.Parser("Load a running server with many clients and check every answer.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where serve.py listens")
-    parser.add_argument("--api-key", default="none", help="if the server wants one")
-    parser.add_argument("--requests", type=cli.positive_int, default=1000, help="in all")
-    parser.add_argument("--clients", type=cli.positive_int, default=32, help="at once")
-    parser.add_argument("--prompts", type=cli.positive_int, default=40, help="different ones")
-    parser.add_argument(
+    group = parser.add_argument_group("load")
+    group.add_argument("--url", default="http://127.0.0.1:8000", help="where serve.py listens")
+    group.add_argument("--api-key", default="none", help="if the server wants one")
+    group.add_argument("--requests", type=cli.positive_int, default=1000, help="in all")
+    group.add_argument("--clients", type=cli.positive_int, default=32, help="at once")
+    group.add_argument("--prompts", type=cli.positive_int, default=40, help="different ones")
+    group.add_argument(
         "--max-tokens", type=cli.positive_int, default=32, help="longest answer; the shortest is a quarter"
     )
-    parser.add_argument("--words", type=cli.positive_int, default=150, help="of the longest prompts")
-    parser.add_argument("--hang-up", type=float, default=0.1, help="share of clients that leave midway")
+    group.add_argument("--words", type=cli.positive_int, default=150, help="of the longest prompts")
+    group.add_argument("--hang-up", type=float, default=0.1, help="share of clients that leave midway")
     return parser
 
 

@@ -62,11 +62,12 @@ def build_parser() -> cli.Parser:
     """The command line of bench.report."""
     parser = cli.Parser("Measure this machine with a model and write a page about it.")
     add_decode_arguments(parser)
-    parser.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.25, 0.4, 0.5), help="commas between")
-    parser.add_argument("--context", type=cli.positive_int, default=256, help="prompt tokens before the timed ones")
-    parser.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
-    parser.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page to write; .json beside it")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.25, 0.4, 0.5), help="commas between")
+    group.add_argument("--context", type=cli.positive_int, default=256, help="prompt tokens before the timed ones")
+    group.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
+    group.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
+    group.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page to write; .json beside it")
     return parser
 
 

@@ -21,13 +21,14 @@ SETTLE_S = 0.5  # after the last stream began: a grown cache has its steps captu
 def build_parser() -> cli.Parser:
     """The command line of bench.serving."""
     parser = cli.Parser("Measure tokens/s through a running server, for several numbers of clients.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where serve.py listens")
-    parser.add_argument("--api-key", default="none", help="if the server wants one")
-    parser.add_argument("--clients", type=cli.positive_ints, default=(1, 4, 8), help="at once, commas between")
-    parser.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="of those the server has loaded")
-    parser.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens of each client")
-    parser.add_argument("--seconds", type=float, default=1.5, help="the window's length")
-    parser.add_argument("--max-tokens", type=cli.positive_int, default=1536, help="must outlast the window")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--url", default="http://127.0.0.1:8000", help="where serve.py listens")
+    group.add_argument("--api-key", default="none", help="if the server wants one")
+    group.add_argument("--clients", type=cli.positive_ints, default=(1, 4, 8), help="at once, commas between")
+    group.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="of those the server has loaded")
+    group.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens of each client")
+    group.add_argument("--seconds", type=float, default=1.5, help="the window's length")
+    group.add_argument("--max-tokens", type=cli.positive_int, default=1536, help="must outlast the window")
     return parser
 
 

@@ -46,11 +46,12 @@ BROKEN: tuple[tuple[str, bytes], ...] = (
 def build_parser() -> cli.Parser:
     """The command line of bench.soak."""
     parser = cli.Parser("Keep a server under load for a long time and check that it stays as it was.")
-    parser.add_argument("--minutes", type=float, default=120.0, help="in all, the warm-up included")
-    parser.add_argument("--requests", type=cli.positive_int, default=200, help="a round")
-    parser.add_argument("--clients", type=cli.positive_int, default=16, help="at once")
-    parser.add_argument("--max-tokens", type=cli.positive_int, default=24, help="longest answer")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="-- and then options of serve.py")
+    group = parser.add_argument_group("load")
+    group.add_argument("--minutes", type=float, default=120.0, help="in all, the warm-up included")
+    group.add_argument("--requests", type=cli.positive_int, default=200, help="a round")
+    group.add_argument("--clients", type=cli.positive_int, default=16, help="at once")
+    group.add_argument("--max-tokens", type=cli.positive_int, default=24, help="longest answer")
+    group.add_argument("options", nargs=argparse.REMAINDER, help="-- and then options of serve.py")
     return parser
 
 

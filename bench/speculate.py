@@ -83,18 +83,17 @@ def build_parser() -> cli.Parser:
     """The command line of bench.speculate."""
     parser = cli.Parser("Measure speculative decoding: acceptance, speed and whether the texts are the dense model's.")
     cli.add_model_arguments(parser)
-    parser.add_argument("--drafts", default="0.5", help="sparsities, int8:S or int4:S, or lookup; commas between")
-    parser.add_argument("--lengths", type=cli.positive_ints, default=(1, 2, 4), help="tokens drafted a round")
-    parser.add_argument(
-        "--text", type=Path, help="UTF-8 file the prompts are cut from; default a text that comes along"
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--drafts", default="0.5", help="sparsities, int8:S or int4:S, or lookup; commas between")
+    group.add_argument("--lengths", type=cli.positive_ints, default=(1, 2, 4), help="tokens drafted a round")
+    group.add_argument(
+        "--text", type=Path, help="UTF-8 file the prompts are cut from; without it a text that comes along"
     )
-    parser.add_argument("--prompts", type=cli.positive_int, default=5, help="how many, evenly spread over the text")
-    parser.add_argument("--context", type=cli.positive_int, default=64, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=cli.positive_int, default=64, help="tokens generated after each")
-    parser.add_argument(
-        "--acceptances", type=cli.sparsities, default=(), help="also the speed at these, commas between"
-    )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="as generate.py's")
+    group.add_argument("--prompts", type=cli.positive_int, default=5, help="how many, evenly spread over the text")
+    group.add_argument("--context", type=cli.positive_int, default=64, help="tokens of a prompt")
+    group.add_argument("--tokens", type=cli.positive_int, default=64, help="tokens generated after each")
+    group.add_argument("--acceptances", type=cli.sparsities, default=(), help="also the speed at these, commas between")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="as generate.py's")
     return parser
 
 

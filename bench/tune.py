@@ -26,10 +26,13 @@ PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # more cost more in starts and partial 
 def build_parser() -> cli.Parser:
     """The command line of bench.tune."""
     parser = cli.Parser("Time tiles of the sparse GEMV on this GPU and keep the fastest for each shape.")
-    parser.add_argument("--model", default="Llama-3-8B", help="known architecture whose projections to tune")
-    parser.add_argument("--sparsity", type=cli.sparsity, default=0.5, help="sparsity to tune for")
-    parser.add_argument("--quant", choices=("int8", "int4"), help="tune for weights of 8 or 4 bits")
-    parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    group = parser.add_argument_group("what to tune")
+    group.add_argument(
+        "--model", type=cli.architecture, default="Llama-3-8B", help="known architecture whose projections to tune"
+    )
+    group.add_argument("--sparsity", type=cli.sparsity, default=0.5, help="sparsity to tune for")
+    group.add_argument("--quant", choices=("int8", "int4"), help="tune for weights of 8 or 4 bits")
+    group.add_argument("--device", default="cuda", help="cuda or cuda:N")
     return parser
 
 

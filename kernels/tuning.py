@@ -4,7 +4,6 @@ bench/tune.py measures and writes the user's file.
 """
 
 import functools
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import triton
 
 from errors import UserError
 from kernels.packing import GROUP_SIZES
+from user_text import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def user_tiles() -> dict[tuple[str, int, int, int], GemvTile]:
     """The user's tiles by (device name, bits, K, N); none if there is no file. Raises UserError for a damaged one."""
     path = user_tiles_path()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(path.read_text(encoding="utf-8"))
         return {(row["device"], row["bits"], row["K"], row["N"]): GemvTile(**row["tile"]) for row in rows}
     except FileNotFoundError:
         return {}

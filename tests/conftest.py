@@ -40,7 +40,7 @@ TEXT = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="test_faults.py: all file operations, 400 bad command lines")
+    parser.addoption("--full", action="store_true", help="test_faults.py, test_untrusted.py: all that they can try")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -191,8 +191,10 @@ def call_main(
     def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
         capsys.readouterr()
+        handler = signal.getsignal(signal.SIGINT)  # pytest's, which cli.run replaces for good
         with pytest.raises(SystemExit) as exit_info:
             cli.run(main)
+        signal.signal(signal.SIGINT, handler)
         out, err = capsys.readouterr()
         return int(exit_info.value.code or 0), out, err
 

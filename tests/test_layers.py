@@ -8,7 +8,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"errors", "files", "params", "model", "plan", "shutdown", "exclusive", "figures"},
+    {
+        "errors",
+        "architectures",
+        "interrupts",
+        "progress",
+        "user_text",
+        "files",
+        "params",
+        "model",
+        "plan",
+        "shutdown",
+        "exclusive",
+        "figures",
+    },
     {"cli", "kernels"},
     {
         "awq_gptq",
@@ -25,6 +38,7 @@ LEVELS = [
         "hf_config",
         "checkpoint",
         "gguf_convert",
+        "gguf_header",
         "gguf_parts",
         "source",
         "presets",
