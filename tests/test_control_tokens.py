@@ -37,7 +37,7 @@ def conversation(text: Callable[[str], str]) -> tuple[list[dict[str, Any]], list
     """Messages and tools, with text(name) wherever a client writes something; name tells where."""
     function = {"name": text("called"), "arguments": json.dumps({text("key"): [text("value")]})}
     properties = {text("property"): {"type": "string", "description": text("description")}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": text("system")},
         {"role": "user", "content": text("user")},
         {"role": "assistant", "content": text("answer"), "tool_calls": [{"type": "function", "function": function}]},

@@ -135,7 +135,7 @@ def _sentencepiece_kind(folder: Path, legacy: bool) -> Kind:
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": legacy}
     declared = {"added_tokens_decoder": _declared(len(vocabulary))}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | declared))
-    theirs: Any = transformers.LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy)  # type: ignore[no-untyped-call]
+    theirs: Any = transformers.LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy)
     theirs.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL], special_tokens=True)
     theirs.add_tokens([AddedToken(t, normalized=False) for t in MARKERS])
     if legacy:  # as transformers converts a tokenizer.model: the space is added even where there is one
