@@ -98,7 +98,7 @@ def test_sampling_options_reach_the_sampler(tiny: tuple[str, ...], invoke: Invok
 
 
 def test_chat_keeps_the_conversation_and_its_cache(tiny: tuple[str, ...]) -> None:
-    options = (*tiny, "--chat", "--system", "Be brief.", "--max-new-tokens", "6", "--ignore-eos")
+    options = (*tiny, "--chat", "--system", "Be brief.", "--max-new-tokens", "6", "--ignore-eos", "--stats")
     done = run_command(*options, stdin="Hello there, how are you?\n\nAnd then?\n")
     assert done.returncode == 0, done.stderr
     cached = [line for line in done.stderr.decode().splitlines() if "cached)" in line]
@@ -135,8 +135,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "count-word": (("--max-new-tokens", "many"), ("many",)),
     "temperature-negative": (("--temperature", "-1"), ("temperature -1.0", ">= 0")),
     "temperature-nan": (("--temperature", "nan"), ("temperature nan",)),
-    "top-k-negative": (("--top-k", "-1"), ("top_k -1",)),
-    "top-p-zero": (("--top-p", "0"), ("top_p 0.0",)),
+    "top-k-negative": (("--top-k", "-2"), ("top_k -2",)),
+    "top-p-negative": (("--top-p", "-0.1"), ("top_p -0.1",)),
     "min-p-one": (("--min-p", "1"), ("min_p 1.0",)),
     "penalty-zero": (("--repetition-penalty", "0"), ("repetition_penalty 0.0",)),
     "seed-negative": (("--seed", "-1"), ("seed -1",)),

@@ -33,6 +33,7 @@ LEVELS = [
         "compilation",
         "sampling",
         "plan_switch",
+        "output_head",
     },
     {
         "hf_config",

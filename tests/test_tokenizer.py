@@ -1,7 +1,6 @@
 """Three tokenizer formats, told apart by content; round trips; streaming; chat templates."""
 
 import base64
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,54 +14,16 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from streaming import StopStrings, StreamDecoder
-from tests.conftest import TEXT, train_sentencepiece
+from tests.tokenizer_kinds import SAMPLES, sentencepiece_file, tiktoken_file
 from token_backends import LLAMA3_PATTERN, JsonBackend, SentencePieceBackend, TiktokenBackend
 from tokenizer import Tokenizer, load_tokenizer
-
-SAMPLES = {
-    "english": "The quick brown fox, 42 times; it's done.",
-    "european": "Größenwahn — où est l'œuvre? ¿Qué? Ελληνικά, Русский язык",
-    "asian": "東京は雨。今日の天気 — 中文测试 — 한국어 텍스트",
-    "right-to-left": "مرحبا بالعالم، עברית",
-    "indic": "नमस्ते दुनिया, தமிழ்",
-    "code": "def f(x):\n\treturn {k: v**2 for k, v in x.items()}  # ok\n\n\n    indented\n",
-    "emoji": "👩‍🚀🚀 family 👨‍👩‍👧‍👦 flag 🇪🇺 skin 👍🏽",
-    "whitespace": "  leading, trailing  \n\n\ttab",
-}
-
-
-def tiktoken_file(vocabulary: int = 400) -> bytes:
-    """Ranks of a byte-pair vocabulary: 256 bytes and merges of frequent neighbours in TEXT."""
-    ranks: dict[bytes, int] = {bytes([i]): i for i in range(256)}
-    words = [[bytes([b]) for b in word.encode()] for word in TEXT.replace("\n", " ").split(" ")]
-    while len(ranks) < vocabulary:
-        pairs: dict[bytes, int] = {}
-        for word in words:
-            for a, b in itertools.pairwise(word):
-                pairs[a + b] = pairs.get(a + b, 0) + 1
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        ranks[best] = len(ranks)
-        for word in words:
-            i = 0
-            while i + 1 < len(word):
-                if word[i] + word[i + 1] == best:
-                    word[i : i + 2] = [best]
-                i += 1
-        if max(map(len, words)) == 1:
-            break
-    return b"\n".join(base64.b64encode(token) + b" " + str(rank).encode() for token, rank in ranks.items()) + b"\n"
-
-
-def sentencepiece_file() -> bytes:
-    text = "\n".join([TEXT, *SAMPLES.values()])
-    return train_sentencepiece(text, vocab_size=480, character_coverage=0.98, user_defined_symbols=["\n", "\t"])
 
 
 @pytest.fixture(scope="session")
 def files(byte_level_tokenizer_json: str) -> dict[str, bytes]:
     return {
         "json": byte_level_tokenizer_json.encode(),
-        "sentencepiece": sentencepiece_file(),
+        "sentencepiece": sentencepiece_file(user_defined_symbols=["\n", "\t"]),
         "tiktoken": tiktoken_file(),
     }
 

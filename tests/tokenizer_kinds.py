@@ -66,9 +66,10 @@ def tiktoken_file(vocabulary: int = 400) -> bytes:
     return b"\n".join(base64.b64encode(token) + b" " + str(rank).encode() for token, rank in ranks.items()) + b"\n"
 
 
-def sentencepiece_file() -> bytes:
+def sentencepiece_file(**options: Any) -> bytes:
+    """A line's end is a byte, as Llama 2's, unless options make it a piece."""
     text = "\n".join([TEXT, *SAMPLES.values()])
-    return train_sentencepiece(text, vocab_size=480, character_coverage=0.98)  # a line's end is a byte, as Llama 2's
+    return train_sentencepiece(text, vocab_size=480, character_coverage=0.98, **options)
 
 
 def _byte_level() -> tokenizers.Tokenizer:
