@@ -17,16 +17,22 @@ from kernels.packing import INPUT_GROUP_COLUMNS, pack_int4
 # AutoAWQ puts columns 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles 0 to 7 of a word.
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 MIDDLE = 128  # the zero point of symmetric integers of 8 bits
+LAYOUTS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}  # the first is meant where a config names none
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How the projections of a checkpoint are packed; zero_offset is added to stored zero points."""
+    """How the projections of a checkpoint are packed.
+
+    zero_offset is added to stored zero points, within bits: of gptq's first layout 15 stands for 0 (sym: false).
+    symmetric: all zero points are the middle of the range.
+    """
 
     method: str
     bits: int
     group_size: int
     zero_offset: int
+    symmetric: bool
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "Packing | None":
@@ -43,11 +49,13 @@ class Packing:
             raise UserError(
                 f"{where}: {method} group_size {group_size!r} is not usable; expected a positive number or -1"
             )
-        layout = str(raw.get("version", "gemm")).lower() if method == "awq" else raw.get("checkpoint_format", "gptq")
-        known = ("gemm",) if method == "awq" else ("gptq", "gptq_v2")
+        layout, known = _layout(method, raw), LAYOUTS[method]
         if layout not in known:
             raise UserError(f"{where}: {method} layout {layout!r} is not supported; expected {' or '.join(known)}")
-        return cls(method, bits, group_size, zero_offset=int(layout == "gptq"))
+        if method == "awq" and not raw.get("zero_point", True):
+            raise UserError(f"{where}: awq without zero points (zero_point false) is not supported; expected true")
+        symmetric = method == "gptq" and bool(raw.get("sym", True))
+        return cls(method, bits, group_size, int(layout == "gptq"), symmetric)
 
     def parts(self, N: int, K: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """What stands for a weight [N, K], by the end of its name: empty tensors of the shapes, on no device."""
@@ -76,7 +84,7 @@ class Packing:
     def allows(self, part: str, tensor: Tensor) -> bool:
         """Whether a weight with this deciding part can be repacked."""
         if part == "qzeros":
-            return bool((_unpacked(tensor, 8, torch.arange(4)) + self.zero_offset == MIDDLE).all())
+            return bool((self._zeros(tensor, torch.arange(4)) == MIDDLE).all())
         # The group of each input channel: not that of its place where they were sorted by importance.
         return torch.equal(tensor.long(), torch.arange(len(tensor)) // self.channels(len(tensor)))
 
@@ -88,19 +96,43 @@ class Packing:
         return pack_int4(values, INPUT_GROUP_COLUMNS), parts["scales"], zeros.to(torch.uint8)
 
     def weight(self, parts: dict[str, Tensor]) -> Tensor:
-        """The weight [N, K], fp32, of these parts: scale * (integer - zero) of the group of each input."""
+        """The weight [N, K], fp32, of these parts: scale * (integer - zero) of the group of each input.
+
+        Raises UserError if a group is named that is not there.
+        """
         values, zeros = self._integers(parts)
         K = len(values)
         group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(K) // self.channels(K)
+        if group.min() < 0 or group.max() >= len(zeros):
+            raise UserError(f"g_idx names groups {int(group.min())} to {int(group.max())}; there are {len(zeros)}")
         return ((values.float() - zeros[group]) * parts["scales"].float()[group]).t()
 
     def _integers(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Of a weight [K, N] and of its zero points [groups, N]."""
         order = torch.tensor(AWQ_COLUMNS) if self.method == "awq" else torch.arange(32 // self.bits)
-        zeros = _unpacked(parts["qzeros"], self.bits, order) + self.zero_offset
+        zeros = self._zeros(parts["qzeros"], order)
         if self.method == "awq":
             return _unpacked(parts["qweight"], self.bits, order), zeros
         return _unpacked(parts["qweight"].t().contiguous(), self.bits, order).t(), zeros
+
+    def _zeros(self, qzeros: Tensor, order: Tensor) -> Tensor:
+        """Zero points int32 [groups, N], each in the range of bits, of packed ones; order as in _unpacked."""
+        stored = _unpacked(qzeros, self.bits, order)
+        middle = 1 << self.bits - 1
+        if self.symmetric and (stored == middle).all():
+            return stored  # GPTQModel 5 writes "gptq" and stores them as gptq_v2 does: less one means another file
+        return stored + self.zero_offset & (1 << self.bits) - 1
+
+
+def _layout(method: str, raw: dict[str, Any]) -> str:
+    """The packed layout that a quantization_config names, under one of the keys that writers have used for it."""
+    if raw.get("is_marlin_format"):
+        return "marlin"
+    if raw.get("backend") == "llm-awq":  # whose words hold other columns
+        return "llm-awq"
+    keys = ("version", "checkpoint_format", "format") if method == "awq" else ("checkpoint_format", "format")
+    named = (str(raw[key]).lower() for key in keys if raw.get(key) is not None)
+    return next(named, LAYOUTS[method][0])
 
 
 def as_gptq(values: Tensor, scales: Tensor) -> dict[str, Tensor]:

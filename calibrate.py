@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import cli
 from errors import UserError
+from files import Output, cache_folder, check_writable, reserved
 
 if TYPE_CHECKING:
+    from calibration import Settings
     from plan import Histogram, SparsityPlan
 
 DEFAULT_SEQUENCES = 10  # the paper's calibration set
@@ -57,28 +59,41 @@ def main() -> None:
 
         plan = SparsityPlan.load(args.show)
         print_plan(plan)
-        draw([plan], args.plot)
+        with reserved(*outputs([], args.plot, (plan.target,))):
+            draw([plan], args.plot)
     elif args.import_teal is not None:
         from teal_import import import_teal
 
-        plans = [import_teal(args.import_teal, target, args.method) for target in args.sparsity]
-        save(plans, output_paths(args, args.import_teal.name.lower()))
-        draw(plans, args.plot)
+        paths = output_paths(args, args.import_teal.name.lower())
+        with reserved(*outputs(paths, args.plot, args.sparsity)):
+            plans = [import_teal(args.import_teal, target, args.method) for target in args.sparsity]
+            save(plans, paths)
+            draw(plans, args.plot)
     else:
         calibrate_model(args)
 
 
 def calibrate_model(args: argparse.Namespace) -> None:
-    """Load the model and the text, calibrate for every target, write the plans."""
-    from calibration import HELD_OUT_SEQUENCES, QUICK_LENGTH, Settings, calibrate, with_achieved
-    from files import cache_folder
-    from loading import load_for_decoding
-    from texts import read_texts, split_text, text_hash, token_sequences
+    """Load the text and the model, calibrate for every target. What cannot be written is refused before the loading."""
+    if args.output is not None:
+        check_writable("-o", output_paths(args, "model")[0])
+    from calibration import Settings
+    from texts import read_texts
 
     settings = Settings(args.sparsity, args.method, args.criterion, args.step)
     text = read_texts(args.text, args.field)
+    paths = calibrated_paths(args)
+    with reserved(*outputs(paths, args.plot, args.sparsity)):
+        write_plans(args, settings, text, paths)
+
+
+def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths: list[Path]) -> None:
+    """Calibrate and write the plans at once, then again with the sparsities they achieve."""
+    from calibration import HELD_OUT_SEQUENCES, QUICK_LENGTH, calibrate, with_achieved
+    from loading import load_for_decoding
+    from texts import split_text, text_hash, token_sequences
+
     loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, sparse=True)
-    paths = output_paths(args, loaded.name, loaded.folder)
     encode, limit = loaded.tokenizer.encode, loaded.model.config.max_seq_len
     part, held_out = split_text(text)
     length = min(args.length, limit)
@@ -88,10 +103,38 @@ def calibrate_model(args: argparse.Namespace) -> None:
     request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.criterion, args.step])
     progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
     seen: list[list[dict[str, Histogram]]] = []
-    plans = calibrate(loaded.model, sequences, settings, facts, args.offload, progress, seen if args.plot else None)
-    plans = [with_achieved(loaded.model, plan, checked) for plan in plans]
-    save(plans, paths)
+    histograms = seen if args.plot else None
+    plans = calibrate(
+        loaded.model, sequences, settings, facts, args.offload, progress, histograms, loaded.weights,
+        save=lambda found: save(found, paths),
+    )  # fmt: skip
+    for plan, path in zip(plans, paths, strict=True):
+        with_achieved(loaded.model, plan, checked).save(path)
     draw(plans, args.plot, seen)
+
+
+def calibrated_paths(args: argparse.Namespace) -> list[Path]:
+    """Where the plans of args' model go, which is downloaded and converted if need be, but not loaded."""
+    from source import resolve_checkpoint
+
+    if args.random_weights is not None:
+        return output_paths(args, args.random_weights)
+    folder = resolve_checkpoint(args.checkpoint)
+    return output_paths(args, args.checkpoint or folder.name, folder)
+
+
+def outputs(paths: list[Path], folder: Path | None, targets: tuple[float, ...]) -> list[Output]:
+    """All files that a run writes: the plans, and figures in folder, if one is given. Raises UserError without matplotlib."""
+    from plan import PLAN
+
+    found = [Output("-o", path, PLAN) for path in paths]
+    if folder is None:
+        return found
+    from plots import FIGURE, require_matplotlib
+
+    require_matplotlib("--plot")
+    names = [f"{what}-{target:g}.png" for target in targets for what in ("sparsity", "inputs")]
+    return found + [Output("--plot", folder / name, FIGURE) for name in names]
 
 
 def output_paths(args: argparse.Namespace, name: str, folder: Path | None = None) -> list[Path]:

@@ -23,7 +23,7 @@ from errors import UserError
 from files import atomic_file
 from greedy import greedy_sparsities
 from model import Block, Transformer
-from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, config_fields
+from plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
 from teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from texts import split_text, text_hash, token_sequences
 
@@ -132,12 +132,15 @@ def calibrate(
     offload: bool = False,
     progress_file: Path | None = None,
     seen: list[list[dict[str, Histogram]]] | None = None,
+    weights: Weights | None = None,
+    save: Callable[[list[SparsityPlan]], None] | None = None,
 ) -> list[SparsityPlan]:
     """A plan for each of settings.targets, from sequences [N, L] of token ids; leaves model sparse with the last.
 
-    facts are kept in the plans. Finished blocks are written to progress_file and not computed again if a call with
-    the same model, sequences and settings finds them there; it is removed at the end. A list given as seen
-    receives [block][target][projection], the histograms behind the thresholds. Raises UserError.
+    facts are kept in the plans, and whose weights these are. Finished blocks are written to progress_file and not
+    computed again if a call with the same model, sequences and settings finds them there. It is removed at the end,
+    after save(plans), so that nothing can come between. A list given as seen receives [block][target][projection], the
+    histograms behind the thresholds. Raises UserError.
     """
     key = _progress_key(model, sequences, settings, facts)
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
@@ -168,13 +171,16 @@ def calibrate(
             use_layer(stages.block, model, layer, settings.criterion)
             with sparse_prefill(model):
                 streams[j] = streams[j] if last else streams[j].map(stages.forward)
-    if progress_file is not None:
-        progress_file.unlink(missing_ok=True)
     fields = config_fields(model.config)
-    return [
-        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts)
+    plans = [
+        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts, weights)
         for j, t in enumerate(settings.targets)
     ]
+    if save is not None:
+        save(plans)
+    if progress_file is not None:
+        progress_file.unlink(missing_ok=True)
+    return plans
 
 
 def use_layer(block: Block, model: Transformer, layer: Layer, criterion: str) -> None:
@@ -291,17 +297,23 @@ def _write_progress(path: Path | None, key: dict[str, Any], blocks: list[list[La
 
 
 def calibrate_uniform(
-    model: Transformer, encode: Callable[[str], list[int]], sparsity: float, text: str
+    model: Transformer,
+    encode: Callable[[str], list[int]],
+    sparsity: float,
+    text: str,
+    weights: Weights | None = None,
+    save: Callable[[list[SparsityPlan]], None] | None = None,
 ) -> SparsityPlan:
     """Sparsify model, in place, at one sparsity for every projection, quickly; the plan has measured sparsities.
 
-    encode turns text into token ids. Raises UserError if the text is too short or sparsity is out of range.
+    encode turns text into token ids; weights is kept in the plan. save gets the plan before the sparsities are measured.
+    Raises UserError if the text is too short or sparsity is out of range.
     """
     calibration_part, held_out = split_text(text)
     length = min(QUICK_LENGTH, model.config.max_seq_len)
     sequences = token_sequences(encode, calibration_part, QUICK_SEQUENCES, length)
     facts = {"text": text_hash(text), "sequences": QUICK_SEQUENCES, "length": length}
-    [plan] = calibrate(model, sequences, Settings((sparsity,)), facts)
+    [plan] = calibrate(model, sequences, Settings((sparsity,)), facts, weights=weights, save=save)
     return with_achieved(model, plan, token_sequences(encode, held_out, HELD_OUT_SEQUENCES, length))
 
 

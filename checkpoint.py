@@ -9,8 +9,8 @@ first byte is copied. Pickle files are never read: loading one can run code.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,24 @@ from tqdm import tqdm
 
 from awq_gptq import Packing
 from errors import UserError
-from files import fingerprint
 from hf_config import load_config, load_quantization, read_json
 from model import Block, ModelConfig, Transformer
-from quantization import QuantConfig, QuantizedLinear, use_input_groups, use_quantized_linears
+from plan import Weights
+from quantization import QUANT_METHOD, QuantConfig, QuantizedLinear, use_input_groups, use_quantized_linears
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
+HASHED_ROWS = 4  # of a matrix, for its identity
+COMPARED_ROWS = 1024  # of head and embedding at a time
 PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model in a Hugging Face folder, in eval mode, with its weights on device as dtype.
 
-    Raises UserError for a folder that is incomplete, damaged, or holds another architecture.
+    Raises UserError for a folder that is incomplete, damaged, or holds another architecture, and for a weight that is
+    NaN or infinite, in the file or as dtype.
     """
-    config = load_config(folder)
+    config = stored_config(folder)
     quantized = load_quantization(folder)
     shards = find_shards(folder)
     packing = quantized if isinstance(quantized, Packing) else None
@@ -53,7 +56,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
             with open_shard(shard) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                     if name in targets.stored:
-                        targets.take(name, tensors.get_tensor(name))
+                        targets.take(name, tensors.get_tensor(name), shard)
             bar.update()
     return model
 
@@ -97,11 +100,11 @@ class Targets:
                 self.parts[prefix] = len(parts)
                 self.stored |= {f"{prefix}.{part}": like for part, like in parts.items()}
 
-    def take(self, name: str, tensor: Tensor) -> None:
-        """Set what this tensor stands for, if it is the last part."""
+    def take(self, name: str, tensor: Tensor, shard: Path) -> None:
+        """Set what this tensor stands for, if it is the last part. Raises UserError, naming the file, if it is not finite."""
         prefix, _, part = name.rpartition(".")
         if self.packing is None or prefix not in self.parts or part == "bias":
-            self.targets[name].copy_(tensor.to(self.targets[name].device))
+            self._set(name, tensor, shard)
             return
         parts = self.waiting.setdefault(prefix, {})
         parts[part] = tensor
@@ -109,11 +112,62 @@ class Targets:
             return
         del self.waiting[prefix]
         if f"{prefix}.weight" in self.targets:
-            self.targets[f"{prefix}.weight"].copy_(self.packing.weight(parts))
+            try:
+                weight = self.packing.weight(parts)
+            except UserError as error:
+                raise UserError(f"{shard}: {prefix}: {error}; the checkpoint is damaged, download it again") from None
+            self._set(f"{prefix}.weight", weight, shard)
         else:
             for kind, values in zip(("qweight", "scales", "zeros"), self.packing.repacked(parts), strict=True):
                 if values is not None:
-                    self.targets[f"{prefix}.{kind}"].copy_(values)
+                    self._set(f"{prefix}.{kind}", values, shard)
+
+    def _set(self, name: str, values: Tensor, shard: Path) -> None:
+        target = self.targets[name]
+        target.copy_(values.to(target.device))
+        if not target.is_floating_point() or is_finite(target):
+            return
+        if not is_finite(values):
+            raise UserError(f"{shard}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        dtype, wider = ("bf16", "fp32") if target.dtype == torch.bfloat16 else ("fp16", "bf16 or fp32")
+        raise UserError(
+            f"{shard}: {name} reaches {float(values.abs().max()):.4g}, beyond the {torch.finfo(target.dtype).max:.4g} "
+            f"of {dtype}; use --dtype {wider}"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. aminmax reads at memory's speed, isfinite at a twentieth of it."""
+    low, high = torch.aminmax(tensor)  # of a tensor with a NaN both are NaN
+    return bool(low.isfinite() and high.isfinite())
+
+
+def stored_config(folder: Path) -> ModelConfig:
+    """The architecture in folder, with a head of its own if the files hold one unlike the embedding.
+
+    As transformers does: tie_word_embeddings cannot take back a head that was trained. Raises UserError.
+    """
+    config = load_config(folder)
+    if config.tie_embeddings and _has_own_head(find_shards(folder)):
+        return replace(config, tie_embeddings=False)
+    return config
+
+
+def _has_own_head(shards: list[Path]) -> bool:
+    """Whether lm_head.weight is there and differs from the embedding. Compares rows as far as the first difference."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_shard(shard)) for shard in shards]
+        where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 - safe_open is no dict
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if not all(name in where for name in names):
+            return False
+        head, embedding = (where[name].get_slice(name) for name in names)
+        if head.get_shape() != embedding.get_shape():
+            return True
+        rows = range(0, head.get_shape()[0], COMPARED_ROWS)
+        return not all(
+            torch.equal(head[i : i + COMPARED_ROWS].float(), embedding[i : i + COMPARED_ROWS].float()) for i in rows
+        )
 
 
 def empty_model(
@@ -243,6 +297,44 @@ def config_hash(config: ModelConfig) -> str:
 
 
 def model_identity(folder: Path) -> str:
-    """16 hex digits that name the model in folder by content: its architecture and its weight files."""
-    parts = [config_hash(load_config(folder)), *(fingerprint(shard) for shard in find_shards(folder))]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    """16 hex digits that name the model in folder by content: its architecture and its weights."""
+    parts = config_hash(load_config(folder)) + weights_identity(folder)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def weights_identity(folder: Path) -> str:
+    """16 hex digits that name the weights in folder by content, however they are split into files.
+
+    A few rows of each tensor are hashed, and all of a vector: whole models take too long. A fine-tune, also one that
+    was merged into some projections only, changes all rows of a tensor; a change of single rows may go unseen.
+    """
+    digests: dict[str, bytes] = {}
+    for shard in find_shards(folder):
+        with open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                stored = tensors.get_slice(name)
+                shape = stored.get_shape()
+                digest = hashlib.sha256(f"{name} {stored.get_dtype()} {shape}".encode())
+                if len(shape) > 1:
+                    places = [(shape[0] - 1) * i // (HASHED_ROWS - 1) for i in range(HASHED_ROWS)]
+                    sample = torch.cat([stored[i : i + 1] for i in places])
+                else:
+                    sample = tensors.get_tensor(name)
+                digest.update(sample.reshape(-1).view(torch.uint8).numpy().tobytes())
+                digests[name] = digest.digest()
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:16]
+
+
+def stored_weights(folder: Path, name: str) -> Weights | None:
+    """The weights in folder, called name, as plans know them; those that quantize.py rounded are its source's.
+
+    None if it did not record them yet. Raises UserError.
+    """
+    raw = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
+        return Weights(name, weights_identity(folder))
+    source = raw.get("source")
+    try:
+        return None if source is None else Weights(**source)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{folder / 'config.json'}: quantization_config: source: {error}") from None

@@ -101,6 +101,13 @@ def add_kv_cache_argument(group: "argparse.ArgumentParser | argparse._ArgumentGr
     group.add_argument("--kv-cache", choices=KV_CACHES, default=KV_CACHES[0], help="int8: keys and values in 8 bits")
 
 
+def add_force_plan_argument(group: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """The option that takes a plan made for other weights."""
+    group.add_argument(
+        "--force-plan", action="store_true", help="use a plan that was made for another model with as many layers"
+    )
+
+
 def positive_int(text: str) -> int:
     """Argument type: a whole number of at least 1."""
     try:

@@ -4,8 +4,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,16 +13,36 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from generation import Done, Piece
-from http_limits import Limits, read_body
-from openai_api import Answer, Choice, Service, chat_choice, completion_logprobs, usage
+from generation import Request as Generation
+from http_errors import STOPPING
+from http_limits import Limits, check_nodes, read_body
+from openai_api import (
+    Answer,
+    Choice,
+    Emit,
+    Service,
+    chat_choice,
+    chat_reason,
+    completion_choice,
+    completion_logprobs,
+    delta_of,
+    usage,
+)
 from openai_schema import ChatRequest, CompletionRequest, Sampling, parse
 
 DISCONNECT_POLL_S = 0.05
+Parsed = TypeVar("Parsed", bound=Sampling)
 
 
 def event_line(content: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def parsed(kind: type[Parsed], content: bytes) -> Parsed:
+    """A body as a request of this kind. Raises BadRequest."""
+    check_nodes(content)
+    return parse(kind, content)
 
 
 class EventStream(StreamingResponse):
@@ -39,6 +59,48 @@ class EventStream(StreamingResponse):
             self.answer.close()
 
 
+class ChatStream:
+    """The chunks of one choice of a streamed chat; calls of tools come piece by piece."""
+
+    def __init__(self, service: Service, body: ChatRequest, i: int, choice: Choice) -> None:
+        self.service, self.body, self.i = service, body, i
+        self.parser = service.parser(body, choice.request) if body.may_call_tools else None
+        self.logprobs: list[dict[str, Any]] = []  # of text that is held back
+
+    def chunks(self, event: Piece | Done) -> list[dict[str, Any]]:
+        """What the client is to know of an event."""
+        if isinstance(event, Done):
+            deltas = self.parser.finish(cut=event.finish_reason == "length") if self.parser else []
+            reason = chat_reason(self.parser, event.finish_reason) if self.parser else event.finish_reason
+            return [*(self._chunk(delta_of(delta)) for delta in deltas), self._chunk({}, reason)]
+        if self.body.logprobs:
+            self.logprobs += [self.service.token_entry(entry) for entry in event.logprobs]
+        if self.parser is None:
+            return [self._chunk({"content": event.text})]
+        return [self._chunk(delta_of(delta)) for delta in self.parser.push(event.text)]
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        logprobs = {"content": self.logprobs} if self.logprobs else None
+        self.logprobs = []
+        return {"index": self.i, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+class CompletionStream:
+    """The chunks of one choice of a streamed plain completion."""
+
+    def __init__(self, service: Service, body: CompletionRequest, i: int, choice: Choice) -> None:
+        self.service, self.body, self.i = service, body, i
+        self.offsets = choice.offsets
+
+    def chunks(self, event: Piece | Done) -> list[dict[str, Any]]:
+        """What the client is to know of an event."""
+        if isinstance(event, Done):
+            return [{"index": self.i, "text": "", "logprobs": None, "finish_reason": event.finish_reason}]
+        wanted = self.body.logprobs is not None
+        logprobs = completion_logprobs(self.service, event.logprobs, self.offsets) if wanted else None
+        return [{"index": self.i, "text": event.text, "logprobs": logprobs, "finish_reason": None}]
+
+
 class Endpoints:
     """What clients of OpenAI's API ask of one service."""
 
@@ -47,44 +109,55 @@ class Endpoints:
         self.limits = limits
 
     async def chat(self, http: Request) -> Response:
-        body: ChatRequest = parse(ChatRequest, await read_body(http, self.limits))
-        prompts = [self.service.chat_prompt(body)]
-        top = body.top_logprobs if body.logprobs else None
-        answer = self._begin(body, prompts, body.answer_limit, top, body.answer_schema())
+        content = await read_body(http)
+
+        def prepare(emit: Emit) -> tuple[ChatRequest, list[Generation]]:
+            body = parsed(ChatRequest, content)
+            top = body.top_logprobs if body.logprobs else None
+            prompts = [self.service.chat_prompt(body)]
+            return body, self.service.requests(body, prompts, body.answer_limit, top, body.answer_schema(), emit)
+
+        body, answer = await self.service.begin(prepare, self.limits.seconds)
         head = self._head("chatcmpl", "chat.completion")
         if body.stream:
+            if not await self._while_connected(http, answer, answer.begun.wait()):
+                return Response(status_code=499)
             return EventStream(answer, self._lines(body, answer, head | {"object": "chat.completion.chunk"}))
         if not await self._finished(http, answer):
             return Response(status_code=499)
-        choices = [chat_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
-        return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        def whole() -> Response:
+            choices = [chat_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
+            return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        return await asyncio.to_thread(whole)
 
     async def completion(self, http: Request) -> Response:
-        body: CompletionRequest = parse(CompletionRequest, await read_body(http, self.limits))
-        prompts = self.service.completion_prompts(body)
-        answer = self._begin(body, prompts, body.answer_limit, body.logprobs, None)
+        content = await read_body(http)
+
+        def prepare(emit: Emit) -> tuple[CompletionRequest, list[Generation]]:
+            body = parsed(CompletionRequest, content)
+            prompts = self.service.completion_prompts(body)
+            return body, self.service.requests(body, prompts, body.answer_limit, body.logprobs, None, emit)
+
+        body, answer = await self.service.begin(prepare, self.limits.seconds)
         head = self._head("cmpl", "text_completion")
         if body.stream:
+            if not await self._while_connected(http, answer, answer.begun.wait()):
+                return Response(status_code=499)
             return EventStream(answer, self._lines(body, answer, head))
         if not await self._finished(http, answer):
             return Response(status_code=499)
-        choices = []
-        for i, choice in enumerate(answer.choices):
-            logprobs = None if body.logprobs is None else completion_logprobs(self.service, choice.logprobs, 0)
-            found = {"index": i, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-            choices.append(found)
-        return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        def whole() -> Response:
+            choices = [completion_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
+            return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
+
+        return await asyncio.to_thread(whole)
 
     def _head(self, prefix: str, kind: str) -> dict[str, Any]:
         identity = f"{prefix}-{uuid.uuid4().hex}"
-        return {"id": identity, "object": kind, "created": int(time.time()), "model": self.service.name}
-
-    def _begin(
-        self, body: Sampling, prompts: list[list[int]], limit: int | None, top: int | None, schema: dict[str, Any] | None
-    ) -> Answer:  # fmt: skip
-        return self.service.begin(
-            lambda emit: self.service.requests(body, prompts, limit, top, schema, emit), self.limits.seconds
-        )
+        return {"id": identity, "object": kind, "created": int(time.time()), "model": self.service.names[0]}
 
     async def _finished(self, http: Request, answer: Answer) -> bool:
         """Wait for all choices; False if the client left before. Raises HTTPException for a failed generation."""
@@ -94,24 +167,46 @@ class Endpoints:
                 if isinstance(event, Done) and event.error is not None:
                     raise HTTPException(500, event.error)
 
-        async def gone() -> None:
-            while not await http.is_disconnected():
-                await asyncio.sleep(DISCONNECT_POLL_S)
-
-        work, watch = asyncio.create_task(collect()), asyncio.create_task(gone())
         try:
-            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            return work.done()
+            return await self._while_connected(http, answer, collect())
         finally:
             answer.close()
+
+    async def _while_connected(self, http: Request, answer: Answer, wanted: Awaitable[object]) -> bool:
+        """Wait for wanted; False, and the answer closed, if the client left before.
+
+        Raises what wanted raises, and HTTPException if the server stops before the answer has begun.
+        """
+
+        scheduler = self.service.scheduler
+
+        async def lost() -> None:
+            while not await http.is_disconnected():
+                over = scheduler.ended.is_set() or (scheduler.closing and not answer.is_running)
+                await asyncio.sleep(DISCONNECT_POLL_S)  # what the scheduler has said by now comes first
+                if over:
+                    raise HTTPException(503, STOPPING)
+
+        work, watch = asyncio.ensure_future(wanted), asyncio.ensure_future(lost())
+        succeeded = False
+        try:
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+            succeeded = work.done()
+            await (work if succeeded else watch)
+            return succeeded
+        finally:
             for task in (work, watch):
                 task.cancel()
+            if not succeeded:
+                answer.close()
 
     async def _lines(self, body: Any, answer: Answer, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events of an answer."""
         is_chat = isinstance(body, ChatRequest)
+        streams: list[ChatStream | CompletionStream] = [
+            ChatStream(self.service, body, i, choice) if is_chat else CompletionStream(self.service, body, i, choice)
+            for i, choice in enumerate(answer.choices)
+        ]
         if is_chat:
             for i in range(len(answer.choices)):
                 opening = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -120,39 +215,20 @@ class Endpoints:
             if isinstance(event, Done) and event.error is not None:
                 yield event_line({"error": {"message": event.error, "type": "server_error"}})
                 return
-            delta = (self._chat_delta if is_chat else self._completion_delta)(body, answer.choices, i, event)
-            if delta is not None:
-                yield event_line(head | {"choices": [delta]})
+            for chunk in streams[i].chunks(event):
+                yield event_line(head | {"choices": [chunk]})
         if body.stream_options is not None and body.stream_options.include_usage:
             yield event_line(head | {"choices": [], "usage": usage(answer.choices, body.n)})
         yield "data: [DONE]\n\n"
 
-    def _chat_delta(
-        self, body: ChatRequest, choices: list[Choice], i: int, event: Piece | Done
-    ) -> dict[str, Any] | None:
-        """A chat chunk's choice; calls of tools come whole, with the end."""
-        if isinstance(event, Piece):
-            if body.may_call_tools:
-                return None
-            entries = [self.service.token_entry(e) for e in event.logprobs]
-            logprobs = {"content": entries} if body.logprobs else None
-            return {"index": i, "delta": {"content": event.text}, "logprobs": logprobs, "finish_reason": None}
-        if not body.may_call_tools:
-            return {"index": i, "delta": {}, "finish_reason": event.finish_reason}
-        answer = chat_choice(self.service, body, i, choices[i])
-        calls = [{"index": j, **call} for j, call in enumerate(answer["message"].get("tool_calls", []))]
-        delta = {"tool_calls": calls} if calls else {"content": choices[i].text}
-        return {"index": i, "delta": delta, "finish_reason": answer["finish_reason"]}
-
-    def _completion_delta(
-        self, body: CompletionRequest, choices: list[Choice], i: int, event: Piece | Done
-    ) -> dict[str, Any]:
-        if isinstance(event, Done):
-            return {"index": i, "text": "", "logprobs": None, "finish_reason": event.finish_reason}
-        offset = len(choices[i].text) - len(event.text)
-        logprobs = None if body.logprobs is None else completion_logprobs(self.service, list(event.logprobs), offset)
-        return {"index": i, "text": event.text, "logprobs": logprobs, "finish_reason": None}
-
     async def models(self, http: Request) -> Response:
-        entry = {"id": self.service.name, "object": "model", "created": self.service.started, "owned_by": "teal"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.service.names]})
+
+    async def model(self, http: Request) -> Response:
+        """One model by its name, which may have slashes in it."""
+        name = http.path_params["name"]
+        self.service.check_model(name)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.service.started, "owned_by": "teal"}

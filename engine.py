@@ -20,7 +20,7 @@ from errors import UserError
 from exclusive import Exclusive
 from figures import GenerationStats
 from int8_cache import has_int8_cache
-from loading import LoadedModel, load_for_decoding
+from loading import LoadedModel, load_for_decoding, load_plan
 from model import Block, KVCache, Transformer
 from params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import SparsityPlan, cached_plan, keep_all_plan, plan_name
@@ -87,17 +87,20 @@ class Engine:
         quant: str | None = None,
         quant_lm_head: bool = False,
         kv_cache: str = "float",
+        force_plan: bool = False,
     ) -> Self:
         """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
 
         sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
-        output head to 8 bits, kv_cache "int8" keys and values. compile None means: on CUDA only. Raises UserError for
-        anything the user can mend.
+        output head to 8 bits, kv_cache "int8" keys and values. force_plan takes plans of other models, too. compile None
+        means: on CUDA only. Raises UserError for anything the user can mend.
         """
         if not 0 <= sparsity < 1:
             raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
         sparse = sparsity > 0 or plan is not None
-        loaded = load_for_decoding(checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache)
+        loaded = load_for_decoding(
+            checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache, force_plan
+        )
         return cls.from_loaded(loaded, choose_plan(loaded, sparsity, plan) if sparse else None, compile)
 
     @classmethod
@@ -111,6 +114,7 @@ class Engine:
         if plan is None and on_cuda and (is_quantized(engine.model) or has_int8_cache(engine.model)):
             plan = keep_all_plan(engine.model.config)  # the fused kernels are those that read few bits fast
         if plan is not None:
+            plan.check_weights(loaded.weights)
             sparsify(engine.model, plan)
             engine.plan_switch = PlanSwitch(engine.model)
             engine.layout = engine.plan_switch.use(plan)
@@ -132,6 +136,8 @@ class Engine:
 
     def switch_plan(self, plan: SparsityPlan) -> None:
         """As use_plan, for whoever has taken self.use."""
+        if self.loaded is not None:
+            plan.check_weights(self.loaded.weights)
         self.layout = self._require_sparse().use(plan)
         self.plan = plan
 
@@ -246,7 +252,7 @@ class Engine:
 
         Pieces end on character boundaries. Raises as generate does.
         """
-        decoder, filter = StreamDecoder(self.tokenizer), StopStrings(stops)
+        decoder, filter = StreamDecoder(self.tokenizer, prompt_ids), StopStrings(stops)
         with closing(self.generate(prompt_ids, params, max_new_tokens, ignore_eos)) as tokens:
             for token in tokens:
                 if piece := filter.push(decoder.push(token)):
@@ -355,12 +361,7 @@ def choose_plan(
     path = Path(plan) if plan is not None else beside
     if path is None or (plan is None and not path.exists()):
         return quick_plan(loaded, sparsity, can_calibrate)
-    chosen = SparsityPlan.load(path)
-    try:
-        chosen.check_fits(loaded.model.config)
-    except UserError as error:
-        raise UserError(f"--plan {path}: {error}") from None
-    return chosen
+    return load_plan(path, loaded)
 
 
 def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True) -> SparsityPlan:
@@ -377,6 +378,8 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
         raise UserError(
             f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
         )
-    plan = calibrate_uniform(loaded.model, loaded.tokenizer.encode, sparsity, text)
+    plan = calibrate_uniform(
+        loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights, save=lambda plans: plans[0].save(path)
+    )
     plan.save(path)
     return plan

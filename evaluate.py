@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import cli
 from calibrate import DEFAULT_LENGTH, DEFAULT_SEQUENCES, add_text_arguments
 from errors import UserError
+from files import FileKind, Output, atomic_file, reserved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 METHODS = ("uniform", "greedy", "wina-uniform", "wina-greedy")
 POLICIES = ("decode", "half")
+CSV = FileKind("a table of evaluate.py", rb"^method,sparsity,policy,")
 
 
 def build_parser() -> cli.Parser:
@@ -36,6 +38,7 @@ def build_parser() -> cli.Parser:
         help="tokens that are sparse: decode: all, as generated ones are; half: the last half of each window (paper)",
     )  # fmt: skip
     grid.add_argument("--plan", type=Path, action="append", default=[], help="plan file to evaluate instead of a grid")
+    cli.add_force_plan_argument(grid)
     text = parser.add_argument_group("text")
     add_text_arguments(text)
     text.add_argument("--tokens", type=cli.positive_int, default=16384, help="most tokens to score")
@@ -77,7 +80,7 @@ def _choices(known: tuple[str, ...]) -> Any:
 
 
 def main() -> None:
-    """Calibrate where needed, evaluate, print."""
+    """Refuse what cannot be done, then evaluate."""
     args = build_parser().parse_args()
     if args.stride >= args.window:
         raise UserError(
@@ -87,19 +90,39 @@ def main() -> None:
     for path in (args.csv, args.plot):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: no such folder; create it first")
+    with reserved(*outputs(args)):
+        evaluate_model(args)
+
+
+def outputs(args: argparse.Namespace) -> list[Output]:
+    """The files that args name to be written. Raises UserError if matplotlib is wanted and missing."""
+    found = [Output("--csv", args.csv, CSV)] if args.csv is not None else []
+    if args.plot is not None:
+        from plots import FIGURE, require_matplotlib
+
+        require_matplotlib("--plot")
+        found.append(Output("--plot", args.plot, FIGURE))
+    return found
+
+
+def evaluate_model(args: argparse.Namespace) -> None:
+    """Load, calibrate where needed, evaluate; print the rows and write them."""
     from evaluation import evaluate
     from loading import load_for_decoding
     from texts import first_tokens, read_texts
 
     text = read_texts(args.text, args.field)
     loaded = load_for_decoding(
-        args.checkpoint, args.random_weights, args.device, args.dtype, True, kv_cache=args.kv_cache
-    )
+        args.checkpoint, args.random_weights, args.device, args.dtype, True,
+        kv_cache=args.kv_cache, force_plan=args.force_plan,
+    )  # fmt: skip
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
     cases = build_cases(args, loaded)
     window = min(args.window, loaded.model.config.max_seq_len)
     reference = load_reference(args, loaded)
     results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window - 1), reference)
+    if args.csv is not None:
+        write_csv([result.as_row() for result in results], args.csv)  # of hours, before more of them
     more = more_measurements(args, loaded, cases, tokens)
     rows = [result.as_row() | further for result, further in zip(results, more, strict=True)]
     if args.json:
@@ -130,13 +153,11 @@ def load_reference(args: argparse.Namespace, loaded: "LoadedModel") -> "Transfor
 def build_cases(args: argparse.Namespace, loaded: "LoadedModel") -> "list[Case]":
     """The dense model, then each plan under each policy; the model is sparse afterwards if there is any plan."""
     from evaluation import Case
-    from plan import SparsityPlan
+    from loading import load_plan
 
     plans: list[tuple[str, SparsityPlan]] = []
     for path in args.plan:
-        plan = SparsityPlan.load(path)
-        plan.check_fits(loaded.model.config)
-        plans.append((path.stem, plan))
+        plans.append((path.stem, load_plan(path, loaded)))
     targets = tuple(target for target in args.sparsity if target > 0)
     if not args.plan and targets:
         for method in args.method:
@@ -165,7 +186,7 @@ def calibrated_plans(
         criterion = "wina" if method.startswith("wina") else "magnitude"
         settings = Settings(wanted, method.removeprefix("wina-"), criterion)
         print(f"calibrating {method} at {', '.join(f'{t:g}' for t in wanted)}", file=sys.stderr)
-        for plan in calibrate(loaded.model, sequences, settings, facts):
+        for plan in calibrate(loaded.model, sequences, settings, facts, weights=loaded.weights):
             plan.save(paths[plan.target])
     return [SparsityPlan.load(path) for path in paths.values()]
 
@@ -216,8 +237,6 @@ def _cell(value: Any) -> str:
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     """Rows as a CSV file, atomically."""
-    from files import atomic_file
-
     names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)

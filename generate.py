@@ -24,6 +24,11 @@ def build_parser() -> cli.Parser:
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; with --chat, the first message")
     source.add_argument("--prompt-file", type=Path, help="file whose text is the prompt")
+    text.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="names of control tokens in the prompt, such as <|im_end|>, are those tokens; otherwise they are text",
+    )
     text.add_argument("--chat", action="store_true", help="converse: one message a line on stdin, until its end")
     text.add_argument("--system", help="system message for --chat")
     out = parser.add_argument_group("output")
@@ -57,6 +62,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     sparse = how.add_mutually_exclusive_group()
     sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
+    cli.add_force_plan_argument(how)
     how.add_argument("--quant", choices=("int8", "int4"), help="round the weights at load; quantize.py does it once")
     how.add_argument("--lm-head", choices=("none", "int8"), default="none", help="with --quant: round the head too")
     cli.add_kv_cache_argument(how)
@@ -109,12 +115,14 @@ def main() -> None:
     )
     if args.chat and args.json:
         raise UserError("--json prints one answer and --chat holds a conversation; choose one")
+    if args.chat and args.special_tokens:
+        raise UserError("--special-tokens is for a raw prompt; with --chat the template writes the control tokens")
     prompt = None if args.chat else read_prompt(args)
     engine = load_engine(args)
     if prompt is None:
         chat(engine, args, params)
         return
-    ids = engine.tokenizer.encode(prompt)
+    ids = engine.tokenizer.encode(prompt, allow_special=args.special_tokens)
     text = "".join(answer(engine, ids, args, params, quiet=args.json))
     statistics = collect_statistics(engine) | (detailed_statistics(engine, ids, params) if args.stats else {})
     if args.json:
@@ -138,6 +146,7 @@ def load_engine(args: argparse.Namespace) -> "Engine":
         "quant": args.quant,
         "quant_lm_head": args.lm_head == "int8",
         "kv_cache": args.kv_cache,
+        "force_plan": args.force_plan,
     }
     if speculative and not args.speculate_lookup:
         draft = {"draft_sparsity": args.draft_sparsity, "draft_plan": args.draft_plan, "draft_quant": args.draft_quant}
@@ -187,22 +196,27 @@ def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams) -> 
     from conversation import Conversation
 
     first = read_prompt(args) if args.prompt is not None or args.prompt_file is not None else None
-    conversation = Conversation(engine, args.system)
+    conversation = Conversation(engine, args.system, args.max_new_tokens)
     for message in conversation.messages_of_user(first):
         pieces: list[str] = []
-        ids = conversation.prompt_ids(message)
+        try:
+            ids = conversation.prompt_ids(message)
+        except UserError as error:  # of this message; the conversation goes on
+            print(f"error: {error}", file=sys.stderr)
+            continue
         try:
             for piece in answer(engine, ids, args, params):
                 pieces.append(piece)
         except KeyboardInterrupt:  # of the answer, not of the conversation
             if not sys.stdin.isatty():
                 raise
+            engine.stats.finish_reason = "stopped"
             print("\n[stopped]", file=sys.stderr)
         conversation.add_answer("".join(pieces))
         conversation.figures = collect_statistics(engine)
         if args.stats:
             conversation.figures |= detailed_statistics(engine, ids, params)
-        print_statistics(conversation.figures)
+            print_statistics(conversation.figures)
 
 
 def collect_statistics(engine: "Engine") -> dict[str, Any]:

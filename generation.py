@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from engine import Engine
+from errors import UserError
 from params import COUNTED_TOKENS, SamplingParams
 from plan import SparsityPlan
+from sampling import bias_row, penalize_counts, sample
 from speculation import Lookup
 from streaming import StopStrings, StreamDecoder
 
 
 class Matcher(Protocol):
-    """A grammar's state: which tokens may come next (constrained.py)."""
+    """A grammar's state: which tokens may come next (constrained.py). Both raise UserError where it has no way on."""
 
     def mask(self, logits: Tensor) -> Tensor: ...
 
@@ -60,6 +62,7 @@ class Request:
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)  # as sampling.bias_row has it
     top_logprobs: int | None = None  # None: no log probabilities at all
     matcher: Matcher | None = None
     plan: SparsityPlan | None = None  # None: the engine's own
@@ -77,8 +80,8 @@ class Request:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
-        penalized = self.presence_penalty or self.frequency_penalty
-        return self.params.takes_likeliest and not penalized and self.matcher is None
+        changed = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.params.takes_likeliest and not changed and self.matcher is None
 
     @property
     def takes_likeliest(self) -> bool:
@@ -95,9 +98,9 @@ class Sequence:
     """What only a running request needs."""
 
     def __init__(self, request: Request, engine: Engine) -> None:
-        self.decoder = StreamDecoder(engine.tokenizer)
+        self.request = request
+        self.decoder = StreamDecoder(engine.tokenizer, request.prompt_ids)
         self.filter = StopStrings(request.stops)
-        self.logprobs: list[TokenLogprob] = []
         self.text = Lookup([])  # as far as drafting has looked at it
         self.generator = torch.Generator(engine.device)
         self.generator.manual_seed(request.params.seed)
@@ -106,6 +109,46 @@ class Sequence:
         self.counts = torch.zeros(1, size, device=engine.device)
         self.seen = torch.zeros(1, size, dtype=torch.bool, device=engine.device)
         self.seen[0, torch.tensor(request.prompt_ids, device=engine.device)] = True
+        self.bias = bias_row(request.logit_bias, size, engine.device) if request.logit_bias else None
+        self.pending: list[tuple[int, TokenLogprob]] = []  # where the token's text begins, for those not emitted yet
+        self.decoded = self.shown = 0  # characters: of all tokens, and of the text emitted
+
+    def sample(self, logits: Tensor) -> int:
+        """A token by all that the request asks for, from its logits [1, V]. Raises UserError if that allows none."""
+        request = self.request
+        if request.presence_penalty or request.frequency_penalty:
+            logits = penalize_counts(logits, self.counts, request.presence_penalty, request.frequency_penalty)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if request.matcher is not None:
+            logits = request.matcher.mask(logits)
+        if self.bias is not None and not bool((logits > -torch.inf).any()):
+            raise UserError("logit_bias bans every token that may come next")
+        token = int(sample(logits, request.params, self.seen, self.generator))
+        self.counts[0, token] += 1
+        self.seen[0, token] = True
+        return token
+
+    def push(self, token: int, logprob: TokenLogprob | None) -> Piece | None:
+        """The text that became certain with this token, and the log probabilities of the tokens in it."""
+        if logprob is not None:
+            self.pending.append((self.decoded, logprob))
+        text = self.decoder.push(token)
+        self.decoded += len(text)
+        return self._piece(self.filter.push(text))
+
+    def rest(self) -> Piece | None:
+        """What was held back, at the end of the text. Tokens past a stop string are in no piece."""
+        text = self._piece(self.filter.push(self.decoder.flush()) + self.filter.flush(), last=not self.filter.stopped)
+        self.pending.clear()
+        return text
+
+    def _piece(self, text: str, last: bool = False) -> Piece | None:
+        self.shown += len(text)
+        count = len(self.pending) if last else sum(start < self.shown for start, _ in self.pending)
+        logprobs = tuple(logprob for _, logprob in self.pending[:count])
+        del self.pending[:count]
+        return Piece(text, logprobs) if text or logprobs else None
 
 
 class Observer:

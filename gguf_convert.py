@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, ReaderTensor, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
 from awq_gptq import as_awq, as_gptq
+from checkpoint import is_finite
 from errors import UserError
+from gguf_parts import read_parts
 from model import ModelConfig, RopeScaling, rope_frequencies
 
 READABLE_TYPES = frozenset(
@@ -55,43 +57,51 @@ TENSOR_NAMES = {
 
 # Regular expressions that split text before byte-level BPE, by the name GGUF gives the scheme.
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 3, 4, 6
+BOS_SCHEMES = ("llama-bpe",)  # with a beginning-of-text token unless the file says otherwise
+NORMAL_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 1, 3, 4, 6
+# Ends of a turn, a message or a text, which llama.cpp knows by name, too: a file may declare one of several. Not </s>,
+# which is plain text in some vocabularies.
+END_TOKENS = frozenset(
+    (
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>"),
+        *("<|end_of_turn|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"),
+    )
+)
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the model in the GGUF file at path as a Hugging Face folder into the existing, empty folder.
+    """Write the model in the GGUF file at path, or that it is a part of, as a Hugging Face folder into an empty one.
 
-    Raises UserError if the file is unreadable, of another architecture, or holds an unsupported type.
+    Raises UserError if the file is unreadable, of another architecture, or holds an unsupported type or a NaN, or if a
+    part is missing.
     """
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
-    meta = {name: field.contents() for name, field in reader.fields.items()}
+    meta, tensors = read_parts(path)
     architecture = meta.get("general.architecture")
     if architecture != "llama":
         raise UserError(f"{path}: GGUF architecture {architecture!r} is not supported; expected 'llama'")
-    for tensor in reader.tensors:
+    for tensor in tensors:
         if tensor.tensor_type not in READABLE_TYPES:
             raise UserError(
                 f"{path}: tensor {tensor.name} has GGUF type {tensor.tensor_type.name}; "
                 f"supported are {', '.join(sorted(t.name for t in READABLE_TYPES))}"
             )
-    config = _hf_config(path, meta, reader)
-    kinds = {tensor.tensor_type for tensor in reader.tensors if (_hf_name(tensor.name) or "").endswith("_proj.weight")}
+    config = _hf_config(path, meta, tensors)
+    kinds = {tensor.tensor_type for tensor in tensors if (_hf_name(tensor.name) or "").endswith("_proj.weight")}
     if len(kinds) == 1 and (kind := kinds.pop()) in KEPT:
         config["quantization_config"] = KEPT[kind]
     _write_json(folder / "config.json", config)
+    end_ids = _end_ids(meta)
+    _write_json(folder / "generation_config.json", {"bos_token_id": config["bos_token_id"], "eos_token_id": end_ids})
     _write_tokenizer(path, meta, folder)
-    _write_weights(reader, config, folder)
+    _write_weights(path, tensors, config, folder)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _hf_config(path: Path, meta: dict[str, Any], reader: GGUFReader) -> dict[str, Any]:
-    names = {tensor.name for tensor in reader.tensors}
+def _hf_config(path: Path, meta: dict[str, Any], tensors: list[ReaderTensor]) -> dict[str, Any]:
+    names = {tensor.name for tensor in tensors}
 
     def required(key: str) -> Any:
         if key not in meta:
@@ -118,20 +128,44 @@ def _hf_config(path: Path, meta: dict[str, Any], reader: GGUFReader) -> dict[str
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": "float16",
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": _token_id(meta, "bos"),
+        "eos_token_id": _token_id(meta, "eos"),
     }
-    config["rope_scaling"] = _rope_scaling(path, meta, config, reader)
+    config["rope_scaling"] = _rope_scaling(path, meta, config, tensors)
     return config
 
 
-def _rope_scaling(path: Path, meta: dict[str, Any], config: dict[str, Any], reader: GGUFReader) -> dict | None:
+def _token_id(meta: dict[str, Any], role: str) -> int | None:
+    """The id of bos, eos, eot (end of turn), eom (end of message) or unknown; None for one that is no token, as -1."""
+    found = meta.get(f"tokenizer.ggml.{role}_token_id")
+    return int(found) if found is not None and 0 <= found < len(meta["tokenizer.ggml.tokens"]) else None
+
+
+def _end_ids(meta: dict[str, Any]) -> list[int]:
+    """Tokens that end a generation: those the metadata names, and those of a well-known name."""
+    named = [_token_id(meta, role) for role in ("eos", "eot", "eom")]
+    ids = {i for i in named if i is not None}
+    return sorted(ids | {i for i, token in enumerate(meta["tokenizer.ggml.tokens"]) if token in END_TOKENS})
+
+
+def _token_types(meta: dict[str, Any]) -> list[int]:
+    """The type of each token. Those that end a generation are control tokens, whatever the file says: some say text."""
+    tokens = meta["tokenizer.ggml.tokens"]
+    types = list(meta.get("tokenizer.ggml.token_type", [])) or [NORMAL_TOKEN] * len(tokens)
+    for i in _end_ids(meta):
+        types[i] = CONTROL_TOKEN
+    return types
+
+
+def _rope_scaling(
+    path: Path, meta: dict[str, Any], config: dict[str, Any], tensors: list[ReaderTensor]
+) -> dict[str, Any] | None:  # fmt: skip
     kind = meta.get("llama.rope.scaling.type", "none")
     if kind == "linear":
         return {"rope_type": "linear", "factor": meta["llama.rope.scaling.factor"]}
     if kind != "none":
         raise UserError(f"{path}: llama.rope.scaling.type {kind!r} is not supported; expected 'none' or 'linear'")
-    factors = next((np.array(t.data) for t in reader.tensors if t.name == "rope_freqs.weight"), None)
+    factors = next((np.array(t.data) for t in tensors if t.name == "rope_freqs.weight"), None)
     if factors is None:
         return None
     # Llama 3.1+ files hold the divisor of each frequency instead of the four numbers it came from.
@@ -167,24 +201,36 @@ def _hf_name(name: str) -> str | None:
     return f"{prefix}{TENSOR_NAMES[stem]}.{suffix}"
 
 
-def _tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, CPU tensor) for each tensor of the file, one at a time."""
+def _tensors(
+    path: Path, tensors: list[ReaderTensor], config: dict[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """(HF name, CPU tensor) for each tensor of the file, one at a time. Raises UserError if one is not finite."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for tensor in tqdm(reader.tensors, desc="converting GGUF", unit="tensor", leave=False, disable=None):
+    for tensor in tqdm(tensors, desc="converting GGUF", unit="tensor", leave=False, disable=None):
         name = _hf_name(tensor.name)
         if name is None:
             continue
         count = heads.get(name.split(".")[-2])
         if "quantization_config" in config and name.endswith("_proj.weight"):
             values, scales = (_in_order(part, count).t() for part in _integers(tensor.data, tensor.tensor_type))
+            if not is_finite(scales):
+                raise _not_finite(path, tensor)
             parts = (
                 as_gptq(values, scales) if tensor.tensor_type == GGMLQuantizationType.Q8_0 else as_awq(values, scales)
             )
             yield from ((name.removesuffix("weight") + part, packed.contiguous()) for part, packed in parts.items())
             continue
         data = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements=["C", "W"]))
+        if not is_finite(data):
+            raise _not_finite(path, tensor)
         kept = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF16: torch.bfloat16}
-        yield name, _in_order(data, count).to(kept.get(tensor.tensor_type, torch.float16)).contiguous()
+        stored = data.to(kept.get(tensor.tensor_type, torch.float16))
+        stored = stored if is_finite(stored) else data  # beyond fp16: scales of K-quants are products
+        yield name, _in_order(stored, count).contiguous()
+
+
+def _not_finite(path: Path, tensor: ReaderTensor) -> UserError:
+    return UserError(f"{path}: tensor {tensor.name} holds NaN or infinity; the file is damaged, download it again")
 
 
 def _in_order(rows: torch.Tensor, heads: int | None) -> torch.Tensor:
@@ -202,7 +248,7 @@ def _integers(data: np.ndarray, kind: GGMLQuantizationType) -> tuple[torch.Tenso
     return torch.cat((integers & 15, integers >> 4), dim=2).flatten(1), scales
 
 
-def _write_weights(reader: GGUFReader, config: dict[str, Any], folder: Path) -> None:
+def _write_weights(path: Path, tensors: list[ReaderTensor], config: dict[str, Any], folder: Path) -> None:
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total = 0
@@ -212,7 +258,7 @@ def _write_weights(reader: GGUFReader, config: dict[str, Any], folder: Path) -> 
         shards.append(list(pending))
         pending.clear()
 
-    for name, data in _tensors(reader, config):
+    for name, data in _tensors(path, tensors, config):
         if pending and sum(t.nbytes for t in pending.values()) + data.nbytes > SHARD_BYTES:
             flush()
         pending[name] = data
@@ -232,38 +278,45 @@ def _write_weights(reader: GGUFReader, config: dict[str, Any], folder: Path) -> 
 def _write_tokenizer(path: Path, meta: dict[str, Any], folder: Path) -> None:
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     kind = meta.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        tokenizer = _byte_level_bpe(path, meta, tokens)
-    elif kind == "llama":
-        tokenizer = _sentencepiece_bpe(meta, tokens)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise UserError(f"{path}: tokenizer.ggml.model {kind!r} is not supported; expected 'gpt2' or 'llama'")
-    types = meta.get("tokenizer.ggml.token_type", [])
+    try:
+        tokenizer = _byte_level_bpe(path, meta, tokens) if kind == "gpt2" else _sentencepiece_bpe(meta, tokens)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path}: the tokenizer in its metadata is damaged ({error}); download it again") from error
+    types = _token_types(meta)
     tokenizer.add_special_tokens(
         [
             AddedToken(t, normalized=False, special=True)
-            for t, y in zip(tokens, types, strict=False)
+            for t, y in zip(tokens, types, strict=True)
             if y == CONTROL_TOKEN
         ]
     )
     tokenizer.add_tokens(
-        [AddedToken(t, normalized=False) for t, y in zip(tokens, types, strict=False) if y == USER_DEFINED_TOKEN]
+        [AddedToken(t, normalized=False) for t, y in zip(tokens, types, strict=True) if y == USER_DEFINED_TOKEN]
     )
-    bos_id = meta.get("tokenizer.ggml.bos_token_id")
-    add_bos = meta.get("tokenizer.ggml.add_bos_token", kind == "llama")
+    bos_id = _token_id(meta, "bos")
+    add_bos = meta.get("tokenizer.ggml.add_bos_token", kind == "llama" or meta.get("tokenizer.ggml.pre") in BOS_SCHEMES)
     if add_bos and bos_id is not None:
         bos = tokens[bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
         )
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = {
-        f"{role}_token": tokens[meta[f"tokenizer.ggml.{role}_token_id"]]
-        for role in ("bos", "eos")
-        if f"tokenizer.ggml.{role}_token_id" in meta
-    }
-    chat = {"chat_template": meta["tokenizer.chat_template"]} if "tokenizer.chat_template" in meta else {}
-    _write_json(folder / "tokenizer_config.json", special | chat)
+    special = {f"{role}_token": tokens[i] for role in ("bos", "eos") if (i := _token_id(meta, role)) is not None}
+    _write_json(folder / "tokenizer_config.json", special | _chat_templates(meta))
+
+
+def _chat_templates(meta: dict[str, Any]) -> dict[str, Any]:
+    """The chat_template of tokenizer_config.json: a text, or a list if the file has further ones by name (tool_use)."""
+    default, prefix = meta.get("tokenizer.chat_template"), "tokenizer.chat_template."
+    named = {key.removeprefix(prefix): text for key, text in meta.items() if key.startswith(prefix)}
+    if not named:
+        return {} if default is None else {"chat_template": default}
+    named = ({} if default is None else {"default": default}) | named
+    return {"chat_template": [{"name": name, "template": text} for name, text in named.items()]}
 
 
 def _byte_level_bpe(path: Path, meta: dict[str, Any], tokens: list[str]) -> Tokenizer:
@@ -299,8 +352,8 @@ def _sentencepiece_bpe(meta: dict[str, Any], tokens: list[str]) -> Tokenizer:
         known = [(a, b) for a, b in halves if a in vocab and b in vocab]
         merges += [(-scores[i], i, vocab[a], vocab[b], (a, b)) for a, b in known]
     merges.sort()
-    unknown = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
-    byte_fallback = BYTE_TOKEN in meta.get("tokenizer.ggml.token_type", [])
+    unknown = tokens[_token_id(meta, "unknown") or 0]
+    byte_fallback = BYTE_TOKEN in _token_types(meta)
     model = models.BPE(vocab, [m[-1] for m in merges], unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
     tokenizer = Tokenizer(model)
     prefix = [normalizers.Prepend("▁")] if meta.get("tokenizer.ggml.add_space_prefix", True) else []

@@ -52,7 +52,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids without a beginning-of-text token, the harness' convention for causal models."""
-        return self.text.backend.encode(string)
+        return self.text.encode(string, allow_special=True, add_bos=False)
 
     @torch.inference_mode()
     def _log_probs(self, context: list[int], continuation: list[int]) -> tuple[Tensor, Tensor]:

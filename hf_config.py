@@ -1,6 +1,7 @@
 """`config.json` of a Hugging Face folder -> ModelConfig, refusing by name whatever this model.py cannot do."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _positive(
 ) -> Any:
     value = raw.get(field)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
         raise UserError(f"{path}: {field} {value!r} is not usable; expected a positive {kind.__name__}")
     return value
 

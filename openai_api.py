@@ -1,16 +1,15 @@
 """OpenAI's chat and plain completions on a Scheduler: from a checked request to texts, and to OpenAI's answers."""
 
 import asyncio
-import json
+import codecs
+import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
-from constrained import Grammars
+from constrained import Grammars, JsonMatcher
 from engine import Engine
 from errors import UserError
 from generation import Done, Piece, Request, TokenLogprob
@@ -18,8 +17,14 @@ from openai_schema import BadRequest, ChatRequest, CompletionRequest, Sampling
 from params import SamplingParams
 from plan import SparsityPlan
 from scheduler import Scheduler
+from tool_calls import THINK_OPEN, Arguments, CallStart, Content, Delta, ToolCallParser
 
-TOOL_OPEN, TOOL_CLOSE = "<tool_call>", "</tool_call>"
+THINK_TOKENS = 8  # of a prompt's end, in which it may open the answer's thoughts
+NOTED_FIELDS = 100  # names of ignored fields in the log at most
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+Emit = Callable[[int, Piece | Done], None]  # the number of a choice, and what happened to it
+Prepared = TypeVar("Prepared")
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -30,47 +35,81 @@ class Choice:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    offsets: "TextOffsets" = field(default_factory=lambda: TextOffsets())
+
+
+class TextOffsets:
+    """Where tokens' texts begin, in characters."""
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.length = 0
+
+    def next(self, content: bytes) -> int:
+        """The offset of the next token, whose bytes are these."""
+        start = self.length
+        self.length += len(self.decoder.decode(content))
+        return start
 
 
 class Service:
-    """A model behind the API. plans: by sparsity, beside the engine's own."""
+    """A model behind the API. names: it answers to all and calls itself the first. plans: by sparsity, beside its own."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, name: str, plans: dict[float, SparsityPlan]) -> None:
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, names: tuple[str, ...], plans: dict[float, SparsityPlan]
+    ) -> None:  # fmt: skip
         self.engine = engine
         self.scheduler = scheduler
-        self.name = name
+        self.names = names
         self.plans = plans
+        self.noted: set[str] = set()
         self.grammars = Grammars(engine.tokenizer, engine.model.config.vocab_size)
         self.started = int(time.time())
 
     def chat_prompt(self, body: ChatRequest) -> list[int]:
         """Token ids of a conversation. Raises BadRequest if the model's template takes no such one."""
         messages = [message.as_template_input() for message in body.messages]
-        tools = [tool.model_dump() for tool in body.tools or []] if body.may_call_tools else None
+        prompting = (
+            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+        )
         try:
-            return self.engine.tokenizer.encode_chat(messages, tools)
+            return self.engine.tokenizer.encode_chat(
+                messages, body.described_tools, documents=body.documents, add_generation_prompt=prompting,
+                continue_final_message=body.continue_final_message, template_kwargs=body.chat_template_kwargs,
+                context=self.scheduler.context,
+            )  # fmt: skip
         except UserError as error:
-            raise BadRequest(str(error), "messages") from None
+            raise BadRequest(f"messages: {error}", "messages") from None
 
     def completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
         """Token ids of each prompt. Raises BadRequest for ids that the model does not have."""
         prompts = body.prompt
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[assignment]
-        found = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]  # type: ignore[arg-type]
-        size = self.engine.model.config.vocab_size
+        encode = self.engine.tokenizer.encode
+        context = self.scheduler.context
+        found = [
+            encode(p, allow_special=body.parse_special, context=context) if isinstance(p, str) else list(p)  # type: ignore[arg-type]
+            for p in prompts
+        ]
         for ids in found:
-            if wrong := next((i for i in ids if not 0 <= i < size), None):
-                raise BadRequest(f"token id {wrong} is none of this model's {size}", "prompt")
+            self._check_ids("prompt", ids)
         return found
+
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        size = self.engine.model.config.vocab_size
+        if (wrong := next((i for i in ids if not 0 <= i < size), None)) is not None:
+            raise BadRequest(f"{field}: token id {wrong} is none of this model's; expected 0 to {size - 1}", field)
 
     def requests(
         self, body: Sampling, prompts: list[list[int]], limit: int | None, top_logprobs: int | None,
-        schema: dict[str, Any] | None, emit: Callable[[int, Piece | Done], None],
+        schema: dict[str, Any] | None, emit: Emit,
     ) -> list[Request]:  # fmt: skip
         """n requests for each prompt; emit gets the number of the choice. Raises BadRequest."""
-        if body.model not in (None, self.name):
-            raise BadRequest(f"model {body.model!r} does not exist; this server has {self.name!r}", "model", status=404)
+        self._note_ignored(body)
+        self.check_model(body.model)
+        self._check_room(body, prompts)
+        self._check_ids("logit_bias", body.biases)
         plan = None
         if body.sparsity is not None:
             plan = self.plans.get(body.sparsity)
@@ -78,13 +117,13 @@ class Service:
                 known = ", ".join(f"{s:g}" for s in sorted(self.plans)) or "none"
                 raise BadRequest(f"sparsity {body.sparsity:g} is not loaded; this server has {known}", "sparsity")
         seed = int(time.time_ns()) if body.seed is None else body.seed
+        matcher = None if schema is None else self._matcher(body, schema)
         found = []
         for i in range(len(prompts) * body.n):
             try:
                 params = SamplingParams(
                     body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty, (seed + i) % 2**63
                 )
-                matcher = None if schema is None else self.grammars.json(schema)
             except UserError as error:
                 raise BadRequest(str(error)) from None
             found.append(
@@ -92,38 +131,90 @@ class Service:
                     prompts[i // body.n], lambda event, i=i: emit(i, event), params,  # type: ignore[misc]
                     max_new_tokens=limit or self.scheduler.context, stops=body.stops, ignore_eos=body.ignore_eos,
                     presence_penalty=body.presence_penalty, frequency_penalty=body.frequency_penalty,
-                    top_logprobs=top_logprobs, matcher=matcher, plan=plan, count_sparsity=body.count_sparsity,
+                    logit_bias=body.biases, top_logprobs=top_logprobs, matcher=matcher and matcher.copy(), plan=plan,
+                    count_sparsity=body.count_sparsity,
                 )
             )  # fmt: skip
         return found
 
-    def begin(
-        self, make: Callable[[Callable[[int, Piece | Done], None]], list[Request]], time_limit: float
-    ) -> "Answer":
-        """Submit what make returns. Raises what make and Scheduler.submit raise."""
+    def check_model(self, name: str | None) -> None:
+        """Raises BadRequest for a model that is not served here."""
+        if name is not None and name not in self.names:
+            known = " or ".join(map(repr, self.names))
+            raise BadRequest(f"model {name!r} does not exist; this server has {known}", "model", status=404)
+
+    def _check_room(self, body: Sampling, prompts: list[list[int]]) -> None:
+        """Raises BadRequest for what could never be run, however idle the server."""
+        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        room, context = self.scheduler.queue, self.scheduler.context
+        if (count := len(prompts) * body.n) > room:
+            message = f"at most {room} texts at once, got {count} (prompts times n)"
+            raise BadRequest(f"{field if len(prompts) > 1 else 'n'}: {message}", field if len(prompts) > 1 else "n")
+        for ids in prompts:
+            if not ids:
+                raise BadRequest(f"{field}: is empty; give at least one token of text", field)
+            if len(ids) >= context:
+                raise BadRequest(f"{field}: has {len(ids)} tokens; the context of {context} must exceed it", field)
+
+    def _matcher(self, body: Sampling, schema: dict[str, Any]) -> JsonMatcher:
+        by_tools = isinstance(body, ChatRequest) and body.must_call_tools
+        field = "tools" if by_tools else "response_format"
+        try:
+            return self.grammars.json(schema)
+        except UserError as error:
+            raise BadRequest(f"{field}: {error}", field) from None
+
+    def _note_ignored(self, body: Sampling) -> None:
+        """Name fields that nobody reads in the log, each once."""
+        new = sorted(body.ignored - self.noted)[: NOTED_FIELDS - len(self.noted)]
+        if new:
+            self.noted.update(new)
+            log.warning("ignored fields of requests: %s", ", ".join(repr(name[:40]) for name in new))
+
+    async def begin(
+        self, prepare: Callable[[Emit], tuple[Prepared, list[Request]]], time_limit: float
+    ) -> "tuple[Prepared, Answer]":
+        """Submit the requests that prepare makes, in a worker thread. Raises what it and Scheduler.submit raise."""
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[int, Piece | Done]] = asyncio.Queue()
+        answer = Answer(self.scheduler)
 
         def emit(i: int, event: Piece | Done) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (i, event))
+            loop.call_soon_threadsafe(answer.take, i, event)
 
-        requests = make(emit)
+        prepared, requests = await asyncio.to_thread(prepare, emit)
+        answer.choices = [Choice(request) for request in requests]
         for request in requests:
             request.deadline = time.monotonic() + time_limit
         self.scheduler.submit(*requests)
-        return Answer(self.scheduler, [Choice(request) for request in requests], events)
+        return prepared, answer
 
     def token_entry(self, entry: TokenLogprob) -> dict[str, Any]:
         """As chat's logprobs.content lists it."""
         return self._one(entry.token, entry.logprob) | {"top_logprobs": [self._one(*pair) for pair in entry.top]}
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8"))}
+        content = None if token in self._special else list(self.token_bytes(token))
+        return {"token": self.token_text(token), "logprob": max(logprob, LEAST_LOGPROB), "bytes": content}
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text: none for special tokens."""
+        return b"" if token in self._special else self.engine.tokenizer.token_bytes(token)
 
     def token_text(self, token: int) -> str:
-        """A token alone as text; special tokens by name."""
-        return self._special.get(token) or self.engine.tokenizer.decode([token])
+        """A token alone as text; special tokens by name, parts of characters as OpenAI writes them."""
+        if token in self._special:
+            return self._special[token]
+        content = self.token_bytes(token)
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def parser(self, body: ChatRequest, request: Request) -> ToolCallParser:
+        """Tells calls of tools from content in an answer to body."""
+        end = "".join(map(self.token_text, request.prompt_ids[-THINK_TOKENS:]))
+        in_thought = end.rstrip().endswith(THINK_OPEN)
+        return ToolCallParser(body.tool_names, in_thought, None if body.parallel_tool_calls else 1)
 
     @cached_property
     def _special(self) -> dict[int, str]:
@@ -135,8 +226,19 @@ class Answer:
     """The choices of one HTTP request while they are being generated; close it in any case."""
 
     scheduler: Scheduler
-    choices: list[Choice]
-    queue: "asyncio.Queue[tuple[int, Piece | Done]]"
+    choices: list[Choice] = field(default_factory=list)
+    queue: "asyncio.Queue[tuple[int, Piece | Done]]" = field(default_factory=asyncio.Queue)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)  # something has happened to a choice
+
+    def take(self, i: int, event: Piece | Done) -> None:
+        """What happened to choice i."""
+        self.queue.put_nowait((i, event))
+        self.begun.set()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the scheduler has begun with any choice."""
+        return self.begun.is_set() or any(choice.request.prefilled for choice in self.choices)
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Done]]:
         """(number of a choice, what happened to it), until all are finished; choices are up to date then."""
@@ -169,45 +271,57 @@ def usage(choices: list[Choice], n: int) -> dict[str, Any]:
     }
 
 
-def tool_calls(text: str, names: list[str]) -> list[dict[str, Any]] | None:
-    """The calls that a text consists of, in OpenAI's form; None if it is no call of one of these tools."""
-    stripped = text.strip()
-    if stripped.startswith(TOOL_OPEN):
-        parts = [part.split(TOOL_CLOSE)[0] for part in stripped.split(TOOL_OPEN)[1:]]
-    else:
-        parts = [stripped]
-    calls = []
-    for part in parts:
-        try:
-            call = json.loads(part)
-        except ValueError:
-            return None
-        if not isinstance(call, dict) or call.get("name") not in names or not isinstance(call.get("arguments"), dict):
-            return None
-        function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-    return calls
+def call_of(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A tool call in OpenAI's form."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def delta_of(delta: Delta) -> dict[str, Any]:
+    """A chat chunk's delta."""
+    if isinstance(delta, Content):
+        return {"content": delta.text}
+    if isinstance(delta, CallStart):
+        return {"tool_calls": [{"index": delta.index, **call_of(delta.id, delta.name, "")}]}
+    assert isinstance(delta, Arguments)
+    return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+
+
+def chat_reason(parser: ToolCallParser, reason: str) -> str:
+    """An answer's finish_reason, where tools may be called."""
+    return "tool_calls" if reason == "stop" and parser.complete_calls else reason
 
 
 def chat_choice(service: Service, body: ChatRequest, i: int, choice: Choice) -> dict[str, Any]:
-    """A whole answer as chat.completions has it."""
-    calls = tool_calls(choice.text, body.tool_names) if body.may_call_tools else None
-    message: dict[str, Any] = {"role": "assistant", "content": None if calls else choice.text, "refusal": None}
-    if calls:
-        message["tool_calls"] = calls
+    """A whole answer as chat.completions has it; calls that a limit broke off are left out."""
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    reason = choice.finish_reason or "stop"
+    if body.may_call_tools:
+        parser = service.parser(body, choice.request)
+        parser.push(choice.text)
+        parser.finish(cut=reason == "length")
+        message["content"] = parser.content or (None if parser.calls or reason == "length" else "")
+        if parser.complete_calls:
+            message["tool_calls"] = [call_of(call.id, call.name, call.arguments) for call in parser.complete_calls]
+        reason = chat_reason(parser, reason)
     logprobs = {"content": [service.token_entry(e) for e in choice.logprobs]} if body.logprobs else None
-    reason = "tool_calls" if calls else choice.finish_reason
     return {"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
-def completion_logprobs(service: Service, entries: list[TokenLogprob], offset: int) -> dict[str, Any]:
-    """As plain completions list them; offset: where the first token's text begins."""
-    tokens = [service.token_text(entry.token) for entry in entries]
-    offsets = list(accumulate(map(len, tokens), initial=offset))[:-1]
-    top = [{service.token_text(token): logprob for token, logprob in entry.top} for entry in entries]
+def completion_logprobs(service: Service, entries: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any]:
+    """As plain completions list them; offsets go on from the tokens before."""
     return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": top,
-        "text_offset": offsets,
+        "tokens": [service.token_text(entry.token) for entry in entries],
+        "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry in entries],
+        "top_logprobs": [
+            {service.token_text(token): max(logprob, LEAST_LOGPROB) for token, logprob in entry.top}
+            for entry in entries
+        ],
+        "text_offset": [offsets.next(service.token_bytes(entry.token)) for entry in entries],
     }
+
+
+def completion_choice(service: Service, body: CompletionRequest, i: int, choice: Choice) -> dict[str, Any]:
+    """A whole answer as completions has it."""
+    wanted = body.logprobs is not None
+    logprobs = completion_logprobs(service, choice.logprobs, choice.offsets) if wanted else None
+    return {"index": i, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}

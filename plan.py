@@ -6,7 +6,7 @@ entries with |x| below the p-quantile of |x| over calibration tokens gives spars
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from files import atomic_file, cache_folder
+from files import FileKind, atomic_file, cache_folder
 from model import ModelConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 PLAN_FORMAT = "teal-plan"
-PLAN_VERSION = 2
+PLAN_VERSION = 3
+READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
+PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
 CRITERIA = ("magnitude", "wina")
 
 # Bins are the top bits of |x| as fp32: 128 to an octave, so neighbouring edges differ by under 0.8%
@@ -89,12 +91,30 @@ class ProjectionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Which weights a plan is for: a name for people, and what their content hashes to (checkpoint.weights_identity).
+
+    Rounded weights count as those they were rounded from: thresholds depend on activations, which rounding hardly moves.
+    """
+
+    name: str
+    identity: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and isinstance(self.identity, str)):
+            raise UserError(f"weights {self.name!r} {self.identity!r} are not usable; expected a name and an identity")
+
+    def __str__(self) -> str:
+        return f"{self.name} (weights {self.identity})"
+
+
+@dataclass(frozen=True, slots=True)
 class SparsityPlan:
     """Thresholds for every projection of a model: layers[i][projection].
 
     model holds fields of the ModelConfig the plan is for (all of them, or those known). criterion says what
     the threshold is compared with: "magnitude" |x_i|, or "wina" |x_i| times the norm of the weights x_i meets
-    over the mean of these norms (WINA, arXiv 2505.19427).
+    over the mean of these norms (WINA, arXiv 2505.19427). weights: those it was made for, None if nothing is known.
     """
 
     model: dict[str, Any]
@@ -103,6 +123,7 @@ class SparsityPlan:
     layers: tuple[dict[str, ProjectionPlan], ...]
     criterion: str = "magnitude"
     calibration: dict[str, Any] = field(default_factory=dict)
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.target < 1:
@@ -126,6 +147,18 @@ class SparsityPlan:
         if differing:
             raise UserError(f"plan is for another model: {', '.join(differing)}; calibrate for this model")
 
+    def check_weights(self, weights: Weights | None) -> None:
+        """Raise UserError, naming both, if plan and model are known to have other weights."""
+        if self.weights is not None and weights is not None and self.weights.identity != weights.identity:
+            raise UserError(
+                f"plan was made for {self.weights}, not for {weights}: its thresholds would drop another share; "
+                "calibrate for this model, or pass --force-plan to use it all the same"
+            )
+
+    def for_any_model(self) -> "SparsityPlan":
+        """The same thresholds with nothing said of whose they are: any model with as many layers takes them."""
+        return replace(self, model={}, weights=None)
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
         content = {"format": PLAN_FORMAT, "version": PLAN_VERSION, **asdict(self)}
@@ -141,15 +174,20 @@ class SparsityPlan:
             raise UserError(f"plan {path}: not readable ({error}); expected a JSON plan") from error
         if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT:
             raise UserError(f"plan {path}: not a sparsity plan; expected a JSON object with format {PLAN_FORMAT!r}")
-        if content.get("version") != PLAN_VERSION:
+        if content.get("version") not in READABLE_VERSIONS:
             raise UserError(
-                f"plan {path}: version {content.get('version')!r}; this code reads version {PLAN_VERSION}: "
-                "calibrate again, or use the release that wrote it"
+                f"plan {path}: version {content.get('version')!r}; this code reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: calibrate again, or use the release that wrote it"
             )
         try:
             layers = tuple({n: ProjectionPlan(**p) for n, p in layer.items()} for layer in content["layers"])
             fields = ("model", "method", "target", "criterion", "calibration")
-            return cls(layers=layers, **{name: content[name] for name in fields})
+            weights = content.get("weights")
+            return cls(
+                layers=layers,
+                weights=None if weights is None else Weights(**weights),
+                **{name: content[name] for name in fields},
+            )
         except UserError as error:
             raise UserError(f"plan {path}: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:

@@ -1,16 +1,18 @@
 """PNG figures, as in the paper's: input distributions with their thresholds, sparsity by layer, quality by sparsity."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from errors import UserError
-from files import atomic_file
+from files import FileKind, atomic_file
 from plan import PROJECTIONS, Histogram, SparsityPlan, bin_edges
 
 DRAWN_BINS = 80
+FIGURE = FileKind("a figure of this program", rb"Source\x00TEAL")
 MAX_PANELS = 3  # layers drawn in the figure of input distributions: first, middle, last
 
 
@@ -78,14 +80,19 @@ def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
     _save(draw, path)
 
 
+def require_matplotlib(what: str) -> None:
+    """Raise UserError, before the work whose result it would draw, if matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise UserError(f"{what} needs matplotlib; pip install matplotlib")
+
+
 def _save(draw: Callable[[Any], None], path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib; pip install matplotlib") from None
+    require_matplotlib("--plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata={"Source": "TEAL"})

@@ -7,6 +7,7 @@ time: memory holds a tensor in floats and the layer's quantized weights. An inte
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
     Rounding = Callable[[Tensor, int, int], Packed]
 
 SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
+MARKER = "progress.json"  # in the work folder: which job it is of
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# Beside shards what a folder may hold that an older release wrote, without a list of its files.
+PLAIN_FILES = {
+    "config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="output",
         help="dimension along which groups lie; input is the usual one, for comparison",
     )
-    parser.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument("--force", action="store_true", help="replace an output folder that this command wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     calibration = parser.add_argument_group("calibration of --method gptq")
     add_text_arguments(calibration)
@@ -62,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Quantize and say what came of it on stderr."""
     args = build_parser().parse_args()
+    if args.checkpoint is not None:
+        check_apart(args.output, Path(args.checkpoint).expanduser())
+    check_output(args.output, args.force)
     from checkpoint import find_shards
     from hf_config import load_config, load_quantization
     from quantization import QuantConfig, pick_group_size
@@ -71,14 +82,10 @@ def main() -> None:
     config = load_config(source)
     if load_quantization(source) is not None:
         raise UserError(f"--checkpoint {args.checkpoint}: is quantized already; give the original model")
-    if args.output.resolve() == source.resolve():
-        raise UserError(f"--output {args.output}: is the checkpoint itself; name another folder")
-    if args.output.exists() and not args.force:
-        raise UserError(f"--output {args.output}: exists; remove it, name another or pass --force")
     scheme = QuantConfig(args.mode, pick_group_size(config, args.group_size), args.lm_head == "int8", args.grouping)
     sequences = calibration_sequences(args, source, config.max_seq_len) if args.method == "gptq" else None
     before = sum(shard.stat().st_size for shard in find_shards(source))
-    quantize_folder(source, args.output, scheme, args.method, sequences, args.device)
+    quantize_folder(source, args.output, scheme, args.method, sequences, args.device, args.force)
     after = sum(shard.stat().st_size for shard in find_shards(args.output))
     print(
         f"{args.output}: {args.mode} by {args.method}, groups of {scheme.group_size} along the {args.grouping}, "
@@ -96,6 +103,65 @@ def calibration_sequences(args: argparse.Namespace, source: Path, limit: int) ->
     return token_sequences(load_tokenizer(source).encode, text, args.sequences, min(args.length, limit))
 
 
+def check_output(output: Path, force: bool) -> None:
+    """Raise UserError unless output can be written: nothing is there, or with force what this command wrote."""
+    from files import check_writable
+
+    check_writable("--output", output)
+    if not output.exists():
+        return
+    if not force:
+        raise UserError(f"--output {output}: exists; remove it, name another or pass --force")
+    if reason := _foreign(output.resolve()):
+        raise UserError(
+            f"--output {output}: {reason}; --force replaces only what quantize.py wrote: name another folder"
+        )
+
+
+def _foreign(folder: Path) -> str | None:
+    """Why folder is not one that this command wrote, with all files as they were then and no others; None if it is."""
+    from files import fingerprint
+    from hf_config import read_json
+    from quantization import QuantConfig
+
+    if not folder.is_dir() or folder.is_symlink():
+        return "is no folder"
+    path = folder / "config.json"
+    try:
+        scheme = read_json(path).get("quantization_config")
+        scheme = scheme if isinstance(scheme, dict) else {}
+        QuantConfig.from_json(scheme, str(path))
+    except UserError:
+        return "is not a checkpoint that it quantized"
+    written = scheme.get("files")
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_file() or entry.is_symlink():
+            return f"holds {entry.name}"
+        if entry == path:
+            continue
+        if not isinstance(written, dict):
+            if entry.name not in PLAIN_FILES and not SHARD.fullmatch(entry.name):
+                return f"holds {entry.name}"
+        elif written.get(entry.name) != fingerprint(entry):
+            return f"holds {entry.name}" + (", changed since it was written" if entry.name in written else "")
+    return None
+
+
+def check_apart(output: Path, source: Path) -> None:
+    """Raise UserError if output is the source, holds it or lies in it, by whatever names."""
+
+    def same(one: Path, other: Path) -> bool:
+        return one.exists() and other.exists() and one.samefile(other)
+
+    target, source = output.resolve(), source.resolve()
+    if same(target, source):
+        raise UserError(f"--output {output}: is the checkpoint itself; name another folder")
+    if any(same(target, folder) for folder in source.parents):
+        raise UserError(f"--output {output}: holds the checkpoint; name another folder")
+    if any(same(folder, source) for folder in target.parents):
+        raise UserError(f"--output {output}: lies in the checkpoint; name a folder outside it")
+
+
 def quantize_folder(
     source: Path,
     output: Path,
@@ -103,48 +169,79 @@ def quantize_folder(
     method: str = "rtn",
     sequences: "Tensor | None" = None,
     device: str = "auto",
+    force: bool = False,
 ) -> None:
     """Write source's quantized model to output, through a folder beside it that a later call may go on with.
 
-    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError.
+    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError, also if output
+    exists, but for one that this function wrote, with force.
     """
-    from filelock import FileLock
+    from files import Output, replace_folder, reserved, restore_folder
 
-    from files import cache_folder
-    from hf_config import read_json
-
-    output = output.resolve()
-    work = output.with_name(f".{output.name}.part")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lock = cache_folder("locks") / f"{hashlib.sha256(str(output).encode()).hexdigest()[:16]}.lock"
-    with FileLock(lock):
+    check_apart(output, source)
+    with reserved(Output("--output", output, None)):
+        target = output.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        restore_folder(target)
+        check_output(output, force)
+        work = target.with_name(f".{target.name}.part")
         _start_or_resume(work, source, scheme, method, sequences)
         _write_shards(source, work, scheme, method, sequences, device)
-        for path in source.iterdir():
-            if path.is_file() and not path.name.endswith(SKIPPED_FILES) and not path.name.startswith("."):
-                shutil.copyfile(path, work / path.name)
-        description = read_json(source / "config.json")
-        description["quantization_config"] = scheme.as_json()
-        (work / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        (work / "progress.json").unlink()
-        if output.exists():  # only with --force
-            shutil.rmtree(output)
-        work.rename(output)
+        _write_the_rest(source, work, scheme)
+        (work / MARKER).unlink()
+        replace_folder(work, target)
+
+
+def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
+    """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files as they are now."""
+    from checkpoint import stored_config, weights_identity
+    from files import atomic_file, fingerprint
+    from hf_config import read_json
+
+    for path in source.iterdir():
+        skipped = path.name.endswith(SKIPPED_FILES) or path.name.startswith(".") or not path.is_file()
+        if not skipped:
+            shutil.copyfile(path, work / path.name)
+    files = {
+        path.name: fingerprint(path) for path in sorted(work.iterdir()) if path.name not in (MARKER, "config.json")
+    }
+    description = read_json(source / "config.json")
+    description["tie_word_embeddings"] = stored_config(source).tie_embeddings
+    origin = {"name": source.name, "identity": weights_identity(source)}  # so that its plans fit
+    description["quantization_config"] = {**scheme.as_json(), "source": origin, "files": files}
+    with atomic_file(work / "config.json") as temporary:
+        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def _start_or_resume(
     work: Path, source: Path, scheme: "QuantConfig", method: str, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
-    """Make work a folder of this very job: what another job left there is removed."""
+    """Make work a folder of this very job. What another job left there is removed; else it must be empty. Raises UserError."""
     from checkpoint import model_identity
+    from files import atomic_file, sweep
 
+    sweep(work, ".*.part")
     text = None if sequences is None else hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
     key = {"source": model_identity(source), **scheme.as_json(), "method": method, "text": text}
-    marker = work / "progress.json"
-    if not marker.exists() or json.loads(marker.read_text(encoding="utf-8")) != key:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        marker.write_text(json.dumps(key), encoding="utf-8")
+    marker = work / MARKER
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found == key:
+        return
+    if work.exists():
+        is_ours = (
+            work.is_dir()
+            and not work.is_symlink()
+            and (not any(work.iterdir()) or (isinstance(found, dict) and "source" in found))
+        )
+        if not is_ours and (reason := _foreign(work)):
+            raise UserError(f"{work}: is where unfinished work goes, and {reason}; move it away")
+        shutil.rmtree(work)
+    work.mkdir()
+    with atomic_file(marker) as temporary:
+        temporary.write_text(json.dumps(key), encoding="utf-8")
 
 
 def _write_shards(
@@ -195,14 +292,13 @@ def _write_shards(
 
 def _jobs(source: Path, scheme: "QuantConfig") -> list[dict[str, Path]]:
     """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
-    from checkpoint import find_shards, open_shard
-    from hf_config import load_config
+    from checkpoint import find_shards, open_shard, stored_config
 
     where: dict[str, Path] = {}
     for shard in find_shards(source):
         with open_shard(shard) as tensors:
             where |= dict.fromkeys(tensors.keys(), shard)
-    config = load_config(source)
+    config = stored_config(source)
     if scheme.lm_head and config.tie_embeddings:
         where["lm_head.weight"] = where["model.embed_tokens.weight"]
     elif config.tie_embeddings:
@@ -220,7 +316,7 @@ def _quantized_tensors(
 
     The head is rounded to nearest, of 8 bits.
     """
-    from checkpoint import open_shard
+    from checkpoint import is_finite, open_shard
     from quantization import round_input_groups, round_to_nearest
 
     result: dict[str, Tensor] = {}
@@ -230,11 +326,11 @@ def _quantized_tensors(
             stored = "model.embed_tokens.weight" if name not in tensors.keys() else name  # noqa: SIM118 - a tied head
             tensor = tensors.get_tensor(stored)
         head = name == "lm_head.weight" and scheme.lm_head
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
         if not head and not name.endswith("_proj.weight"):
             result[name] = tensor.contiguous()
             continue
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged")
         dtypes.setdefault(tensor.dtype, name)
         if len(dtypes) > 1:
             (one, first), (other, second) = dtypes.items()

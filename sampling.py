@@ -7,6 +7,9 @@ from torch import Tensor
 
 from params import SamplingParams
 
+MAX_BIAS = 100.0  # OpenAI's range of a token's bias
+FORCED = 1e4  # beyond any logit and penalty
+
 
 def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torch.Generator | None) -> Tensor:
     """Next token of each row: logits [B, V] -> int64 [B].
@@ -15,7 +18,7 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
     """
     if params.takes_likeliest:
         return logits.argmax(dim=-1)
-    if params.temperature == 0:
+    if params.is_greedy:
         return _penalized(logits, params, seen).argmax(dim=-1)
     return draw(probabilities(logits, params, seen), generator)
 
@@ -23,7 +26,7 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
 def probabilities(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tensor:
     """What sample draws from: fp32 [B, V]; all of it on one token where the likeliest is taken."""
     logits = _penalized(logits, params, seen)
-    if params.temperature == 0:
+    if params.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     return filter_logits(logits / params.temperature, params).softmax(dim=-1)
 
@@ -61,6 +64,21 @@ def penalize(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
 def penalize_counts(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
     """logits [B, V] less presence for each generated token and frequency times its count [B, V] (OpenAI's penalties)."""
     return logits - presence * (counts > 0) - frequency * counts
+
+
+def bias_row(bias: dict[int, float], size: int, device: torch.device) -> Tensor:
+    """OpenAI's logit_bias as fp32 [1, V] to add to logits: -100 bans a token, 100 leaves only tokens at 100.
+
+    The others lose FORCED instead of the forced gaining it: a grammar that allows no forced token still has its choice.
+    """
+    row = torch.zeros(1, size, device=device)
+    if bias:
+        ids, values = torch.tensor(list(bias), device=device), torch.tensor(list(bias.values()), device=device)
+        row[0, ids] = values.where(values > -MAX_BIAS, -math.inf)
+        if (forced := ids[values >= MAX_BIAS]).numel():
+            row -= FORCED
+            row[0, forced] = 0
+    return row
 
 
 def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:

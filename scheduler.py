@@ -19,13 +19,12 @@ from torch import Tensor
 from decode_rows import DecodeRows
 from engine import PREFILL_CHUNK, Engine
 from errors import UserError
-from generation import Done, Observer, Piece, Request, Sequence, token_logprob
+from generation import Done, Observer, Piece, Request, Sequence, TokenLogprob, token_logprob
 from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from plan import SparsityPlan
 from plan_switch import Tally
 from prefill import Prefill
 from row_table import Flight, Group, RowTable
-from sampling import penalize_counts, sample
 from speculation import SpeculativeEngine
 from teal_layers import achieved_sparsity
 
@@ -197,10 +196,8 @@ class Scheduler:
         self.observer.finished(request, reason)
         if request.cancelled:
             return
-        if sequence is not None and reason != "error":
-            tail = sequence.filter.push(sequence.decoder.flush()) + sequence.filter.flush()
-            if tail or sequence.logprobs:
-                request.emit(Piece(tail, tuple(sequence.logprobs)))
+        if sequence is not None and reason != "error" and (tail := sequence.rest()) is not None:
+            request.emit(tail)
         request.emit(Done(reason, error))
 
     def _admit(self) -> None:
@@ -311,27 +308,23 @@ class Scheduler:
     def _choose(self, request: Request, logits: Tensor | None, likeliest: int) -> None:
         """Sample a token for request from its logits [1, V], pass its text on, end it if it is finished.
 
-        One that takes the likeliest needs no logits.
+        One that takes the likeliest needs no logits. A grammar without a way on ends this request and no other.
         """
         sequence = self.sequences[request]
-        token = likeliest if logits is None or request.is_plain else self._sampled(request, sequence, logits)
+        try:
+            token = likeliest if logits is None or request.is_plain else sequence.sample(logits)
+            complete = request.matcher is not None and request.matcher.accept(token)
+        except UserError as error:
+            self._end(request, "error", str(error))
+            return
         self._timed(request)
         if request.count_sparsity and request.new_tokens == COUNTED_TOKENS:
             self._stop_counting(request)
         request.token = token
+        logprob = None
         if request.top_logprobs is not None and logits is not None:
-            sequence.logprobs.append(token_logprob(logits[0], token, request.top_logprobs))
-        self._pass_on(request, sequence, token)
-
-    def _sampled(self, request: Request, sequence: Sequence, logits: Tensor) -> int:
-        if request.presence_penalty or request.frequency_penalty:
-            logits = penalize_counts(logits, sequence.counts, request.presence_penalty, request.frequency_penalty)
-        if request.matcher is not None:
-            logits = request.matcher.mask(logits)
-        token = int(sample(logits, request.params, sequence.seen, sequence.generator))
-        sequence.counts[0, token] += 1
-        sequence.seen[0, token] = True
-        return token
+            logprob = token_logprob(logits[0], token, request.top_logprobs)
+        self._pass_on(request, sequence, token, logprob, complete)
 
     def _timed(self, request: Request) -> None:
         now = time.monotonic()
@@ -343,15 +336,15 @@ class Scheduler:
             self.observer.next_token(now - request.last_token_at)
         request.last_token_at = now
 
-    def _pass_on(self, request: Request, sequence: Sequence, token: int) -> None:
+    def _pass_on(
+        self, request: Request, sequence: Sequence, token: int, logprob: TokenLogprob | None, complete: bool
+    ) -> None:  # fmt: skip
+        """Emit what became text with token, and end the request with its last one."""
         if token in self.engine.tokenizer.eos_ids and not request.ignore_eos:
             self._end(request, "stop")
             return
-        text = sequence.filter.push(sequence.decoder.push(token))
-        if text:
-            request.emit(Piece(text, tuple(sequence.logprobs)))
-            sequence.logprobs.clear()
-        complete = request.matcher is not None and request.matcher.accept(token)
+        if (piece := sequence.push(token, logprob)) is not None:
+            request.emit(piece)
         if sequence.filter.stopped or complete:
             self._end(request, "stop")
         elif request.new_tokens >= request.max_new_tokens:

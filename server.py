@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -19,15 +22,18 @@ from endpoints import Endpoints
 from errors import UserError
 from generation import Observer
 from generation import Request as Generation
-from http_limits import Limits
+from http_errors import STOPPING, error_response
+from http_limits import BodyMeter, Limits
+from http_origin import CallerCheck, Callers
 from openai_api import Service
 from openai_schema import BadRequest
 from scheduler import QueueFull
 
 WEB = Path(__file__).with_name("web")
-RETRY_AFTER_S = 1
+WORKERS = 2  # threads that parse, render, tokenize and compile, off the event loop
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+CORS: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+BEARER = {"WWW-Authenticate": "Bearer"}
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -69,14 +75,6 @@ class Metrics(Observer):
         self.cached.inc(request.reused_tokens)
 
 
-def error_response(message: str, status: int, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    kind = ERROR_TYPES.get(status, "invalid_request_error")
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 429 else None
-    body = {"message": message, "type": kind, "param": param, "code": None}
-    return JSONResponse({"error": body}, status, headers)
-
-
 class Api:
     """Guards the endpoints of one service, and answers for its state."""
 
@@ -93,7 +91,8 @@ class Api:
         return JSONResponse(body, 200 if alive else 503)
 
     async def metrics_text(self, http: Request) -> Response:
-        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        text = await asyncio.to_thread(generate_latest, self.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def sparsity(self, http: Request) -> Response:
         """The plans a request may name, and what the last counted generation dropped by layer and projection."""
@@ -106,10 +105,10 @@ class Api:
         """endpoint behind the API key, with errors in OpenAI's shape."""
 
         async def answer(http: Request) -> Response:
-            key = self.limits.api_key
-            given = http.headers.get("authorization", "").removeprefix("Bearer ")
-            if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
-                return error_response("the API key is missing or wrong; send Authorization: Bearer KEY", 401)
+            if not self._has_key(http):
+                return error_response(
+                    "the API key is missing or wrong; send Authorization: Bearer KEY", 401, headers=BEARER
+                )
             try:
                 return await endpoint(http)
             except BadRequest as error:
@@ -117,22 +116,39 @@ class Api:
             except UserError as error:
                 return error_response(str(error), 400)
             except QueueFull:
+                if self.service.scheduler.closing:
+                    return error_response(STOPPING, 503)
                 self.metrics.rejected.inc()
                 return error_response("too many requests wait already; try again", 429)
             except HTTPException as error:
-                return error_response(error.detail, error.status_code)
+                return error_response(error.detail, error.status_code, headers=error.headers)
             except ClientDisconnect:
                 return Response(status_code=499)
 
         return answer
 
+    def _has_key(self, http: Request) -> bool:
+        key = self.limits.api_key
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        return key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()))
 
-def build_app(service: Service, limits: Limits) -> Starlette:
+
+def method_refused(http: Request, error: HTTPException) -> Response:
+    """405 with the methods that the path takes; OPTIONS asks for no more than these."""
+    allowed = (error.headers or {}).get("Allow", "GET, HEAD")
+    headers = {"Allow": ", ".join(sorted({*allowed.split(", "), "OPTIONS"}))}
+    if http.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    return error_response(f"{http.method} {http.url.path}: expected {headers['Allow']}", 405, headers=headers)
+
+
+def build_app(service: Service, limits: Limits, callers: Callers) -> Starlette:
     """The application; its end is the end of the scheduler, which someone else runs."""
     api, endpoints = Api(service, limits), Endpoints(service, limits)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "worker"))
         yield
         await asyncio.to_thread(service.scheduler.close, limits.drain_seconds)
 
@@ -141,15 +157,23 @@ def build_app(service: Service, limits: Limits) -> Starlette:
 
     async def failure(http: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 500)
+        if isinstance(error, HTTPException) and status == 405:
+            return method_refused(http, error)
         return error_response(f"{http.method} {http.url.path}: {getattr(error, 'detail', 'server error')}", status)
 
     guarded = {
         "/v1/chat/completions": (endpoints.chat, "POST"),
         "/v1/completions": (endpoints.completion, "POST"),
         "/v1/models": (endpoints.models, "GET"),
+        "/v1/models/{name:path}": (endpoints.model, "GET"),
         "/sparsity": (api.sparsity, "GET"),
         "/metrics": (api.metrics_text, "GET"),
     }
     routes: list[Any] = [Route(path, api.guarded(run), methods=[method]) for path, (run, method) in guarded.items()]
     routes += [Route("/health", api.health), Route("/", page), Mount("/web", StaticFiles(directory=WEB))]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: failure, 405: failure, 500: failure})
+    middleware = [Middleware(CallerCheck, callers=callers)]
+    if callers.origins:
+        middleware.append(Middleware(CORSMiddleware, allow_origins=callers.origins, **CORS))
+    middleware.append(Middleware(BodyMeter, limits=limits))
+    handlers: dict[Any, Any] = {404: failure, 405: failure, 500: failure}
+    return Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers=handlers)

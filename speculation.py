@@ -56,6 +56,7 @@ class SpeculativeEngine(Engine):
         quant: str | None = None,
         quant_lm_head: bool = False,
         kv_cache: str = "float",
+        force_plan: bool = False,
     ) -> Self:
         """As Engine.load, an engine that drafts up to length tokens by sparse steps of the model.
 
@@ -64,7 +65,7 @@ class SpeculativeEngine(Engine):
         """
         check_length(length)
         loaded = load_for_decoding(
-            checkpoint, random_weights, device, dtype, draft_quant is None, quant, quant_lm_head, kv_cache
+            checkpoint, random_weights, device, dtype, draft_quant is None, quant, quant_lm_head, kv_cache, force_plan
         )
         draft = make_draft(loaded, draft_sparsity, draft_plan, draft_quant, compile)
         # A draft with the same weights needs them in the sparse layout, and the dense model then keeps all of them.

@@ -1,40 +1,54 @@
 """Token ids that arrive one by one -> text on character boundaries, cut at stop strings."""
 
+import codecs
+from collections.abc import Sequence
+
 from tokenizer import Tokenizer
+
+LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 class StreamDecoder:
     """Turns ids that arrive one by one into text, never splitting a UTF-8 character.
 
-    The text of an id depends on its neighbours (spaces, multi-byte characters), so a short window of
-    ids is decoded with and without the new one and the difference emitted once it ends on a
-    character boundary.
+    prompt_ids: what they continue. The text is decode(prompt + ids) without decode(prompt), so that a word keeps the
+    space before it, and a character that the prompt begins is finished.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.context = 0  # ids[context:emitted] are already out and decoded again as context
-        self.emitted = 0
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        tail = [i for i in prompt_ids[-LONGEST_CHARACTER:] if i not in tokenizer.special_ids]
+        self.utf8.decode(b"".join(map(tokenizer.token_bytes, tail)))
+        # While all is spaces, ids wait: a decoder may strip those at the start of a text.
+        self.at_start = not any(self._has_text(i) for i in reversed(prompt_ids))
+        self.start = list(prompt_ids) if self.at_start else []
+        self.shown = len(tokenizer.decode(self.start))
+
+    def _has_text(self, token: int) -> bool:
+        return token not in self.tokenizer.special_ids and bool(self.tokenizer.token_bytes(token).strip(b" "))
 
     def push(self, token: int) -> str:
         """Text that became certain with this id; may be empty."""
-        self.ids.append(token)
-        return self._emit(final=False)
+        if token in self.tokenizer.special_ids:
+            return ""
+        data = self.tokenizer.token_bytes(token)
+        if self.at_start:
+            self.start.append(token)
+            if not self._has_text(token):
+                return ""
+            data = b" " * self._leading_spaces() + data.lstrip(b" ")
+            self.at_start = False
+        return self.utf8.decode(data)
 
     def flush(self) -> str:
         """Text still held back; bytes of an unfinished character are dropped."""
-        return self._emit(final=True).rstrip("\ufffd")
+        return self.tokenizer.decode(self.start)[self.shown :] if self.at_start else ""
 
-    def _emit(self, final: bool) -> str:
-        before = self.tokenizer.decode(self.ids[self.context : self.emitted])
-        after = self.tokenizer.decode(self.ids[self.context :])
-        # A character has at most 4 bytes, so at most 4 ids: a longer run of U+FFFD is the text itself.
-        unfinished = after.endswith("\ufffd") and len(self.ids) - self.emitted < 4
-        if not final and (unfinished or len(after) <= len(before)):
-            return ""
-        self.context, self.emitted = self.emitted, len(self.ids)
-        return after[len(before) :]
+    def _leading_spaces(self) -> int:
+        """Of the text so far, without those of the prompt."""
+        text = self.tokenizer.decode(self.start)
+        return len(text) - len(text.lstrip(" ")) - self.shown
 
 
 class StopStrings:

@@ -1,146 +1,49 @@
-"""Text <-> token ids for the three file formats models ship: tokenizers JSON, SentencePiece, tiktoken.
+"""Text <-> token ids for one model, plain and as a conversation, by the files in its checkpoint folder.
 
-The format is read from a file's content, never from its name. Special tokens and the chat template
-come from the checkpoint folder; the template runs in Jinja2's sandbox.
+The format of a tokenizer file is read from its content, never from its name. Text is text: control tokens come
+from the chat template, or from a raw prompt where the caller allows it.
 """
 
-import base64
-import binascii
-import json
-import re
-from datetime import datetime
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import jinja2
-import sentencepiece
-import tiktoken
-import tokenizers
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from chat_template import ChatTemplates, find_templates
+from control_tokens import ControlTokens
 from errors import UserError
 from hf_config import read_json
+from text_length import TextBound, text_bound
+from token_backends import Backend, Declared, JsonBackend, make_backend
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
-
-# Llama 3's tiktoken files hold only the ranks; the split pattern and the 256 special tokens that
-# follow the ranks are constants of the family.
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3_SPECIAL_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 8: "eom_id"}
-LLAMA3_SPECIAL_NAMES |= {9: "eot_id", 10: "python_tag"}
-LLAMA3_SPECIAL_COUNT = 256
-TOOLS_MESSAGE = (
-    "You can call functions. To call one, answer only with "
-    '<tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>. Functions:\n'
-)
-
-
-class Backend(Protocol):
-    """What the formats have in common: ids of plain text, text of ids, ids of special tokens."""
-
-    special: dict[str, int]
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class JsonBackend:
-    """tokenizer.json, by the tokenizers package."""
-
-    def __init__(self, content: bytes) -> None:
-        self.inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        added = self.inner.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items() if token.special}
-        # Ids a post-processor puts before any text, such as <s>.
-        self.prefix = self.inner.encode("").ids
-
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids, skip_special_tokens=True)
-
-
-class SentencePieceBackend:
-    """SentencePiece tokenizer.model; special tokens in a text are found here, which SentencePiece does not do.
-
-    added: tokens the checkpoint declares beside the model file, with their ids.
-    """
-
-    def __init__(self, content: bytes, added: dict[str, int]) -> None:
-        if not content:
-            raise ValueError("the file is empty")  # SentencePiece itself would accept it
-        self.inner = sentencepiece.SentencePieceProcessor(model_proto=content)
-        pieces = range(self.inner.get_piece_size())
-        self.special = {self.inner.id_to_piece(i): i for i in pieces if self.inner.is_control(i)} | added
-
-    def encode(self, text: str) -> list[int]:
-        if not self.special:
-            return self.inner.encode(text)
-        ids: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, self.special)) + ")", text):
-            ids += [self.special[part]] if part in self.special else self.inner.encode(part)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode([i for i in ids if i < self.inner.get_piece_size()])
-
-
-class TiktokenBackend:
-    """Llama 3's tiktoken tokenizer.model: one base64 token and its rank a line."""
-
-    def __init__(self, content: bytes) -> None:
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
-        names = [
-            f"<|{LLAMA3_SPECIAL_NAMES.get(i, f'reserved_special_token_{i}')}|>" for i in range(LLAMA3_SPECIAL_COUNT)
-        ]
-        self.special = {name: len(ranks) + i for i, name in enumerate(names)}
-        self.inner = tiktoken.Encoding(
-            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special
-        )
-        self.first_special = len(ranks)
-
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, allowed_special="all")
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode([i for i in ids if i < self.first_special])
-
-
-class IdBackend:
-    """For random weights, which have no text: a text's bytes are its ids, and ids are written as numbers."""
-
-    def __init__(self) -> None:
-        self.special: dict[str, int] = {}
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(f" {i}" for i in ids)
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class Tokenizer:
     """Encode, decode and chat-format text for one model, configured by the files in its folder, if it has one.
 
-    eos_ids: tokens that end a generation.
+    eos_ids: tokens that end a generation. special_ids: tokens that decoded text leaves out.
     """
 
     def __init__(self, backend: Backend, folder: Path | None = None) -> None:
-        names = ("tokenizer_config.json", "generation_config.json", "config.json")
-        config, generation, model = (_optional_json(folder / name) if folder else {} for name in names)
+        names = ("generation_config.json", "config.json")
+        generation, model = (_optional_json(folder / name) if folder else {} for name in names)
+        config = _tokenizer_config(folder) if folder else {}
         self.backend = backend
-        self.special_texts = {role: _token_text(config.get(f"{role}_token")) for role in ("bos", "eos", "unk", "pad")}
+        self.special_ids = frozenset(backend.special.values())
+        self.special_texts = {role: _token_text(config.get(f"{role}_token")) for role in ROLES}
         self.bos_ids = self._find_bos(config, model)
         self.eos_ids = self._find_eos(generation, model)
-        self.chat_template = _find_chat_template(folder, config) if folder else None
+        variables = {f"{role}_token": text for role, text in self.special_texts.items() if text is not None}
+        self.templates = ChatTemplates(find_templates(folder, config) if folder else {}, variables)
+        self.control = ControlTokens(backend.control, backend.special)
 
     def _find_bos(self, config: dict[str, Any], model: dict[str, Any]) -> list[int]:
-        if isinstance(self.backend, JsonBackend):
-            return self.backend.prefix
-        if not config.get("add_bos_token", True):
+        wanted = config.get("add_bos_token")
+        if isinstance(self.backend, JsonBackend) and (wanted is None or self.backend.prefix):
+            return [] if wanted is False else self.backend.prefix
+        if wanted is False:
             return []
         text = self.special_texts["bos"]
         first = next((t for t in ("<|begin_of_text|>", "<s>") if t in self.backend.special), None)
@@ -157,37 +60,75 @@ class Tokenizer:
         names = [text, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
         return frozenset(found | {self.backend.special[n] for n in names if n in self.backend.special})
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a plain prompt, with the beginning-of-text token where the model expects one."""
-        return self.bos_ids + self.backend.encode(text)
+    def encode(
+        self, text: str, allow_special: bool = False, add_bos: bool = True, context: int | None = None
+    ) -> list[int]:
+        """Ids of a plain prompt, with one beginning-of-text token where the model expects one.
 
-    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        allow_special: names of control tokens in the text, such as <|im_end|>, are those tokens, and not text.
+        context: raises UserError, before the work, for a text whose length alone tells that it has as many tokens.
+        """
+        ids = self._encoded(self.control.parts(text) if allow_special else [text], context)
+        bos = self.bos_ids if add_bos else []
+        return ids if ids[: len(bos)] == bos else bos + ids
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+        context: int | None = None,
+    ) -> list[int]:
         """Ids of a conversation ({"role", "content"} dicts), ready for the assistant's next answer.
 
-        tools: function descriptions for the template, or for a system message if it has no place for them. Raises
-        UserError if the folder has no chat template or the template rejects the messages.
+        Names of control tokens in messages, tools, documents and template_kwargs are text.
+        tools: function descriptions for the template, or for a system message if it has no place for them.
+        continue_final_message: the last message stays open, and no generation prompt follows it.
+        context is encode's. Raises UserError if the folder has no chat template or the template rejects the messages.
         """
-        return self.backend.encode(self.render_chat(messages, tools))
+        text = self.templates.render(
+            messages, tools, documents, add_generation_prompt, continue_final_message, template_kwargs, self.control
+        )
+        return self._encoded(self.control.parts(text), context)
 
-    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        """The conversation as the text the model was trained on. Raises UserError as encode_chat does."""
-        if self.chat_template is None:
-            raise UserError("this checkpoint has no chat template; use --prompt, or a chat-tuned checkpoint")
-        if tools and "tools" not in self.chat_template:
-            described = TOOLS_MESSAGE + "\n".join(json.dumps(tool["function"]) for tool in tools)
-            messages = [{"role": "system", "content": described}, *messages]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": datetime.now().strftime}
-        texts = {f"{role}_token": text or "" for role, text in self.special_texts.items()}
-        try:
-            template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, tools=tools, add_generation_prompt=True, **texts)
-        except Exception as error:  # a template is a program, and messages from outside may be of any shape
-            raise UserError(f"the checkpoint's chat template rejected the conversation ({error})") from error
+    def _encoded(self, parts: Sequence[str | int], context: int | None) -> list[int]:
+        if context is not None and self._text_bound is not None:
+            self._text_bound.check("".join(part for part in parts if isinstance(part, str)), context)
+        return self.backend.encode(parts)
 
-    def decode(self, ids: list[int]) -> str:
+    @cached_property
+    def _text_bound(self) -> TextBound | None:
+        return text_bound(self.backend)
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the text the model was trained on. Arguments and errors are encode_chat's."""
+        return self.templates.render(
+            messages, tools, documents, add_generation_prompt, continue_final_message, template_kwargs
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.backend.decode(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token within a text, which may be part of a character. A special token's are its name.
+
+        Joined over a text's tokens they are its UTF-8, with the space that some decoders strip from the start.
+        """
+        return self.backend.token_bytes(token)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -200,24 +141,35 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _load_backend(path: Path, folder: Path) -> Backend:
-    content = path.read_bytes()
+    declared = _declared(folder)
     try:
-        if content.lstrip()[:1] == b"{":
-            return JsonBackend(content)
-        if _is_tiktoken(content):
-            return TiktokenBackend(content)
-        declared = _optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        return SentencePieceBackend(content, {token["content"]: int(i) for i, token in declared.items()})
+        return make_backend(path.read_bytes(), declared)
     except Exception as error:  # tokenizers raises plain Exception, sentencepiece RuntimeError
         raise UserError(f"{path}: not a readable tokenizer ({error}); download it again") from error
 
 
-def _is_tiktoken(content: bytes) -> bool:
-    first = content.split(b"\n", 1)[0].split()
+def _declared(folder: Path) -> Declared:
+    config = _tokenizer_config(folder)
+    templates = "\n".join(find_templates(folder, config).values())
     try:
-        return len(first) == 2 and first[1].isdigit() and bool(base64.b64decode(first[0], validate=True))
-    except binascii.Error:
-        return False
+        tokens = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        added = {str(token["content"]): i for i, token in tokens.items()}
+        special = {str(token["content"]) for token in tokens.values() if token.get("special")}
+    except (AttributeError, TypeError, KeyError, ValueError):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is not usable; expected token objects by id"
+        ) from None
+    named = [config.get(f"{role}_token") for role in ROLES]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key)
+        named += listed if isinstance(listed, list) else listed.values() if isinstance(listed, dict) else []
+    special |= {text for text in map(_token_text, named) if text}
+    return Declared(added, frozenset(special), templates, legacy=bool(config.get("legacy", False)))
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; what it does not say of special tokens, older checkpoints say in a file of their own."""
+    return _optional_json(folder / "special_tokens_map.json") | _optional_json(folder / "tokenizer_config.json")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
@@ -226,19 +178,5 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 def _token_text(value: Any) -> str | None:
     """A special token in tokenizer_config.json is a string or an object with a content field."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _find_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _optional_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(template, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
-    return template
-
-
-def _raise_template_error(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None

@@ -118,7 +118,7 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     by_load = not args.input_groups
     loaded = load_for_decoding(
         args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant if by_load else None,
-        args.lm_head == "int8" and by_load, args.kv_cache,
+        args.lm_head == "int8" and by_load, args.kv_cache, args.force_plan,
     )  # fmt: skip
     if args.input_groups:
         round_weights(loaded, args.quant, args.lm_head == "int8", "--quant", "input")

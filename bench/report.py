@@ -19,10 +19,13 @@ import torch
 import cli
 from bench import decode, gemv
 from errors import UserError
-from files import atomic_file, cpu_name
+from files import FileKind, Output, atomic_file, cpu_name, reserved
 from generate import add_decode_arguments
 from hardware import DTYPES, pick_device
+from plots import require_matplotlib
 
+PAGE_KIND = FileKind("a page of bench.report", rb"<h2>Decoding, one token at a time</h2>")
+FIGURES_KIND = FileKind("a file of bench.report", rb'"read_gb_per_s": ')
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <title>{{ r.model }} on {{ r.hardware }}</title>
@@ -106,10 +109,8 @@ def plots(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _svg(lines: dict[str, list[tuple[float, float]]], label: str) -> str:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("bench.report draws with matplotlib; pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
@@ -130,12 +131,20 @@ def main() -> None:
     args = build_parser().parse_args()
     if not args.output.parent.is_dir():
         raise UserError(f"-o {args.output}: no such folder; create it first")
-    report = measure(args)
-    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(r=report, plots=plots(report))
-    for path, text in ((args.output, page), (args.output.with_suffix(".json"), json.dumps(report, indent=1) + "\n")):
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    print(json.dumps({"page": str(args.output), "figures": str(args.output.with_suffix(".json"))}))
+    require_matplotlib("bench.report")
+    figures = args.output.with_suffix(".json")
+    with reserved(Output("-o", args.output, PAGE_KIND), Output("-o", figures, FIGURES_KIND)):
+        write(measure(args), args.output, figures)
+    print(json.dumps({"page": str(args.output), "figures": str(figures)}))
+
+
+def write(report: dict[str, Any], page: Path, figures: Path) -> None:
+    """Write the figures, then draw and write the page."""
+    with atomic_file(figures) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = jinja2.Environment(autoescape=True).from_string(PAGE).render(r=report, plots=plots(report))
+    with atomic_file(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def options(tiny_folder: Path) -> tuple[str, ...]:
 def test_commands(options: tuple[str, ...], tmp_path: Path) -> None:
     lines = ["Hello", "/sparsity 0", "/sparsity 1.5", "/sparsity x", "/nonsense", f"/save {tmp_path / 'c.json'}"]
     lines += [f"/save {tmp_path / 'no' / 'c.json'}", "/save", "/stats", "/reset", "Again", "/quit", "never read"]
-    done = run_command(*options, "--sparsity", "0.5", "--max-new-tokens", "5", stdin="\n".join(lines))
+    done = run_command(*options, "--sparsity", "0.5", "--max-new-tokens", "5", "--stats", stdin="\n".join(lines))
     said = done.stderr.decode()
     assert done.returncode == 0, said
     for text in (
@@ -38,7 +38,7 @@ def test_commands(options: tuple[str, ...], tmp_path: Path) -> None:
         "a new conversation",
     ):
         assert text in said, text
-    assert "No such file" in said and "Traceback" not in said
+    assert f"error: /save {tmp_path / 'no' / 'c.json'}: No such file or directory" in said and "Traceback" not in said
     saved = json.loads((tmp_path / "c.json").read_text())
     assert [turn["role"] for turn in saved] == ["user", "assistant"] and saved[0]["content"] == "Hello"
     assert said.count("end: length") == 2 and "prompt 3" not in done.stdout.decode()
@@ -48,11 +48,12 @@ def test_commands(options: tuple[str, ...], tmp_path: Path) -> None:
 def test_statistics_change_no_word(options: tuple[str, ...], sparsity: str) -> None:
     """They count by generating once more, and leave the cache as the answer left it."""
     arguments = (*options, "--sparsity", sparsity, "--max-new-tokens", "40")
-    plain, detailed = (run_command(*arguments, *more, stdin="Hello\nAgain\nOn\n") for more in ((), ("--stats",)))
+    lines = "Hello\n/stats\nAgain\n/stats\nOn\n/stats\n"
+    plain, detailed = (run_command(*arguments, *more, stdin=lines) for more in ((), ("--stats",)))
     assert plain.returncode == detailed.returncode == 0 and plain.stdout == detailed.stdout
-    cached = [[line for line in done.stderr.decode().splitlines() if "cached" in line] for done in (plain, detailed)]
-    counts = [re.findall(r"(\d+) cached", " ".join(lines)) for lines in cached]
-    assert counts[0] == counts[1] and int(counts[0][2]) > 40
+    counts = [re.findall(r'"reused_tokens": (\d+)', done.stderr.decode()) for done in (plain, detailed)]
+    assert counts[0] == counts[1] and len(counts[0]) == 3 and int(counts[0][2]) > 40
+    assert b"cached" not in plain.stderr and detailed.stderr.count(b"cached") == 3
     assert ("layer  0" in detailed.stderr.decode()) == (sparsity != "0") and b"GB/s measured" in detailed.stderr
 
 
@@ -68,11 +69,18 @@ class Terminal:
         self.main, other = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "generate.py", *options], cwd=ROOT, stdin=other, stdout=other, stderr=other, close_fds=True,
-            start_new_session=True, env=os.environ | {"XDG_CACHE_HOME": str(cache), "TERM": "dumb"},
+            start_new_session=True, env=os.environ | {"XDG_CACHE_HOME": str(cache), "TERM": "vt100"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(other)
         self.seen = ""
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        os.close(self.main)
 
     def wait_for(self, text: str, count: int = 1) -> None:
         end = time.monotonic() + 60
@@ -89,8 +97,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_the_answer_only(options: tuple[str, ...], tmp_path: Path) -> None:
-    terminal = Terminal((*options, "--max-new-tokens", "300"), tmp_path)
-    try:
+    with Terminal((*options, "--max-new-tokens", "300"), tmp_path) as terminal:
         terminal.wait_for("> ")
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n")
@@ -99,10 +106,70 @@ def test_ctrl_c_stops_the_answer_only(options: tuple[str, ...], tmp_path: Path) 
         terminal.wait_for("[stopped]")
         terminal.wait_for("> ", 2)
         terminal.type("/stats\n")
-        terminal.wait_for('"new_tokens"')
+        terminal.wait_for('"finish_reason": "stopped"')
         terminal.type("/quit\n")
         terminal.wait_for("/quit")
         assert terminal.process.wait(20) == 0
         assert (tmp_path / "teal" / "chat" / "history").read_text().splitlines()[-3:] == ["Hello", "/stats", "/quit"]
-    finally:
-        terminal.process.kill()
+
+
+def test_a_banner_names_help(options: tuple[str, ...], tmp_path: Path) -> None:
+    with Terminal(options, tmp_path) as terminal:
+        terminal.wait_for("/help lists the commands")
+        terminal.wait_for("> ")
+        terminal.type("/help\n")
+        terminal.wait_for("/sparsity P")
+
+
+def test_pasted_lines_are_one_message(options: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    with Terminal((*options, "--max-new-tokens", "2"), tmp_path) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("\x1b[200~/one\ntwo\x1b[201~\n")
+        terminal.wait_for("> ", 2)
+        terminal.type(f"/save {tmp_path / 'c.json'}\n")
+        terminal.wait_for("2 messages")
+    assert json.loads((tmp_path / "c.json").read_text())[0] == {"role": "user", "content": "/one\ntwo"}
+
+
+def test_blocks_and_slashes(options: tuple[str, ...], tmp_path: Path) -> None:
+    lines = [
+        "//etc/hosts",
+        '"""',
+        "/sparsity",
+        "",
+        "  indented",
+        '"""',
+        '"""one line"""',
+        '""""""',
+        f"/save {tmp_path / 'c.json'}",
+    ]
+    done = run_command(*options, "--max-new-tokens", "1", stdin="\n".join([*lines, '"""not', "ended"]))
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "c.json").read_text())
+    asked = [turn["content"] for turn in saved if turn["role"] == "user"]
+    assert asked == ["/etc/hosts", "/sparsity\n\n  indented", "one line"]
+
+
+def test_a_message_that_is_too_long_ends_nothing(options: tuple[str, ...], tmp_path: Path) -> None:
+    lines = ["first", "x" * 2000, "second", f"/save {tmp_path / 'c.json'}"]
+    done = run_command(*options, "--max-new-tokens", "2", stdin="\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    assert b"at most 398 fit the model's context of 400" in done.stderr
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert [turn["content"] for turn in saved if turn["role"] == "user"] == ["first", "second"]
+
+
+def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_prompt(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    lines = [f"message {i} " + "lobster " * 8 for i in range(8)]
+    more = ("--system", "Be brief.", "--max-new-tokens", "20")
+    done = run_command(*options, *more, stdin="\n".join([*lines, f"/save {tmp_path / 'c.json'}"]))
+    assert done.returncode == 0, done.stderr
+    assert b"[the context is full: the oldest" in done.stderr and b"error" not in done.stderr
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert saved[0] == {"role": "system", "content": "Be brief."}
+    asked = [turn["content"] for turn in saved if turn["role"] == "user"]
+    assert 1 < len(asked) < 8 and asked == [line.strip() for line in lines[-len(asked) :]]
+    assert done.stdout.count(b"\n") >= 8  # every message was answered

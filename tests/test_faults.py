@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -137,7 +138,9 @@ class Trial:
     def check_after_failure(self, folder: Path, killed: bool = False) -> None:
         """What is there is whole, and the command run again gives what it should; only a killed one may leave a part."""
         for name, content in contents(folder, self.writer.results).items():
-            assert self.expected[name] == content, f"{name} is half-written"
+            # a plan is written once its thresholds are found, and again with the sparsities it achieves
+            unmeasured = re.sub(rb'"achieved": [\d.]+', b'"achieved": null', self.expected[name])
+            assert content in (self.expected[name], unmeasured), f"{name} is half-written"
         code, _, err = self.run(folder)
         finished = code == 1 and "--force" in err  # a finished folder is not replaced unasked
         assert code == 0 or finished, err

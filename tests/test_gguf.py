@@ -68,11 +68,18 @@ def random_k_quant(rng: np.random.Generator, shape: tuple[int, ...], kind: Type)
 
 
 def write_gguf(
-    path: Path, model: transformers.PreTrainedModel, kind: Type, tokenizer: Callable[[gguf.GGUFWriter], None]
+    path: Path,
+    model: transformers.PreTrainedModel,
+    kind: Type,
+    tokenizer: Callable[[gguf.GGUFWriter], None],
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write model's weights in a GGUF file as kind; returns what a reader should get: HF layout, quantized as fp16 or kept."""
+    """Write model's weights in a GGUF file as kind; returns what a reader should get: HF layout, quantized as fp16 or kept.
+
+    options: of gguf.GGUFWriter.
+    """
     c = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **options)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)

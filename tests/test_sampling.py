@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 
 from errors import UserError
 from params import SamplingParams
-from sampling import filter_logits, penalize, sample
+from sampling import bias_row, filter_logits, penalize, probabilities, sample
 
 VOCAB = 50
 
@@ -87,10 +87,38 @@ def test_seed_decides() -> None:
 
 
 @pytest.mark.parametrize(
+    "options", [{"temperature": 1e-320}, {"temperature": 1e-38}, {"top_p": 0.0, "temperature": 2.0}]
+)
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_values_that_are_greedy(options: dict[str, Any], penalty: float) -> None:
+    logits, seen = random_logits(6, rows=4), torch.zeros(4, VOCAB, dtype=torch.bool)
+    seen[:, 5:] = True
+    expected = sample(logits, SamplingParams(repetition_penalty=penalty), seen, None)
+    params = SamplingParams(repetition_penalty=penalty, **options)
+    assert torch.equal(sample(logits, params, seen, torch.Generator()), expected)
+    assert torch.equal(probabilities(logits, params, seen).argmax(-1), expected)
+    assert bool(probabilities(logits, params, seen).isfinite().all())
+
+
+def test_top_k_of_minus_one_is_off() -> None:
+    logits = random_logits(7)
+    assert torch.equal(filter_logits(logits, SamplingParams(temperature=1.0, top_k=-1)), logits)
+
+
+def test_a_bias_adds_bans_and_forces() -> None:
+    row = bias_row({3: 2.5, 4: -100.0, 5: -7}, VOCAB, torch.device("cpu"))
+    assert row.shape == (1, VOCAB) and row[0, [0, 3, 4, 5]].tolist() == [0.0, 2.5, float("-inf"), -7.0]
+    logits = 1000 * random_logits(8)
+    forced = (logits + bias_row({6: 100, 7: 100, 8: 99.9}, VOCAB, torch.device("cpu")))[0]
+    assert sorted(forced.topk(2).indices.tolist()) == [6, 7] and forced[6] - forced[7] == logits[0, 6] - logits[0, 7]
+    assert bool(forced.isfinite().all())  # a grammar that allows no forced token chooses among the others
+
+
+@pytest.mark.parametrize(
     "field,value",
     [
-        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
-        ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.0), ("repetition_penalty", 0.0),
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -2),
+        ("top_p", -0.1), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.0), ("repetition_penalty", 0.0),
         ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**63),
     ],
 )  # fmt: skip

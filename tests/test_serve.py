@@ -52,7 +52,8 @@ class Server:
         """Status, body and headers of one request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, headers or {})
+            content = {} if body is None else {"Content-Type": "application/json"}
+            connection.request(method, path, body, {**content, **(headers or {})})
             answer = connection.getresponse()
             return answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
         finally:
@@ -72,9 +73,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Server]:
+def serving(folder: Path, *options: str, program: tuple[str, ...] = ("serve.py",)) -> Iterator[Server]:
     """A server of this checkpoint."""
-    command = [sys.executable, "serve.py", "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options]
+    command = [sys.executable, *program, "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = []
@@ -191,11 +192,13 @@ def test_tools(server: Server, stream: bool) -> None:
     if stream:
         choices = [choice for chunk in answer for choice in chunk.choices]
         assert choices[-1].finish_reason == "tool_calls"
-        [call] = [call for choice in choices for call in choice.delta.tool_calls or []]
+        first, *others = [call.function for choice in choices for call in choice.delta.tool_calls or []]
+        name, arguments = first.name, first.arguments + "".join(part.arguments for part in others)
     else:
         assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
         [call] = answer.choices[0].message.tool_calls
-    assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+        name, arguments = call.function.name, call.function.arguments
+    assert name == "weather" and json.loads(arguments)["city"] in ("Rome", "Oslo")
 
 
 def test_sparsity_by_request(server: Server) -> None:
@@ -262,7 +265,7 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
     for stream in (True, False):
         body = {"prompt": "The", "max_tokens": 380, "stream": stream, "ignore_eos": True, "n": 8}
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         server.wait_until(running=8)
         assert connection.sock is not None
         connection.sock.close()
@@ -284,9 +287,10 @@ def malformed_bodies(count: int) -> Iterator[tuple[str, bytes]]:
     chat = {"messages": QUESTION, "max_tokens": 2}
     plain: dict[str, Any] = {"prompt": "The", "max_tokens": 2}
     wrong: dict[str, list[Any]] = {
-        "temperature": ["1", -1, 3, [], {}, True], "top_p": [0, 1.1, "x"], "n": [0, 9, 1.5, "2", True], "max_tokens": [0, -5, "9", 1.5],
-        "stop": [5, [5], ["a"] * 17, {}], "seed": ["s", 1.5, 2**63], "stream": ["yes", 1], "top_k": [-1, 0.5], "min_p": [1, -0.1],
+        "temperature": ["1", -1, 3, [], {}, True], "top_p": [-0.1, 1.1, "x"], "n": [0, 9, 1.5, "2", True], "max_tokens": [0, -5, "9", 1.5],
+        "stop": [5, [5], ["a"] * 17, {}], "seed": ["s", 1.5, 2**63], "stream": ["yes", 1], "top_k": [-2, 0.5], "min_p": [1, -0.1],
         "presence_penalty": [-3, "1"], "frequency_penalty": [2.5, []], "sparsity": [1, -0.1, 0.77, "0.5"], "model": [5, "gpt-9"],
+        "logit_bias": [5, {"x": 1}, {"1": 101}, {"1": "1"}, {"-1": 1}, {"99999": 1}],
         "stream_options": [5, {"include_usage": "y"}], "repetition_penalty": [0, -1],
     }  # fmt: skip
     for field, values in wrong.items():

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from errors import UserError
 from streaming import StopStrings, StreamDecoder
 from tests.conftest import TEXT, train_sentencepiece
-from tokenizer import LLAMA3_PATTERN, JsonBackend, SentencePieceBackend, TiktokenBackend, Tokenizer, load_tokenizer
+from token_backends import LLAMA3_PATTERN, JsonBackend, SentencePieceBackend, TiktokenBackend
+from tokenizer import Tokenizer, load_tokenizer
 
 SAMPLES = {
     "english": "The quick brown fox, 42 times; it's done.",
@@ -109,7 +110,7 @@ def test_ids_equal_the_library_that_owns_the_format(files: dict[str, bytes], tmp
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_streaming_adds_up_and_never_splits_a_character(tokenizer: Tokenizer, sample: str) -> None:
     decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(i) for i in tokenizer.backend.encode(SAMPLES[sample])] + [decoder.flush()]
+    pieces = [decoder.push(i) for i in tokenizer.encode(SAMPLES[sample], add_bos=False)] + [decoder.flush()]
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) == SAMPLES[sample]
 
@@ -158,17 +159,17 @@ def test_special_tokens_in_a_prompt_become_their_ids(files: dict[str, bytes], tm
     (tmp_path / "tokenizer.json").write_bytes(files["json"])
     tokenizer = load_tokenizer(tmp_path)
     inner = tokenizers.Tokenizer.from_str(files["json"].decode())
-    assert tokenizer.encode("<|im_end|>") == [inner.token_to_id("<|im_end|>")]
+    assert tokenizer.encode("<|im_end|>", allow_special=True) == [inner.token_to_id("<|im_end|>")]
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(files["sentencepiece"])
     declared = {"added_tokens_decoder": {"480": {"content": "<|im_end|>"}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
-    assert load_tokenizer(tmp_path).encode("a<|im_end|>")[-1] == 480
+    assert load_tokenizer(tmp_path).encode("a<|im_end|>", allow_special=True)[-1] == 480
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(files["tiktoken"])
     tokenizer = load_tokenizer(tmp_path)
     first = len(files["tiktoken"].splitlines())
-    assert tokenizer.encode("<|eot_id|>") == [first, first + 9]
+    assert tokenizer.encode("<|eot_id|>", allow_special=True) == [first, first + 9]
     assert tokenizer.decode([first, *b"ok", first + 9]) == "ok"
 
 

@@ -2,30 +2,66 @@
 // Chat page of serve.py. Talks to /v1/chat/completions (streamed) and /sparsity; no build step, no other host.
 
 const $ = (id) => document.getElementById(id);
-const state = { messages: [], plans: [0], controller: null };
+const CHAT = "teal-chat"; // in localStorage: the turns, so that a reload keeps them
+const KEY = "key"; // in sessionStorage
+
+// A chat is its turns, {message, answers: [{sparsity, text, figures}]}. "New chat" puts another in its place, and what
+// still happens to the old one stays there.
+const state = { turns: [], plans: [0], controller: null };
 
 function plan() { return state.plans[Number($("sparsity").value)] ?? 0; }
 
-function element(tag, className, text = "") {
-  const node = document.createElement(tag);
-  node.className = className;
-  node.textContent = text;
-  return node;
+function say(text) { $("status").textContent = text; }
+
+function savedTurns() {
+  try {
+    const turns = JSON.parse(localStorage.getItem(CHAT)) ?? [];
+    const whole = (turn) => typeof turn.message === "string" && turn.answers.length &&
+      turn.answers.every((answer) => typeof answer.text === "string");
+    return turns.every(whole) ? turns : [];
+  } catch { return []; } // written by another version, or storage is off
 }
 
-// fetch with the API key, asked for once if the server wants one.
+function saveTurns(turns) {
+  try { localStorage.setItem(CHAT, JSON.stringify(turns)); } catch { say("This browser keeps no more: a reload forgets the chat."); }
+}
+
+// The API key that the user gives, or "" for none.
+function askForKey(title) {
+  const dialog = $("key-dialog");
+  $("key-title").textContent = title;
+  $("key").value = "";
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue ? $("key").value : ""), { once: true });
+  });
+}
+
+// fetch with the API key, asked for while the server wants another. Errors say what a person can do.
 async function call(path, options = {}) {
-  const saved = sessionStorage.getItem("key");
-  const headers = { ...options.headers, ...(saved ? { Authorization: `Bearer ${saved}` } : {}) };
-  const answer = await fetch(path, { ...options, headers });
-  if (answer.status !== 401) return answer;
-  const given = prompt("This server wants an API key:");
-  if (!given) return answer;
-  sessionStorage.setItem("key", given);
-  return call(path, options);
+  for (;;) {
+    const saved = sessionStorage.getItem(KEY);
+    const headers = { ...options.headers, ...(saved ? { Authorization: `Bearer ${saved}` } : {}) };
+    let answer;
+    try {
+      answer = await fetch(path, { ...options, headers });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Error("The server does not answer. Is it still running?");
+    }
+    if (answer.status !== 401) return answer;
+    sessionStorage.removeItem(KEY);
+    const given = await askForKey(saved ? "This API key is wrong. Another one?" : "This server wants an API key.");
+    if (!given) throw new Error(saved ? "The API key is wrong." : "This server wants an API key.");
+    sessionStorage.setItem(KEY, given);
+  }
 }
 
 async function setUp() {
+  state.turns = savedTurns();
+  showTurns();
+  $("message").focus();
   const models = await (await call("/v1/models")).json();
   $("model").textContent = models.data[0].id;
   document.title = `${models.data[0].id} · TEAL chat`;
@@ -37,63 +73,105 @@ async function setUp() {
   showMap(found.achieved);
 }
 
+function showTurns() {
+  for (const turn of state.turns) {
+    const columns = addTurn($("conversation"), turn.message);
+    const places = turn.answers.map(({ text, figures }) => {
+      const place = addAnswer($("conversation"), columns);
+      showMarkdown(place.node, text);
+      place.figures.textContent = figures;
+      return place;
+    });
+    if (places.length > 1) markDifference(places[0].node, places[1].node);
+  }
+  $("conversation").scrollTop = $("conversation").scrollHeight;
+}
+
 function showSparsity() {
   const text = `${Math.round(100 * plan())}%`;
   $("sparsity-value").textContent = text;
   $("sparsity").setAttribute("aria-valuetext", text);
 }
 
-// One streamed answer into node; returns its text. Figures are refreshed with every piece.
-async function answerInto(node, figures, sparsity, count) {
-  const start = performance.now();
-  let text = "", first = 0, tokens = 0;
-  const body = {
-    messages: state.messages, stream: true, stream_options: { include_usage: true }, sparsity,
-    temperature: Number($("temperature").value), max_tokens: Number($("max-tokens").value), seed: 0,
-    count_sparsity: count,
-  };
-  const answer = await call("/v1/chat/completions", {
-    method: "POST", body: JSON.stringify(body), signal: state.controller.signal,
-  });
-  if (!answer.ok) throw new Error((await answer.json()).error.message);
+// The conversation so far, as the API takes it; a turn's last answer is the one that counts.
+function messagesOf(turns, message) {
+  const past = turns.flatMap((turn) => [
+    { role: "user", content: turn.message }, { role: "assistant", content: turn.answers.at(-1).text },
+  ]);
+  return [...past, { role: "user", content: message }];
+}
+
+// The chunks of a streamed answer. Throws if the server reports an error or the connection ends early.
+async function* chunks(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) break;
-    held += value;
+    let part;
+    try {
+      part = await reader.read();
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Error("The connection was lost: the answer is not complete.");
+    }
+    if (part.done) throw new Error("The server ended the answer early.");
+    held += part.value;
     const lines = held.split("\n\n");
     held = lines.pop();
     for (const line of lines) {
-      if (line === "data: [DONE]") continue;
+      if (line === "data: [DONE]") return;
+      if (!line.startsWith("data: ")) continue;
       const chunk = JSON.parse(line.slice(6));
       if (chunk.error) throw new Error(chunk.error.message);
-      if (chunk.usage) tokens = chunk.usage.completion_tokens;
-      const piece = chunk.choices[0]?.delta?.content ?? "";
-      if (piece) {
-        first ||= performance.now();
-        if (!chunk.usage) tokens += 1;
-        text += piece;
-        node.textContent = text;
-        $("conversation").scrollTop = $("conversation").scrollHeight;
-      }
+      yield chunk;
     }
+  }
+}
+
+// Streams one answer into its place, and keeps text and figures in answer as they come.
+async function stream(answer, place, messages, signal) {
+  const start = performance.now();
+  let first = 0, tokens = 0;
+  const body = {
+    messages, stream: true, stream_options: { include_usage: true }, sparsity: answer.sparsity,
+    temperature: Number($("temperature").value), max_tokens: Number($("max-tokens").value), seed: 0,
+    count_sparsity: answer.sparsity > 0,
+  };
+  const response = await call("/v1/chat/completions", {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
+  });
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  for await (const chunk of chunks(response)) {
+    const piece = chunk.choices[0]?.delta?.content ?? "";
+    if (piece) {
+      first ||= performance.now();
+      tokens += 1;
+      answer.text += piece;
+      place.show(answer.text);
+    }
+    if (chunk.usage) tokens = chunk.usage.completion_tokens;
     const seconds = (performance.now() - first) / 1000;
     const rate = first && tokens > 1 ? `${((tokens - 1) / Math.max(seconds, 1e-3)).toFixed(1)} tok/s` : "…";
     const wait = first ? `first token ${((first - start) / 1000).toFixed(2)} s` : "";
-    figures.textContent = `${Math.round(100 * sparsity)}% sparse · ${tokens} tokens · ${rate} · ${wait}`;
+    answer.figures = `${Math.round(100 * answer.sparsity)}% sparse · ${tokens} tokens · ${rate} · ${wait}`;
+    place.figures.textContent = answer.figures;
   }
-  return text;
 }
 
-// Marks where the second text departs from the first.
-function markDifference(expected, node) {
-  const text = node.textContent;
-  let i = 0;
-  while (i < text.length && text[i] === expected[i]) i += 1;
-  if (i === text.length) return;
-  node.textContent = text.slice(0, i);
-  node.append(element("span", "differs", text.slice(i)));
+// One turn: all its answers, or as far as they came.
+async function runTurn(turn, columns, messages, signal) {
+  const sparsities = $("compare").checked && plan() > 0 ? [0, plan()] : [plan()];
+  const places = [];
+  for (const sparsity of sparsities) {
+    const answer = { sparsity, text: "", figures: "" };
+    turn.answers.push(answer);
+    places.push(addAnswer($("conversation"), columns));
+    try {
+      await stream(answer, places.at(-1), messages, signal);
+    } finally {
+      places.at(-1).finish();
+    }
+    if (places.length > 1) markDifference(places[0].node, places[1].node);
+  }
 }
 
 async function ask(event) {
@@ -101,39 +179,50 @@ async function ask(event) {
   const message = $("message").value.trim();
   if (!message || state.controller) return;
   $("message").value = "";
-  state.messages.push({ role: "user", content: message });
-  state.controller = new AbortController();
-  $("send").disabled = true;
-  $("stop").disabled = false;
-  $("status").textContent = "Answering…";
-  const turn = element("div", "turn");
-  const columns = element("div", "columns");
-  turn.append(element("p", "user", message), columns);
-  $("conversation").append(turn);
-  const sparsities = $("compare").checked && plan() > 0 ? [0, plan()] : [plan()];
-  const texts = [];
+  const { turns } = state, turn = { message, answers: [] };
+  const controller = state.controller = new AbortController();
+  setBusy(true);
+  say("Answering…");
+  const columns = addTurn($("conversation"), message);
+  $("conversation").scrollTop = $("conversation").scrollHeight;
+  let outcome = "Done.";
   try {
-    for (const sparsity of sparsities) {
-      const column = element("div", "");
-      const node = element("div", "answer"), figures = element("span", "figures");
-      column.append(node, figures);
-      columns.append(column);
-      texts.push(await answerInto(node, figures, sparsity, sparsity > 0));
-      if (texts.length > 1) markDifference(texts[0], node);
-    }
-    $("status").textContent = "Done.";
+    await ready; // the sparsities are known
+    await runTurn(turn, columns, messagesOf(turns, message), controller.signal);
   } catch (error) {
-    const stopped = error.name === "AbortError";
-    $("status").textContent = stopped ? "Stopped." : error.message;
-    if (!stopped) columns.append(element("div", "answer error", error.message));
-    if (!texts.length) texts.push(columns.querySelector(".answer:not(.error)")?.textContent ?? "");
+    outcome = error.name === "AbortError" ? "Stopped." : error.message;
+    if (outcome !== "Stopped.") columns.append(element("div", "answer error", outcome));
   }
-  state.messages.push({ role: "assistant", content: texts.at(-1) });
+  if (state.turns !== turns) return; // a new chat has begun meanwhile
+  turn.answers = turn.answers.filter((answer) => answer.text);
+  if (turn.answers.length) {
+    turns.push(turn);
+    saveTurns(turns);
+  } else if (!$("message").value) {
+    $("message").value = message; // it was refused, or stopped before the first word: the model never saw it
+  }
   state.controller = null;
-  $("send").disabled = false;
-  $("stop").disabled = true;
+  setBusy(false);
+  say(outcome);
   $("message").focus();
-  showMap((await (await call("/sparsity")).json()).achieved);
+  call("/sparsity").then((answer) => answer.json()).then((found) => showMap(found.achieved)).catch(() => {});
+}
+
+function setBusy(busy) {
+  $("send").disabled = busy;
+  $("stop").disabled = !busy;
+}
+
+function newChat() {
+  state.controller?.abort();
+  state.controller = null;
+  state.turns = [];
+  saveTurns(state.turns);
+  $("conversation").replaceChildren();
+  CSS.highlights?.delete("differs");
+  setBusy(false);
+  say("");
+  $("message").focus();
 }
 
 function showMap(layers) {
@@ -161,11 +250,5 @@ $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("message").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("ask").requestSubmit(); }
 });
-$("reset").addEventListener("click", () => {
-  state.controller?.abort();
-  state.messages = [];
-  $("conversation").replaceChildren();
-  $("status").textContent = "";
-  $("message").focus();
-});
-setUp().catch((error) => { $("status").textContent = `The server does not answer: ${error.message}`; });
+$("reset").addEventListener("click", newChat);
+const ready = setUp().catch((error) => say(error.message));
