@@ -47,9 +47,8 @@ def zeros(like: Tensor, length: int) -> Tensor:
     shape = (*like.shape[:3], length, like.shape[4])
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    pages = mmap.mmap(
-        -1, math.prod(shape) * like.element_size()
-    )  # numpy.zeros asks for pages of 2 MB, which several rows share
+    # numpy.zeros would ask for pages of 2 MB, which several rows share.
+    pages = mmap.mmap(-1, math.prod(shape) * like.element_size())
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 

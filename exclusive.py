@@ -1,6 +1,5 @@
 """Something that one user at a time may use, in whatever thread: the next one is refused and does not wait."""
 
-import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,6 @@ class Exclusive:
 
     def take(self) -> None:
         """Use it until release, which any thread may call. Raises RuntimeError if it is in use."""
-        if self.lock.acquire(blocking=False):
-            return
-        gc.collect()  # generators in cycles that nobody can reach let go of it here
         if not self.lock.acquire(blocking=False):
             raise RuntimeError(self.refusal)
 

@@ -1,7 +1,7 @@
 """Keys and values are reused only under the plan they were made under, and an engine makes one text at a time."""
 
-import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,23 @@ def test_only_whole_blocks_are_shared(engine: Engine, length: int) -> None:
     assert reused == [0, length - 65] and found[1] == fresh
 
 
+def test_a_prompt_asked_for_several_times_at_once_is_read_once(engine: Engine) -> None:
+    [fresh], _ = answers(engine, [(LONG, None)])
+    found, reused = answers(engine, [(LONG, None)] * 5, rows=5)
+    assert reused == [0, 320, 320, 320, 320] and found == [fresh] * 5
+
+
+def test_compiled_blocks_follow_the_plan(tiny_folder: Path) -> None:
+    engines = [load(tiny_folder), Engine.load(str(tiny_folder), device="cpu", dtype="fp32", sparsity=0.5, compile=True)]
+    for sparsity in (0.0, 0.5, 0.0):
+        texts = []
+        for engine in engines:
+            assert engine.loaded is not None
+            engine.use_plan(choose_plan(engine.loaded, sparsity, None, can_calibrate=False))
+            texts.append(list(engine.generate(PROMPT, max_new_tokens=20, ignore_eos=True)))
+        assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("order", [(0.5, 0.0), (0.0, 0.5)])
 def test_an_engine_and_a_chat_reuse_nothing_of_another_plan(
     engine: Engine, tiny_folder: Path, order: tuple[float, float]
@@ -150,6 +167,7 @@ REFUSED = "making another text"
 
 
 def start(engine: Engine) -> Iterator[int]:
+    """A generator that has given its first token."""
     stream = engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True)
     next(stream)
     return stream
@@ -157,8 +175,7 @@ def start(engine: Engine) -> Iterator[int]:
 
 def test_a_second_text_is_refused_and_the_first_is_whole(engine: Engine) -> None:
     expected = list(engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True))
-    stream = engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True)
-    first = next(stream)
+    stream = start(engine)
     for other in (
         lambda: next(engine.generate(LONG)),
         lambda: next(engine.stream(LONG)),
@@ -169,14 +186,12 @@ def test_a_second_text_is_refused_and_the_first_is_whole(engine: Engine) -> None
     ):
         with pytest.raises(RuntimeError, match=REFUSED):
             other()
-    assert [first, *stream] == expected
+    assert list(stream) == expected[1:]
     assert list(engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True)) == expected
 
 
 def test_threads_get_their_text_or_a_refusal(engine: Engine) -> None:
     prompts = [LONG[i : i + 20] for i in range(6)]
-    expected = [list(engine.generate(ids, max_new_tokens=20, ignore_eos=True)) for ids in prompts]
-    engine.cached_ids = []
     expected = [list(load_again(engine).generate(ids, max_new_tokens=20, ignore_eos=True)) for ids in prompts]
     outcomes: list[str] = []
     barrier = threading.Barrier(len(prompts))
@@ -189,6 +204,7 @@ def test_threads_get_their_text_or_a_refusal(engine: Engine) -> None:
                 outcomes.append("right" if text == expected[i] else "wrong")
             except RuntimeError as error:
                 outcomes.append("refused" if REFUSED in str(error) else repr(error))
+                time.sleep(0.01)
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(len(prompts))]
     for thread in threads:
@@ -225,12 +241,6 @@ def never_begun(engine: Engine) -> None:
     engine.unused = engine.generate(PROMPT)  # type: ignore[attr-defined]
 
 
-def in_a_cycle(engine: Engine) -> None:
-    gc.disable()
-    cycle: list[Any] = [start(engine)]
-    cycle.append(cycle)
-
-
 def step_failed(engine: Engine) -> None:
     hidden = engine.model.hidden_states
     stream = start(engine)
@@ -246,16 +256,11 @@ def scheduled(engine: Engine) -> None:
     generate_batch(engine, [PROMPT, LONG], max_new_tokens=3)
 
 
-@pytest.mark.parametrize(
-    "use", [broken_off, failed, closed, refused_itself, never_begun, in_a_cycle, step_failed, scheduled]
-)
+@pytest.mark.parametrize("use", [broken_off, failed, closed, refused_itself, never_begun, step_failed, scheduled])
 def test_an_engine_is_free_after(engine: Engine, use: Callable[[Engine], None]) -> None:
     expected = list(load_again(engine).generate(PROMPT, max_new_tokens=30, ignore_eos=True))
-    try:
-        use(engine)
-        assert list(engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True)) == expected
-    finally:
-        gc.enable()
+    use(engine)
+    assert list(engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True)) == expected
 
 
 def test_an_engine_is_refused_while_a_scheduler_runs(engine: Engine) -> None:

@@ -196,6 +196,21 @@ def test_requests_alone_and_beside_each_other(tiny_folder: Path, sparsity: float
         assert 0 < counted.taken < counted.tokens
 
 
+def test_drafting_goes_on_after_a_step_without_where_steps_start_ahead(tiny_folder: Path) -> None:
+    engine, found = speculative(tiny_folder, 4, 0.0), []
+    for ahead in (False, True):
+        pieces: list[str] = []
+        scheduler, counted = Scheduler(engine, ahead=ahead), DraftCount()
+        scheduler.observer = counted
+        engine.look_up(4)  # forgets what was accepted
+        emit = functools.partial(lambda event, into: into.append(getattr(event, "text", "")), into=pieces)
+        scheduler.submit(Request(PROMPTS[0], emit, max_new_tokens=90, ignore_eos=True))
+        scheduler.close_when_idle()
+        scheduler.run()
+        found.append(("".join(pieces), counted.tokens, counted.taken))
+    assert found[0] == found[1] and found[0][1] > 0
+
+
 def test_sampled_requests_take_ordinary_steps(tiny_folder: Path) -> None:
     engine = speculative(tiny_folder)
     counted, texts = DraftCount(), []
