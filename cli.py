@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import environment  # noqa: F401 - before torch
 from errors import UserError
 from params import KV_CACHES
 

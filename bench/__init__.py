@@ -1,0 +1,3 @@
+"""Speed of kernels, of decoding and of serving."""
+
+import environment  # noqa: F401 - before torch

@@ -8,9 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"errors", "files", "params", "model", "plan"},
+    {"environment", "errors", "files", "params", "model", "plan"},
     {"cli", "kernels"},
-    {"awq_gptq", "quantization", "teal_layers", "int8_cache", "fused_block", "hardware", "compilation", "sampling"},
+    {
+        "awq_gptq",
+        "quantization",
+        "teal_layers",
+        "int8_cache",
+        "fused_block",
+        "hardware",
+        "compilation",
+        "sampling",
+        "output_head",
+    },
     {"hf_config", "checkpoint", "gguf_convert", "source", "presets", "tokenizer", "streaming", "loading"},
     {"texts", "greedy", "calibration", "evaluation", "gptq", "half_quadratic", "harness", "teal_import", "plots"},
     {"engine"},
