@@ -21,7 +21,7 @@ from tokenizer import IdBackend, Tokenizer, load_tokenizer
 class LoadedModel:
     """A dense model in eval mode. identity names it by content; folder is where it was read from, if anywhere.
 
-    load_s: seconds that load_for_decoding took.
+    load_s: seconds that load_for_decoding took; dtype_reason: why it computes in its dtype.
     """
 
     model: Transformer
@@ -30,6 +30,7 @@ class LoadedModel:
     identity: str
     folder: Path | None
     load_s: float = 0.0
+    dtype_reason: str = ""
 
 
 def load_for_decoding(
@@ -76,12 +77,13 @@ def round_weights(
 
 def _load(checkpoint: str | None, random_weights: str | None, device: str, dtype: str, sparse: bool) -> LoadedModel:
     torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device, sparse)
+    choice = pick_dtype(dtype, torch_device, sparse)
     if random_weights is not None:
-        model = random_model(random_weights, torch_device, torch_dtype)
-        name = random_weights
-        return LoadedModel(model, Tokenizer(IdBackend()), name, f"random-{name.lower()}", None)
+        model, name = random_model(random_weights, torch_device, choice.dtype), random_weights
+        identity = f"random-{name.lower()}"
+        return LoadedModel(model, Tokenizer(IdBackend()), name, identity, None, dtype_reason=choice.reason)
     folder = resolve_checkpoint(checkpoint)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, torch_device, torch_dtype)
-    return LoadedModel(model, tokenizer, checkpoint or folder.name, model_identity(folder), folder)
+    model = load_model(folder, torch_device, choice.dtype)
+    name, identity = checkpoint or folder.name, model_identity(folder)
+    return LoadedModel(model, tokenizer, name, identity, folder, dtype_reason=choice.reason)
