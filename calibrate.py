@@ -119,7 +119,7 @@ def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths
     for plan, path in zip(plans, paths, strict=True):
         measured = with_achieved(loaded.model, plan, checked)
         measured.save(path)
-        if warning := measured.warning(measured.achieved, "held-out text"):
+        if warning := measured.warning(measured.achieved, checked.numel(), "held-out text"):
             print(warning, file=sys.stderr)
     draw(plans, args.plot, seen)
 

@@ -275,7 +275,7 @@ def calibrated_plans(
 
 def warn_of_misses(results: "list[Result]") -> None:
     """Say which plans reach another sparsity on this text than their target."""
-    found = (r.case.plan.warning(r.achieved, "this text") for r in results if r.case.plan is not None)
+    found = (r.case.plan.warning(r.achieved, r.score.tokens, "this text") for r in results if r.case.plan is not None)
     for line in dict.fromkeys(filter(None, found)):
         print(line, file=sys.stderr)
 

@@ -306,7 +306,7 @@ def detailed_statistics(engine: "Engine", ids: list[int], params: SamplingParams
             for _ in engine.generate(ids, params, min(stats.new_tokens, COUNTED_TOKENS), ignore_eos=True):
                 pass
             achieved = figures["achieved_sparsity"] = achieved_sparsity(engine.model)
-            if warning := engine.plan.warning(achieved, "this text"):
+            if warning := engine.plan.warning(achieved, engine.stats.new_tokens, "this text"):
                 print(warning, file=sys.stderr)
         rate = weight_bytes_per_token(engine.model) * stats.tokens_per_s
     if cached[: len(engine.cached_ids)] == engine.cached_ids:  # what the cache holds beyond is as it was
