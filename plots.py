@@ -12,7 +12,10 @@ from files import FileKind, atomic_file
 from plan import PROJECTIONS, Histogram, SparsityPlan, bin_edges
 
 DRAWN_BINS = 80
-FIGURE = FileKind("a figure of this program", rb"Source\x00TEAL")
+# Figures of older releases have no mark of their own: 1080 x 600 pixels, by matplotlib.
+FIGURE = FileKind(
+    "a figure of this program", rb"(?s)Source\x00TEAL|IHDR\x00\x00\x04\x38\x00\x00\x02\x58.*Software\x00Matplotlib"
+)
 MAX_PANELS = 3  # layers drawn in the figure of input distributions: first, middle, last
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from calibration import Settings, calibrate
 from engine import Engine
 from evaluation import Case, evaluate
+from files import check_replaceable
 from loading import load_for_decoding
 from plan import Histogram
-from plots import plot_inputs, plot_quality
+from plots import FIGURE, plot_inputs, plot_quality
 from texts import first_tokens, read_texts, split_text, token_sequences
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -24,6 +25,8 @@ parser.add_argument("--tokens", type=int, default=1024, help="to evaluate on")
 parser.add_argument("-o", "--output", type=Path, default=Path("tour"), help="folder for the figures")
 args = parser.parse_args()
 args.output.mkdir(parents=True, exist_ok=True)
+for name in ("inputs.png", "quality.png"):
+    check_replaceable("-o", args.output / name, FIGURE)
 
 # %% A dense model, and a text of which one part calibrates and the other evaluates
 loaded = load_for_decoding(args.checkpoint, None, "auto", "auto", sparse=True)

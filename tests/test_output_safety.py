@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -19,6 +20,7 @@ import quantize
 from errors import UserError
 from files import Output, replace_folder, reserved, restore_folder
 from plan import PLAN, SparsityPlan
+from plots import FIGURE, plot_quality
 from quantization import QuantConfig
 from tests.conftest import ROOT, assert_one_line_error
 
@@ -291,6 +293,22 @@ def test_an_empty_file_a_device_and_ones_own_file_are_written(tmp_path: Path) ->
         pass
     with pytest.raises(UserError, match="is a folder"), reserved(Output("-o", tmp_path, PLAN)):
         pass
+
+
+@pytest.mark.parametrize(
+    "options,is_ours",
+    [({"figsize": (9, 5), "dpi": 120}, True), ({"figsize": (8, 5), "dpi": 120}, False)],
+    ids=["older release", "foreign"],
+)
+def test_figures_of_older_releases_are_replaced_and_others_of_matplotlib_are_not(
+    options: dict[str, Any], is_ours: bool, tmp_path: Path
+) -> None:
+    from matplotlib.figure import Figure
+
+    Figure(**options).savefig(tmp_path / "figure.png")
+    assert files.is_kind(tmp_path / "figure.png", FIGURE) is is_ours
+    plot_quality([], tmp_path / "figure.png")
+    assert b"Source\x00TEAL" in (tmp_path / "figure.png").read_bytes()
 
 
 def test_a_conversation_is_not_saved_over_another_file(tmp_path: Path) -> None:
