@@ -146,7 +146,7 @@ def calibrate(
     key = _progress_key(model, sequences, settings, facts)
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
     device = model.embedding.weight.device
-    embedded = Stream([model.embedding(row[None].to(device)) for row in sequences], device, offload)
+    embedded = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
     dense = embedded
     streams = [embedded for _ in settings.targets]
     greedy = settings.method == "greedy"

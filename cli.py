@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import environment  # noqa: F401 - before torch
 import interrupts
 from architectures import ARCHITECTURES
 from errors import UserError

@@ -5,6 +5,8 @@ stay where they are: on CUDA the step is captured once in a graph and replayed, 
 reads token i from a pinned copy the device is already computing token i + 1.
 """
 
+import environment  # noqa: F401  # isort: skip - before torch
+
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator

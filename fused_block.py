@@ -45,7 +45,7 @@ class FusedBlock(nn.Module):
     def decode(
         self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
     ) -> Tensor:
-        """x [B, 1, C] -> [B, 1, C]; writes keys and values at positions."""
+        """x fp32 [B, 1, C] -> fp32 [B, 1, C]; writes keys and values at positions."""
         attention, feed_forward = self.block.attention, self.block.feed_forward
         wqkv, wo, gate_up, down = attention.wqkv, attention.wo, feed_forward.gate_up, feed_forward.down
         q_norm, k_norm = attention.q_norm, attention.k_norm
@@ -58,7 +58,7 @@ class FusedBlock(nn.Module):
         heads = attention.config.num_heads
         shares = rope_attention(
             qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads, self.window,
-            x.dtype,
+            before.weight.dtype,
         )  # fmt: skip
         o = attention_gemv(*shares, wo.weight, wo.thresholds, wo.scales, wo.zeros)
         x = reduce_partials(o, x.dtype, wo.bias, x)

@@ -298,9 +298,9 @@ def detailed_statistics(engine: "Engine", ids: list[int], params: SamplingParams
     from teal_layers import achieved_sparsity, weight_bytes_per_token
 
     stats, cached = engine.stats, engine.cached_ids
+    figures: dict[str, Any] = {"dtype_reason": engine.loaded.dtype_reason if engine.loaded else ""}
     if stats.tokens_per_s is None:
-        return {}
-    figures: dict[str, Any] = {}
+        return figures
     with engine.counting():
         if engine.plan is not None:
             for _ in engine.generate(ids, params, min(stats.new_tokens, COUNTED_TOKENS), ignore_eos=True):
@@ -335,6 +335,8 @@ def print_statistics(figures: dict[str, Any]) -> None:
     if figures["drafted_tokens"]:
         share = figures["accepted_tokens"] / figures["drafted_tokens"]
         lines.append(f"{figures['drafted_tokens']} tokens drafted, {share:.0%} of them accepted")
+    if figures.get("dtype_reason"):
+        lines.append(f"dtype {figures['dtype']}: {figures['dtype_reason']}")
     if "gb_per_s" in figures:
         share = f"{figures['bandwidth_share']:.0%} of {figures['read_gb_per_s']:.1f} GB/s measured"
         lines.append(f"weights read at {figures['gb_per_s']:.1f} GB/s, {share}")

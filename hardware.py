@@ -1,8 +1,10 @@
 """What the machine can do: the device and dtype to use by default, and how fast it reads memory."""
 
 import json
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,11 @@ from files import atomic_file, cache_folder, cpu_name
 from kernels.sparse_linear import sparse_linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # of torch.cpu.get_capabilities(); the last is Arm's
 PROBE_SIZE = 2048  # a bf16 matrix of 8 MiB: larger than a core's own cache
 PROBE_ROWS = 16  # of the product that stands for prefill
+# A round is the least of so many turns of each dtype; fp32 is chosen if bf16 takes longer by MARGIN in each of ROUNDS.
+TURNS, ROUNDS, MAX_ROUNDS, MARGIN = 5, 3, 8, 1.25
 READ_PROBE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # several times any last-level cache
 
 
@@ -32,34 +37,75 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device, sparse: bool) -> torch.dtype:
-    """The dtype called name; "auto" is bf16 on CUDA and whichever of bf16 and fp32 is faster on this CPU."""
+@dataclass(frozen=True, slots=True)
+class DtypeChoice:
+    """The dtype to compute in, and why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def pick_dtype(name: str, device: torch.device, sparse: bool) -> DtypeChoice:
+    """The dtype called name; "auto" is bf16 on CUDA, and on a CPU the faster one of bf16 and fp32."""
     if name != "auto":
-        return DTYPES[name]
+        return DtypeChoice(DTYPES[name], "as asked for")
     if device.type == "cuda":
-        return torch.bfloat16
+        return DtypeChoice(torch.bfloat16, "the default on CUDA")
     return faster_cpu_dtype(sparse)
 
 
-def faster_cpu_dtype(sparse: bool) -> torch.dtype:
-    """bf16 or fp32, by timing products of a dense or sparse model once per CPU, threads and torch version.
+def faster_cpu_dtype(sparse: bool) -> DtypeChoice:
+    """bf16 where the processor multiplies it; else what timing products of a dense or sparse model finds faster.
 
-    The result is kept, so that the choice, and with it the text, cannot flip between runs. The sparse kernel widens bf16
-    itself and gains nearly the factor of two, but prefill and the output head are torch's, which emulates bf16 on CPUs
-    without instructions for it: on an EPYC with AVX2 at a thirtieth of the speed of fp32.
+    bf16 is half the bytes to read. But prefill is torch's, which emulates bf16 on CPUs without instructions for it: on an
+    EPYC with AVX2 at a thirtieth of the speed of fp32. What was measured is kept for each CPU, number of threads and
+    version of torch, so that the choice, and with it the text, does not change from run to run.
     """
-    key = f"{'sparse' if sparse else 'dense'}, {cpu_name()} x{torch.get_num_threads()}, torch {torch.__version__}, prefill"
-    path = cache_folder("hardware") / "cpu_dtype.json"
+    if feature := bf16_feature():
+        return DtypeChoice(torch.bfloat16, f"this processor multiplies bf16 ({feature})")
+    key = f"{'sparse' if sparse else 'dense'}, {cpu_name()} x{torch.get_num_threads()}, torch {torch.__version__}"
+    path = cache_folder("hardware") / "bf16_over_fp32.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
-    if known.get(key) not in ("bf16", "fp32"):
-        seconds = {name: _time_token(DTYPES[name], sparse) for name in ("bf16", "fp32")}
-        known[key] = min(seconds, key=lambda name: seconds[name])
+    if not isinstance(known, dict) or not _is_ratios(known.get(key)):
+        known = (known if isinstance(known, dict) else {}) | {key: _measure_ratios(sparse)}
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    return DTYPES[known[key]]
+    ratios = known[key]
+    times = f"bf16 took {statistics.median(ratios):.2f} times as long as fp32"
+    if all(ratio > MARGIN for ratio in ratios):
+        return DtypeChoice(torch.float32, times)
+    if all(ratio <= MARGIN for ratio in ratios):
+        return DtypeChoice(torch.bfloat16, times)
+    return DtypeChoice(torch.bfloat16, f"{times}, but measurements disagree: bf16 in doubt")
+
+
+def bf16_feature() -> str | None:
+    """The instructions by which this CPU multiplies bf16, if it has any."""
+    capabilities = torch.cpu.get_capabilities()
+    return next((name for name in BF16_FEATURES if capabilities.get(name)), None)
+
+
+def _is_ratios(value: object) -> bool:
+    return isinstance(value, list) and len(value) == ROUNDS and all(isinstance(ratio, float) for ratio in value)
+
+
+def _measure_ratios(sparse: bool) -> list[float]:
+    """Times of bf16 over those of fp32, in the last ROUNDS rounds: rounds go on until so many agree, MAX_ROUNDS at most.
+
+    Both take turns within a round, and the least time of each counts: other load only ever adds to it.
+    """
+    timers = [_token_timer(DTYPES[name], sparse) for name in ("bf16", "fp32")]
+    ratios: list[float] = []
+    for _ in range(MAX_ROUNDS):
+        samples = [[timer() for timer in timers] for _ in range(TURNS)]
+        bf16, fp32 = (min(times) for times in zip(*samples, strict=True))
+        ratios = [*ratios, bf16 / fp32][-ROUNDS:]
+        if len(ratios) == ROUNDS and len({ratio > MARGIN for ratio in ratios}) == 1:
+            break
+    return ratios
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -75,22 +121,26 @@ def read_bandwidth(device: torch.device) -> float:
     return buffer.nbytes / _median_seconds(read)
 
 
-def _time_token(dtype: torch.dtype, sparse: bool) -> float:
-    """Seconds that a few matrices take for a token of a prompt and a decoded one."""
+def _token_timer(dtype: torch.dtype, sparse: bool) -> Callable[[], float]:
+    """A function that takes the time of a few matrices for a decoded token and for one of a prompt, in seconds."""
     weights = [torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype) for _ in range(4)]
     x = torch.arange(PROBE_SIZE, dtype=dtype)[None]
+    prompt = torch.ones(PROBE_ROWS, PROBE_SIZE, dtype=dtype)
     half = torch.tensor([PROBE_SIZE / 2])
 
-    def products() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
         for weight in weights:
             if sparse:
                 sparse_linear(x, weight, half, [PROBE_SIZE])
             else:
                 F.linear(x, weight)
+        decoded = time.perf_counter()
+        prompt @ weights[0]
+        return decoded - start + (time.perf_counter() - decoded) * len(weights) / PROBE_ROWS
 
-    prompt = torch.ones(PROBE_ROWS, PROBE_SIZE, dtype=dtype)
-    prefill = _median_seconds(lambda: prompt @ weights[0], repeats=3) * len(weights) / PROBE_ROWS
-    return _median_seconds(products) + prefill
+    seconds()  # compiles and allocates
+    return seconds
 
 
 def _median_seconds(action: Callable[[], object], repeats: int = 7) -> float:

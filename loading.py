@@ -43,7 +43,8 @@ class LoadedModel:
     """A dense model in eval mode. identity names it by content; folder is where it was read from, if anywhere.
 
     weights: what plans know it by, None if a quantized checkpoint does not say. load_s: seconds that load_for_decoding
-    took; calibrate_s: those of quick calibrations since. force_plan: take plans of other models, too.
+    took; calibrate_s: those of quick calibrations since. force_plan: take plans of other models, too. dtype_reason: why
+    it computes in its dtype.
     """
 
     model: Transformer
@@ -55,6 +56,7 @@ class LoadedModel:
     load_s: float = 0.0
     force_plan: bool = False
     calibrate_s: float = 0.0
+    dtype_reason: str = ""
 
 
 def load_for_decoding(
@@ -87,7 +89,9 @@ def load_for_decoding(
         check_rounding(described, quant, "--quant")
     if check is not None:
         check(described)
-    loaded = _load(described, torch_device, pick_dtype(dtype, torch_device, sparse))
+    choice = pick_dtype(dtype, torch_device, sparse)
+    loaded = _load(described, torch_device, choice.dtype)
+    loaded.dtype_reason = choice.reason
     use_native_head(loaded.model)
     if quant is not None:
         round_weights(loaded, quant, quant_lm_head, "--quant")

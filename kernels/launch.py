@@ -17,12 +17,12 @@ MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense pr
 RUN = 16  # channels a program owns side by side: 32 bytes of 16-bit x, one memory sector
 
 
-def check_rows(x: Tensor, weight: Weight) -> None:
-    """Raise ValueError unless x is contiguous [B, K], of weight's dtype and beside it."""
+def check_rows(x: Tensor, weight: Weight, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    """Raise ValueError unless x is contiguous [B, K], of weight's dtype or one of dtypes, and beside it."""
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"x has shape {tuple(x.shape)} and strides {x.stride()}: expected contiguous [B, K]")
     device = weight.values.device
-    if x.dtype != weight.dtype or x.device != device:
+    if x.dtype not in (dtypes or (weight.dtype,)) or x.device != device:
         raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {device}: expected the same")
 
 

@@ -47,10 +47,10 @@ def launch(
     tile: GemvTile | None = None,
 ) -> Tensor:  # fmt: skip
     """As norm_gemv, with a chosen tile."""
-    check_rows(x, weight)
+    check_rows(x, weight, (weight.dtype, torch.float32))
     B, K = x.shape
-    if norm.shape != (K,) or norm.dtype != x.dtype or norm.device != x.device or not norm.is_contiguous():
-        raise ValueError(f"norm is {norm.dtype} {tuple(norm.shape)}: expected contiguous {x.dtype} [{K}] beside x")
+    if norm.shape != (K,) or norm.dtype != weight.dtype or norm.device != x.device or not norm.is_contiguous():
+        raise ValueError(f"norm is {norm.dtype} {tuple(norm.shape)}: expected contiguous {weight.dtype} [{K}] beside x")
     check_gemv(weight, thresholds, segments, K, B)
     plan = plan_gemv(weight, thresholds, segments, B, tile)
     chunk = min(triton.next_power_of_2(K), 4096 if B == 1 else 512)
@@ -63,7 +63,7 @@ def norm_gemv(
     x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int],
     scales: Tensor | None = None, zeros: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As sparse_gemv of RMSNorm(x) * norm, for x [B, K] and norm [K] of one dtype.
+    """As sparse_gemv of RMSNorm(x) * norm, for x [B, K] in fp32 or the weight's dtype and norm [K] in the weight's.
 
     Every program computes the mean square itself: K values from the L2 cache cost less than another kernel.
     """

@@ -41,18 +41,18 @@ def reduce_partials_kernel(
 def reduce_partials(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Sum over partials fp32 [splits, B, N], in fixed order, plus bias [N], rounded to dtype, plus residual [B, N].
 
-    bias and residual are of that dtype or None. Returns [B, N]. Raises ValueError on a mismatch.
+    residual is of that dtype or None; bias is None or of any dtype of DTYPES. Returns [B, N]. Raises ValueError on a mismatch.
     """
     if partials.dim() != 3 or partials.dtype != torch.float32 or not partials.is_contiguous():
         raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected contiguous [splits, B, N]")
     splits, B, N = partials.shape
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}: expected one of {DTYPES}")
-    for name, tensor, shape in (("bias", bias, (N,)), ("residual", residual, (B, N))):
+    for name, tensor, shape, kinds in (("bias", bias, (N,), DTYPES), ("residual", residual, (B, N), (dtype,))):
         if tensor is None:
             continue
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous {dtype} {shape}")
+        if tensor.shape != shape or tensor.dtype not in kinds or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous {kinds} {shape}")
         if tensor.device != partials.device:
             raise ValueError(f"{name} is on {tensor.device} and partials on {partials.device}: expected the same")
     out = torch.empty(B, N, dtype=dtype, device=partials.device)

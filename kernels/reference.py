@@ -18,9 +18,9 @@ def sparse_linear_reference(x: Tensor, weight: Tensor, thresholds: Tensor, segme
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm with the model's roundings: x [..., K] -> [..., K] in x's dtype."""
+    """RMSNorm with the model's roundings: x [..., K] -> [..., K] in weight's dtype."""
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(weight.dtype) * weight
 
 
 def silu_reference(gate: Tensor, up: Tensor) -> Tensor:

@@ -69,10 +69,10 @@ def main() -> None:
     JITFunction.run = compile_only
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for B, C, H, KV, D, hidden in ((1, 512, 8, 2, 64, 1024), (3, 576, 9, 3, 64, 1536), (8, 40, 4, 2, 10, 88)):
-            x, norm = torch.zeros(B, C, dtype=dtype), torch.zeros(C, dtype=dtype)
+            residual, x, norm = torch.zeros(B, C), torch.zeros(B, C, dtype=dtype), torch.zeros(C, dtype=dtype)
             sizes = [H * D, KV * D, KV * D]
             t3, t2, t1 = torch.zeros(3), torch.zeros(2), torch.zeros(1)
-            qkv = norm_gemv(x, norm, 1e-5, torch.zeros(C, sum(sizes), dtype=dtype), t3, sizes)
+            qkv = norm_gemv(residual, norm, 1e-5, torch.zeros(C, sum(sizes), dtype=dtype), t3, sizes)
             angles, positions = torch.zeros(B, D // 2), torch.zeros(B, 1, dtype=torch.int64)
             k, v = (torch.zeros(B, KV, 64, D, dtype=dtype) for _ in range(2))
             head = torch.zeros(D, dtype=dtype)
@@ -81,13 +81,13 @@ def main() -> None:
             k, v = (torch.zeros(B, KV, 64, packed_width(D), dtype=torch.int8) for _ in range(2))
             rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 0, dtype)
             o = attention_gemv(*shares, torch.zeros(H * D, C, dtype=dtype), t1)
-            x = reduce_partials(o, dtype, norm, x)
-            gate_up = norm_gemv(x, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
+            residual = reduce_partials(o, torch.float32, norm, residual)
+            gate_up = norm_gemv(residual, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
             silu_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
             sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
             scales, zeros = torch.zeros(C, 4, dtype=dtype), torch.zeros(C, 4, dtype=torch.uint8)
             sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
-            norm_gemv(x, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
+            norm_gemv(residual, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
             sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
             floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
             floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)

@@ -128,8 +128,12 @@ def test_rows_of_a_wider_weight() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 8])
 @pytest.mark.parametrize("K,segments", [(64, [31, 1, 7]), (576, [96, 32, 32]), (4100, [40])])
-def test_norm_gemv(K: int, segments: list[int], B: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("stream", [None, torch.float32], ids=["weight's", "fp32"])
+def test_norm_gemv(
+    K: int, segments: list[int], B: int, dtype: torch.dtype, stream: torch.dtype | None
+) -> None:  # fmt: skip
     x, weight, thresholds = make(B, K, segments, dtype)
+    x = x.to(stream or dtype)
     norm = (torch.rand(K, generator=torch.Generator().manual_seed(1)) + 0.5).to(DEVICE, dtype)
     normed = rms_norm_reference(x, norm, 1e-5)
     # An entry within rounding of its threshold may fall on either side.

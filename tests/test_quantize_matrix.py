@@ -35,7 +35,8 @@ def make(folder: Path, family: str, dtype: str, tied: bool, **sizes: int) -> Pat
     """A checkpoint with weights and biases of this dtype; the tokenizer is not needed."""
     kind, options = FAMILIES[family]
     model = save_tiny_model(tiny_config(kind, **WIDTHS | options | sizes, tie_word_embeddings=tied), folder)
-    model.to(DTYPES[dtype]).save_pretrained(folder)
+    torch.nn.Module.to(model, DTYPES[dtype])
+    model.save_pretrained(folder)
     return folder
 
 
