@@ -164,6 +164,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--stride {args.stride} must be less than --window {args.window}: "
             "the first token of a window has nothing before it that could predict it"
         )
+    for option, path in (("--csv", args.csv), ("--plot", args.plot)):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{option} {path}: no such folder; create it first")
     if args.lm_eval_path is not None and not args.lm_eval_path.is_dir():
         raise UserError(f"--lm-eval-path {args.lm_eval_path}: no such folder")
     cli.require_package("matplotlib", "--plot", args.plot)

@@ -77,7 +77,8 @@ def _watched_pipe() -> int:
 
 
 def _watch(pipe: int) -> None:
-    while os.read(pipe, 1)[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) not in (_raise, _ignore):
+    ours = (_raise, _ignore, signal.SIG_IGN)  # the main thread may be ahead of this one
+    while os.read(pipe, 1)[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) not in ours:
         pass
     time.sleep(GRACE_S)
     say()
