@@ -118,8 +118,11 @@ class Conversation:
         if not name:
             raise UserError("/save needs a file name")
         path = Path(name).expanduser()
-        with reserved(Output("/save", path, SAVED)), atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            with reserved(Output("/save", path, SAVED)), atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"/save {name}: {error.strerror}; name a file that can be written") from None
         return f"{path}: {len(self.messages)} messages"
 
 
