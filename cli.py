@@ -160,7 +160,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a known architecture with random weights, for speed only: {', '.join(ARCHITECTURES)}",
     )  # fmt: skip
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
-    model.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: the faster one")
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="auto: bf16 where the device multiplies it, else the faster one",
+    )
 
 
 def add_kv_cache_argument(group: argparse._ArgumentGroup) -> None:
@@ -224,5 +229,5 @@ def sparsity(text: str) -> float:
 
 
 def sparsities(text: str) -> tuple[float, ...]:
-    """Argument type: numbers with 0 <= sparsity < 1, commas between."""
-    return tuple(sparsity(part) for part in text.split(","))
+    """Argument type: numbers with 0 <= sparsity < 1, commas between, each once."""
+    return tuple(dict.fromkeys(sparsity(part) for part in text.split(",")))

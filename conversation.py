@@ -11,7 +11,7 @@ from errors import UserError
 from files import FileKind, Output, atomic_file, cache_folder, reserved
 
 SAVED = FileKind("a saved conversation", rb'^\[\s*(\]|\{\s*"role": )')
-HELP = """/sparsity P   drop another share of activations from now on (0 is dense)
+HELP = """/sparsity P   drop another share of activations from now on (0 is dense), in a chat started with --sparsity
 /stats        figures of the last answer, as JSON
 /reset        forget the conversation
 /save FILE    write the conversation as JSON
@@ -111,7 +111,10 @@ class Conversation:
             raise UserError(f"/sparsity {text}: expected a number, 0 <= sparsity < 1") from None
         if not 0 <= sparsity < 1:
             raise UserError(f"/sparsity {text} is out of range; expected 0 <= sparsity < 1")
-        self.engine.use_sparsity(sparsity)
+        if self.engine.plan is not None:
+            self.engine.use_sparsity(sparsity)
+        elif sparsity > 0:
+            raise UserError(f"/sparsity {text}: this chat was started dense; start one with --sparsity {text}")
         return f"sparsity {sparsity:g} from now on"
 
     def _save(self, name: str) -> str:

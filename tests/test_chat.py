@@ -58,8 +58,9 @@ def test_statistics_change_no_word(options: tuple[str, ...], sparsity: str) -> N
 
 
 def test_a_dense_engine_has_no_other_sparsity(options: tuple[str, ...]) -> None:
-    done = run_command(*options, "--max-new-tokens", "2", stdin="/sparsity 0.5\n")
-    assert done.returncode == 0 and b"loaded dense" in done.stderr
+    done = run_command(*options, "--max-new-tokens", "2", stdin="/sparsity 0.5\n/sparsity 0\n")
+    assert done.returncode == 0 and b"started dense; start one with --sparsity 0.5" in done.stderr
+    assert b"sparsity 0 from now on" in done.stderr
 
 
 class Terminal:
@@ -89,8 +90,10 @@ class Terminal:
             if select.select([self.main], [], [], 0.1)[0]:
                 self.seen += os.read(self.main, 4096).decode(errors="replace")
 
-    def wait_for_more(self) -> None:
-        self.seen += os.read(self.main, 4096).decode(errors="replace")
+    def wait_for_answer(self) -> None:
+        """Until something stands after the message but what the terminal is told."""
+        while not re.sub(r"\x1b\[\?2004[hl]|\s", "", self.seen.rpartition("Hello\r\n")[2]):
+            self.seen += os.read(self.main, 4096).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self.main, text.encode())
@@ -101,7 +104,7 @@ def test_ctrl_c_stops_the_answer_only(options: tuple[str, ...], tmp_path: Path) 
         terminal.wait_for("> ")
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n")
-        terminal.wait_for_more()  # of the answer, all of which takes a quarter of a second
+        terminal.wait_for_answer()  # of the answer, all of which takes a quarter of a second
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.wait_for("[stopped]")
         terminal.wait_for("> ", 2)

@@ -273,3 +273,11 @@ def test_a_left_over_beside_an_output_is_swept_by_the_next_run_to_it(tmp_path: P
     with reserved(Output("-o", tmp_path / "plan.json", PLAN)), atomic_file(tmp_path / "plan.json") as path:
         path.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_looking_for_pip_leaves_setuptools_usable() -> None:
+    """setuptools compiles the CPU kernels of the same first run."""
+    pytest.importorskip("setuptools")
+    script = "import source; source._pip(); import setuptools"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -231,6 +231,14 @@ def test_a_cut_off_call_is_said_to_be_cut_off(server: Server) -> None:
             assert streamed[-1].finish_reason == "length"
 
 
+def test_a_call_that_a_stop_string_cuts_off_is_no_content(server: Server) -> None:
+    for script in (tagged(ROME), ROME):
+        [answer] = ask(server, script, stop=["city"]).choices
+        assert (answer.finish_reason, answer.message.content, answer.message.tool_calls) == ("stop", None, None)
+        streamed = [c for chunk in ask(server, script, stop=["city"], stream=True) for c in chunk.choices]
+        assert "".join(c.delta.content or "" for c in streamed) == ""
+
+
 def test_tools_without_parameters_take_none(server: Server) -> None:
     some: list[dict[str, Any]] = [{}, {"parameters": None}, {"parameters": {}}]
     for parameters in some:
