@@ -14,12 +14,13 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what a user may have set to say how threads wait
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Turns that a waiting thread of libgomp, torch's OpenMP on Linux, spins before it sleeps: some 10 us. Tokens/s of the
+# Turns that a waiting thread of libgomp, torch's OpenMP on Linux, spins before it sleeps: some 60 us. Tokens/s of the
 # default model in bf16 on 2 Zen 5 cores, dense / 50% sparse:
-#                               default   10,000      3,000       1,000   500     0 (passive)
-#   alone                       57 / 70   - / 69      - / 64      51 / 64 48 / 63 47 / 60
-#   beside one busy process     < 2       < 2         - / 11      28 / 38 34 / 43 36 / 53
-SPIN_COUNT = 500
+#                               300,000 (default)  10,000     3,000      2,000      1,000     500
+#   alone                       53 / 72            54 / 72    53 / 71    50 / 66    46 / 61   44 / 60
+#   beside one busy process     16 / 21            13 / 14    21 / 26    22 / 26    28 / 36   32 / 42
+# 3,000 costs nothing alone. Under more load the default fell below 2 tokens/s.
+SPIN_COUNT = 3000
 
 
 def prepare(variables: MutableMapping[str, str], cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> None:

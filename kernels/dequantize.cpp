@@ -61,7 +61,7 @@ void by_columns(const at::Tensor& values, const at::Tensor& scales, const std::o
     case 32: return run<T, BITS, 32, false>(values, scales, zeros, out);
     case 64: return run<T, BITS, 64, false>(values, scales, zeros, out);
     case 128: return run<T, BITS, 128, false>(values, scales, zeros, out);
-    default: TORCH_CHECK_VALUE(false, scales.size(1), " groups of ", N, " columns: expected 32, 64 or 128 to a group");
+    default: TORCH_CHECK_VALUE(false, "scales: expected 32, 64 or 128 columns to a group");
   }
 }
 
@@ -75,8 +75,8 @@ void dequantize(const at::Tensor& values, const at::Tensor& scales, const std::o
                 at::Tensor& out) {
   TORCH_CHECK_VALUE(values.stride(1) == 1 && scales.stride(1) == 1 && out.is_contiguous(), "rows must be contiguous");
   TORCH_CHECK_VALUE(!zeros || zeros->strides() == scales.strides(), "zeros and scales: expected one layout");
-  TORCH_CHECK_VALUE(out.size(0) == values.size(0) && out.size(1) == values.size(1) * (zeros ? 8 : 1), "out has shape ",
-                    out.sizes(), ": expected the weight's");
+  TORCH_CHECK_VALUE(out.size(0) == values.size(0) && out.size(1) == values.size(1) * (zeros ? 8 : 1),
+                    "out: expected the weight's shape");
   TORCH_CHECK_VALUE(out.scalar_type() == scales.scalar_type(), "out: expected the dtype of scales");
   switch (scales.scalar_type()) {
     case at::kFloat: return by_bits<float>(values, scales, zeros, out);

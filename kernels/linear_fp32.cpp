@@ -117,9 +117,9 @@ void run_rows(const float* x, int64_t rows, const at::Tensor& weight, int64_t be
 
 at::Tensor linear_fp32(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t rows = x.size(0), V = weight.size(0);
-  TORCH_CHECK_VALUE(x.dim() == 2 && rows <= MAX_ROWS && x.size(1) == weight.size(1), "x has ", rows, " rows and weight ",
-                    weight.size(1), " channels: expected few rows [n, K] and [V, K]");
-  TORCH_CHECK_VALUE(weight.stride(1) == 1, "weight has a stride of ", weight.stride(1), ": its rows must be contiguous");
+  TORCH_CHECK_VALUE(x.dim() == 2 && rows <= MAX_ROWS && x.size(1) == weight.size(1),
+                    "x and weight: expected few rows [n, K] and [V, K]");
+  TORCH_CHECK_VALUE(weight.stride(1) == 1, "weight: its rows must be contiguous");
   at::Tensor wide = at::zeros({rows, padded(x.size(1))}, x.options().dtype(at::kFloat));
   wide.narrow(1, 0, x.size(1)).copy_(x);
   at::Tensor y = at::empty({rows, V}, x.options().dtype(at::kFloat));

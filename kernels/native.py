@@ -23,6 +23,8 @@ from files import atomic_file, cache_folder, cpu_name
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("row_gather.cpp", "linear_fp32.cpp", "dequantize.cpp"))
 # Bits must not depend on how the compiler orders a sum, so no -ffast-math; torch's own OpenMP is used, found at load.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++20", "-fPIC", "-fopenmp")
+# GCC 13 fused products and sums in linear_fp32's code for some numbers of rows and not for others: other bits in fp32.
+FLAGS_OF = {"linear_fp32.cpp": ("-ffp-contract=off",)}
 
 
 @functools.cache
@@ -40,7 +42,7 @@ def native_kernels() -> Any | None:
 
 def _built_library() -> Path:
     texts = (source.read_text(encoding="utf-8") for source in SOURCES)
-    key = "\n".join((*texts, torch.__version__, cpu_name(), *FLAGS))
+    key = "\n".join((*texts, torch.__version__, cpu_name(), *FLAGS, str(FLAGS_OF)))
     path = cache_folder("kernels") / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
@@ -58,7 +60,10 @@ def _compile(output: Path) -> None:
         raise UserError("no C++ compiler found; install g++ or set CXX")
     objects = [f"{output}.{source.stem}.o" for source in SOURCES]
     options = (*FLAGS, *(f"-I{folder}" for folder in include_paths()))
-    commands = [[compiler, *options, "-c", str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)]
+    commands = [
+        [compiler, *options, *FLAGS_OF.get(source.name, ()), "-c", str(source), "-o", to]
+        for source, to in zip(SOURCES, objects, strict=True)
+    ]
     link = [compiler, "-shared", *objects, "-o", str(output)]
     link += [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
     try:

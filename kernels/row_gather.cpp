@@ -273,7 +273,7 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
   const int64_t rows = x.size(0), K = x.size(1), N = y.size(1), stride = weight.stride(0);
   const bool by_input = scales && scales->size(1) == N;
   const int64_t group = by_input ? LINE : scales ? N / scales->size(1) : 1;
-  TORCH_CHECK_VALUE(!scales || group == 32 || group == 64 || group == 128, "groups of ", group, ": expected 32, 64, 128");
+  TORCH_CHECK_VALUE(!scales || group == 32 || group == 64 || group == 128, "groups: expected 32, 64 or 128 to one");
   const float* limits = thresholds.const_data_ptr<float>();
   const int64_t per_channel = thresholds.dim() == 2 ? thresholds.stride(1) : 0;
   const int64_t share = (N + at::get_num_threads() - 1) / at::get_num_threads();
@@ -319,7 +319,7 @@ at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::T
                       const std::optional<at::Tensor>& zeros, std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType dtype = out_dtype.value_or(x.scalar_type());
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == x.scalar_type(), "out_dtype ", dtype, ": expected fp32 or x's");
-  TORCH_CHECK_VALUE(x.size(0) <= MAX_ROWS && x.is_contiguous(), "x has ", x.size(0), " rows: expected few, contiguous ones");
+  TORCH_CHECK_VALUE(x.size(0) <= MAX_ROWS && x.is_contiguous(), "x: expected few, contiguous rows");
   TORCH_CHECK_VALUE(!scales || (weight.is_contiguous() && scales->is_contiguous() && (!zeros || zeros->is_contiguous())),
                     "a quantized weight must be contiguous");
   const int64_t N = std::accumulate(segments.begin(), segments.end(), int64_t{0});
