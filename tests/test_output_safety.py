@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
 import bench.report
 import calibrate
@@ -18,7 +20,7 @@ import evaluate
 import files
 import quantize
 from errors import UserError
-from files import Output, replace_folder, reserved, restore_folder
+from files import Output, atomic_folder, replace_folder, reserved, restore_folder
 from plan import PLAN, SparsityPlan
 from plots import FIGURE, plot_quality
 from quantization import QuantConfig
@@ -142,6 +144,17 @@ def test_plans_of_the_original_weights_come_along(checkpoint: Path, tmp_path: Pa
     quantize.quantize_folder(checkpoint, tmp_path / "out", INT8)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"README.md", "teal-0.5.json"} <= names
+
+
+def test_others_can_read_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    quantize.quantize_folder(checkpoint, tmp_path / "out", INT8)
+    with atomic_folder(tmp_path / "converted") as folder:
+        assert folder is not None
+        save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (*(tmp_path / "out").iterdir(), *(tmp_path / "converted").iterdir()):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path.name
 
 
 def test_the_users_folder_in_the_place_of_unfinished_work_is_left(
