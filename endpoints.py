@@ -40,6 +40,11 @@ def event_line(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
+def status_of(failure: Done) -> int:
+    """The HTTP status of a generation that failed: 400 for a schema, say, that has no way on, which no retry mends."""
+    return 400 if failure.finish_reason == "refused" else 500
+
+
 def parsed(kind: type[Parsed], content: bytes) -> Parsed:
     """A body as a request of this kind. Raises BadRequest."""
     check_nodes(content)
@@ -166,7 +171,7 @@ class Endpoints:
         async def collect() -> None:
             async for _, event in answer.events():
                 if isinstance(event, Done) and event.error is not None:
-                    raise HTTPException(500, event.error)
+                    raise HTTPException(status_of(event), event.error)
 
         try:
             return await self._while_connected(http, answer, collect())
@@ -214,7 +219,8 @@ class Endpoints:
                 yield event_line(head | {"choices": [opening]})
         async for i, event in answer.events():
             if isinstance(event, Done) and event.error is not None:
-                yield event_line({"error": {"message": event.error, "type": "server_error"}})
+                kind = "server_error" if status_of(event) == 500 else "invalid_request_error"
+                yield event_line({"error": {"message": event.error, "type": kind}})
                 return
             for chunk in streams[i].chunks(event):
                 yield event_line(head | {"choices": [chunk]})

@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a request: finish_reason "stop" or "length", or an error's text."""
+    """The end of a request: finish_reason "stop" or "length"; or an error's text, "refused" where the request is to blame."""
 
     finish_reason: str
     error: str | None = None
@@ -164,7 +164,7 @@ class Observer:
         """A round of speculative decoding drafted so many tokens and accepted these of them."""
 
     def finished(self, request: Request, reason: str) -> None:
-        """A request ended: "stop", "length", "cancelled" or "error"."""
+        """A request ended: "stop", "length", "cancelled", "refused" or "error"."""
 
 
 def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:

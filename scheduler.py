@@ -196,7 +196,7 @@ class Scheduler:
         self.observer.finished(request, reason)
         if request.cancelled:
             return
-        if sequence is not None and reason != "error" and (tail := sequence.rest()) is not None:
+        if sequence is not None and error is None and (tail := sequence.rest()) is not None:
             request.emit(tail)
         request.emit(Done(reason, error))
 
@@ -315,7 +315,7 @@ class Scheduler:
             token = likeliest if logits is None or request.is_plain else sequence.sample(logits)
             complete = request.matcher is not None and request.matcher.accept(token)
         except UserError as error:
-            self._end(request, "error", str(error))
+            self._end(request, "refused", str(error))
             return
         self._timed(request)
         if request.count_sparsity and request.new_tokens == COUNTED_TOKENS:
