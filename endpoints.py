@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -125,18 +125,7 @@ class Endpoints:
 
         body, answer = await self.service.begin(prepare, self.limits.seconds)
         head = self._head("chatcmpl", "chat.completion")
-        if body.stream:
-            if not await self._while_connected(http, answer, answer.begun.wait()):
-                return Response(status_code=499)
-            return EventStream(answer, self._lines(body, answer, head | {"object": "chat.completion.chunk"}))
-        if not await self._finished(http, answer):
-            return Response(status_code=499)
-
-        def whole() -> Response:
-            choices = [chat_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
-            return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
-
-        return await asyncio.to_thread(whole)
+        return await self._respond(http, body, answer, head, "chat.completion.chunk", chat_choice)
 
     async def completion(self, http: Request) -> Response:
         content = await read_body(http)
@@ -148,15 +137,27 @@ class Endpoints:
 
         body, answer = await self.service.begin(prepare, self.limits.seconds)
         head = self._head("cmpl", "text_completion")
+        return await self._respond(http, body, answer, head, "text_completion", completion_choice)
+
+    async def _respond(
+        self,
+        http: Request,
+        body: Any,
+        answer: Answer,
+        head: dict[str, Any],
+        chunk_kind: str,
+        choice_of: Callable[[Service, Any, int, Choice], dict[str, Any]],
+    ) -> Response:
+        """The answer as a stream of chunks, or whole with its choices as choice_of puts them."""
         if body.stream:
             if not await self._while_connected(http, answer, answer.begun.wait()):
                 return Response(status_code=499)
-            return EventStream(answer, self._lines(body, answer, head))
+            return EventStream(answer, self._lines(body, answer, head | {"object": chunk_kind}))
         if not await self._finished(http, answer):
             return Response(status_code=499)
 
         def whole() -> Response:
-            choices = [completion_choice(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
+            choices = [choice_of(self.service, body, i, choice) for i, choice in enumerate(answer.choices)]
             return JSONResponse(head | {"choices": choices, "usage": usage(answer.choices, body.n)})
 
         return await asyncio.to_thread(whole)

@@ -56,11 +56,11 @@ def resolve_checkpoint(name: str | None) -> Path:
 
 def default_model() -> Path:
     """Folder of the default model, downloaded and converted into the cache the first time."""
-    from gguf_convert import convert_gguf  # only a first run needs the gguf package
-
     folder = cache_folder("models") / f"{DEFAULT_FOLDER}-v{CONVERTER_VERSION}"
     with atomic_folder(folder) as temporary:
         if temporary is not None:
+            from gguf_convert import convert_gguf  # only a first run needs the gguf package
+
             print(f"preparing the default model {DEFAULT_FOLDER} (98 MB, once)", file=sys.stderr)
             with temporary_folder(folder.parent, f"{DEFAULT_FOLDER}-download") as scratch:
                 convert_gguf(_default_gguf(scratch), temporary)

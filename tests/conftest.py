@@ -216,6 +216,17 @@ def assert_one_line_error(code: int, err: str, *fragments: str) -> None:
         assert fragment in lines[0], f"{fragment!r} not in {lines[0]!r}"
 
 
+def changed(content: Any, path: list[int], value: Any) -> Any:
+    """content with the value at a path (indices, modulo what is there) replaced."""
+    if not path or not isinstance(content, (dict, list)) or not content:
+        return value
+    keys = list(content) if isinstance(content, dict) else range(len(content))
+    key = keys[path[0] % len(keys)]
+    copy: Any = dict(content) if isinstance(content, dict) else list(content)
+    copy[key] = changed(content[key], path[1:], value)
+    return copy
+
+
 def file_size_limit(count: int) -> Callable[[], None]:
     """For a child process's preexec_fn: writing beyond count bytes fails as on a full disk."""
 

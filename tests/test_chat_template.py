@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from tests.chat_families import FAMILIES, QWEN3, QWEN25, conversations, tools
-from tests.tokenizer_kinds import KINDS, Kind
+from tests.tokenizer_kinds import KINDS, Kind, with_chat_template
 from tokenizer import Tokenizer, load_tokenizer
 
 TOOL = {
@@ -103,13 +103,7 @@ def test_ids_are_those_of_transformers(kind: str, kinds: dict[str, Kind], data: 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     """Every kind of tokenizer with a chat template, here and in transformers."""
-    found = {}
-    for name, make in KINDS.items():
-        make(folder := tmp_path_factory.mktemp(name))
-        (folder / "chat_template.jinja").write_text(QWEN25, encoding="utf-8")
-        found[name] = make(folder)
-        found[name].theirs.chat_template = QWEN25
-    return found
+    return {name: with_chat_template(make, tmp_path_factory.mktemp(name), QWEN25) for name, make in KINDS.items()}
 
 
 def test_json_is_neither_escaped_for_html_nor_sorted(load: Any) -> None:

@@ -14,18 +14,13 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from tests.chat_families import QWEN25
 from tests.conftest import assert_one_line_error, run_command
-from tests.tokenizer_kinds import KINDS, MARKERS, SPECIAL, Kind
+from tests.tokenizer_kinds import KINDS, MARKERS, SPECIAL, Kind, with_chat_template
 from tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    found = {}
-    for name, make in KINDS.items():
-        make(folder := tmp_path_factory.mktemp(name))
-        (folder / "chat_template.jinja").write_text(QWEN25, encoding="utf-8")
-        found[name] = make(folder)
-    return found
+    return {name: with_chat_template(make, tmp_path_factory.mktemp(name), QWEN25) for name, make in KINDS.items()}
 
 
 def control(tokenizer: Tokenizer, ids: list[int]) -> Counter[int]:

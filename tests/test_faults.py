@@ -33,7 +33,7 @@ from files import atomic_file, cache_folder
 from hf_config import load_config
 from kernels.native import native_kernels
 from plan import SparsityPlan
-from tests.conftest import ROOT
+from tests.conftest import ROOT, changed
 from tests.faults import failing, watching
 
 Command = Callable[..., tuple[int, str, str]]
@@ -264,17 +264,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-
-
-def changed(content: Any, path: list[int], value: Any) -> Any:
-    """content with the value at a path (indices, modulo what is there) replaced."""
-    if not path or not isinstance(content, (dict, list)) or not content:
-        return value
-    keys = list(content) if isinstance(content, dict) else range(len(content))
-    key = keys[path[0] % len(keys)]
-    copy: Any = dict(content) if isinstance(content, dict) else list(content)
-    copy[key] = changed(content[key], path[1:], value)
-    return copy
 
 
 paths = st.lists(st.integers(0, 50), min_size=1, max_size=4)

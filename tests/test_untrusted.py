@@ -20,7 +20,7 @@ import generate
 import quantize
 import serve
 from plan import PROJECTIONS, ProjectionPlan, SparsityPlan
-from tests.conftest import assert_one_line_error
+from tests.conftest import assert_one_line_error, changed
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -33,17 +33,6 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 PATHS = st.lists(st.integers(0, 50), max_size=4)
-
-
-def changed(content: Any, path: list[int], value: Any) -> Any:
-    """content with the value at a path (indices, modulo what is there) replaced."""
-    if not path or not isinstance(content, (dict, list)) or not content:
-        return value
-    keys = list(content) if isinstance(content, dict) else range(len(content))
-    key = keys[path[0] % len(keys)]
-    copy: Any = dict(content) if isinstance(content, dict) else list(content)
-    copy[key] = changed(content[key], path[1:], value)
-    return copy
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -168,3 +168,12 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     "sentencepiece-legacy": lambda folder: _sentencepiece_kind(folder, legacy=True),
     "tiktoken": _tiktoken_kind,
 }
+
+
+def with_chat_template(make: Callable[[Path], Kind], folder: Path, template: str) -> Kind:
+    """A kind of tokenizer with this chat template, here and in transformers."""
+    make(folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    kind = make(folder)
+    kind.theirs.chat_template = template
+    return kind
