@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cli
-from errors import UserError
-from files import Output, cache_folder, check_writable, reserved
+from teal.cli import command_line as cli
+from teal.errors import UserError
+from teal.files import Output, cache_folder, check_writable, reserved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from calibration import Settings
-    from loading import Described
-    from plan import Histogram, SparsityPlan
+    from teal.calibration.thresholds import Settings
+    from teal.checkpoint.loading import Described
+    from teal.plan import Histogram, SparsityPlan
 
 DEFAULT_SEQUENCES = 10  # the paper's calibration set
 DEFAULT_LENGTH = 2048
@@ -59,14 +59,14 @@ def main() -> None:
     args = build_parser().parse_args()
     cli.require_package("matplotlib", "--plot", args.plot)
     if args.show is not None:
-        from plan import SparsityPlan
+        from teal.plan import SparsityPlan
 
         plan = SparsityPlan.load(args.show)
         print_plan(plan)
         with reserved(*outputs([], args.plot, (plan.target,))):
             draw([plan], args.plot)
     elif args.import_teal is not None:
-        from teal_import import import_teal
+        from teal.calibration.published import import_teal
 
         paths = output_paths(args, args.import_teal.name.lower())
         with reserved(*outputs(paths, args.plot, args.sparsity)):
@@ -81,8 +81,8 @@ def calibrate_model(args: argparse.Namespace) -> None:
     """Load the text and the model, calibrate for every target. What cannot be written is refused before the loading."""
     if args.output is not None:
         check_writable("-o", output_paths(args, "model")[0])
-    from calibration import Settings
-    from texts import read_texts
+    from teal.calibration.texts import read_texts
+    from teal.calibration.thresholds import Settings
 
     settings = Settings(args.sparsity, args.method, args.criterion, args.step)
     text = read_texts(args.text, args.field)
@@ -93,9 +93,9 @@ def calibrate_model(args: argparse.Namespace) -> None:
 
 def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths: list[Path]) -> None:
     """Calibrate and write the plans at once, then again with the sparsities they achieve."""
-    from calibration import HELD_OUT_SEQUENCES, QUICK_LENGTH, calibrate, with_achieved
-    from loading import load_for_decoding
-    from texts import split_sequences, text_hash
+    from teal.calibration.texts import split_sequences, text_hash
+    from teal.calibration.thresholds import HELD_OUT_SEQUENCES, QUICK_LENGTH, calibrate, with_achieved
+    from teal.checkpoint.loading import load_for_decoding
 
     cut: list[Tensor] = []
 
@@ -126,7 +126,7 @@ def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths
 
 def calibrated_paths(args: argparse.Namespace) -> list[Path]:
     """Where the plans of args' model go, which is downloaded and converted if need be, but not loaded."""
-    from source import resolve_checkpoint
+    from teal.checkpoint.source import resolve_checkpoint
 
     if args.random_weights is not None:
         return output_paths(args, args.random_weights)
@@ -136,12 +136,12 @@ def calibrated_paths(args: argparse.Namespace) -> list[Path]:
 
 def outputs(paths: list[Path], folder: Path | None, targets: tuple[float, ...]) -> list[Output]:
     """All files that a run writes: the plans, and figures in folder, if one is given. Raises UserError without matplotlib."""
-    from plan import PLAN
+    from teal.plan import PLAN
 
     found = [Output("-o", path, PLAN) for path in paths]
     if folder is None:
         return found
-    from plots import FIGURE, require_matplotlib
+    from teal.evaluation.plots import FIGURE, require_matplotlib
 
     require_matplotlib("--plot")
     names = [f"{what}-{target:g}.png" for target in targets for what in ("sparsity", "inputs")]
@@ -150,7 +150,7 @@ def outputs(paths: list[Path], folder: Path | None, targets: tuple[float, ...]) 
 
 def output_paths(args: argparse.Namespace, name: str, folder: Path | None = None) -> list[Path]:
     """Where each target's plan goes. Raises UserError if one file is named for several, or the folder is missing."""
-    from plan import plan_name
+    from teal.plan import plan_name
 
     output = args.output
     if output is not None and output.suffix == ".json":
@@ -192,7 +192,7 @@ def draw(
     """PNGs of the plans in folder, if one is given."""
     if folder is None:
         return
-    from plots import plot_inputs, plot_sparsities
+    from teal.evaluation.plots import plot_inputs, plot_sparsities
 
     folder.mkdir(parents=True, exist_ok=True)
     for j, plan in enumerate(plans):

@@ -8,20 +8,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cli
-from calibrate import DEFAULT_LENGTH, DEFAULT_SEQUENCES, add_text_arguments
-from errors import UserError
-from files import FileKind, Output, atomic_file, reserved
+from teal.cli import command_line as cli
+from teal.cli.calibrate import DEFAULT_LENGTH, DEFAULT_SEQUENCES, add_text_arguments
+from teal.errors import UserError
+from teal.files import FileKind, Output, atomic_file, reserved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from evaluation import Case, Result
-    from loading import Described, LoadedModel
-    from model import Transformer
-    from plan import SparsityPlan
+    from teal.checkpoint.loading import Described, LoadedModel
+    from teal.evaluation.quality import Case, Result
+    from teal.model import Transformer
+    from teal.plan import SparsityPlan
 
 METHODS = ("uniform", "greedy", "wina-uniform", "wina-greedy")
 POLICIES = ("decode", "half")
@@ -111,7 +111,7 @@ def outputs(args: argparse.Namespace) -> list[Output]:
     """The files that args name to be written."""
     found = [Output("--csv", args.csv, CSV)] if args.csv is not None else []
     if args.plot is not None:
-        from plots import FIGURE
+        from teal.evaluation.plots import FIGURE
 
         found.append(Output("--plot", args.plot, FIGURE))
     return found
@@ -119,9 +119,9 @@ def outputs(args: argparse.Namespace) -> list[Output]:
 
 def evaluate_model(args: argparse.Namespace) -> None:
     """Load, calibrate where needed, evaluate; print the rows and write them."""
-    from evaluation import evaluate
-    from loading import load_for_decoding
-    from texts import first_tokens, read_texts
+    from teal.calibration.texts import first_tokens, read_texts
+    from teal.checkpoint.loading import load_for_decoding
+    from teal.evaluation.quality import evaluate
 
     text = read_texts(args.text, args.field)
     calibration_text = read_texts(args.calibration_text, args.field) if calibrates(args) else ""
@@ -146,7 +146,7 @@ def evaluate_model(args: argparse.Namespace) -> None:
     if args.csv is not None:
         write_csv(rows, args.csv)
     if args.plot is not None:
-        from plots import plot_quality
+        from teal.evaluation.plots import plot_quality
 
         plot_quality(rows, args.plot)
 
@@ -175,10 +175,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_model(args: argparse.Namespace, text: str, calibration_text: str, model: "Described") -> None:
     """Raise UserError if this model cannot be evaluated as asked. Its weights have not been read yet."""
-    from evaluation import check_tokens
-    from loading import describe
-    from plan import load_fitting_plan, plan_file
-    from texts import first_tokens
+    from teal.calibration.texts import first_tokens
+    from teal.checkpoint.loading import describe
+    from teal.evaluation.quality import check_tokens
+    from teal.plan import load_fitting_plan, plan_file
 
     check_tokens(len(first_tokens(model.tokenizer.encode, text, args.tokens)), args.continuations)
     if args.reference is not None:
@@ -201,7 +201,7 @@ def calibration_sequences(
     args: argparse.Namespace, encode: "Callable[[str], list[int]]", text: str, limit: int
 ) -> "Tensor":
     """Token ids [sequences, length] to calibrate on, from the calibration part of a text. Raises UserError."""
-    from texts import CALIBRATION_PART, split_text, token_sequences
+    from teal.calibration.texts import CALIBRATION_PART, split_text, token_sequences
 
     length = min(args.length or DEFAULT_LENGTH, limit)
     part = split_text(text)[0]
@@ -210,7 +210,7 @@ def calibration_sequences(
 
 def load_reference(args: argparse.Namespace) -> "Transformer | None":
     """The model of --reference."""
-    from loading import load_for_decoding
+    from teal.checkpoint.loading import load_for_decoding
 
     if args.reference is None:
         return None
@@ -219,9 +219,9 @@ def load_reference(args: argparse.Namespace) -> "Transformer | None":
 
 def build_cases(args: argparse.Namespace, loaded: "LoadedModel", calibration_text: str) -> "list[Case]":
     """The dense model, then each plan under each policy; the model is sparse afterwards if there is any plan."""
-    from evaluation import Case
-    from loading import load_plan
-    from plan import SparsityPlan
+    from teal.checkpoint.loading import load_plan
+    from teal.evaluation.quality import Case
+    from teal.plan import SparsityPlan
 
     targets = tuple(target for target in args.sparsity if target > 0)
     plans: list[tuple[str, SparsityPlan]] = []
@@ -238,8 +238,8 @@ def build_cases(args: argparse.Namespace, loaded: "LoadedModel", calibration_tex
 
 def chosen_plans(loaded: "LoadedModel", targets: tuple[float, ...]) -> "list[SparsityPlan]":
     """The plans that generate.py takes for the targets."""
-    from engine import choose_plan
-    from plan import plan_file
+    from teal.decoding.engine import choose_plan
+    from teal.plan import plan_file
 
     plans = []
     for target in targets:
@@ -254,9 +254,9 @@ def calibrated_plans(
     args: argparse.Namespace, loaded: "LoadedModel", text: str, method: str, targets: tuple[float, ...]
 ) -> "list[SparsityPlan]":
     """Plans for the targets by one of METHODS, from the cache or calibrated now."""
-    from calibration import Settings, calibrate
-    from plan import SparsityPlan, cached_plan
-    from texts import text_hash
+    from teal.calibration.texts import text_hash
+    from teal.calibration.thresholds import Settings, calibrate
+    from teal.plan import SparsityPlan, cached_plan
 
     sequences = calibration_sequences(args, loaded.tokenizer.encode, text, loaded.model.config.max_seq_len)
     count, length = sequences.shape
@@ -287,9 +287,9 @@ def more_measurements(
     args: argparse.Namespace, loaded: "LoadedModel", cases: "list[Case]", tokens: "Tensor"
 ) -> list[dict[str, Any]]:
     """For each case the measurements that options ask for; generated tokens are all sparse whatever the policy."""
-    from evaluation import POLICY_SHARES, agreements_with_dense, decode_score
-    from plan import keep_all_plan
-    from teal_layers import sparsify
+    from teal.evaluation.quality import POLICY_SHARES, agreements_with_dense, decode_score
+    from teal.plan import keep_all_plan
+    from teal.teal_layers import sparsify
 
     model = loaded.model
     plans = [case.plan or keep_all_plan(model.config) for case in cases]
@@ -302,7 +302,7 @@ def more_measurements(
             sparsify(model, plan)
             row["decode_perplexity"] = decode_score(model, tokens[: args.decode_tokens]).perplexity
     if args.lm_eval:
-        from harness import run_tasks
+        from teal.evaluation.harness import run_tasks
 
         names = args.lm_eval.split(",")
         for row, case, plan in zip(found, cases, plans, strict=True):

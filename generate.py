@@ -8,16 +8,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cli
-from errors import UserError
-from params import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, LOOKUP_LENGTH, SamplingParams, check_length, check_prompt
-from user_text import is_text
+from teal.cli import command_line as cli
+from teal.errors import UserError
+from teal.options import (
+    COUNTED_TOKENS,
+    DEFAULT_MAX_NEW_TOKENS,
+    LOOKUP_LENGTH,
+    SamplingParams,
+    check_length,
+    check_prompt,
+)
+from teal.user_text import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from engine import Engine
-    from loading import Check, Described
+    from teal.checkpoint.loading import Check, Described
+    from teal.decoding.engine import Engine
 
 
 def build_parser() -> cli.Parser:
@@ -162,8 +169,8 @@ def check_model(args: argparse.Namespace, prompt: str, model: "Described") -> No
 
 def check_decode_arguments(args: argparse.Namespace, model: "Described") -> None:
     """Raise UserError if options of add_decode_arguments and add_draft_arguments do not suit this model."""
-    from loading import check_rounding
-    from plan import load_fitting_plan, plan_file
+    from teal.checkpoint.loading import check_rounding
+    from teal.plan import load_fitting_plan, plan_file
 
     if (path := plan_file(model.folder, args.sparsity, args.plan)) is not None:
         load_fitting_plan(path, model.config, args.force_plan)
@@ -178,7 +185,9 @@ def check_decode_arguments(args: argparse.Namespace, model: "Described") -> None
 def load_engine(args: argparse.Namespace, check: "Check") -> "Engine":
     """The engine that args describe, unless check refuses the model. Raises UserError."""
     speculative = check_draft_arguments(args)
-    from speculation import SpeculativeEngine  # importing torch takes a second: not for --help or a mistyped option
+    from teal.decoding.speculation import (
+        SpeculativeEngine,  # importing torch takes a second: not for --help or a mistyped option
+    )
 
     model: dict[str, Any] = {
         "random_weights": args.random_weights,
@@ -236,7 +245,7 @@ def answer(
 
 def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams, first: str | None) -> None:
     """Hold a conversation that begins with first, if given; a turn feeds the model only what its KV cache lacks."""
-    from conversation import Conversation
+    from teal.cli.conversation import Conversation
 
     if sys.stdin.isatty():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer here, not the program
@@ -294,8 +303,8 @@ def detailed_statistics(engine: "Engine", ids: list[int], params: SamplingParams
 
     They are generated once more for that: counting slows a GPU's decoding, and would change the speed it explains.
     """
-    from hardware import read_bandwidth
-    from teal_layers import achieved_sparsity, weight_bytes_per_token
+    from teal.hardware import read_bandwidth
+    from teal.teal_layers import achieved_sparsity, weight_bytes_per_token
 
     stats, cached = engine.stats, engine.cached_ids
     figures: dict[str, Any] = {"dtype_reason": engine.loaded.dtype_reason if engine.loaded else ""}

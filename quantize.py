@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cli
-from calibrate import add_text_arguments
-from errors import UserError
+from teal.cli import command_line as cli
+from teal.cli.calibrate import add_text_arguments
+from teal.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from quantization import Packed, QuantConfig
+    from teal.layers.quantized_linear import Packed, QuantConfig
 
     Rounding = Callable[[Tensor, int, int], Packed]
 
@@ -77,10 +77,10 @@ def main() -> None:
     if args.checkpoint is not None:
         check_apart(args.output, Path(args.checkpoint).expanduser())
     check_output(args.output, args.force)
-    from checkpoint import find_shards
-    from hf_config import load_config, load_quantization
-    from quantization import QuantConfig, pick_group_size
-    from source import resolve_checkpoint
+    from teal.checkpoint.config import load_config, load_quantization
+    from teal.checkpoint.source import resolve_checkpoint
+    from teal.checkpoint.weights import find_shards
+    from teal.layers.quantized_linear import QuantConfig, pick_group_size
 
     source = resolve_checkpoint(args.checkpoint)
     config = load_config(source)
@@ -101,8 +101,8 @@ def main() -> None:
 
 def calibration_sequences(args: argparse.Namespace, source: Path, limit: int) -> "Tensor":
     """Token ids [sequences, length] of the calibration text. Raises UserError if it is too short."""
-    from texts import read_texts, token_sequences
-    from tokenizer import load_tokenizer
+    from teal.calibration.texts import read_texts, token_sequences
+    from teal.checkpoint.tokenizer import load_tokenizer
 
     text = read_texts(args.text, args.field)
     return token_sequences(load_tokenizer(source).encode, text, args.sequences, min(args.length, limit))
@@ -110,7 +110,7 @@ def calibration_sequences(args: argparse.Namespace, source: Path, limit: int) ->
 
 def check_output(output: Path, force: bool) -> None:
     """Raise UserError unless output can be written: nothing is there, or with force what this command wrote."""
-    from files import check_writable
+    from teal.files import check_writable
 
     check_writable("--output", output)
     if not output.exists():
@@ -125,9 +125,9 @@ def check_output(output: Path, force: bool) -> None:
 
 def _foreign(folder: Path) -> str | None:
     """Why folder is not one that this command wrote, with all files as they were then and no others; None if it is."""
-    from files import fingerprint
-    from hf_config import read_json
-    from quantization import QuantConfig
+    from teal.checkpoint.config import read_json
+    from teal.files import fingerprint
+    from teal.layers.quantized_linear import QuantConfig
 
     if not folder.is_dir() or folder.is_symlink():
         return "is no folder"
@@ -181,7 +181,7 @@ def quantize_folder(
     method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError, also if output
     exists, but for one that this function wrote, with force.
     """
-    from files import Output, replace_folder, reserved, restore_folder
+    from teal.files import Output, replace_folder, reserved, restore_folder
 
     check_apart(output, source)
     with reserved(Output("--output", output, None)):
@@ -199,9 +199,9 @@ def quantize_folder(
 
 def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
     """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files as they are now."""
-    from checkpoint import stored_config, weights_identity
-    from files import atomic_file, fingerprint
-    from hf_config import read_json
+    from teal.checkpoint.config import read_json
+    from teal.checkpoint.weights import stored_config, weights_identity
+    from teal.files import atomic_file, fingerprint
 
     for path in source.iterdir():
         skipped = path.name.endswith(SKIPPED_FILES) or path.name.startswith(".") or not path.is_file()
@@ -222,8 +222,8 @@ def _start_or_resume(
     work: Path, source: Path, scheme: "QuantConfig", method: str, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
     """Make work a folder of this very job. What another job left there is removed; else it must be empty. Raises UserError."""
-    from checkpoint import model_identity
-    from files import atomic_file, sweep
+    from teal.checkpoint.weights import model_identity
+    from teal.files import atomic_file, sweep
 
     sweep(work, ".*.part")
     text = None if sequences is None else hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
@@ -260,18 +260,18 @@ def _write_shards(
     """A shard for each layer and one for the rest, skipping those that are there, and their index."""
     from safetensors.torch import save_file
 
-    from checkpoint import open_shard
-    from files import atomic_file
-    from half_quadratic import half_quadratic
-    from progress import progress
-    from quantization import round_to_nearest
+    from teal.checkpoint.weights import open_shard
+    from teal.files import atomic_file
+    from teal.layers.quantized_linear import round_to_nearest
+    from teal.progress import progress
+    from teal.quantization.half_quadratic import half_quadratic
 
     rounding = {"rtn": round_to_nearest, "hqq": half_quadratic, "gptq": None}[method]
     jobs = _jobs(source, scheme)
     gptq = None
     if sequences is not None:
-        from gptq import BlockwiseGptq
-        from hardware import pick_device
+        from teal.hardware import pick_device
+        from teal.quantization.gptq import BlockwiseGptq
 
         where = {name: path for names in jobs for name, path in names.items()}
         gptq = BlockwiseGptq(source, scheme, sequences, where, pick_device(device))
@@ -297,7 +297,7 @@ def _write_shards(
 
 def _jobs(source: Path, scheme: "QuantConfig") -> list[dict[str, Path]]:
     """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
-    from checkpoint import find_shards, open_shard, stored_config
+    from teal.checkpoint.weights import find_shards, open_shard, stored_config
 
     where: dict[str, Path] = {}
     for shard in find_shards(source):
@@ -321,8 +321,8 @@ def _quantized_tensors(
 
     The head is rounded to nearest, of 8 bits.
     """
-    from checkpoint import is_finite, open_shard
-    from quantization import round_input_groups, round_to_nearest
+    from teal.checkpoint.weights import is_finite, open_shard
+    from teal.layers.quantized_linear import round_input_groups, round_to_nearest
 
     result: dict[str, Tensor] = {}
     dtypes: dict[Any, str] = {}

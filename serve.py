@@ -9,19 +9,19 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-import cli
-from errors import UserError
-from generate import add_decode_arguments, add_draft_arguments, check_decode_arguments, check_draft_arguments
-from params import LOOKUP_LENGTH
-from shutdown import Shutdown, hang_up
+from teal.cli import command_line as cli
+from teal.cli.generate import add_decode_arguments, add_draft_arguments, check_decode_arguments, check_draft_arguments
+from teal.errors import UserError
+from teal.options import LOOKUP_LENGTH
+from teal.serving.shutdown import Shutdown, hang_up
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from engine import Engine
-    from http_origin import Callers
-    from openai_api import Service
-    from plan import SparsityPlan
+    from teal.decoding.engine import Engine
+    from teal.plan import SparsityPlan
+    from teal.serving.http_origin import Callers
+    from teal.serving.openai_api import Service
 
 DEFAULT_PORT = 8000
 
@@ -74,8 +74,8 @@ def main() -> None:
     ending = Shutdown()
     callers = make_callers(args, key)
     listener = open_listener(args.host, args.port)
-    from openai_api import Service
-    from scheduler import Scheduler
+    from teal.decoding.scheduler import Scheduler
+    from teal.serving.openai_api import Service
 
     engine, plans = load_engine(args)
     scheduler = Scheduler(engine, args.rows, args.queue, args.context)
@@ -116,7 +116,7 @@ def api_key(given: str | None) -> str | None:
 
 def make_callers(args: argparse.Namespace, key: str | None) -> "Callers":
     """Who may call; warns if that is anyone. With a key the name in Host tells nothing more."""
-    from http_origin import ANY, Callers, check_origin, is_local
+    from teal.serving.http_origin import ANY, Callers, check_origin, is_local
 
     if key is None and not is_local(args.host):
         print(f"warning: --host {args.host} without --api-key: whoever reaches it may use it", file=sys.stderr)
@@ -142,9 +142,9 @@ def url_of(listener: socket.socket) -> str:
 
 def make_web(args: argparse.Namespace, key: str | None, service: "Service", callers: "Callers") -> "uvicorn.Server":
     """The web server of a service, within the limits of the command line."""
-    from http_limits import Limits
-    from http_protocol import web_server
-    from server import build_app
+    from teal.serving.app import build_app
+    from teal.serving.http_limits import Limits
+    from teal.serving.http_protocol import web_server
 
     limits = Limits(
         body_bytes=args.max_body_mb * 1_000_000, held_bytes=args.max_held_mb * 1_000_000,
@@ -156,7 +156,7 @@ def make_web(args: argparse.Namespace, key: str | None, service: "Service", call
 
 def model_names(args: argparse.Namespace, engine: "Engine") -> tuple[str, ...]:
     """What the API calls the model, and aliases: as told, or by its folder, file or hub id; the default model's own."""
-    from source import DEFAULT_FOLDER
+    from teal.checkpoint.source import DEFAULT_FOLDER
 
     is_default = args.checkpoint is None and args.random_weights is None
     short = os.path.basename(os.path.normpath(engine.name))
@@ -168,7 +168,7 @@ def model_names(args: argparse.Namespace, engine: "Engine") -> tuple[str, ...]:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for what is wrong whatever the model."""
-    from scheduler import MAX_ROWS
+    from teal.decoding.scheduler import MAX_ROWS
 
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port} is out of range; expected 0 to 65535")
@@ -179,9 +179,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, SparsityPlan]]":
     """The engine, by the sparse kernels even at 0%, and the plans that requests may name, by sparsity."""
     speculative = check_draft_arguments(args)
-    from engine import choose_plan
-    from loading import load_for_decoding
-    from speculation import SpeculativeEngine, make_draft
+    from teal.checkpoint.loading import load_for_decoding
+    from teal.decoding.engine import choose_plan
+    from teal.decoding.speculation import SpeculativeEngine, make_draft
 
     length = args.speculate or LOOKUP_LENGTH
     loaded = load_for_decoding(

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kernels.packing import dequantize
-from kernels.quantized_matmul import quantized_matmul
-from kernels.sparse_linear import sparse_linear
-from model import Block, ModelConfig, Transformer
-from plan import SparsityPlan
-from quantization import QuantizedLinear
+from teal.kernels.formats.packing import dequantize
+from teal.kernels.quantized_matmul import quantized_matmul
+from teal.kernels.sparse_linear import sparse_linear
+from teal.layers.quantized_linear import QuantizedLinear
+from teal.model import Block, ModelConfig, Transformer
+from teal.plan import SparsityPlan
 
 
 class SparseLinear(nn.Module):

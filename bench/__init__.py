@@ -2,8 +2,7 @@
 
 import sys
 
-import environment  # noqa: F401 - before torch
-import interrupts
+from teal import interrupts
 
 if sys.argv[0] == "-m":  # being started, not imported: Ctrl-C may come while torch is imported
     interrupts.install_for_imports()

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import cli
-from bench.gemv import ColdWeights, shapes_of, thresholds_for
-from bench.steps import graph_microseconds, machine_facts
-from errors import UserError
-from hardware import pick_device
-from kernels.reduce_partials import reduce_partials
-from kernels.sparse_gemv import launch
+from teal.bench.gemv import ColdWeights, shapes_of, thresholds_for
+from teal.bench.steps import graph_microseconds, machine_facts
+from teal.cli import command_line as cli
+from teal.errors import UserError
+from teal.hardware import pick_device
+from teal.kernels.reduce_partials import reduce_partials
+from teal.kernels.sparse_gemv import launch
 
 SOURCE = Path(__file__).with_suffix(".cu")
 SHARED_BYTES = 228 * 1024  # of a multiprocessor

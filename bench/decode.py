@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-import cli
-from bench.gemv import add_input_groups, check_input_groups
-from bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step
-from engine import Engine, choose_plan
-from errors import UserError
-from generate import add_decode_arguments
-from hardware import read_bandwidth
-from loading import load_for_decoding, round_weights
-from model import ModelConfig
-from params import SamplingParams
-from plan import SparsityPlan
-from teal_layers import achieved_sparsity, weight_bytes_per_token
+from teal.bench.gemv import add_input_groups, check_input_groups
+from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step
+from teal.checkpoint.loading import load_for_decoding, round_weights
+from teal.cli import command_line as cli
+from teal.cli.generate import add_decode_arguments
+from teal.decoding.engine import Engine, choose_plan
+from teal.errors import UserError
+from teal.hardware import read_bandwidth
+from teal.model import ModelConfig
+from teal.options import SamplingParams
+from teal.plan import SparsityPlan
+from teal.teal_layers import achieved_sparsity, weight_bytes_per_token
 
 Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
 

@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cli
-from bench.steps import graph_microseconds, machine_facts, wall_microseconds
-from errors import UserError
-from hardware import DTYPES, pick_device, read_bandwidth
-from kernels.packing import GROUP_SIZES, Weight, dequantize
-from kernels.reduce_partials import reduce_partials
-from kernels.sparse_gemv import launch
-from kernels.sparse_linear import sparse_linear
-from kernels.tuning import GemvTile
-from model import ModelConfig
-from presets import find_preset
-from quantization import BITS, round_input_groups, round_to_nearest
+from teal.bench.steps import graph_microseconds, machine_facts, wall_microseconds
+from teal.checkpoint.presets import find_preset
+from teal.cli import command_line as cli
+from teal.errors import UserError
+from teal.hardware import DTYPES, pick_device, read_bandwidth
+from teal.kernels.formats.packing import GROUP_SIZES, Weight, dequantize
+from teal.kernels.gemv.tuning import GemvTile
+from teal.kernels.reduce_partials import reduce_partials
+from teal.kernels.sparse_gemv import launch
+from teal.kernels.sparse_linear import sparse_linear
+from teal.layers.quantized_linear import BITS, round_input_groups, round_to_nearest
+from teal.model import ModelConfig
 
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache

@@ -17,8 +17,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-import cli
-from errors import UserError
+from teal.cli import command_line as cli
+from teal.errors import UserError
 
 SUBJECTS = ("cats", "Rome", "the sea", "bread", "winter", "a train", "chess", "the moon", "tea", "a garden")
 TOLERANCE = 0.1  # between /metrics and the clients

@@ -16,13 +16,13 @@ from typing import Any
 import jinja2
 import torch
 
-import cli
-from bench import decode, gemv
-from errors import UserError
-from files import FileKind, Output, atomic_file, cpu_name, reserved
-from generate import add_decode_arguments
-from hardware import DTYPES, pick_device
-from plots import require_matplotlib
+from teal.bench import decode, gemv
+from teal.cli import command_line as cli
+from teal.cli.generate import add_decode_arguments
+from teal.errors import UserError
+from teal.evaluation.plots import require_matplotlib
+from teal.files import FileKind, Output, atomic_file, cpu_name, reserved
+from teal.hardware import DTYPES, pick_device
 
 PAGE_KIND = FileKind("a page of bench.report", rb"<h2>Decoding, one token at a time</h2>")
 FIGURES_KIND = FileKind("a file of bench.report", rb'"read_gb_per_s": ')

@@ -10,9 +10,9 @@ import json
 import time
 from typing import Any
 
-import cli
-from bench.load import scrape
-from errors import UserError
+from teal.bench.load import scrape
+from teal.cli import command_line as cli
+from teal.errors import UserError
 
 TOKENS = "teal_generated_tokens_total"
 SETTLE_S = 0.5  # after the last stream began: a grown cache has its steps captured anew

@@ -21,9 +21,9 @@ from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
-import cli
-from bench import load
-from errors import UserError
+from teal.bench import load
+from teal.cli import command_line as cli
+from teal.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 READY_S = 600  # until it listens: compilation on a GPU

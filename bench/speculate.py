@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-import cli
-from bench.steps import machine_facts
-from engine import Engine
-from errors import UserError
-from params import SamplingParams
-from speculation import SpeculativeEngine, check_length
-from texts import default_text, read_texts
+from teal.bench.steps import machine_facts
+from teal.calibration.texts import default_text, read_texts
+from teal.cli import command_line as cli
+from teal.decoding.engine import Engine
+from teal.decoding.speculation import SpeculativeEngine, check_length
+from teal.errors import UserError
+from teal.options import SamplingParams
 
 
 class FixedLength(SpeculativeEngine):

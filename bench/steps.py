@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import Engine
-from model import Transformer
-from params import SamplingParams
-from plan import Histogram, ProjectionPlan, SparsityPlan
-from sampling import take_likeliest
-from teal_layers import SparseLinear, sparse_layers
+from teal.decoding.engine import Engine
+from teal.decoding.sampling import argmax_step
+from teal.model import Transformer
+from teal.options import SamplingParams
+from teal.plan import Histogram, ProjectionPlan, SparsityPlan
+from teal.teal_layers import SparseLinear, sparse_layers
 
 REPEATS = 15
 
@@ -118,7 +118,7 @@ def batched_step_s(model: Transformer, batch: int, context: int) -> float:
 
     def step(_: int) -> None:
         logits = model.logits(model.hidden_states(tokens, positions, cache)[:, -1])
-        take_likeliest(logits, tokens, positions)
+        argmax_step(logits, tokens, positions)
         positions.sub_(1)  # about the same step again, after the token it chose
 
     return 1e-6 * graph_microseconds(step, 1)

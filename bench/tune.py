@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import triton
 
-import cli
-from bench.gemv import ColdWeights, shapes_of, thresholds_for
-from errors import UserError
-from files import atomic_file
-from hardware import pick_device
-from kernels.tuning import MAX_SPLITS, GemvTile, default_tile, user_tiles, user_tiles_path
-from quantization import BITS
+from teal.bench.gemv import ColdWeights, shapes_of, thresholds_for
+from teal.cli import command_line as cli
+from teal.errors import UserError
+from teal.files import atomic_file
+from teal.hardware import pick_device
+from teal.kernels.gemv.tuning import MAX_SPLITS, GemvTile, default_tile, user_tiles, user_tiles_path
+from teal.layers.quantized_linear import BITS
 
 QUANTIZED_PROGRAMS_PER_MULTIPROCESSOR = (1, 1.5, 2, 3, 6)  # of four warps; no more than 3 run at once
 PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # more cost more in starts and partial sums than they hide

@@ -8,14 +8,14 @@ thresholds and the trade of quality for sparsity; prints a text at each sparsity
 import argparse
 from pathlib import Path
 
-from calibration import Settings, calibrate
-from engine import Engine
-from evaluation import Case, evaluate
-from files import check_replaceable
-from loading import load_for_decoding
-from plan import Histogram
-from plots import FIGURE, plot_inputs, plot_quality
-from texts import first_tokens, read_texts, split_text, token_sequences
+from teal.calibration.texts import first_tokens, read_texts, split_text, token_sequences
+from teal.calibration.thresholds import Settings, calibrate
+from teal.checkpoint.loading import load_for_decoding
+from teal.decoding.engine import Engine
+from teal.evaluation.plots import FIGURE, plot_inputs, plot_quality
+from teal.evaluation.quality import Case, evaluate
+from teal.files import check_replaceable
+from teal.plan import Histogram
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--checkpoint", help="model folder, .gguf file or hub id; default SmolLM2-135M-Instruct")

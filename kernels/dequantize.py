@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import rounded
-from kernels.packing import Weight
+from teal.kernels.formats.packing import Weight
+from teal.kernels.gemv.gather import rounded
 
 BLOCK_ROWS = 8
 BLOCK_GROUPS = 4

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.native import native_kernels
-from kernels.packing import Weight, check_quantized, dequantize
+from teal.kernels.cpu.native import native_kernels
+from teal.kernels.formats.packing import Weight, check_quantized, dequantize
 
 # Whole groups, of weights in floats: 16,384 x 4096 in bf16 are 134 MB. On an H100 blocks of 4096, which its L2 cache can
 # hold, took 5% longer for gate,up of Llama-3-8B and 512 tokens, and each block costs the host 0.1 ms.
@@ -16,7 +16,7 @@ def floats(weight: Weight, out: Tensor | None = None) -> Tensor:
     values, scales, zeros = weight
     assert scales is not None
     if values.is_cuda:
-        from kernels.dequantize import launch  # a CPU needs no Triton
+        from teal.kernels.dequantize import launch  # a CPU needs no Triton
 
         return launch(values, scales, zeros, out)
     if values.device.type == "cpu" and (native := native_kernels()) is not None:

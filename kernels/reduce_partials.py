@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import let_next_start, rounded, wait_for_previous
-from kernels.launch import DTYPES, launch_options
+from teal.kernels.gemv.gather import let_next_start, rounded, wait_for_previous
+from teal.kernels.gemv.launch import DTYPES, launch_options
 
 BLOCK = 32  # columns a program sums: 4096 of them, 66 partials each, take 1.4 us on an H100; blocks of 128 took 2.8
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import INTERPRETED, let_next_start, rounded, wait_for_previous
-from kernels.kv_int8 import ALIGNMENT, LARGEST, packed_width
-from kernels.launch import TRITON_DTYPES, launch_options
+from teal.kernels.formats.kv_int8 import ALIGNMENT, LARGEST, packed_width
+from teal.kernels.gemv.gather import INTERPRETED, let_next_start, rounded, wait_for_previous
+from teal.kernels.gemv.launch import TRITON_DTYPES, launch_options
 
 BLOCK_POSITIONS = 64
 INT8_LARGEST = tl.constexpr(float(LARGEST))

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gather import owned_work, wait_for_previous
-from kernels.launch import check_gemv, check_rows, empty_partials, plan_gemv
-from kernels.packing import Weight
-from kernels.sparse_product import sparse_product
-from kernels.tuning import GemvTile
+from teal.kernels.formats.packing import Weight
+from teal.kernels.gemv.gather import owned_work, wait_for_previous
+from teal.kernels.gemv.launch import check_gemv, check_rows, empty_partials, plan_gemv
+from teal.kernels.gemv.sparse_product import sparse_product
+from teal.kernels.gemv.tuning import GemvTile
 
 
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])

@@ -52,19 +52,19 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
 
 def main() -> None:
     """Go through a decode step's kernels for each dtype and one or several rows."""
-    from kernels import launch
+    from teal.kernels.gemv import launch
 
     launch.has_tensor_cores = lambda device: True
     launch.has_dependent_launch = lambda device: True
-    from kernels.attention_gemv import attention_gemv
-    from kernels.dequantize import launch as floats
-    from kernels.kv_int8 import packed_width
-    from kernels.norm_gemv import norm_gemv
-    from kernels.reduce_partials import reduce_partials
-    from kernels.rope_attention import rope_attention
-    from kernels.silu_gemv import silu_gemv
-    from kernels.sparse_gemv import sparse_gemv
-    from kernels.take_likeliest import take_likeliest
+    from teal.kernels.argmax import argmax_step
+    from teal.kernels.attention_gemv import attention_gemv
+    from teal.kernels.dequantize import launch as floats
+    from teal.kernels.formats.kv_int8 import packed_width
+    from teal.kernels.norm_gemv import norm_gemv
+    from teal.kernels.reduce_partials import reduce_partials
+    from teal.kernels.rope_attention import rope_attention
+    from teal.kernels.silu_gemv import silu_gemv
+    from teal.kernels.sparse_gemv import sparse_gemv
 
     JITFunction.run = compile_only
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -97,7 +97,7 @@ def main() -> None:
                 sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
                 floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
                 floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
-            take_likeliest(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
+            argmax_step(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 
 

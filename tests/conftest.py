@@ -28,8 +28,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import transformers
 from torch import Tensor, nn
 
-import cli
-import generate
+from teal.cli import command_line as cli
+from teal.cli import generate
 
 ROOT = Path(__file__).parent.parent
 TEXT = (
@@ -177,7 +177,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_j
 @pytest.fixture(scope="session")
 def default_folder() -> Path:
     """The default model's folder, downloaded on first use."""
-    from source import default_model
+    from teal.checkpoint.source import default_model
 
     return default_model()
 

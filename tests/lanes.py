@@ -13,9 +13,9 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from kernels import gather_tensor_core as code
-from kernels import gather_tensor_core_rows as code_of_rows
-from kernels import launch
+from teal.kernels.gemv import gather_tensor_core as code
+from teal.kernels.gemv import gather_tensor_core_rows as code_of_rows
+from teal.kernels.gemv import launch
 
 
 def numbers(x: Any) -> np.ndarray:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cli
-import serve
-from openai_api import Service
+from teal.cli import command_line as cli
+from teal.cli import serve
+from teal.serving.openai_api import Service
 
 
 class Script:

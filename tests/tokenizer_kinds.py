@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
+from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import TEXT, train_sentencepiece
-from tokenizer import Tokenizer, load_tokenizer
 
 SAMPLES = {
     "english": "The quick brown fox, 42 times; it's done.",

@@ -1,0 +1,375 @@
+"""The sum of gather_quantized.py for one row of x on tensor cores: 1.6 instructions for four bits of weights, not 4.4.
+
+The integers become bf16 without a conversion: 0x4300 | n is 128 + n for n below 16, and one instruction makes two of
+them. An int8 q is two such, of which the tensor cores add 16 times the high one: q + 128 = 16 high + low. Every lane
+multiplies its own columns, so the code is written lane by lane: a tensor has one element for each thread of the
+program, in order, and an instruction of inline assembly works on one register of each.
+
+Lane 4 r + c of a warp holds the 16 bytes r of 128 bytes of row, of four of a step's 16 rows; c says which. That is what
+mma.m16n8k16 wants as A, if its 16 rows are two nibbles of the 16 bytes r, and its depth is the 16 weight rows. B has
+x times scale in its columns, one column for each group of weights in the 128 bytes. Products with bf16 would leave an
+error of 1e-3, so x times scale is the sum of two bf16, high and low, in two columns. What is too much (128 + zero) is
+summed beside.
+
+Of groups along the input B has a column for each that the program's channels touch: x where the channel is of that group,
+0 elsewhere. The sums of the groups stay apart and meet their scales at the end, once.
+"""
+
+import triton
+import triton.language as tl
+
+from teal.kernels.gemv.gather import keep_loads_above, let_next_start
+from teal.kernels.gemv.gather_quantized import load_column_scales
+
+STEP = tl.constexpr(16)  # rows of weights, the depth of the instruction
+WARP_BYTES = tl.constexpr(128)  # of each row
+
+
+def _tile_assembly(flip: int) -> str:
+    """Assembly: 16 sums += 8 nibbles of a word of each of four rows, times B. flip is xored into odd nibbles."""
+    even, odd = 0x43004300, 0x43004300 | flip | flip << 16
+    lines = [".reg .b32 p, q, t, a0, a1, a2, a3;"]
+    for half in (0, 1):
+        select = "0x5410" if half == 0 else "0x7632"
+        lines += [f"prmt.b32 p, $16, $17, {select};", f"prmt.b32 q, $18, $19, {select};"]
+        for pair in (0, 1):
+            for i, (source, register) in enumerate((("p", "a0"), ("p", "a1"), ("q", "a2"), ("q", "a3"))):
+                nibble = 2 * pair + i % 2
+                if nibble:
+                    lines.append(f"shr.u32 t, {source}, {4 * nibble};")
+                value = "t" if nibble else source
+                lines.append(f"lop3.b32 {register}, {value}, 0x000f000f, {odd if i % 2 else even}, 0x6a;")
+            d = 4 * (2 * half + pair)
+            sums = [f"{{{', '.join(f'${base + d + j}' for j in range(4))}}}" for base in (0, 22)]
+            lines.append(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                f"{sums[0]}, {{a0, a1, a2, a3}}, {{$20, $21}}, {sums[1]};"
+            )
+    return "{ " + " ".join(lines) + " }"
+
+
+TILE_4 = tl.constexpr(_tile_assembly(0))
+TILE_8 = tl.constexpr(_tile_assembly(8))  # int8 q to q + 128
+TILE_REGISTERS = tl.constexpr(",".join(["=&f"] * 16 + ["r"] * 6 + ["f"] * 16))
+
+
+@triton.jit
+def leave_first(lane):
+    """The cache policy of load_weights."""
+    return tl.inline_asm_elementwise(
+        "createpolicy.fractional.L2::evict_first.b64 $0, 1.0; // $1",
+        "=l,r",
+        [lane],
+        dtype=tl.int64,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def address(base, row, size):
+    """base + row * size, where row and size have 32 bits and base 64."""
+    return tl.inline_asm_elementwise(
+        "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l", [row, size, base], dtype=tl.int64, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def load_four(p):
+    """The four words of 32 bits at each address p [THREADS]."""
+    return tl.inline_asm_elementwise(
+        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [p],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_weights(p, policy):
+    """As load_four, of weights: they leave the L2 cache first."""
+    return tl.inline_asm_elementwise(
+        "ld.global.L1::evict_first.L2::cache_hint.v4.b32 {$0, $1, $2, $3}, [$4], $5;", "=r,=r,=r,=r,l,l",
+        [p, policy], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_scale(p, DTYPE: tl.constexpr):
+    """A 16-bit scale at each address, as fp32."""
+    if tl.bfloat16 == DTYPE:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b16 h, z; mov.b16 z, 0; ld.global.b16 h, [$1]; mov.b32 $0, {z, h}; }",
+            "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b16 h; ld.global.b16 h, [$1]; cvt.f32.f16 $0, h; }",
+            "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def load_zero(p):
+    """128 + the zero point at each address."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 h; .reg .b32 r; ld.global.u8 h, [$1]; cvt.u32.u16 r, h; shl.b32 r, r, 16; "
+        "or.b32 $0, r, 0x43000000; }",
+        "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def pair(low, high):
+    """Two fp32 rounded to bf16 in one word."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def low_of(word):
+    return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_of(word):
+    return (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_tile(sums, w_0, w_1, w_2, w_3, b_0, b_1, BITS: tl.constexpr):
+    """sums, 16 registers, plus B times the nibbles of one word of each of four rows."""
+    return tl.inline_asm_elementwise(
+        TILE_4 if BITS == 4 else TILE_8,
+        TILE_REGISTERS,
+        [w_0, w_1, w_2, w_3, b_0, b_1, sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7],
+         sums[8], sums[9], sums[10], sums[11], sums[12], sums[13], sums[14], sums[15]],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32,
+               tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def exchange(x, DISTANCE: tl.constexpr):
+    """x of the lane whose number differs in the bit DISTANCE."""
+    return tl.inline_asm_elementwise(
+        f"shfl.sync.bfly.b32 $0, $1, {DISTANCE}, 0x1f, 0xffffffff;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def from_lane(x, lane):
+    """x of another lane of the warp."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def wanted(sums, first_wanted, second_wanted, J: tl.constexpr, BITS: tl.constexpr):
+    """The J-th integers' part of sums that is in this lane's columns of B and of its group."""
+    AT: tl.constexpr = 2 * J if BITS == 4 else 4 * J
+    if BITS == 4:
+        y = tl.where(first_wanted, sums[AT], 0.0) + tl.where(second_wanted, sums[AT + 1], 0.0)
+    else:  # a low and a high nibble
+        y = tl.where(first_wanted, sums[AT] + 16.0 * sums[AT + 2], 0.0)
+        y += tl.where(second_wanted, sums[AT + 1] + 16.0 * sums[AT + 3], 0.0)
+    return y
+
+
+@triton.jit
+def load_step(
+    words, stride, scale, zero, groups_of_row, index, policy,
+    BITS: tl.constexpr, GROUP_K: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Words, scales and zeros of a lane's four rows, whose addresses for row 0 are words, scale and zero (int64).
+
+    Of groups along the input their channels in place of scales and zeros.
+    """
+    i_0, i_1, i_2, i_3 = index
+    size = 4 * stride
+    w_0, w_1 = load_weights(address(words, i_0, size), policy), load_weights(address(words, i_1, size), policy)
+    w_2, w_3 = load_weights(address(words, i_2, size), policy), load_weights(address(words, i_3, size), policy)
+    s, z = index, index
+    if GROUP_K == 0:
+        size = 2 * groups_of_row
+        s = (load_scale(address(scale, i_0, size), DTYPE), load_scale(address(scale, i_1, size), DTYPE),
+             load_scale(address(scale, i_2, size), DTYPE), load_scale(address(scale, i_3, size), DTYPE))  # fmt: skip
+        z = s
+        if BITS == 4:
+            size = groups_of_row
+            z = (load_zero(address(zero, i_0, size)), load_zero(address(zero, i_1, size)),
+                 load_zero(address(zero, i_2, size)), load_zero(address(zero, i_3, size)))  # fmt: skip
+    return w_0, w_1, w_2, w_3, s, z
+
+
+@triton.jit
+def in_b(value, s, begin, end, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """What a column of B has for an entry of x, given as bits: times scale s, or x if its channel s is of the column's."""
+    x = value.to(tl.float32, bitcast=True)
+    if GROUP_K == 0:
+        y = x * s
+    elif COLUMNS == 1:
+        y = x
+    else:
+        y = tl.where((s >= begin) & (s < end), x, 0.0)
+    return y
+
+
+@triton.jit
+def whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr):
+    """The sum of the J-th integers of word c of a lane's 16 bytes, with columns own and own + COLUMNS of B."""
+    # A lane's own columns of B are 2 c and 2 c + 1; wanted are the high and the low part.
+    first_wanted = (2 * c == own) | (2 * c == own + COLUMNS)
+    second_wanted = (2 * c + 1 == own) | (2 * c + 1 == own + COLUMNS)
+    y_0 = wanted(sums_0, first_wanted, second_wanted, J, BITS)
+    y_1 = wanted(sums_1, first_wanted, second_wanted, J, BITS)
+    y_2 = wanted(sums_2, first_wanted, second_wanted, J, BITS)
+    y_3 = wanted(sums_3, first_wanted, second_wanted, J, BITS)
+    # Each of two exchanges halves the words a lane is concerned with.
+    y_0, y_2 = tl.where(c < 2, y_0, y_2), tl.where(c < 2, y_2, y_0)
+    y_1, y_3 = tl.where(c < 2, y_1, y_3), tl.where(c < 2, y_3, y_1)
+    y_0 += exchange(y_2, 2)
+    y_1 += exchange(y_3, 2)
+    y_0, y_1 = tl.where(c % 2 == 0, y_0, y_1), tl.where(c % 2 == 0, y_1, y_0)
+    return y_0 + exchange(y_1, 1)
+
+
+@triton.jit
+def of_column(too_much, own, COLUMNS: tl.constexpr):
+    """What lanes 4 n have for columns n = own and n = own + COLUMNS of B."""
+    return from_lane(too_much, 4 * own) + from_lane(too_much, 4 * (own + COLUMNS))
+
+
+@triton.jit
+def store_sums(
+    sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
+    COLUMNS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Write what the lanes of a warp hold of its columns, from column on, to their places in p_row.
+
+    Groups along the input, from number group on, meet their scales here.
+    """
+    lane = tl.arange(0, too_much.shape[0])
+    r, c = lane % 32 // 4, lane % 4
+    WORDS: tl.constexpr = GROUP_N * BITS // 32
+    w = column * BITS // 32 + 4 * r + c  # after the exchanges a lane has word c of its 16 bytes
+    first = w // WORDS * GROUP_N + w % WORDS if BITS == 4 else 4 * w
+    for j in tl.static_range(32 // BITS):
+        at = first + (j * WORDS if BITS == 4 else j)
+        y = tl.zeros_like(too_much)
+        if GROUP_K == 0:
+            own = r * COLUMNS // 8  # the group of a lane's columns
+            y = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
+            y -= of_column(too_much, own, COLUMNS) * (1.0 if BITS == 4 else 2304.0)  # 128 + 16 * 128 + 128
+        else:
+            for g in tl.static_range(COLUMNS):
+                own = r * 0 + g
+                scale, zero = load_column_scales(p_scale, p_zero, group + g, K, N, at, end, BITS, GROUP_K)
+                part = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
+                y += scale * (part - of_column(too_much, own, COLUMNS) * (zero if BITS == 4 else 2304.0))
+        tl.store(p_row + at, y, mask=at < end)
+
+
+@triton.jit
+def make_b(
+    value, s, begin, end, is_low, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """A lane's two words of B, of its four values. ONE_ROW: what bf16 leaves of them where is_low."""
+    v_0, v_1 = in_b(value[0], s[0], begin, end, GROUP_K, COLUMNS), in_b(value[1], s[1], begin, end, GROUP_K, COLUMNS)
+    v_2, v_3 = in_b(value[2], s[2], begin, end, GROUP_K, COLUMNS), in_b(value[3], s[3], begin, end, GROUP_K, COLUMNS)
+    b_0, b_1 = pair(v_0, v_1), pair(v_2, v_3)
+    if ONE_ROW:
+        b_0 = tl.where(is_low, pair(v_0 - low_of(b_0), v_1 - high_of(b_0)), b_0)
+        b_1 = tl.where(is_low, pair(v_2 - low_of(b_1), v_3 - high_of(b_1)), b_1)
+    return b_0, b_1
+
+
+@triton.jit
+def sum_tiles(
+    p_weight, stride, p_scale, p_zero, N, p_index, value_at, count, first, start, end,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+):  # fmt: skip
+    """A program's products of B and the weights of the listed channels: 16 sums of each word of a lane, and what is too much.
+
+    value_at: the address (int64) of the first of a lane's four values, of the row of x that its column of B stands for. With
+    ONE_ROW a second set of columns has what bf16 leaves of it. The last result is each warp's first column of weights.
+    """
+    WARP_N: tl.constexpr = WARP_BYTES * 8 // BITS  # columns of a warp
+    THREADS: tl.constexpr = BLOCK_N // WARP_N * 32
+    tl.static_assert(COLUMNS <= 4)  # B has eight, and each is needed twice
+    dtype: tl.constexpr = p_scale.dtype.element_ty
+    lane = tl.arange(0, THREADS)
+    r, c = lane % 32 // 4, lane % 4
+    column = start + lane // 32 * WARP_N
+    word = tl.minimum((column * BITS // 32) + 4 * r, end * BITS // 32 - 4)
+    words = (p_weight + word).to(tl.int64)
+    own = r % COLUMNS  # r is B's column here
+    group = tl.minimum(column // GROUP_N + own, end // GROUP_N - 1)
+    scale = (p_scale + group).to(tl.int64)
+    zero = (p_zero + group).to(tl.int64) if BITS == 4 else scale
+    own_begin = (first // GROUP_K + own) * GROUP_K if GROUP_K else own
+    own_end = own_begin + GROUP_K
+    is_low = (r >= COLUMNS) & (r < 2 * COLUMNS)
+    policy = leave_first(lane)
+    nothing = tl.zeros([THREADS], tl.float32)
+    sums = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
+            nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)  # fmt: skip
+    sums_0, sums_1, sums_2, sums_3 = sums, sums, sums, sums
+    too_much = nothing
+    index_at = (p_index + 4 * c).to(tl.int64)
+    last = tl.cdiv(count, STEP) * STEP
+    index = load_four(index_at)
+    w_0, w_1, w_2, w_3, s, z = load_step(
+        words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
+    )  # fmt: skip
+    value = load_four(value_at)
+    index = load_four(index_at + 4 * STEP)
+    for i in range(0, count, STEP):
+        n_0, n_1, n_2, n_3, n_s, n_z = load_step(
+            words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
+        )  # fmt: skip
+        n_value = load_four(value_at + 4 * (i + STEP))
+        index = load_four(index_at + 4 * tl.minimum(i + 2 * STEP, last))
+        keep_loads_above()
+        b_0, b_1 = make_b(value, s, own_begin, own_end, is_low, GROUP_K, COLUMNS, ONE_ROW)
+        if (BITS == 4) & (GROUP_K == 0):
+            too_much += low_of(b_0) * z[0] + high_of(b_0) * z[1] + low_of(b_1) * z[2] + high_of(b_1) * z[3]
+        else:
+            too_much += low_of(b_0) + high_of(b_0) + low_of(b_1) + high_of(b_1)
+        sums_0 = add_tile(sums_0, w_0[0], w_1[0], w_2[0], w_3[0], b_0, b_1, BITS)
+        sums_1 = add_tile(sums_1, w_0[1], w_1[1], w_2[1], w_3[1], b_0, b_1, BITS)
+        sums_2 = add_tile(sums_2, w_0[2], w_1[2], w_2[2], w_3[2], b_0, b_1, BITS)
+        sums_3 = add_tile(sums_3, w_0[3], w_1[3], w_2[3], w_3[3], b_0, b_1, BITS)
+        w_0, w_1, w_2, w_3, s, z, value = n_0, n_1, n_2, n_3, n_s, n_z, n_value
+    too_much += exchange(too_much, 1)
+    too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
+    return sums_0, sums_1, sums_2, sums_3, too_much, column
+
+
+@triton.jit
+def store_one_row_tensor_core(
+    p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_row, first, start, end,
+    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SPAN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows.
+
+    As sum_rows_by_input, too, of channels from first on that touch SPAN groups.
+    """
+    # Of B, for a row of x: one for each group of channels, or for each in a warp's columns.
+    COLUMNS: tl.constexpr = SPAN if GROUP_K else WARP_BYTES * 8 // BITS // GROUP_N
+    c = tl.arange(0, BLOCK_N * BITS // 32) % 4  # of each lane
+    sums_0, sums_1, sums_2, sums_3, too_much, column = sum_tiles(
+        p_weight, stride, p_scale, p_zero, N, p_index, (p_value + 4 * c).to(tl.int64), count, first, start, end,
+        BLOCK_N, BITS, GROUP_N, GROUP_K, COLUMNS, True,
+    )  # fmt: skip
+    let_next_start(PDL)
+    group = first // GROUP_K if GROUP_K else 0
+    store_sums(
+        sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
+        COLUMNS, GROUP_N, GROUP_K, BITS,
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""Host side the sparse GEMV launchers share: argument checks, tile sizes, scratch."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from teal.kernels.formats.packing import Weight, check_quantized
+from teal.kernels.gemv.gather import INTERPRETED
+from teal.kernels.gemv.tuning import MAX_SPAN, GemvTile, gemv_tile, input_run, register_limit
+
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+DTYPES = tuple(TRITON_DTYPES)
+MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense product is faster
+RUN = 16  # channels a program owns side by side: 32 bytes of 16-bit x, one memory sector
+
+
+def check_rows(x: Tensor, weight: Weight, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    """Raise ValueError unless x is contiguous [B, K], of weight's dtype or one of dtypes, and beside it."""
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"x has shape {tuple(x.shape)} and strides {x.stride()}: expected contiguous [B, K]")
+    device = weight.values.device
+    if x.dtype not in (dtypes or (weight.dtype,)) or x.device != device:
+        raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {device}: expected the same")
+
+
+def check_partials(partials: Tensor, N: int, like: Tensor) -> None:
+    """Raise ValueError unless partials are contiguous fp32 [splits, B, N] on the device of like."""
+    if partials.dim() != 3 or partials.shape[2] != N or partials.dtype != torch.float32:
+        raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected fp32 [splits, B, {N}]")
+    if not partials.is_contiguous() or partials.device != like.device:
+        raise ValueError(f"partials have strides {partials.stride()} on {partials.device}: expected contiguous ones")
+
+
+def empty_partials(weight: Weight, B: int) -> Tensor:
+    """What a sparse GEMV with B rows returns, unfilled: fp32 [splits, B, N]."""
+    _, splits = _run_and_splits(weight, B, _tile(weight, B))
+    return torch.empty(splits, B, weight.N, dtype=torch.float32, device=weight.values.device)
+
+
+def _tile(weight: Weight, B: int) -> GemvTile:
+    values = weight.values
+    # The same programs for one row and several on tensor cores; sum_rows_by_input has no form of its own for one.
+    rows = 1 if _suits_tensor_cores(weight, B) else max(B, 2) if weight.by_input else B
+    return gemv_tile(int(values.shape[0]), int(weight.N), int(rows), values.device, weight.dtype, weight.bits)
+
+
+def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
+    """(neighbouring channels a program owns, programs that share the channels): a single run of groups along the input."""
+    if not weight.by_input:
+        return RUN, tile.splits
+    K = int(weight.values.shape[0])
+    most = MAX_SPAN if B == 1 else 2 if B <= 4 else 1  # that leave a tensor core's eight columns enough for all rows
+    run = input_run(K, weight.channels, tile.splits, most)
+    return run, triton.cdiv(K, run)
+
+
+def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
+    """Raise ValueError unless weight [K, N], thresholds fp32 [J] or [J, K] and segments fit a product with [B, K]."""
+    values = weight.values
+    if weight.scales is not None:
+        check_quantized(weight, K, segments)
+        if not all(t.is_contiguous() for t in weight if t is not None):
+            raise ValueError("a quantized weight must be contiguous")
+    if values.dim() != 2 or values.shape[0] != K or weight.dtype not in DTYPES:
+        raise ValueError(f"weight is {weight.dtype} {tuple(values.shape)}: expected 16- or 32-bit floats [{K}, N]")
+    if values.stride(1) != 1:
+        raise ValueError(f"weight has strides {values.stride()}: its rows must be contiguous")
+    if not 1 <= len(segments) <= 3 or sum(segments) != weight.N or min(segments) < 1:
+        raise ValueError(f"segments {segments} do not cut {weight.N} columns into 1 to 3 parts")
+    J = len(segments)
+    if thresholds.dtype != torch.float32 or thresholds.shape not in ((J,), (J, K)):
+        raise ValueError(
+            f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 [{J}] or {[J, K]}"
+        )
+    if not 1 <= B <= MAX_ROWS:
+        raise ValueError(f"{B} rows: expected 1 to {MAX_ROWS}")
+    if thresholds.device != values.device:
+        raise ValueError(f"thresholds are on {thresholds.device} and weight on {values.device}: expected the same")
+
+
+@dataclass(slots=True)
+class GemvLaunch:
+    """Everything a sparse GEMV kernel takes beside its own inputs, for B rows of x and weight [K, N]."""
+
+    tile: GemvTile
+    partials: Tensor  # fp32 [splits, B, N]
+    grid: tuple[int, int]
+    args: tuple
+    meta: dict
+
+
+def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, tile: GemvTile | None) -> GemvLaunch:
+    """Tile, scratch, outputs and common arguments of a launch."""
+    K, N, device = weight.values.shape[0], weight.N, weight.values.device
+    tile = tile or _tile(weight, B)
+    if (B > 1 or weight.by_input) and tile.lanes * tile.unroll < 16:
+        raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth")
+    if tile.block_n < weight.group_size:
+        raise ValueError(f"{tile}: block_n must be at least the group size {weight.group_size}")
+    run, splits = _run_and_splits(weight, B, tile)
+    owned = triton.cdiv(triton.cdiv(K, run), splits) * run
+    capacity = triton.cdiv(owned, RUN) * RUN + 2 * tile.lanes * tile.unroll  # lists are read 16 bytes at a time
+    blocks = sum(triton.cdiv(n, tile.block_n) for n in segments)
+    partials = torch.empty(splits, B, N, dtype=torch.float32, device=device)
+    programs = blocks * splits
+    index = torch.empty(programs, capacity, dtype=torch.int32, device=device)
+    value = torch.empty(programs, B, capacity, dtype=torch.float32, device=device)
+    widths = (*segments, 0, 0)[:3]
+    if thresholds.dim() == 1:
+        thresholds = thresholds[:, None].expand(-1, K)
+    values = weight.values.view(torch.int32) if weight.bits == 8 else weight.values  # read as words of four
+    aligned = all(n % 16 == 0 for n in segments) and values.stride(0) % 16 == 0
+    weights = (values, values.stride(0), weight.scales, weight.zeros)
+    tensor_core = _takes_tensor_core(weight, B, tile)
+    options = launch_options(device, tile.num_warps)
+    if tensor_core:
+        options |= register_limit(weight.by_input, B, programs, device)
+    return GemvLaunch(
+        tile,
+        partials,
+        (blocks, splits),
+        (*weights, thresholds, *thresholds.stride(), index, value, partials, B, K, N, *widths),
+        {
+            "R": capacity,
+            "BLOCK_R": triton.next_power_of_2(owned),
+            "SPLITS": splits,
+            "BLOCK_B": 1 if B == 1 else 8,
+            "LANES": tile.lanes,
+            "UNROLL": tile.unroll,
+            "BLOCK_N": tile.block_n,
+            "EVEN_N": all(n % tile.block_n == 0 for n in segments),
+            "BITS": weight.bits,
+            "GROUP_N": weight.group_size,
+            "GROUP_K": weight.channels,
+            "RUN": run,
+            "SPAN": _span(weight.channels, run),
+            "ALIGNED": aligned,
+            "DTYPE": TRITON_DTYPES[weight.dtype],
+            "TENSOR_CORE": tensor_core,
+            **options,
+        },
+    )
+
+
+def _takes_tensor_core(weight: Weight, B: int, tile: GemvTile) -> bool:
+    """Whether the product is one of gather_tensor_core.py or gather_tensor_core_rows.py."""
+    fits = tile.lanes * tile.unroll == 16 and tile.block_n * weight.bits == 1024 * tile.num_warps
+    return fits and _suits_tensor_cores(weight, B)
+
+
+def _suits_tensor_cores(weight: Weight, B: int) -> bool:
+    """Whether it is, with the right tile."""
+    if weight.bits == 16 or not has_tensor_cores(weight.values.device):
+        return False
+    if weight.dtype != torch.bfloat16 and (B > 1 or weight.dtype != torch.float16):
+        return False
+    return weight.by_input or 1024 // weight.bits // weight.group_size in (1, 2, 4)
+
+
+def _span(group: int, run: int) -> int:
+    """How many groups of channels a run touches at most (tuning.input_run): whole ones, or parts of one or two."""
+    if not group or not group % run:
+        return 1
+    return 2 if run < group else run // group
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether kernels can use the instruction for bf16 matrices, of compute capability 8.0 on."""
+    return device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether the Triton kernels can run there: on CUDA, or anywhere under Triton's interpreter."""
+    return device.type == "cuda" or INTERPRETED.value
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether the GPU has programmatic dependent launch, of compute capability 9.0 on."""
+    return device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device, num_warps: int) -> dict:
+    """Triton's options: dependent launch where there is such, and multiply-adds, which Triton 3.10 must be asked for."""
+    pdl = has_dependent_launch(device)
+    options = {"PDL": pdl, "num_warps": num_warps, "enable_fp_fusion": True}
+    return options | ({"launch_pdl": True} if pdl else {})

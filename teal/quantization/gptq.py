@@ -1,0 +1,183 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323) for groups along the output dimension, one block of a model at a time.
+
+Input channels are rounded one after the other, and what rounding one changes in the layer's output is made up for by
+those that remain. With scales of an input channel in its own row, each channel's scales follow from the row as it then
+is, and channels can go in the order of their importance (the paper's act-order) without regard to groups.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from teal.calibration.thresholds import BlockStages, Stream
+from teal.checkpoint.config import load_config
+from teal.checkpoint.weights import block_targets, open_shard, projection_targets
+from teal.kernels.formats.packing import dequantize
+from teal.layers.quantized_linear import Packed, QuantConfig, QuantizedLinear, group_scales, pack, round_groups
+from teal.model import Transformer
+
+LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product
+DAMPING = 0.01  # of the mean of the diagonal, the paper's value
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
+    """weight [K, N] -> values, scales (of its dtype), zeros, so that x @ weight changes least.
+
+    hessian: fp32 [K, K], the sum of x^T x over calibration tokens. Channels that no token uses are rounded as they are.
+    """
+    K, N = weight.shape
+    order = _importance(hessian)
+    values = torch.empty(K, N, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
+    scales = weight.new_empty(K, N // group_size)
+    zeros = torch.empty(K, N // group_size, dtype=torch.uint8, device=weight.device)
+
+    def round_row(rows: Tensor, k: int) -> Tensor:
+        groups, channel = rows[k].view(-1, group_size), order[k]
+        s, z = group_scales(groups, bits, weight.dtype)
+        integers = round_groups(groups, s, z, bits)
+        values[channel], scales[channel], zeros[channel] = integers.view(N).to(values.dtype), s, z.to(zeros.dtype)
+        return ((integers - z[:, None]) * s.float()[:, None]).view(N)
+
+    _round_in_order(weight, hessian, order, round_row)
+    return pack(values, scales, zeros, bits)
+
+
+def gptq_input_groups(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
+    """As gptq with groups of the usual kind, along the input dimension.
+
+    A group's scales are those of its channels at first (the paper's static groups): channels go in the order of their
+    importance here, too, and those of a group do not follow each other.
+    """
+    order = _importance(hessian)
+    values = torch.empty(weight.shape, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
+    groups = weight.float().t().reshape(weight.shape[1], -1, group_size)  # [N, G, group_size]
+    scales, zeros = group_scales(groups, bits, weight.dtype)
+
+    def round_row(rows: Tensor, k: int) -> Tensor:
+        s, z = (t[:, order[k] // group_size] for t in (scales, zeros))
+        integers = round_groups(rows[k, :, None], s, z, bits)[:, 0]
+        values[order[k]] = integers.to(values.dtype)
+        return (integers - z) * s.float()
+
+    _round_in_order(weight, hessian, order, round_row)
+    return pack(values, scales.t().contiguous(), zeros.t().contiguous(), bits)
+
+
+def _importance(hessian: Tensor) -> Tensor:
+    """Channels by how much of the text's energy they carry, most first (the paper's act-order)."""
+    diagonal = hessian.diagonal()
+    return diagonal.where(diagonal != 0, 1.0).argsort(descending=True)
+
+
+def _round_in_order(
+    weight: Tensor, hessian: Tensor, order: Tensor, round_row: Callable[[Tensor, int], Tensor]
+) -> None:  # fmt: skip
+    """Round channels in order, each as it has become by what rounding those before it changed (the paper's algorithm 1).
+
+    round_row(rows, k): what row k of rows fp32 [K, N], the weight's in that order, is rounded to.
+    """
+    K, N = weight.shape
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += DAMPING * diagonal.mean()
+    hessian = hessian[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    rows = weight.float()[order]
+    for begin in range(0, K, LAZY_CHANNELS):
+        end = min(begin + LAZY_CHANNELS, K)
+        errors = torch.empty(end - begin, N, device=weight.device)
+        for k in range(begin, end):
+            error = errors[k - begin] = (rows[k] - round_row(rows, k)) / inverse[k, k]
+            rows[k + 1 : end] -= inverse[k, k + 1 : end, None] * error
+        rows[end:] -= inverse[begin:end, end:].t() @ errors
+
+
+class BlockwiseGptq:
+    """Quantizes the blocks of the model in a folder in order, each on what the quantized ones before it make of a text.
+
+    Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L]; where: the
+    file that holds each tensor.
+    """
+
+    def __init__(
+        self, source: Path, scheme: QuantConfig, sequences: Tensor, where: dict[str, Path], device: torch.device
+    ) -> None:
+        self.scheme, self.where, self.device = scheme, where, device
+        with torch.device("meta"):
+            self.model = Transformer(load_config(source)).eval().requires_grad_(False)
+        embedding = self._read("model.embed_tokens.weight")
+        self.stream = Stream([embedding[ids][None].float() for ids in sequences], device, offload=False)
+        self.length = sequences.shape[1]
+        tells_device_and_dtype = torch.empty(1, 1, device=device)
+        self.model.embedding.weight = nn.Parameter(tells_device_and_dtype, requires_grad=False)
+
+    def _read(self, name: str) -> Tensor:
+        with open_shard(self.where[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def _load(self, i: int, quantized: Path | None = None) -> torch.dtype:
+        """Fill block i, in fp32, projections from the shard quantized if given; returns the projections' dtype."""
+        block = self.model.blocks[i].to_empty(device=self.device)
+        prefix = f"model.layers.{i}."
+        for name, target in block_targets(block, self.model.config).items():
+            projection = name.endswith("_proj.weight")
+            if projection and quantized is not None:
+                values = self._read_quantized(quantized, prefix + name.removesuffix("weight"))
+            else:
+                values = self._read(prefix + name)
+            target.copy_(values)
+            if projection:
+                dtype = values.dtype
+        return dtype
+
+    def _read_quantized(self, shard: Path, prefix: str) -> Tensor:
+        """The weight [N, K] that the tensors of this prefix stand for."""
+        with open_shard(shard) as tensors:
+            zeros = tensors.get_tensor(prefix + "zeros") if self.scheme.bits == 4 else None
+            return dequantize(tensors.get_tensor(prefix + "qweight"), tensors.get_tensor(prefix + "scales"), zeros).t()
+
+    @torch.inference_mode()
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """The quantized tensors of block i's projections, by name; the text moves on through the quantized block."""
+        dtype = self._load(i)
+        block, stages = self.model.blocks[i], BlockStages(self.model, i, self.length)
+        attention, feed_forward = block.attention, block.feed_forward
+        c = self.model.config
+        found: dict[str, Tensor] = {}
+
+        def quantize(module: nn.Linear, inputs: Stream, sizes: dict[str, int]) -> None:
+            hessian = torch.zeros(module.in_features, module.in_features, device=self.device)
+            for part in inputs.parts:
+                hessian += part[0].t() @ part[0]
+            bits, size, weight = self.scheme.bits, self.scheme.group_size, module.weight.t().to(dtype)
+            packed = (gptq_input_groups if self.scheme.by_input else gptq)(weight, hessian, bits, size)
+            module.weight.copy_(dequantize(*packed).t())
+            # Without the module's own bias, which the rest of the block goes on to use in fp32.
+            like = nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
+            holder = QuantizedLinear(like, bits, size, self.scheme.by_input).to_empty(device=self.device)
+            holder.set_weight(*packed)
+            for name, part in projection_targets(holder, sizes).items():
+                found[f"model.layers.{i}.{name}"] = part.contiguous().cpu()
+
+        sizes = {"self_attn.q_proj": c.q_size, "self_attn.k_proj": c.kv_size, "self_attn.v_proj": c.kv_size}
+        quantize(attention.wqkv, self.stream.map(block.attention_norm), sizes)
+        mixed = self.stream.map(stages.attention_output)
+        quantize(attention.wo, mixed, {"self_attn.o_proj": c.hidden_size})
+        self.stream = self.stream.map(stages.after_attention, mixed)
+        sizes = {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
+        quantize(feed_forward.gate_up, self.stream.map(block.ffn_norm), sizes)
+        hidden = self.stream.map(stages.hidden)
+        quantize(feed_forward.down, hidden, {"mlp.down_proj": c.hidden_size})
+        self.stream = self.stream.map(stages.output, hidden)
+        block.to_empty(device="meta")
+        return found
+
+    @torch.inference_mode()
+    def skip(self, i: int, shard: Path) -> None:
+        """As layer(i), whose result is in shard already."""
+        self._load(i, shard)
+        self.stream = self.stream.map(BlockStages(self.model, i, self.length).forward)
+        self.model.blocks[i].to_empty(device="meta")

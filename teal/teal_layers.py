@@ -1,0 +1,1 @@
+../teal_layers.py

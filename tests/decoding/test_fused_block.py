@@ -1,0 +1,173 @@
+"""The fused decode step equals the unfused sparse layers, for every family; interpreted on a CPU, real on CUDA."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from teal.checkpoint.weights import load_model
+from teal.decoding.engine import Engine
+from teal.decoding.fused_block import FusedBlock, fuse_blocks
+from teal.layers.int8_cache import use_int8_cache
+from teal.model import Transformer
+from teal.options import SamplingParams
+from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan
+from teal.teal_layers import set_counting, sparsify
+from tests.conftest import relative_error, save_tiny_model, tiny_config
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPT, STEPS = 6, 3
+THRESHOLDS = {"q": 0.2, "k": 0.3, "v": 0.1, "o": 0.05, "gate": 0.3, "up": 0.2, "down": 0.02}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-attention-bias": ("llama", {"attention_bias": True}),
+    "mistral-sliding": ("mistral", {"sliding_window": 4}),
+    "qwen2-bias": ("qwen2", {}),
+    "qwen3-head-norms": ("qwen3", {"head_dim": 12}),
+}
+
+
+def sparse_model(folder: Path, dtype: torch.dtype, scale: float = 1.0) -> Transformer:
+    model = load_model(folder, DEVICE, dtype)
+    layer = {name: ProjectionPlan(0.5, scale * THRESHOLDS[name]) for name in PROJECTIONS}
+    return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
+
+
+@torch.inference_mode()
+def decode_logits(model: Transformer, batch: int, steps: int = STEPS) -> Tensor:
+    """Logits [steps, B, V] of steps after a prompt; rows are at different positions."""
+    length = PROMPT + STEPS + batch
+    cache = model.new_cache(batch, length)
+    ids = torch.arange(batch * length, device=DEVICE).view(batch, length) * 7 % 190 + 5
+    offsets = torch.arange(batch, device=DEVICE)[:, None]
+    positions = torch.arange(PROMPT, device=DEVICE)[None] + offsets
+    model(ids[:, :PROMPT], positions, cache)
+    logits = []
+    for i in range(steps):
+        column = ids[:, PROMPT + i : PROMPT + i + 1]
+        logits.append(model(column, offsets + PROMPT + i, cache)[:, 0])
+    return torch.stack(logits)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_the_unfused_layers(name: str, batch: int, tmp_path: Path) -> None:
+    family, overrides = FAMILIES[name]
+    save_tiny_model(tiny_config(family, num_hidden_layers=2, **overrides), tmp_path)
+    expected = decode_logits(sparse_model(tmp_path, torch.float32), batch)
+    model = sparse_model(tmp_path, torch.float32)
+    fuse_blocks(model)
+    assert all(isinstance(block, FusedBlock) for block in model.layers)
+    assert relative_error(decode_logits(model, batch), expected) <= 2e-6
+    assert relative_error(decode_logits(sparse_model(tmp_path, torch.float32, 0.0), batch), expected) > 1e-2
+
+
+@pytest.mark.parametrize("name,batch", [("mistral-sliding", 1), ("qwen3-head-norms", 3)])
+def test_a_cache_in_8_bits(name: str, batch: int, tmp_path: Path) -> None:
+    family, overrides = FAMILIES[name]
+    save_tiny_model(tiny_config(family, num_hidden_layers=2, **overrides), tmp_path)
+    exact = decode_logits(sparse_model(tmp_path, torch.float32), batch)
+    models = [sparse_model(tmp_path, torch.float32) for _ in range(2)]
+    for model in models:
+        use_int8_cache(model)
+    expected = decode_logits(models[0], batch)
+    fuse_blocks(models[1])
+    assert relative_error(decode_logits(models[1], batch), expected) <= 1e-3  # a byte may be rounded the other way
+    assert relative_error(expected, exact) > 2e-3
+
+
+def default_model(folder: Path, dtype: torch.dtype) -> Transformer:
+    """The default model, sparse; where its kernels are interpreted, at seconds a block, only its first ten blocks."""
+    model = sparse_model(folder, dtype)
+    if DEVICE.type == "cpu":
+        model.layers = model.layers[:10]
+        model.config = replace(model.config, num_layers=10, sliding_windows=model.config.sliding_windows[:10])
+    return model
+
+
+def test_default_models_logits(default_folder: Path) -> None:
+    model = default_model(default_folder, torch.float32)
+    expected = decode_logits(model, 1, 1)
+    fuse_blocks(model)
+    assert relative_error(decode_logits(model, 1, 1), expected) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_default_models_logits_in_16_bits(default_folder: Path) -> None:
+    """The real model in bf16: as near to the fp32 sparse model as the unfused bf16 layers are."""
+    exact = decode_logits(default_model(default_folder, torch.float32), 4, 1)
+    unfused = relative_error(decode_logits(default_model(default_folder, torch.bfloat16), 4, 1), exact)
+    model = default_model(default_folder, torch.bfloat16)
+    fuse_blocks(model)
+    assert relative_error(decode_logits(model, 4, 1), exact) <= 1.3 * unfused < 0.2
+
+
+def test_counting_and_wide_batches_take_the_unfused_path(tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama"), tmp_path)
+    model = sparse_model(tmp_path, torch.float32)
+    fuse_blocks(model)
+    set_counting(model, True)
+    decode_logits(model, 1)
+    assert int(model.layers[0].wqkv.seen) > 0  # type: ignore[union-attr, arg-type]
+    set_counting(model, False)
+    expected = decode_logits(sparse_model(tmp_path, torch.float32), 9)
+    assert relative_error(decode_logits(model, 9), expected) <= 2e-6
+
+
+def test_weights_are_shared_with_prefill(tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama"), tmp_path)
+    dense = load_model(tmp_path, DEVICE, torch.float32)
+    model = sparse_model(tmp_path, torch.float32)
+    fuse_blocks(model)
+    assert sum(p.nbytes for p in model.parameters()) == sum(p.nbytes for p in dense.parameters())
+
+
+@pytest.mark.gpu
+def test_fullgraph_compile_of_a_step(tmp_path: Path) -> None:
+    """torch.compile takes the whole model, fused blocks included, without a graph break, and gives the same logits."""
+    save_tiny_model(tiny_config("llama"), tmp_path)
+    model = sparse_model(tmp_path, torch.bfloat16)
+    fuse_blocks(model)
+    expected = decode_logits(model, 1)
+    step = torch.compile(model.hidden_states, fullgraph=True)
+
+    def hidden_states(*arguments: Any) -> Tensor:
+        one_token = arguments[0].shape[1] == 1
+        return step(*arguments) if one_token else Transformer.hidden_states(model, *arguments)
+
+    model.hidden_states = hidden_states  # type: ignore[method-assign, assignment]
+    assert relative_error(decode_logits(model, 1), expected) <= 1e-2
+
+
+@pytest.mark.gpu
+def test_captured_step_equals_eager(tiny_folder: Path) -> None:
+    """In fp32: in 16 bits the compiled prefill rounds otherwise than the eager one, and a tie may fall differently."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "sparsity": 0.5}
+    eager = Engine.load(str(tiny_folder), **options, compile=False)
+    graph = Engine.load(str(tiny_folder), **options, compile=True)
+    prompt = [5, 9, 33, 120, 7, 250, 61]
+    texts = [list(e.generate(prompt, SamplingParams(), 60, ignore_eos=True)) for e in (eager, graph)]
+    assert texts[0] == texts[1]
+    for _ in range(20):
+        graph.cached_ids = []
+        assert list(graph.generate(prompt, SamplingParams(), 60, ignore_eos=True)) == texts[1]
+
+
+@pytest.mark.gpu
+def test_another_plan_takes_effect_in_a_captured_step(tiny_folder: Path) -> None:
+    engine = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", sparsity=0.3, compile=True)
+    other = Engine.load(str(tiny_folder), device="cuda", dtype="fp32", sparsity=0.7, compile=True)
+    prompt = [5, 9, 33, 120]
+    first = list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True))
+    expected = list(other.generate(prompt, SamplingParams(), 40, ignore_eos=True))
+    assert engine.plan is not None and other.plan is not None
+    keep, graphs = engine.plan, len(engine.graphs)
+    engine.use_plan(other.plan)
+    assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == expected != first
+    engine.use_plan(keep)
+    assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == first
+    assert len(engine.graphs) == graphs

@@ -1,0 +1,142 @@
+"""The GPU benchmarks' own logic, as far as it needs no GPU."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from teal.bench import decode, gemv, tune
+from teal.bench.steps import fitted_plan
+from teal.decoding.engine import Engine
+from teal.errors import UserError
+from teal.kernels.gemv import tuning
+from teal.kernels.gemv.tuning import GemvTile, user_tiles, user_tiles_path
+from teal.options import SamplingParams
+from teal.plan import SparsityPlan
+from teal.teal_layers import achieved_sparsity, set_counting
+from tests.conftest import assert_one_line_error
+
+
+class FakeWeights:
+    """Stands for ColdWeights: a tile's time is its distance from the tile that is best here."""
+
+    best = GemvTile(1024, 1, 4, 44, 4)
+    floats = (torch.zeros(1),)
+    K, bits = 4096, 16
+
+    def sparse_us(self, thresholds: torch.Tensor, segments: list[int], tile: GemvTile) -> float:
+        return abs(tile.block_n - self.best.block_n) + abs(tile.unroll - self.best.unroll) + abs(tile.splits - 44) / 9
+
+
+def test_shapes_of_a_known_model() -> None:
+    shapes = gemv.shapes_of("llama-3-8b")
+    assert shapes == {
+        "qkv": (4096, [4096, 1024, 1024]),
+        "o": (4096, [4096]),
+        "gate_up": (4096, [14336, 14336]),
+        "down": (14336, [4096]),
+    }
+
+
+def test_thresholds_drop_the_share_of_a_gaussian() -> None:
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    for sparsity in (0.0, 0.25, 0.5, 0.8):
+        [cut] = gemv.thresholds_for(sparsity, [8], torch.device("cpu")).tolist()
+        assert float((x.abs() < cut).float().mean()) == pytest.approx(sparsity, abs=0.004)
+
+
+def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    user_tiles.cache_clear()
+    try:
+        shape = (4096, [4096, 1024, 1024])
+        for bits in (16, 8, 4):
+            assert len(tune.candidates(*shape, 132, bits)) == len(set(tune.candidates(*shape, 132, bits))) > 10
+        tile = tune.fastest(FakeWeights(), shape[1], 0.5, 132)  # type: ignore[arg-type]
+        assert (tile.block_n, tile.unroll, tile.splits) == (1024, 4, 44)
+        older = {("A", 4, 1, 2): GemvTile(16, 1, 1, 1, 1), ("B", 16, 4096, 6144): GemvTile(512, 1, 8, 9, 2)}
+        tune.keep(older)
+        tune.keep({("B", 16, 4096, 6144): tile})
+        assert user_tiles() == {("A", 4, 1, 2): older["A", 4, 1, 2], ("B", 16, 4096, 6144): tile}
+        assert [p.name for p in user_tiles_path().parent.iterdir()] == ["tiles.json"]
+        monkeypatch.setattr(tuning, "_device_facts", lambda device: ("B", 132))
+        assert tuning.gemv_tile(4096, 6144, 1, torch.device("cpu"), torch.bfloat16) == tile
+    finally:
+        user_tiles.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "main,arguments,fragment",
+    [
+        (tune.main, ("--device", "cpu"), "expected cuda"),
+        (tune.main, ("--model", "Llama-9"), "Llama-9"),
+        (gemv.main, ("--models", "Llama-9", "--device", "cpu"), "Llama-9"),
+        (gemv.main, ("--rows", "9", "--device", "cpu"), "--rows 9"),
+        (gemv.main, ("--input-groups", "--device", "cpu"), "add --quant"),
+        (decode.main, ("--input-groups", "--device", "cpu"), "add --quant"),
+        (gemv.main, ("--dtypes", "fp64", "--device", "cpu"), "fp64"),
+    ],
+)
+def test_mistakes_are_one_line(
+    main: Callable[[], None],
+    arguments: tuple[str, ...],
+    fragment: str,
+    call_main: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, err = call_main(main, *arguments)
+    assert out == ""
+    assert_one_line_error(code, err, fragment)
+
+
+def test_options_have_help() -> None:
+    for module in (gemv, tune):
+        assert all(action.help for action in module.build_parser()._actions)
+
+
+def test_fitted_thresholds_drop_their_targets(tiny_folder: Path) -> None:
+    """Thresholds far off, as calibrating random weights on another text's length gives, are put right."""
+    engine = Engine.load(str(tiny_folder), device="cpu", dtype="fp32", sparsity=0.5, compile=False)
+    assert engine.plan is not None
+    layer = {name: replace(p, threshold=3 * p.threshold) for name, p in engine.plan.layers[0].items()}
+    plan = replace(engine.plan, layers=(layer, *engine.plan.layers[1:]))
+    prompt = [5 + i % 200 for i in range(40)]
+
+    def worst_miss(used: SparsityPlan) -> float:
+        engine.use_plan(used)
+        set_counting(engine.model, True)
+        list(engine.generate(prompt, SamplingParams(), 61, ignore_eos=True))
+        return max(abs(share - 0.5) for layer in achieved_sparsity(engine.model) for share in layer.values())
+
+    assert worst_miss(plan) > 0.3
+    assert worst_miss(fitted_plan(engine, plan, prompt, tokens=60)) <= 0.08  # a last change moves what comes after it
+
+
+def test_the_group_size_divides_every_segment() -> None:
+    assert gemv.largest_group_size([4096, 1024, 1024]) == 128
+    assert gemv.largest_group_size([576, 192, 192]) == 64  # SmolLM2-135M's q, k and v
+    with pytest.raises(UserError, match=r"no group size .* divides the widths \[576, 48\]"):
+        gemv.largest_group_size([576, 48])
+
+
+@pytest.mark.parametrize("input_groups", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_shapes_are_timed_too(bits: int, input_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv, "COLD_BYTES", 4_000_000)
+    cold = gemv.ColdWeights(256, [512, 256], 1, torch.bfloat16, torch.device("cpu"), bits, input_groups)
+    assert cold.weights[0].by_input == input_groups
+    assert cold.count > len(cold.floats) and len({w.values.data_ptr() for w in cold.weights}) == cold.count
+    thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device("cpu"))
+    assert max(cold.errors(thresholds, [512, 256])) <= 3e-3
+    assert cold.sparse_us(thresholds, [512, 256]) > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_shape_is_timed_and_right(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv, "COLD_BYTES", 4_000_000)
+    cold = gemv.ColdWeights(1024, [512, 256], 1, torch.bfloat16, torch.device(device))
+    thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device(device))
+    sums, rounded = cold.errors(thresholds, [512, 256])
+    assert sums <= (1e-6 if device == "cuda" else 3e-3) and rounded <= 3e-3
+    assert 0 < cold.sparse_us(thresholds, [512, 256]) < 1e5 and 0 < cold.dense_us() < 1e5

@@ -1,0 +1,421 @@
+"""The server as its users meet it: a process on a free port, the stock openai client, and bodies that are wrong."""
+
+import http.client
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from teal.bench import soak
+from tests.conftest import ROOT, assert_one_line_error
+
+QUESTION = [{"role": "user", "content": "The European lobster"}]
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
+    "type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
+    "additionalProperties": False}}}  # fmt: skip
+
+
+@dataclass
+class Server:
+    """A running server process."""
+
+    process: "subprocess.Popen[str]"
+    port: int
+
+    @property
+    def client(self) -> Any:  # an openai.OpenAI, whose overloads take no dictionaries
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="k", max_retries=0, timeout=60)
+
+    def send(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes, dict[str, str]]:
+        """Status, body and headers of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            content = {} if body is None else {"Content-Type": "application/json"}
+            connection.request(method, path, body, {**content, **(headers or {})})
+            answer = connection.getresponse()
+            return answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
+        finally:
+            connection.close()
+
+    def health(self) -> dict[str, Any]:
+        return json.loads(self.send("GET", "/health")[1])
+
+    def wait_until(self, **wanted: int) -> float:
+        """Seconds until /health says so; fails after ten."""
+        start = time.monotonic()
+        while time.monotonic() - start < 10:
+            if wanted.items() <= self.health().items():
+                return time.monotonic() - start
+            time.sleep(0.01)
+        raise AssertionError(f"{self.health()} instead of {wanted}")
+
+
+@contextmanager
+def serving(folder: Path, *options: str, program: tuple[str, ...] = ("serve.py",)) -> Iterator[Server]:
+    """A server of this checkpoint."""
+    command = [sys.executable, *program, "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.search(r"at http://127\.0\.0\.1:(\d+)/", line):
+            break
+    else:
+        raise AssertionError("".join(lines))
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    server = Server(process, int(found[1]))
+    try:
+        server.wait_until(running=0)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path) -> Iterator[Server]:
+    with serving(
+        tiny_folder, "--sparsity", "0.3", "--sparsities", "0.5", "--name", "tiny", "--max-body-mb", "1"
+    ) as running:
+        yield running
+
+
+def test_chat_with_the_stock_client(server: Server) -> None:
+    client = server.client
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    common: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**common, extra_body={"ignore_eos": True})
+    assert whole.choices[0].finish_reason == "length" and whole.usage is not None
+    assert (whole.usage.completion_tokens, whole.usage.total_tokens) == (12, whole.usage.prompt_tokens + 12)
+    chunks = list(client.chat.completions.create(
+        **common, stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True}
+    ))  # fmt: skip
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
+
+
+def test_choices_seeds_and_penalties(server: Server) -> None:
+    common: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "max_tokens": 16, "temperature": 1.5, "n": 3}
+    one, two, other = (
+        [c.message.content for c in server.client.chat.completions.create(**common, seed=seed).choices]
+        for seed in (5, 5, 6)
+    )
+    assert one == two != other and len(set(one)) == 3
+    plain, changed = (
+        server.client.chat.completions.create(
+            model="tiny", messages=QUESTION, max_tokens=30, temperature=0, frequency_penalty=p, extra_body={"ignore_eos": True}
+        ).choices[0].message.content
+        for p in (0, 2)
+    )  # fmt: skip
+    assert plain != changed
+
+
+def test_log_probabilities(server: Server) -> None:
+    common: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 5}
+    answer = server.client.chat.completions.create(
+        **common, messages=QUESTION, logprobs=True, top_logprobs=3, extra_body={"ignore_eos": True}
+    )
+    content = answer.choices[0].logprobs.content
+    assert content is not None and len(content) == 5
+    for entry in content:
+        assert entry.logprob == max(top.logprob for top in entry.top_logprobs) <= 0
+        assert len(entry.top_logprobs) == 3
+    plain = server.client.completions.create(
+        **common, prompt=["The", "Europe"], logprobs=2, extra_body={"ignore_eos": True}
+    )
+    assert [choice.index for choice in plain.choices] == [0, 1]
+    found = plain.choices[0].logprobs
+    assert found is not None and len(found.tokens or []) == len(found.token_logprobs or []) == 5
+    streamed = server.client.completions.create(
+        **common, prompt="The", logprobs=2, stream=True, extra_body={"ignore_eos": True}
+    )
+    tokens = [t for chunk in streamed for c in chunk.choices if c.logprobs for t in c.logprobs.tokens or []]
+    assert tokens == found.tokens
+
+
+def test_stop_strings(server: Server) -> None:
+    common: dict[str, Any] = {"model": "tiny", "prompt": "The", "temperature": 0, "max_tokens": 40}
+    text = server.client.completions.create(**common, extra_body={"ignore_eos": True}).choices[0].text
+    stop = text[10:13]
+    answer = server.client.completions.create(**common, stop=stop, extra_body={"ignore_eos": True}).choices[0]
+    assert answer.text == text[: text.index(stop)] and answer.finish_reason == "stop"
+
+
+def test_answers_follow_a_schema(server: Server) -> None:
+    for seed in range(4):
+        answer = server.client.chat.completions.create(
+            model="tiny", messages=QUESTION, max_tokens=100, temperature=1.0, seed=seed,
+            response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+        )  # fmt: skip
+        assert answer.choices[0].finish_reason == "stop"
+        person = json.loads(answer.choices[0].message.content or "")
+        assert set(person) == {"name", "age"} and 0 <= person["age"] <= 99
+    text = server.client.chat.completions.create(
+        model="tiny", messages=QUESTION, max_tokens=60, temperature=1.0, seed=1, response_format={"type": "json_object"}
+    ).choices[0].message.content  # fmt: skip
+    assert (text or "").startswith("{")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools(server: Server, stream: bool) -> None:
+    answer: Any = server.client.chat.completions.create(
+        model="tiny", messages=QUESTION, max_tokens=60, temperature=1.0, seed=1, tools=[WEATHER], tool_choice="required",
+        stream=stream,
+    )  # fmt: skip
+    if stream:
+        choices = [choice for chunk in answer for choice in chunk.choices]
+        assert choices[-1].finish_reason == "tool_calls"
+        first, *others = [call.function for choice in choices for call in choice.delta.tool_calls or []]
+        name, arguments = first.name, first.arguments + "".join(part.arguments for part in others)
+    else:
+        assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+        [call] = answer.choices[0].message.tool_calls
+        name, arguments = call.function.name, call.function.arguments
+    assert name == "weather" and json.loads(arguments)["city"] in ("Rome", "Oslo")
+
+
+def test_sparsity_by_request(server: Server) -> None:
+    def text(**extra: Any) -> str:
+        return server.client.completions.create(
+            model="tiny", prompt="The", temperature=0, max_tokens=40, extra_body={"ignore_eos": True, **extra}
+        ).choices[0].text  # fmt: skip
+
+    own, dense, half = text(), text(sparsity=0.0), text(sparsity=0.5, count_sparsity=True)
+    assert len({own, dense, half}) == 3 and text(sparsity=0.3) == own
+    found = json.loads(server.send("GET", "/sparsity")[1])
+    assert found["plans"] == [0.0, 0.3, 0.5] and found["own"] == 0.3
+    assert all(0.3 < share < 0.7 for layer in found["achieved"] for share in layer.values())
+    with pytest.raises(openai.BadRequestError, match=r"sparsity 0\.7 is not loaded; this server has 0, 0\.3, 0\.5"):
+        text(sparsity=0.7)
+
+
+def test_a_prefix_seen_before_is_not_computed_again(server: Server) -> None:
+    words = "one two three four five six seven eight " * 20
+    first, second = (
+        server.client.completions.create(model="tiny", prompt=words[:n], temperature=0, max_tokens=8)
+        for n in (300, 310)
+    )
+    assert first.usage is not None and second.usage is not None
+    assert second.usage.prompt_tokens_details.cached_tokens >= 64
+
+
+def test_many_clients_get_their_own_answers(server: Server) -> None:
+    """In CI against the tiny model; for the default model run python -m bench.load."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load", "--url", f"http://127.0.0.1:{server.port}", "--requests", "300",
+         "--prompts", "20", "--max-tokens", "16", "--words", "20"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["lost"] == figures["different"] == 0 and figures["hung_up"] > 10
+    assert figures["metrics_first_token_s"] == pytest.approx(figures["first_token_s"], rel=0.25)
+
+
+def test_bench_serving_counts_the_tokens_of_streams(server: Server) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "bench.serving", "--url", f"http://127.0.0.1:{server.port}", "--context", "8"]
+        command += ["--clients", "1,3", "--seconds", "0.1", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    server.client.completions.create(model="tiny", prompt="The", max_tokens=20)  # the first steps of a process are slow
+    done = run("--sparsities", "0.5", "--max-tokens", "390")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["clients"] for row in rows] == [1, 3]
+    assert all(row["tokens_per_s"] > 20 and row["mean_context"] > 8 for row in rows)
+    for arguments, message in (
+        (("--max-tokens", "4"), "--max-tokens 4: a stream ended"),
+        (("--sparsities", "0.7"), "sparsity 0.7 is not loaded"),
+        (("--seconds", "0"), "--seconds 0.0 is out of range"),
+    ):
+        done = run(*arguments)
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    server.wait_until(running=0)
+
+
+def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
+    for stream in (True, False):
+        body = {"prompt": "The", "max_tokens": 380, "stream": stream, "ignore_eos": True, "n": 8}
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        server.wait_until(running=8)
+        assert connection.sock is not None
+        connection.sock.close()
+        connection.close()
+        assert server.wait_until(running=0, waiting=0) < 2.0
+
+
+def random_value(chance: random.Random, depth: int = 0) -> Any:
+    kinds: list[Any] = [None, True, -1, 0, 1, 1e308, -1e308, 10**30, "", "x" * 50, "\ud800", "🙂", [], {}, 0.5]
+    if depth < 3 and chance.random() < 0.3:
+        inner = [random_value(chance, depth + 1) for _ in range(chance.randint(0, 3))]
+        return inner if chance.random() < 0.5 else {str(i): value for i, value in enumerate(inner)}
+    return chance.choice(kinds)
+
+
+def malformed_bodies(count: int) -> Iterator[tuple[str, bytes]]:
+    """(path, body) that no server should accept, each for another reason or at another place."""
+    chance = random.Random(0)
+    chat = {"messages": QUESTION, "max_tokens": 2}
+    plain: dict[str, Any] = {"prompt": "The", "max_tokens": 2}
+    wrong: dict[str, list[Any]] = {
+        "temperature": ["1", -1, 3, [], {}, True], "top_p": [-0.1, 1.1, "x"], "n": [0, 9, 1.5, "2", True], "max_tokens": [0, -5, "9", 1.5],
+        "stop": [5, [5], ["a"] * 17, {}], "seed": ["s", 1.5, 2**63], "stream": ["yes", 1], "top_k": [-2, 0.5], "min_p": [1, -0.1],
+        "presence_penalty": [-3, "1"], "frequency_penalty": [2.5, []], "sparsity": [1, -0.1, 0.77, "0.5"], "model": [5, "gpt-9"],
+        "logit_bias": [5, {"x": 1}, {"1": 101}, {"1": "1"}, {"-1": 1}, {"99999": 1}],
+        "stream_options": [5, {"include_usage": "y"}], "repetition_penalty": [0, -1],
+    }  # fmt: skip
+    for field, values in wrong.items():
+        for value in values:
+            for path, good in (("/v1/chat/completions", chat), ("/v1/completions", plain)):
+                yield path, json.dumps({**good, field: value}).encode()
+    for value in (5, [], "x", [5], [{}], [{"role": "user"}] * 5000, [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}],
+                  [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]):  # fmt: skip
+        yield "/v1/chat/completions", json.dumps({**chat, "messages": value}).encode()
+    for value in (5, [], {}, [[]], [-1], [10**9], [1.5], "", "x" * 5000, [["a"]]):
+        yield "/v1/completions", json.dumps({**plain, "prompt": value}).encode()
+    extras: tuple[dict[str, Any], ...] = ({"tools": 5}, {"tools": [{}]}, {"tool_choice": "required"}, {"response_format": {"type": "json_schema"}},
+                  {"response_format": {"type": "xml"}}, {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21},
+                  {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}})  # fmt: skip
+    for extra in extras:
+        yield "/v1/chat/completions", json.dumps({**chat, **extra}).encode()
+    yield "/v1/completions", b"[" * 100_000
+    yield "/v1/completions", b'{"a":' * 200 + b"1" + b"}" * 200
+    yield "/v1/completions", b"\xff\xfe\x00"
+    yield "/v1/completions", b'{"prompt": "\\ud800"}'
+    yield "/v1/completions", b'{"prompt": "x", "temperature": NaN}'
+    yield "/v1/completions", b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"
+    yield "/v1/completions", b"x" * 1_500_000
+    whole = json.dumps(chat).encode()
+    for i in range(count):
+        cut = chance.randrange(len(whole))
+        yield "/v1/chat/completions", whole[:cut]
+        body = {**chat, "messages": random_value(chance)}
+        if not isinstance(body["messages"], list) or not body["messages"]:
+            yield "/v1/chat/completions", json.dumps(body).encode()
+        yield "/v1/completions", json.dumps([random_value(chance)] if i % 2 else chance.choice(["x", 5, None])).encode()
+
+
+def test_malformed_bodies_get_an_error_and_the_server_stays_up(server: Server) -> None:
+    bodies = list(malformed_bodies(180))
+    assert len(bodies) >= 500
+    for path, body in bodies:
+        status, text, _ = server.send("POST", path, body)
+        assert 400 <= status < 500, (path, body[:300], status, text)
+        error = json.loads(text)["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"], (body[:300], text)
+    assert server.health() == {"status": "ok", "waiting": 0, "running": 0}
+    assert server.client.completions.create(model="tiny", prompt="The", max_tokens=2).usage.completion_tokens
+
+
+def test_unknown_paths_and_methods(server: Server) -> None:
+    for method, path, expected in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("PUT", "/health", 405),
+    ):
+        status, text, _ = server.send(method, path)
+        assert status == expected and json.loads(text)["error"]["message"]
+
+
+def test_key_and_full_queue(tiny_folder: Path) -> None:
+    with serving(tiny_folder, "--api-key", "secret", "--rows", "1", "--queue", "1") as server:
+        status, text, _ = server.send("GET", "/v1/models")
+        assert status == 401 and json.loads(text)["error"]["type"] == "authentication_error"
+        assert server.send("GET", "/v1/models", headers={"Authorization": "Bearer secre"})[0] == 401
+        key = {"Authorization": "Bearer secret"}
+        assert server.send("GET", "/v1/models", headers=key)[0] == 200
+        body = json.dumps({"prompt": "The", "max_tokens": 300, "ignore_eos": True}).encode()
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: server.send("POST", "/v1/completions", body, key), range(8)))
+        statuses = [status for status, _, _ in answers]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 2
+        assert all(headers["retry-after"] == "1" for status, _, headers in answers if status == 429)
+
+
+def test_shutdown_lets_answers_finish(tiny_folder: Path) -> None:
+    with serving(tiny_folder) as server:
+        body = {"model": server.client.models.list().data[0].id, "prompt": "The", "max_tokens": 300, "temperature": 0}
+        chunks = iter(server.client.completions.create(**body, stream=True, extra_body={"ignore_eos": True}))
+        next(chunks)
+        server.process.send_signal(signal.SIGTERM)
+        rest = list(chunks)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(20) in (0, -signal.SIGTERM)
+
+
+def test_a_soak_ends_well_and_notices_what_is_wrong(
+    tiny_folder: Path, call_main: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ("--minutes", "0", "--requests", "12", "--clients", "4", "--max-tokens", "8", "--")
+    model = ("--checkpoint", tiny_folder, "--dtype", "fp32", "--device", "cpu")
+    code, out, err = call_main(soak.main, *small, *model)
+    assert code == 0, err
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["rounds"] == 3 and figures["faults"] == 0 and figures["memory_mb"][0] > 50
+    monkeypatch.setattr(soak, "GROWTH", -0.5)
+    monkeypatch.setattr(soak, "BROKEN", (("/health", b"{}"), ("/v1/models", b"{}")))
+    code, _, err = call_main(soak.main, *small, *model)
+    assert code == 1 and "memory grew" in err
+    code, _, err = call_main(soak.main, "--minutes", "0", "--", "--checkpoint", "/no/such/model")
+    assert code == 1 and "/no/such/model" in err
+
+
+def test_speculation_is_counted(tiny_folder: Path) -> None:
+    with serving(tiny_folder, "--speculate", "3", "--draft-sparsity", "0.4", "--name", "tiny") as server:
+        answer = server.client.completions.create(
+            model="tiny", prompt="The", max_tokens=30, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens == 30
+        metrics = server.send("GET", "/metrics")[1].decode()
+        drafted, accepted = (
+            float(re.search(rf"^teal_{name}_tokens_total (\S+)$", metrics, re.MULTILINE)[1])  # type: ignore[index]
+            for name in ("drafted", "accepted")
+        )
+        assert 0 < accepted <= min(drafted, 29)
+
+
+def test_mistakes_at_the_start_are_one_line(tiny_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for options, fragments in (
+            (["--port", str(taken.getsockname()[1])], ("--port", "in use")),
+            (["--port", "70000"], ("--port 70000", "65535")),
+            (["--rows", "9", "--port", "0"], ("--rows 9", "1 to 8")),
+            (["--sparsities", "1.5"], ("1.5",)),
+            (["--speculate", "99"], ("--speculate 99", "1 to 16")),
+            (["--speculate", "4", "--sparsity", "0.5"], ("--sparsity", "dense model's")),
+            (["--draft-quant", "int4"], ("--draft-quant", "--speculate K")),
+        ):
+            command = [sys.executable, "serve.py", "--checkpoint", str(tiny_folder), *options]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert_one_line_error(done.returncode, done.stderr, *fragments)
