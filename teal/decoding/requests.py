@@ -60,9 +60,6 @@ class Request:
     max_new_tokens: int = 256
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = field(default_factory=dict)  # as sampling.bias_row has it
     top_logprobs: int | None = None  # None: no log probabilities at all
     matcher: Matcher | None = None
     plan: SparsityPlan | None = None  # None: the engine's own
@@ -80,8 +77,7 @@ class Request:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
-        changed = self.presence_penalty or self.frequency_penalty or self.logit_bias
-        return self.params.is_argmax and not changed and self.matcher is None
+        return self.params.is_argmax and self.matcher is None
 
     @property
     def is_argmax(self) -> bool:
@@ -109,15 +105,15 @@ class Sequence:
         self.counts = torch.zeros(1, size, device=engine.device)
         self.seen = torch.zeros(1, size, dtype=torch.bool, device=engine.device)
         self.seen[0, torch.tensor(request.prompt_ids, device=engine.device)] = True
-        self.bias = bias_row(request.logit_bias, size, engine.device) if request.logit_bias else None
+        self.bias = bias_row(biases, size, engine.device) if (biases := request.params.biases) else None
         self.pending: list[tuple[int, TokenLogprob]] = []  # where the token's text begins, for those not emitted yet
         self.decoded = self.shown = 0  # characters: of all tokens, and of the text emitted
 
     def sample(self, logits: Tensor) -> int:
         """A token by all that the request asks for, from its logits [1, V]. Raises UserError if that allows none."""
-        request = self.request
-        if request.presence_penalty or request.frequency_penalty:
-            logits = penalize_counts(logits, self.counts, request.presence_penalty, request.frequency_penalty)
+        request, params = self.request, self.request.params
+        if params.presence_penalty or params.frequency_penalty:
+            logits = penalize_counts(logits, self.counts, params.presence_penalty, params.frequency_penalty)
         if self.bias is not None:
             logits = logits + self.bias
         if request.matcher is not None:

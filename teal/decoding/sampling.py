@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from teal.options import SamplingParams
+from teal.options import MAX_BIAS, SamplingParams
 
-MAX_BIAS = 100.0  # OpenAI's range of a token's bias
 FORCED = 1e4  # beyond any logit and penalty
 
 

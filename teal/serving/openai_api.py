@@ -5,7 +5,7 @@ import codecs
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -118,24 +118,22 @@ class Service:
                 raise BadRequest(f"sparsity {body.sparsity:g} is not loaded; this server has {known}", "sparsity")
         seed = int(time.time_ns()) if body.seed is None else body.seed
         matcher = None if schema is None else self._matcher(body, schema)
-        found = []
-        for i in range(len(prompts) * body.n):
-            try:
-                params = SamplingParams(
-                    body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty, (seed + i) % 2**63
-                )
-            except UserError as error:
-                raise BadRequest(str(error)) from None
-            found.append(
-                Request(
-                    prompts[i // body.n], lambda event, i=i: emit(i, event), params,  # type: ignore[misc]
-                    max_new_tokens=limit or self.scheduler.context, stops=body.stops, ignore_eos=body.ignore_eos,
-                    presence_penalty=body.presence_penalty, frequency_penalty=body.frequency_penalty,
-                    logit_bias=body.biases, top_logprobs=top_logprobs, matcher=matcher and matcher.copy(), plan=plan,
-                    count_sparsity=body.count_sparsity,
-                )
+        try:
+            params = SamplingParams(
+                body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty, seed % 2**63,
+                body.presence_penalty, body.frequency_penalty, body.biases,
             )  # fmt: skip
-        return found
+        except UserError as error:
+            raise BadRequest(str(error)) from None
+        return [
+            Request(
+                prompts[i // body.n], lambda event, i=i: emit(i, event),  # type: ignore[misc]
+                replace(params, seed=(seed + i) % 2**63), max_new_tokens=limit or self.scheduler.context,
+                stops=body.stops, ignore_eos=body.ignore_eos, top_logprobs=top_logprobs,
+                matcher=matcher and matcher.copy(), plan=plan, count_sparsity=body.count_sparsity,
+            )
+            for i in range(len(prompts) * body.n)
+        ]  # fmt: skip
 
     def check_model(self, name: str | None) -> None:
         """Raises BadRequest for a model that is not served here."""

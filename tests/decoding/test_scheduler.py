@@ -123,9 +123,8 @@ def test_a_shared_prefix_changes_nothing(engine: Engine) -> None:
 def test_seeds_make_a_text_repeatable_beside_others(engine: Engine) -> None:
     batch = prompts(engine, 6)
     hot: dict[str, Any] = {
-        "params": SamplingParams(temperature=1.0, top_p=0.9, seed=3),
+        "params": SamplingParams(temperature=1.0, top_p=0.9, seed=3, presence_penalty=0.5),
         "ignore_eos": True,
-        "presence_penalty": 0.5,
     }
     [alone] = run(engine, batch[:1], **hot)
     assert run(engine, batch, **hot)[0].text == alone.text
