@@ -25,7 +25,6 @@ from teal.bench import load
 from teal.cli import command_line as cli
 from teal.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 READY_S = 600  # until it listens: compilation on a GPU
 GROWTH = 0.1  # of resident memory after the warm-up, that allocators may take
 WARM_UP = 2  # rounds
@@ -57,8 +56,8 @@ def build_parser() -> cli.Parser:
 
 def start(options: list[str], errors: IO[str]) -> tuple["subprocess.Popen[str]", str]:
     """A server that writes to errors, and its URL. Raises UserError with its last words if it ends before it listens."""
-    command = [sys.executable, "serve.py", "--port", "0", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=errors, text=True)
+    command = [sys.executable, "-m", "teal.cli.serve", "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=errors, text=True)
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
         if found := re.search(r"http://\S+?:\d+", words_of(errors)):
