@@ -22,17 +22,9 @@ from teal.bench.steps import machine_facts
 from teal.calibration.texts import default_text, read_texts
 from teal.cli import command_line as cli
 from teal.decoding.engine import Engine
-from teal.decoding.speculation import SpeculativeEngine, check_length
+from teal.decoding.speculation import SpeculativeEngine
 from teal.errors import UserError
-from teal.options import SamplingParams
-
-
-class FixedLength(SpeculativeEngine):
-    """Drafts the same number of tokens every round."""
-
-    def best_length(self) -> int:
-        """The length asked for."""
-        return self.draft_length
+from teal.options import SamplingParams, check_length
 
 
 @torch.inference_mode()
@@ -143,17 +135,19 @@ def measure(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) 
     drafts = {text: parse_draft(text) for text in args.drafts.split(",")}
     for length in args.lengths:
         check_length(length)
-    dense = FixedLength.load(args.checkpoint, **options)
+    dense = SpeculativeEngine.load(args.checkpoint, **options)
     prompts = prompts_of(args, dense)
     rows = []
     for text, draft in drafts.items():
-        engine = dense if draft is None else FixedLength.load_with_draft(args.checkpoint, length=1, **draft, **options)
+        engine = (
+            dense if draft is None else SpeculativeEngine.load_with_draft(args.checkpoint, length=1, **draft, **options)
+        )
         for length in args.lengths:
             plain, drafted = Figures("dense", 0), Figures(text, length)
             set_length(engine, length)
             run(engine, prompts[0], args.tokens, Figures(text, length))  # compiles and captures
             for prompt in prompts:
-                dense.draft_length = 0  # a lookup drafts with the dense engine itself
+                dense.drafter = None  # a lookup drafts with the dense engine itself
                 run(dense, prompt, args.tokens, plain)
                 set_length(engine, length)
                 run(engine, prompt, args.tokens, drafted)
@@ -161,17 +155,17 @@ def measure(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) 
             row["dtype"] = str(dense.dtype).removeprefix("torch.")
             rows.append(row)
             report(row)
-        dense.draft_length = 0
+        dense.drafter = None
         del engine
     return dense, rows
 
 
 def set_length(engine: SpeculativeEngine, length: int) -> None:
-    """Draft length tokens a round."""
-    if engine.drafter is None:
+    """Draft length tokens in every round."""
+    if engine.drafter is None or engine.drafter.looks_up:
         engine.look_up(length)
-    else:
-        engine.draft_length = length
+    assert engine.drafter is not None
+    engine.drafter.length, engine.drafter.adapts = length, False
 
 
 def speed_at(row: dict[str, Any], acceptance: float) -> float:
