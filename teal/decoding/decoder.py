@@ -100,6 +100,7 @@ class Decoder:
             else:
                 self._step_all()
 
+    @torch.inference_mode()
     def end(self, request: Request, reason: str, error: str | None = None) -> None:
         """Take an admitted request out and say so to whoever waits for it, unless it was cancelled."""
         if request.counting:
@@ -131,6 +132,7 @@ class Decoder:
             self.end(request, "error", message)
         self.table.forget()
 
+    @torch.inference_mode()
     def use_own_plan(self) -> None:
         """Leave the model as it is for others: by the plan of requests that name none, and not counting."""
         self._switch(self.own_plan)
