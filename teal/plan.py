@@ -18,7 +18,6 @@ from teal.files import FileKind, atomic_file, cache_folder
 from teal.model import ModelConfig
 from teal.user_text import is_number, parse_json
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 PLAN_FORMAT = "teal-plan"
 PLAN_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
@@ -119,7 +118,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class SparsityPlan:
-    """Thresholds for every projection of a model: layers[i][projection].
+    """Thresholds for every projection of a model: layers[i][projection], the same projections in each layer.
 
     model holds fields of the ModelConfig the plan is for (all of them, or those known). criterion says what
     the threshold is compared with: "magnitude" |x_i|, or "wina" |x_i| times the norm of the weights x_i meets
@@ -146,11 +145,11 @@ class SparsityPlan:
         if self.criterion not in CRITERIA:
             raise UserError(f"criterion {self.criterion!r} is unknown; expected one of {', '.join(CRITERIA)}")
         for i, layer in enumerate(self.layers):
-            if set(layer) != set(PROJECTIONS):
-                raise UserError(f"plan layer {i} lists {sorted(layer)}; expected {sorted(PROJECTIONS)}")
+            if not layer or set(layer) != set(self.layers[0]):
+                raise UserError(f"plan layer {i} lists {sorted(layer)}; expected the same projections in each layer")
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raise UserError, naming the fields that differ, unless the plan is for a model with this config."""
+        """Raise UserError, naming what differs, unless the plan is for a model with this config and its projections."""
         own = config_fields(config)
         differing = [
             f"{name} {value!r} (this model: {own.get(name)!r})"
@@ -159,6 +158,9 @@ class SparsityPlan:
         ]
         if len(self.layers) != config.num_layers:
             differing.append(f"{len(self.layers)} layers (this model: {config.num_layers})")
+        names = projection_names(config)
+        if set(self.layers[0]) != set(names):
+            differing.append(f"layer 0 lists {sorted(self.layers[0])} (this model: {sorted(names)})")
         if differing:
             raise UserError(f"plan is for another model: {', '.join(differing)}; calibrate for this model")
 
@@ -259,8 +261,13 @@ def plan_file(folder: Path | None, sparsity: float, plan: str | None) -> Path | 
 
 def keep_all_plan(config: ModelConfig) -> SparsityPlan:
     """The plan that drops nothing: dense decoding by the sparse kernels."""
-    layer = dict.fromkeys(PROJECTIONS, ProjectionPlan(0.0, 0.0))
+    layer = dict.fromkeys(projection_names(config), ProjectionPlan(0.0, 0.0))
     return SparsityPlan(config_fields(config), "none", 0.0, (layer,) * config.num_layers)
+
+
+def projection_names(config: ModelConfig) -> list[str]:
+    """What a plan for a model with this config lists for each layer."""
+    return [name for p in config.projections() for name in p.names]
 
 
 def plan_name(target: float) -> str:
