@@ -194,7 +194,7 @@ def _is_projection(tensor: ReaderTensor) -> bool:
 
 
 def _hf_name(name: str) -> str | None:
-    """model.layers.0.mlp.up_proj.weight for blk.0.ffn_up.weight; None for tensors the config already covers."""
+    """The Hugging Face name of a GGUF tensor, as blk.0.attn_norm.weight; None for those the config covers already."""
     if name == "rope_freqs.weight":
         return None
     prefix = ""
