@@ -179,7 +179,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019, eq. 4), in weight's dtype."""
+    """x / rms(x) * weight over the last dimension, in fp32, returned in weight's dtype (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -375,8 +375,8 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first block reads, fp32 [B, T, C].
 
-        The residual stream stays fp32: rounded to bf16 at each of its 60 sums it moved the default model's logits by 0.1,
-        and near ties with them.
+        The residual stream stays fp32. Rounded to bf16 at each of its 60 sums it moved the default model's logits by
+        0.1, and near ties with them.
         """
         return self.embedding(tokens).float()
 

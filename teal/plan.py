@@ -102,7 +102,7 @@ class ProjectionPlan:
 class Weights:
     """Which weights a plan is for: a name for people, and what their content hashes to (checkpoint.weights_identity).
 
-    Rounded weights count as those they were rounded from: thresholds depend on activations, which rounding hardly moves.
+    Rounded weights count as those they were rounded from: rounding hardly moves activations, nor so thresholds.
     """
 
     name: str
@@ -182,7 +182,7 @@ class SparsityPlan:
         return [{n: p.achieved for n, p in layer.items() if p.achieved is not None} for layer in self.layers]
 
     def warning(self, achieved: list[dict[str, float]], tokens: int, text: str) -> str | None:
-        """A line for the user if achieved sparsities [layer][projection] on a text of so many tokens miss the planned ones.
+        """A line for the user if achieved sparsities [layer][projection] on a text of so many tokens miss the plan's.
 
         The average may miss by MAX_MISS, and so may each projection, where the tokens are enough to tell.
         """
@@ -198,8 +198,9 @@ class SparsityPlan:
         if abs(mean) <= MAX_MISS and (abs(gaps[worst]) <= MAX_MISS or tokens < ENOUGH_TOKENS):
             return None
         return (
-            f"warning: on {text} the plan for sparsity {self.target:g} misses its target, by {100 * mean:+.1f} points on "
-            f"average and {100 * gaps[worst]:+.1f} in {worst}; calibrate on more text of this kind (calibrate.py --text)"
+            f"warning: on {text} the plan for sparsity {self.target:g} misses its target, by {100 * mean:+.1f} points "
+            f"on average and {100 * gaps[worst]:+.1f} in {worst}; "
+            "calibrate on more text of this kind (calibrate.py --text)"
         )
 
     def save(self, path: Path) -> None:

@@ -318,7 +318,7 @@ def calibrate_uniform(
 ) -> SparsityPlan:
     """Sparsify model, in place, at one sparsity for every projection, quickly; the plan has measured sparsities.
 
-    encode turns text into token ids; weights is kept in the plan. save gets the plan before the sparsities are measured.
+    encode turns text into token ids; weights is kept in the plan. save gets the plan before sparsities are measured.
     Raises UserError if the text is too short or sparsity is out of range.
     """
     length = min(QUICK_LENGTH, model.config.max_seq_len)

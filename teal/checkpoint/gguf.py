@@ -37,14 +37,16 @@ READABLE_TYPES = frozenset(
 KEPT: dict[GGMLQuantizationType, dict[str, Any]] = {
     GGMLQuantizationType.Q4_0: {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
     GGMLQuantizationType.Q8_0: {
-        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq_v2",
+        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq_v2",
     },
 }  # fmt: skip
 SHARD_BYTES = 2 << 30  # bounds host memory: one shard is held while it is written
 
 # GGUF's names of projections, by ours.
 PROJECTION_NAMES = {
-    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
+    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
 }  # fmt: skip
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -59,7 +61,10 @@ TENSOR_NAMES = {
 }
 
 # Regular expressions that split text before byte-level BPE, by the name GGUF gives the scheme.
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BOS_SCHEMES = ("llama-bpe",)  # with a beginning-of-text token unless the file says otherwise
 NORMAL_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 1, 3, 4, 6
 # Ends of a turn, a message or a text, which llama.cpp knows by name, too: a file may declare one of several. Not </s>,

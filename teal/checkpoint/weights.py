@@ -103,7 +103,10 @@ class Targets:
                 self.stored |= {f"{prefix}.{part}": like for part, like in parts.items()}
 
     def take(self, name: str, tensor: Tensor, shard: Path) -> None:
-        """Set what this tensor stands for, if it is the last part. Raises UserError, naming the file, if it is not finite."""
+        """Set what this tensor stands for, if it is the last part.
+
+        Raises UserError, naming the file, if it is not finite.
+        """
         prefix, _, part = name.rpartition(".")
         if self.packing is None or prefix not in self.parts or part == "bias":
             self._set(name, tensor, shard)
@@ -175,7 +178,10 @@ def _has_own_head(shards: list[Path]) -> bool:
 def empty_model(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, quantize: Callable[[Transformer], None] | None = None
 ) -> Transformer:
-    """A Transformer whose weights are allocated on device but not set. quantize: puts modules for quantized ones in place."""
+    """A Transformer whose weights are allocated on device but not set.
+
+    quantize: puts modules for quantized weights in place.
+    """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
         if quantize is not None:

@@ -112,7 +112,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
 def round_input_groups(
     weight: Tensor, bits: int, group_size: int, rounding: Callable[[Tensor, int, int], Packed] = round_to_nearest
 ) -> Packed:
-    """As round_to_nearest, or another function like it, of weight [N, K] with groups of the usual kind, along the input."""
+    """As round_to_nearest, or another function like it, of weight [N, K] with groups along the input."""
     values, scales, zeros = rounding(weight, bits, group_size)
     if zeros is None:
         return values.t().contiguous(), scales.t().contiguous(), None
@@ -120,7 +120,7 @@ def round_input_groups(
 
 
 def pack(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Packed:
-    """Integers [K, N] of any dtype, with scales and zeros of either kind -> values, scales, zeros (kernels/packing.py)."""
+    """Integers [K, N] of any dtype, with scales and zeros of either grouping -> values, scales, zeros as packed."""
     N, integers = integers.shape[1], integers.contiguous()
     if bits == 8:
         return integers.to(torch.int8), scales, None
@@ -195,7 +195,7 @@ class QuantizedLinear(nn.Module):
 def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = False) -> None:
     """Replace the projections, and the head if config says so, in place by QuantizedLinear modules.
 
-    fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's is.
+    fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's.
     """
 
     def quantized(

@@ -74,7 +74,7 @@ def _importance(hessian: Tensor) -> Tensor:
 def _round_in_order(
     weight: Tensor, hessian: Tensor, order: Tensor, round_row: Callable[[Tensor, int], Tensor]
 ) -> None:  # fmt: skip
-    """Round channels in order, each as it has become by what rounding those before it changed (the paper's algorithm 1).
+    """Round channels in order, each as rounding those before it has changed it (the paper's algorithm 1).
 
     round_row(rows, k): what row k of rows fp32 [K, N], the weight's in that order, is rounded to.
     """
@@ -98,8 +98,8 @@ def _round_in_order(
 class BlockwiseGptq:
     """Quantizes the blocks of the model in a folder in order, each on what the quantized ones before it make of a text.
 
-    Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L]; where: the
-    file that holds each tensor.
+    Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L].
+    where: the file that holds each tensor.
     """
 
     def __init__(
