@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from teal.calibration.thresholds import Settings
     from teal.checkpoint.loading import Described
+    from teal.model import Projection
     from teal.plan import Histogram, SparsityPlan
 
 DEFAULT_SEQUENCES = 10  # the paper's calibration set
@@ -121,7 +122,7 @@ def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths
         measured.save(path)
         if warning := measured.warning(measured.achieved, checked.numel(), "held-out text"):
             print(warning, file=sys.stderr)
-    draw(plans, args.plot, seen)
+    draw(plans, args.plot, seen, loaded.model.config.projections())
 
 
 def calibrated_paths(args: argparse.Namespace) -> list[Path]:
@@ -187,9 +188,12 @@ def print_plan(plan: "SparsityPlan") -> None:
 
 
 def draw(
-    plans: "list[SparsityPlan]", folder: Path | None, seen: "list[list[dict[str, Histogram]]] | None" = None
+    plans: "list[SparsityPlan]",
+    folder: Path | None,
+    seen: "list[list[dict[str, Histogram]]] | None" = None,
+    projections: "tuple[Projection, ...]" = (),
 ) -> None:
-    """PNGs of the plans in folder, if one is given."""
+    """PNGs of the plans in folder, if one is given; seen: histograms [block][plan] of the inputs of projections."""
     if folder is None:
         return
     from teal.evaluation.plots import plot_inputs, plot_sparsities
@@ -198,7 +202,7 @@ def draw(
     for j, plan in enumerate(plans):
         plot_sparsities(plan, folder / f"sparsity-{plan.target:g}.png")
         if seen:
-            plot_inputs([block[j] for block in seen], plan, folder / f"inputs-{plan.target:g}.png")
+            plot_inputs([block[j] for block in seen], plan, projections, folder / f"inputs-{plan.target:g}.png")
     print(f"figures in {folder}", file=sys.stderr)
 
 
