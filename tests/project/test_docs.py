@@ -81,7 +81,7 @@ def sentences(markdown: str) -> list[str]:
     prose = re.sub(r"^ *```.*?^ *```$|<!--.*?-->|^[|#].*?$|^!\[.*?$", "\n", markdown, flags=re.DOTALL | re.MULTILINE)
     prose = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", prose))
     items = re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", prose)
-    return [s for item in items for s in re.split(r"(?<=[.!?:])[)*]* ", " ".join(item.split()))]
+    return [s for item in items for s in re.split(r"(?<=[.!?])[)*]* ", " ".join(item.split()))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)

@@ -84,4 +84,3 @@ def test_a_family_like_llama_is_a_change_of_one_file(tmp_path: Path, monkeypatch
         expected = expected_model(tokens).logits
         cache = KVCache(model.config, 1, 32, torch.device("cpu"), torch.float32)
         torch.testing.assert_close(model(tokens, torch.arange(20)[None], cache), expected, rtol=1e-4, atol=1e-4)
-
