@@ -119,7 +119,7 @@ class Service:
         seed = int(time.time_ns()) if body.seed is None else body.seed
         matcher = None if schema is None else self._matcher(body, schema)
         try:
-            given = {field.name: getattr(body, field.name) for field in fields(SamplingParams)}
+            given = {f.name: getattr(body, f.name) for f in fields(SamplingParams)}
             params = SamplingParams(**given | {"seed": seed % 2**63, "logit_bias": body.biases})
         except UserError as error:
             raise BadRequest(str(error)) from None

@@ -1,4 +1,4 @@
-"""README, docs/ and the pages of figures: links and files are there, sentences are short, the README is for newcomers."""
+"""README, docs/ and the pages of figures: links and files are there, sentences and the README are short."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ LONGEST = 24  # words of a sentence
 FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 NO_PROSE = re.compile(
     r"<!--.*?-->|^[|#].*?$|^!\[.*?$", re.DOTALL | re.MULTILINE
-)  # comments, tables, headings, pictures
+)  # comments to pictures
 
 
 def anchors(page: Path) -> set[str]:
