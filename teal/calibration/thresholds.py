@@ -43,11 +43,10 @@ Layer = dict[str, ProjectionPlan]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to calibrate: sparsities to reach, how to spread them, what the threshold is compared with."""
+    """What to calibrate: sparsities to reach, and how to spread them."""
 
     targets: tuple[float, ...]
     method: str = "uniform"
-    criterion: str = "magnitude"
     step: float = 0.05
 
     def __post_init__(self) -> None:
@@ -169,12 +168,12 @@ def calibrate(
         if greedy and not last:
             dense = dense.map(stages.forward)
         for j, layer in enumerate(blocks[i]):
-            use_layer(stages.block, model, layer, settings.criterion)
+            use_layer(stages.block, model, layer)
             with sparse_prefill(model):
                 streams[j] = streams[j] if last else streams[j].map(stages.forward)
     fields = config_fields(model.config)
     plans = [
-        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts, weights)
+        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), facts, weights)
         for j, t in enumerate(settings.targets)
     ]
     if save is not None:
@@ -184,9 +183,9 @@ def calibrate(
     return plans
 
 
-def use_layer(block: Block, model: Transformer, layer: Layer, criterion: str) -> None:
+def use_layer(block: Block, model: Transformer, layer: Layer) -> None:
     """Give a block the thresholds of a plan's layer."""
-    sparsify_block(block, model.config, {n: p.threshold for n, p in layer.items()}, criterion)
+    sparsify_block(block, model.config, {n: p.threshold for n, p in layer.items()})
 
 
 def set_thresholds(
@@ -201,13 +200,13 @@ def set_thresholds(
     block = stages.block
 
     def fix(module: nn.Module, inputs: Stream) -> None:
-        found = histograms(module, inputs, settings.criterion)
+        found = histograms(module, inputs)
         seen.update(found)
         for name, histogram in found.items():
             layer[name] = ProjectionPlan(wanted[name], histogram.quantile(wanted[name]))
-        use_layer(block, model, layer, settings.criterion)
+        use_layer(block, model, layer)
 
-    use_layer(block, model, layer, settings.criterion)
+    use_layer(block, model, layer)
     with sparse_prefill(model):
         fix(block.attention.wqkv, x.map(block.attention_norm))
         mixed = x.map(stages.attention_output)
@@ -218,20 +217,13 @@ def set_thresholds(
     return layer, seen
 
 
-def histograms(module: nn.Module, inputs: Stream, criterion: str) -> dict[str, Histogram]:
-    """For each projection stacked in module, the histogram of what its threshold is compared with."""
+def histograms(module: nn.Module, inputs: Stream) -> dict[str, Histogram]:
+    """For each projection stacked in module, the histogram of their common input."""
     assert isinstance(module, SparseLinear)
-    if criterion == "magnitude":
-        shared = Histogram()
-        for part in inputs.parts:
-            shared.add(part)
-        return dict.fromkeys(module.names, shared)
-    result = {name: Histogram() for name in module.names}
-    norms = module.relative_norms
+    shared = Histogram()
     for part in inputs.parts:
-        for histogram, norm in zip(result.values(), norms, strict=True):
-            histogram.add(part.to(norm.device).float() * norm)
-    return result
+        shared.add(part)
+    return dict.fromkeys(module.names, shared)
 
 
 def allocate(model: Transformer, stages: BlockStages, dense: Stream, settings: Settings) -> list[dict[str, float]]:
@@ -246,7 +238,7 @@ def allocate(model: Transformer, stages: BlockStages, dense: Stream, settings: S
         (block.feed_forward.gate_up, middle.map(block.ffn_norm)),
         (block.feed_forward.down, middle.map(stages.hidden)),
     ):
-        seen |= histograms(module, inputs, settings.criterion)
+        seen |= histograms(module, inputs)
     length = min(GREEDY_LENGTH, dense.parts[0].shape[1])
     index = next(i for i, b in enumerate(model.blocks) if b is block)
     x = torch.cat([part[:, :length] for part in dense.parts[:GREEDY_SEQUENCES]]).to(stages.device)
@@ -255,7 +247,7 @@ def allocate(model: Transformer, stages: BlockStages, dense: Stream, settings: S
 
     def error(sparsities: dict[str, float]) -> float:
         layer = {n: ProjectionPlan(p, seen[n].quantile(p)) for n, p in sparsities.items()}
-        use_layer(block, model, layer, settings.criterion)
+        use_layer(block, model, layer)
         with sparse_prefill(model):
             return float((short.forward(x) - expected).float().norm())
 
@@ -267,7 +259,7 @@ def allocate(model: Transformer, stages: BlockStages, dense: Stream, settings: S
 def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
     tokens = text_hash(",".join(map(str, sequences.flatten().tolist())))
     weights = sum(float(p.detach().float().abs().sum()) for p in model.blocks[0].parameters())
-    settings_key = [list(settings.targets), settings.method, settings.criterion, settings.step]
+    settings_key = [list(settings.targets), settings.method, settings.step]
     return {
         "model": config_fields(model.config),
         "weights": weights,
