@@ -15,33 +15,27 @@ from teal.kernels.gemv.tuning import GemvTile
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def attention_gemv_kernel(
     p_sum, p_max, p_share, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2,
-    D: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_B: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, TENSOR_CORE: tl.constexpr, PDL: tl.constexpr,
+    B, K, N, n_0, n_1, n_2, D: tl.constexpr, SHARES: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, META
     )
     wait_for_previous(PDL)
-    rows = tl.arange(0, BLOCK_B)[:, None]
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
-    slot = (rows * (K // D) + (channels // D)[None, :]) * SHARES  # [BLOCK_B, BLOCK_R]
-    largest = tl.full([BLOCK_B, BLOCK_R], float("-inf"), tl.float32)
+    slot = (rows * (K // D) + (channels // D)[None, :]) * SHARES  # [META.BLOCK_B, META.BLOCK_R]
+    largest = tl.full([META.BLOCK_B, META.BLOCK_R], float("-inf"), tl.float32)
     for s in tl.static_range(SHARES):
         largest = tl.maximum(largest, tl.load(p_max + slot + s, mask=inside, other=0.0))
-    total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
-    weight = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    total = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
+    weight = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
     for s in tl.static_range(SHARES):
         factor = tl.exp(tl.load(p_max + slot + s, mask=inside, other=0.0) - largest)
         total += factor * tl.load(p_sum + (slot + s) * D + (channels % D)[None, :], mask=inside, other=0.0)
         weight += factor * tl.load(p_share + slot + s, mask=inside, other=1.0)
-    x = rounded(total / weight, DTYPE)
+    x = rounded(total / weight, META.DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, GROUP_K, RUN, SPAN,
-        TENSOR_CORE, PDL,
+        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N, META, PDL,
     )  # fmt: skip
 
 
@@ -58,7 +52,7 @@ def launch(
             raise ValueError(f"{name} is on {tensor.device}, weight on {weight.values.device}: expected the same")
     check_gemv(weight, thresholds, [weight.N], H * D, B)
     plan = plan_gemv(weight, thresholds, [weight.N], B, tile)
-    attention_gemv_kernel[plan.grid](sums, largest, shares, *plan.args, D=D, SHARES=count, **plan.meta)
+    attention_gemv_kernel[plan.grid](sums, largest, shares, *plan.args, D=D, SHARES=count, META=plan.meta, **plan.options)
     return plan.partials
 
 

@@ -15,30 +15,24 @@ from teal.kernels.gemv.tuning import GemvTile
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def norm_gemv_kernel(
     p_x, p_norm, eps, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2,
-    CHUNK: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, TENSOR_CORE: tl.constexpr, PDL: tl.constexpr,
+    B, K, N, n_0, n_1, n_2, CHUNK: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, META
     )
     norm = tl.load(p_norm + channels, mask=channels < K, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
-    rows = tl.arange(0, BLOCK_B)[:, None]
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
-    squares = tl.zeros([BLOCK_B, CHUNK], tl.float32)
+    squares = tl.zeros([META.BLOCK_B, CHUNK], tl.float32)
     for i in range(0, K, CHUNK):
         k = (i + tl.arange(0, CHUNK))[None, :]
         part = tl.load(p_x + rows * K + k, mask=(rows < B) & (k < K), other=0.0).to(tl.float32)
         squares += part * part
     scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
-    normed = rounded(rounded(x.to(tl.float32) * scale[:, None], DTYPE) * norm[None, :], DTYPE)
+    normed = rounded(rounded(x.to(tl.float32) * scale[:, None], META.DTYPE) * norm[None, :], META.DTYPE)
     sparse_product(
-        normed, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, GROUP_K, RUN, SPAN,
-        TENSOR_CORE, PDL,
+        normed, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N, META, PDL,
     )  # fmt: skip
 
 
@@ -54,7 +48,7 @@ def launch(
     check_gemv(weight, thresholds, segments, K, B)
     plan = plan_gemv(weight, thresholds, segments, B, tile)
     chunk = min(triton.next_power_of_2(K), 4096 if B == 1 else 512)
-    norm_gemv_kernel[plan.grid](x, norm, eps, *plan.args, CHUNK=chunk, **plan.meta)
+    norm_gemv_kernel[plan.grid](x, norm, eps, *plan.args, CHUNK=chunk, META=plan.meta, **plan.options)
     return plan.partials
 
 

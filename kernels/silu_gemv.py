@@ -15,30 +15,24 @@ from teal.kernels.gemv.tuning import GemvTile
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def silu_gemv_kernel(
     p_gate_up, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2,
-    SPLITS_IN: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, TENSOR_CORE: tl.constexpr, PDL: tl.constexpr,
+    B, K, N, n_0, n_1, n_2, SPLITS_IN: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, META
     )
     wait_for_previous(PDL)
-    rows = tl.arange(0, BLOCK_B)[:, None]
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
-    gate = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
-    up = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    gate = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
+    up = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
     for s in tl.static_range(SPLITS_IN):
         p_row = p_gate_up + (s * B + rows) * (2 * K) + channels[None, :]
         gate += tl.load(p_row, mask=inside, other=0.0)
         up += tl.load(p_row + K, mask=inside, other=0.0)
-    gate = rounded(gate, DTYPE)
-    x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, DTYPE), DTYPE)
+    gate = rounded(gate, META.DTYPE)
+    x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, META.DTYPE), META.DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, GROUP_K, RUN, SPAN,
-        TENSOR_CORE, PDL,
+        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N, META, PDL,
     )  # fmt: skip
 
 
@@ -49,7 +43,7 @@ def launch(gate_up: Tensor, weight: Weight, thresholds: Tensor, tile: GemvTile |
     splits_in, B, _ = gate_up.shape
     check_gemv(weight, thresholds, [weight.N], K, B)
     plan = plan_gemv(weight, thresholds, [weight.N], B, tile)
-    silu_gemv_kernel[plan.grid](gate_up, *plan.args, SPLITS_IN=splits_in, **plan.meta)
+    silu_gemv_kernel[plan.grid](gate_up, *plan.args, SPLITS_IN=splits_in, META=plan.meta, **plan.options)
     return plan.partials
 
 

@@ -15,22 +15,16 @@ from teal.kernels.gemv.tuning import GemvTile
 @triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
 def sparse_gemv_kernel(
     p_x, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, LANES: tl.constexpr,
-    UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, TENSOR_CORE: tl.constexpr, PDL: tl.constexpr,
+    B, K, N, n_0, n_1, n_2, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
+        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, META
     )
     wait_for_previous(PDL)
-    rows = tl.arange(0, BLOCK_B)[:, None]
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
     sparse_product(
-        x.to(tl.float32), threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value,
-        p_partial, B, K, N, R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, GROUP_K, RUN, SPAN,
-        TENSOR_CORE, PDL,
+        x.to(tl.float32), threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N, META, PDL,
     )  # fmt: skip
 
 
@@ -39,7 +33,7 @@ def launch(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int], t
     check_rows(x, weight)
     check_gemv(weight, thresholds, segments, x.shape[1], x.shape[0])
     plan = plan_gemv(weight, thresholds, segments, x.shape[0], tile)
-    sparse_gemv_kernel[plan.grid](x, *plan.args, **plan.meta)
+    sparse_gemv_kernel[plan.grid](x, *plan.args, META=plan.meta, **plan.options)
     return plan.partials
 
 

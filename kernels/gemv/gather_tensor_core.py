@@ -181,8 +181,7 @@ def wanted(sums, first_wanted, second_wanted, J: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def load_step(
-    words, stride, scale, zero, groups_of_row, index, policy,
-    BITS: tl.constexpr, GROUP_K: tl.constexpr, DTYPE: tl.constexpr,
+    words, stride, scale, zero, groups_of_row, index, policy, DTYPE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """Words, scales and zeros of a lane's four rows, whose addresses for row 0 are words, scale and zero (int64).
 
@@ -193,12 +192,12 @@ def load_step(
     w_0, w_1 = load_weights(address(words, i_0, size), policy), load_weights(address(words, i_1, size), policy)
     w_2, w_3 = load_weights(address(words, i_2, size), policy), load_weights(address(words, i_3, size), policy)
     s, z = index, index
-    if GROUP_K == 0:
+    if META.GROUP_K == 0:
         size = 2 * groups_of_row
         s = (load_scale(address(scale, i_0, size), DTYPE), load_scale(address(scale, i_1, size), DTYPE),
              load_scale(address(scale, i_2, size), DTYPE), load_scale(address(scale, i_3, size), DTYPE))  # fmt: skip
         z = s
-        if BITS == 4:
+        if META.BITS == 4:
             size = groups_of_row
             z = (load_zero(address(zero, i_0, size)), load_zero(address(zero, i_1, size)),
                  load_zero(address(zero, i_2, size)), load_zero(address(zero, i_3, size)))  # fmt: skip
@@ -246,12 +245,14 @@ def of_column(too_much, own, COLUMNS: tl.constexpr):
 @triton.jit
 def store_sums(
     sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
-    COLUMNS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, BITS: tl.constexpr,
+    COLUMNS: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """Write what the lanes of a warp hold of its columns, from column on, to their places in p_row.
 
     Groups along the input, from number group on, meet their scales here.
     """
+    BITS: tl.constexpr = META.BITS
+    GROUP_N: tl.constexpr = META.GROUP_N
     lane = tl.arange(0, too_much.shape[0])
     r, c = lane % 32 // 4, lane % 4
     WORDS: tl.constexpr = GROUP_N * BITS // 32
@@ -260,14 +261,14 @@ def store_sums(
     for j in tl.static_range(32 // BITS):
         at = first + (j * WORDS if BITS == 4 else j)
         y = tl.zeros_like(too_much)
-        if GROUP_K == 0:
+        if META.GROUP_K == 0:
             own = r * COLUMNS // 8  # the group of a lane's columns
             y = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
             y -= of_column(too_much, own, COLUMNS) * (1.0 if BITS == 4 else 2304.0)  # 128 + 16 * 128 + 128
         else:
             for g in tl.static_range(COLUMNS):
                 own = r * 0 + g
-                scale, zero = load_column_scales(p_scale, p_zero, group + g, K, N, at, end, BITS, GROUP_K)
+                scale, zero = load_column_scales(p_scale, p_zero, group + g, K, N, at, end, META)
                 part = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
                 y += scale * (part - of_column(too_much, own, COLUMNS) * (zero if BITS == 4 else 2304.0))
         tl.store(p_row + at, y, mask=at < end)
@@ -290,16 +291,18 @@ def make_b(
 @triton.jit
 def sum_tiles(
     p_weight, stride, p_scale, p_zero, N, p_index, value_at, count, first, start, end,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr, ONE_ROW: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """A program's products of B and the weights of the listed channels: 16 sums of each word of a lane, and what is too much.
 
     value_at: the address (int64) of the first of a lane's four values, of the row of x that its column of B stands for. With
     ONE_ROW a second set of columns has what bf16 leaves of it. The last result is each warp's first column of weights.
     """
+    BITS: tl.constexpr = META.BITS
+    GROUP_N: tl.constexpr = META.GROUP_N
+    GROUP_K: tl.constexpr = META.GROUP_K
     WARP_N: tl.constexpr = WARP_BYTES * 8 // BITS  # columns of a warp
-    THREADS: tl.constexpr = BLOCK_N // WARP_N * 32
+    THREADS: tl.constexpr = META.BLOCK_N // WARP_N * 32
     tl.static_assert(COLUMNS <= 4)  # B has eight, and each is needed twice
     dtype: tl.constexpr = p_scale.dtype.element_ty
     lane = tl.arange(0, THREADS)
@@ -324,13 +327,13 @@ def sum_tiles(
     last = tl.cdiv(count, STEP) * STEP
     index = load_four(index_at)
     w_0, w_1, w_2, w_3, s, z = load_step(
-        words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
+        words, stride, scale, zero, N // GROUP_N, index, policy, dtype, META
     )  # fmt: skip
     value = load_four(value_at)
     index = load_four(index_at + 4 * STEP)
     for i in range(0, count, STEP):
         n_0, n_1, n_2, n_3, n_s, n_z = load_step(
-            words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
+            words, stride, scale, zero, N // GROUP_N, index, policy, dtype, META
         )  # fmt: skip
         n_value = load_four(value_at + 4 * (i + STEP))
         index = load_four(index_at + 4 * tl.minimum(i + 2 * STEP, last))
@@ -353,23 +356,22 @@ def sum_tiles(
 @triton.jit
 def store_one_row_tensor_core(
     p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_row, first, start, end,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SPAN: tl.constexpr,
-    PDL: tl.constexpr,
+    META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows.
 
     As sum_rows_by_input, too, of channels from first on that touch SPAN groups.
     """
     # Of B, for a row of x: one for each group of channels, or for each in a warp's columns.
-    COLUMNS: tl.constexpr = SPAN if GROUP_K else WARP_BYTES * 8 // BITS // GROUP_N
-    c = tl.arange(0, BLOCK_N * BITS // 32) % 4  # of each lane
+    COLUMNS: tl.constexpr = META.SPAN if META.GROUP_K else WARP_BYTES * 8 // META.BITS // META.GROUP_N
+    c = tl.arange(0, META.BLOCK_N * META.BITS // 32) % 4  # of each lane
     sums_0, sums_1, sums_2, sums_3, too_much, column = sum_tiles(
         p_weight, stride, p_scale, p_zero, N, p_index, (p_value + 4 * c).to(tl.int64), count, first, start, end,
-        BLOCK_N, BITS, GROUP_N, GROUP_K, COLUMNS, True,
+        COLUMNS, True, META,
     )  # fmt: skip
     let_next_start(PDL)
-    group = first // GROUP_K if GROUP_K else 0
+    group = first // META.GROUP_K if META.GROUP_K else 0
     store_sums(
         sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
-        COLUMNS, GROUP_N, GROUP_K, BITS,
+        COLUMNS, META,
     )  # fmt: skip

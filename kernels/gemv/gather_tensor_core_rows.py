@@ -44,22 +44,24 @@ def side_by_side(
 @triton.jit
 def store_rows_tensor_core(
     p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, B, p_rows, first, start, end,
-    R: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
-    SPAN: tl.constexpr, PDL: tl.constexpr,
+    META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As store_one_row_tensor_core, for B rows of values [B, R] and of partial sums [B, N]."""
-    COLUMNS: tl.constexpr = SPAN if GROUP_K else WARP_BYTES * 8 // BITS // GROUP_N
+    BITS: tl.constexpr = META.BITS
+    GROUP_N: tl.constexpr = META.GROUP_N
+    GROUP_K: tl.constexpr = META.GROUP_K
+    COLUMNS: tl.constexpr = META.SPAN if GROUP_K else WARP_BYTES * 8 // BITS // GROUP_N
     WORDS: tl.constexpr = GROUP_N * BITS // 32
-    THREADS: tl.constexpr = BLOCK_N * BITS // 32
+    THREADS: tl.constexpr = META.BLOCK_N * BITS // 32
     lane = tl.arange(0, THREADS)
     r, c = lane % 32 // 4, lane % 4
     own = r * COLUMNS // 8  # the group of a lane's columns of weights, of those along the output
     group = first // GROUP_K if GROUP_K else 0
     for row in range(0, B, 8 // COLUMNS):
-        value_at = (p_value + tl.minimum(row + r // COLUMNS, B - 1) * R + 4 * c).to(tl.int64)
+        value_at = (p_value + tl.minimum(row + r // COLUMNS, B - 1) * META.R + 4 * c).to(tl.int64)
         sums_0, sums_1, sums_2, sums_3, too_much, column = sum_tiles(
             p_weight, stride, p_scale, p_zero, N, p_index, value_at, count, first, start, end,
-            BLOCK_N, BITS, GROUP_N, GROUP_K, COLUMNS, False,
+            COLUMNS, False, META,
         )  # fmt: skip
         # A lane's own columns of B are 2 c and 2 c + 1.
         x_0, x_1 = from_lane(too_much, 8 * c)[:, None], from_lane(too_much, 8 * c + 4)[:, None]
@@ -73,10 +75,10 @@ def store_rows_tensor_core(
                 y_0 -= x_0 * (1.0 if BITS == 4 else 2304.0)
                 y_1 -= x_1 * (1.0 if BITS == 4 else 2304.0)
             else:
-                scale, zero = load_column_scales(p_scale, p_zero, group, K, N, columns, end, BITS, GROUP_K)
+                scale, zero = load_column_scales(p_scale, p_zero, group, K, N, columns, end, META)
                 y_0 = scale * (y_0 - x_0 * (zero if BITS == 4 else 2304.0))
                 if COLUMNS == 2:
-                    scale, zero = load_column_scales(p_scale, p_zero, group + 1, K, N, columns, end, BITS, GROUP_K)
+                    scale, zero = load_column_scales(p_scale, p_zero, group + 1, K, N, columns, end, META)
                 y_1 = scale * (y_1 - x_1 * (zero if BITS == 4 else 2304.0))
             p_at = p_rows + columns
             if COLUMNS == 1:

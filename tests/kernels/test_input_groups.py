@@ -159,7 +159,7 @@ def test_the_sum_on_tensor_cores(
     x = torch.randn(B, K, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     limits, tile = torch.tensor([0.3, 0.9], device=DEVICE), GemvTile(2048 // bits, 4, 4, splits, 2)
     meta = launch.plan_gemv(weight, limits, segments, B, tile).meta
-    assert meta["TENSOR_CORE"] and meta["SPAN"] == span
+    assert meta.TENSOR_CORE and span == meta.SPAN
     found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
     assert relative_error(found, sparse_linear_reference(x, exact, limits, segments)) <= 1e-5
     x[0, K // 2] = math.inf  # stays within its row

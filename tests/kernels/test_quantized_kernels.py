@@ -83,7 +83,7 @@ def test_the_sum_on_tensor_cores(
     x, (values, scales, zeros), exact = make(1, K, sum(segments), bits, group, dtype)
     limits = torch.linspace(0.0, 0.9, len(segments)).to(DEVICE)
     weight, tile = Weight(values, scales, zeros), GemvTile(2048 // bits, 4, 4, 3, 2)
-    assert launch.plan_gemv(weight, limits, segments, 1, tile).meta["TENSOR_CORE"]
+    assert launch.plan_gemv(weight, limits, segments, 1, tile).meta.TENSOR_CORE
     actual = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
     assert relative_error(actual, sparse_linear_reference(x, exact, limits, segments)) <= 1e-5
     for wild in (math.nan, math.inf):
@@ -103,7 +103,7 @@ def test_sums_of_several_rows_on_tensor_cores(
     x, (values, scales, zeros), exact = make(B, K, sum(segments), bits, group, torch.bfloat16)
     limits = torch.linspace(0.6, 0.9, len(segments)).to(DEVICE)
     weight, tile = Weight(values, scales, zeros), GemvTile(2048 // bits, 4, 4, 3, 2)
-    assert launch.plan_gemv(weight, limits, segments, B, tile).meta["TENSOR_CORE"]
+    assert launch.plan_gemv(weight, limits, segments, B, tile).meta.TENSOR_CORE
     found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
     expected = sparse_linear_reference(x, exact, limits, segments)
     for row in range(B):
@@ -128,7 +128,7 @@ def test_tensor_cores_are_used_only_where_the_sum_fits_them(monkeypatch: pytest.
     ):
         weight = Weight(*make(1, 32, 512, bits, group, dtype)[1])
         plan = launch.plan_gemv(weight, torch.zeros(1, device=DEVICE), [512], B, tile)
-        assert plan.meta["TENSOR_CORE"] == expected, (bits, group, dtype, B, tile)
+        assert expected == plan.meta.TENSOR_CORE, (bits, group, dtype, B, tile)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
