@@ -72,19 +72,17 @@ def column_block(i_block, n_0, n_1, n_2, BLOCK_N: tl.constexpr, ALIGNED: tl.cons
 
 
 @triton.jit
-def owned_work(
-    p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, META: tl.constexpr,
-):  # fmt: skip
-    """This program's channels [BLOCK_R] with their thresholds, its first column and the end of its segment.
+def owned_work(p_threshold, n_0, n_1, n_2, META: tl.constexpr):
+    """This program's channels [BLOCK_R], its segment's threshold, its first column and the end of its segment.
 
     Channels past the owned ones are >= K. Nothing here depends on the kernels before, so it comes before the wait for
-    them: the thresholds are a read from memory that nothing else hides.
+    them: the threshold is a read from memory that nothing else hides.
     """
     segment, start, end = column_block(tl.program_id(0), n_0, n_1, n_2, META.BLOCK_N, META.ALIGNED)
     r = tl.arange(0, META.BLOCK_R)
     channels = ((r // META.RUN) * META.SPLITS + tl.program_id(1)) * META.RUN + r % META.RUN
-    threshold = tl.load(p_threshold + segment * stride_j + channels * stride_k, mask=channels < K, other=0.0)
-    return channels, rounded(threshold, META.DTYPE), start, end
+    threshold = rounded(tl.load(p_threshold + segment), META.DTYPE)
+    return channels, threshold, start, end
 
 
 @triton.jit
@@ -99,7 +97,7 @@ def threshold_and_compact(
     """
     R: tl.constexpr = META.R
     rows = tl.arange(0, META.BLOCK_B)[:, None]
-    dropped = tl.abs(x) < threshold[None, :]
+    dropped = tl.abs(x) < threshold
     keep = (~dropped) & (channels < K)[None, :] & (rows < B)
     listed = tl.max(keep.to(tl.int32), axis=0)  # [BLOCK_R]
     position = tl.cumsum(listed, axis=0) - 1

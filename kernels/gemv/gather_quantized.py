@@ -1,14 +1,18 @@
-"""The sums of gather.py for weights of 8 and 4 bits (packing.py): integers become floats without a conversion instruction.
+"""The sums of gather.py for weights of 8 and 4 bits (packing.py): integers become floats without a conversion.
 
-A conversion runs at a quarter of the rate of other arithmetic. Instead the bits of an integer are put into the mantissa
-of a float: 1 + q/16 or 1 + (q + 128)/256, exactly. With a = 16 (256) times an entry of x times the scale of a group,
-a (1 + q/16) is wanted plus 16 times the entry and scale; what is too much is the same for all weights of a group and
-row, is summed once, and taken off at the end, together with the zero point. That leaves a shift, a logical operation
-and a multiply-add for each weight.
+A conversion runs at a quarter of the rate of other arithmetic. Instead the bits of an integer become the mantissa of a
+float, exactly:
 
-One row of 16-bit x goes to gather_tensor_core.py instead, and several of bf16 to gather_tensor_core_rows.py, where the GPU has
-tensor cores and the groups fit; what is here takes everything else: fp32, the smallest groups along the output, several rows
-of fp16, and Triton's interpreter.
+    4 bits   q         float 1 + q/16              sum of  a (1 + q/16)          a = 16 x scale
+    8 bits   q + 128   float 1 + (q + 128)/256     sum of  a (1 + (q + 128)/256)  a = 256 x scale
+    wanted   (q - zero) scale x = a (mantissa - m)  m = mantissa of what stands for 0
+
+The zero-point correction, the sum of a m, is the same for all weights of a group and row. It is summed once beside and
+taken off at the end. That leaves a shift, a logical operation and a multiply-add for each weight.
+
+One row of 16-bit x goes to gather_tensor_core.py instead, and several of bf16 to gather_tensor_core_rows.py, where the
+GPU has tensor cores and the groups fit. What is here takes everything else: fp32, the smallest groups along the output,
+several rows of fp16, and Triton's interpreter.
 """
 
 import triton
@@ -80,60 +84,59 @@ def store_part(
 
 
 @triton.jit
+def add_four(sums, a, word, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """sums, four of [BLOCK_W/4, 4], plus a times the integers FIRST to FIRST + 3 of each word."""
+    return (
+        sums[0] + tl.sum(a * mantissa(word, FIRST, BITS), axis=0),
+        sums[1] + tl.sum(a * mantissa(word, FIRST + 1, BITS), axis=0),
+        sums[2] + tl.sum(a * mantissa(word, FIRST + 2, BITS), axis=0),
+        sums[3] + tl.sum(a * mantissa(word, FIRST + 3, BITS), axis=0),
+    )
+
+
+@triton.jit
 def store_one_row_quantized(
     p_weight, stride, p_scale, p_zero, groups_of_row, p_index, p_value, count, p_row, start, end,
     META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As gather.sum_one_row, with UNROLL rows of weights a step, and store the sums in p_row.
+    """As gather.sum_one_row, with LANES * UNROLL rows of weights a step, and store the sums in p_row.
 
     Each place of an integer in its word has a sum of its own, so that all arithmetic is where the words are.
     """
     BITS: tl.constexpr = META.BITS
-    UNROLL: tl.constexpr = META.LANES * META.UNROLL
+    STEP: tl.constexpr = META.LANES * META.UNROLL
     BLOCK_W: tl.constexpr = META.BLOCK_N * BITS // 32
     SHIFTED: tl.constexpr = 1 << BITS
-    steps = tl.arange(0, UNROLL)
-    too_much = tl.zeros([BLOCK_W // 4], tl.float32)
+    steps = tl.arange(0, STEP)
+    correction = tl.zeros([BLOCK_W // 4], tl.float32)
     nothing = tl.zeros([BLOCK_W // 4, 4], tl.float32)
-    sum_0, sum_1, sum_2, sum_3 = nothing, nothing, nothing, nothing
-    sum_4, sum_5, sum_6, sum_7 = nothing, nothing, nothing, nothing  # of 4 bits
+    low = (nothing, nothing, nothing, nothing)  # of a word's first four integers
+    high = low  # of its last four, of 4 bits
     index = tl.load(p_index + steps)
-    word, scale, zero = load_scaled_words(
-        p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, META
-    )
-    index = tl.load(p_index + UNROLL + steps)
-    for i in range(0, count, UNROLL):
+    word, scale, zero = load_scaled_words(p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, META)
+    index = tl.load(p_index + STEP + steps)
+    for i in range(0, count, STEP):
         next_word, next_scale, next_zero = load_scaled_words(
             p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, META
         )
-        index = tl.load(p_index + tl.minimum(i + 2 * UNROLL, count) + steps)
+        index = tl.load(p_index + tl.minimum(i + 2 * STEP, count) + steps)
         keep_loads_above()
         a = (tl.load(p_value + i + steps) * SHIFTED)[:, None] * scale
-        too_much += tl.sum(a * zero, axis=0)
+        correction += tl.sum(a * zero, axis=0)
         a = a[:, :, None]
         if BITS == 8:
             word = word ^ FLIP_SIGNS
-        sum_0 += tl.sum(a * mantissa(word, 0, BITS), axis=0)
-        sum_1 += tl.sum(a * mantissa(word, 1, BITS), axis=0)
-        sum_2 += tl.sum(a * mantissa(word, 2, BITS), axis=0)
-        sum_3 += tl.sum(a * mantissa(word, 3, BITS), axis=0)
+        low = add_four(low, a, word, 0, BITS)
         if BITS == 4:
-            sum_4 += tl.sum(a * mantissa(word, 4, BITS), axis=0)
-            sum_5 += tl.sum(a * mantissa(word, 5, BITS), axis=0)
-            sum_6 += tl.sum(a * mantissa(word, 6, BITS), axis=0)
-            sum_7 += tl.sum(a * mantissa(word, 7, BITS), axis=0)
+            high = add_four(high, a, word, 4, BITS)
         word, scale, zero = next_word, next_scale, next_zero
     let_next_start(PDL)
-    too_much = too_much[:, None]
-    store_part(p_row, sum_0 - too_much, start, end, 0, META)
-    store_part(p_row, sum_1 - too_much, start, end, 1, META)
-    store_part(p_row, sum_2 - too_much, start, end, 2, META)
-    store_part(p_row, sum_3 - too_much, start, end, 3, META)
+    correction = correction[:, None]
+    for j in tl.static_range(4):
+        store_part(p_row, low[j] - correction, start, end, j, META)
     if BITS == 4:
-        store_part(p_row, sum_4 - too_much, start, end, 4, META)
-        store_part(p_row, sum_5 - too_much, start, end, 5, META)
-        store_part(p_row, sum_6 - too_much, start, end, 6, META)
-        store_part(p_row, sum_7 - too_much, start, end, 7, META)
+        for j in tl.static_range(4):
+            store_part(p_row, high[j] - correction, start, end, 4 + j, META)
 
 
 @triton.jit
@@ -166,9 +169,7 @@ def sum_rows_quantized(
     for i in range(0, count, STEP):
         index = tl.load(p_index + i + lanes)
         value = tl.load(p_value + rows * R + (i + lanes)[None, :], mask=rows < B, other=0.0)
-        word, scale, zero = load_scaled_words(
-            p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, META
-        )
+        word, scale, zero = load_scaled_words(p_weight, stride, p_scale, p_zero, groups_of_row, index, start, end, META)
         scale = tl.reshape(tl.broadcast_to((scale * SHIFTED)[:, :, None], word.shape), SHAPE)
         zero = tl.reshape(tl.broadcast_to(zero[:, :, None], word.shape), SHAPE)
         if BITS == 4:

@@ -48,7 +48,7 @@ def _tile(weight: Weight, B: int) -> GemvTile:
 
 
 def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
-    """(neighbouring channels a program owns, programs that share the channels): a single run of groups along the input."""
+    """(neighbouring channels a program owns, splits): a single run to a program of groups along the input."""
     if not weight.by_input:
         return RUN, tile.splits
     K = int(weight.values.shape[0])
@@ -58,7 +58,7 @@ def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
 
 
 def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
-    """Raise ValueError unless weight [K, N], thresholds fp32 [J] or [J, K] and segments fit a product with [B, K]."""
+    """Raise ValueError unless weight [K, N], thresholds fp32 [J] and segments fit a product with [B, K]."""
     values = weight.values
     if weight.scales is not None:
         check_quantized(weight, K, segments)
@@ -71,10 +71,8 @@ def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, 
     if not 1 <= len(segments) <= 3 or sum(segments) != weight.N or min(segments) < 1:
         raise ValueError(f"segments {segments} do not cut {weight.N} columns into 1 to 3 parts")
     J = len(segments)
-    if thresholds.dtype != torch.float32 or thresholds.shape not in ((J,), (J, K)):
-        raise ValueError(
-            f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 [{J}] or {[J, K]}"
-        )
+    if thresholds.dtype != torch.float32 or thresholds.shape != (J,) or not thresholds.is_contiguous():
+        raise ValueError(f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 [{J}]")
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"{B} rows: expected 1 to {MAX_ROWS}")
     if thresholds.device != values.device:
@@ -129,9 +127,7 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
     index = torch.empty(programs, meta.R, dtype=torch.int32, device=device)
     value = torch.empty(programs, B, meta.R, dtype=torch.float32, device=device)
     weights = (values, values.stride(0), weight.scales, weight.zeros)
-    if thresholds.dim() == 1:
-        thresholds = thresholds[:, None].expand(-1, K)
-    args = (*weights, thresholds, *thresholds.stride(), index, value, partials, B, K, N, *(*segments, 0, 0)[:3])
+    args = (*weights, thresholds, index, value, partials, B, K, N, *(*segments, 0, 0)[:3])
     options = launch_options(device, tile.num_warps)
     if meta.TENSOR_CORE:
         options |= register_limit(weight.by_input, B, programs, device)
@@ -139,7 +135,7 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
 
 
 def _meta(weight: Weight, segments: list[int], stride: int, B: int, tile: GemvTile) -> GemvMeta:
-    """What the kernels are compiled for; stride: from one row of weights to the next. Raises ValueError for the tile."""
+    """What the kernels are compiled for; stride: between rows of weights. Raises ValueError for a bad tile."""
     if (B > 1 or weight.by_input) and tile.lanes * tile.unroll < 16:
         raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth")
     if tile.block_n < weight.group_size:
@@ -204,7 +200,7 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 
 def launch_options(device: torch.device, num_warps: int) -> dict:
-    """Triton's options: dependent launch where there is such, and multiply-adds, which Triton 3.10 must be asked for."""
+    """Triton's options: dependent launch where there is such, and multiply-adds, which Triton 3.10 wants asked for."""
     pdl = has_dependent_launch(device)
     options = {"PDL": pdl, "num_warps": num_warps, "enable_fp_fusion": True}
     return options | ({"launch_pdl": True} if pdl else {})

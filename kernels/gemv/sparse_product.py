@@ -24,18 +24,18 @@ def sparse_product(
     first = i_split * META.RUN  # the first channel, where it owns a single run
     if META.TENSOR_CORE & (META.BLOCK_B == 1):
         store_one_row_tensor_core(
-            p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_partial + i_split * N, first, start, end,
-            META, PDL,
+            p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_partial + i_split * N,
+            first, start, end, META, PDL,
         )  # fmt: skip
     elif META.TENSOR_CORE:
         store_rows_tensor_core(
-            p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, B, p_partial + i_split * B * N, first, start, end,
-            META, PDL,
+            p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, B,
+            p_partial + i_split * B * N, first, start, end, META, PDL,
         )  # fmt: skip
     elif (META.BITS < 16) & (META.BLOCK_B == 1) & (META.GROUP_K == 0):
         store_one_row_quantized(
-            p_weight, stride, p_scale, p_zero, N // META.GROUP_N, p_index, p_value, count, p_partial + i_split * N, start, end,
-            META, PDL,
+            p_weight, stride, p_scale, p_zero, N // META.GROUP_N, p_index, p_value, count,
+            p_partial + i_split * N, start, end, META, PDL,
         )  # fmt: skip
     else:
         if META.GROUP_K:
