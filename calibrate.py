@@ -31,7 +31,6 @@ def build_parser() -> cli.Parser:
     what.add_argument("--sparsity", type=cli.sparsities, default=(0.5,), help="target, or several with commas between")
     what.add_argument("--method", choices=("uniform", "greedy"), default="uniform", help="same for all, or Algorithm 1")
     what.add_argument("--step", type=float, default=0.05, help="greedy: average sparsity added to a projection a step")
-    what.add_argument("--criterion", choices=("magnitude", "wina"), default="magnitude", help="compared with threshold")
     text = parser.add_argument_group("text")
     add_text_arguments(text)
     text.add_argument("--sequences", type=cli.positive_int, default=DEFAULT_SEQUENCES, help="token sequences to use")
@@ -85,7 +84,7 @@ def calibrate_model(args: argparse.Namespace) -> None:
     from teal.calibration.texts import read_texts
     from teal.calibration.thresholds import Settings
 
-    settings = Settings(args.sparsity, args.method, args.criterion, args.step)
+    settings = Settings(args.sparsity, args.method, args.step)
     text = read_texts(args.text, args.field)
     paths = calibrated_paths(args)
     with reserved(*outputs(paths, args.plot, args.sparsity)):
@@ -109,7 +108,7 @@ def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths
     sequences, checked = cut
     length = sequences.shape[1]
     facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
-    request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.criterion, args.step])
+    request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.step])
     progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
     seen: list[list[dict[str, Histogram]]] = []
     histograms = seen if args.plot else None
@@ -177,7 +176,7 @@ def save(plans: "list[SparsityPlan]", paths: list[Path]) -> None:
 def print_plan(plan: "SparsityPlan") -> None:
     """A plan as a table: sparsity, threshold and, if measured, achieved sparsity by layer and projection."""
     names = list(plan.layers[0])
-    print(f"{plan.method}, {plan.criterion}, target {plan.target:g}, {len(plan.layers)} layers; {plan.calibration}")
+    print(f"{plan.method}, target {plan.target:g}, {len(plan.layers)} layers; {plan.calibration}")
     print("layer  " + "".join(f"{name:>22}" for name in names) + "\n       " + "  sparsity/thresh/achvd" * len(names))
     for i, layer in enumerate(plan.layers):
         cells = [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from teal.model import Transformer
     from teal.plan import SparsityPlan
 
-METHODS = ("uniform", "greedy", "wina-uniform", "wina-greedy")
+METHODS = ("uniform", "greedy")
 POLICIES = ("decode", "half")
 CSV = FileKind("a table of evaluate.py", rb"^method,sparsity,policy,")
 
@@ -266,8 +266,7 @@ def calibrated_plans(
     paths = {t: cached_plan(loaded.identity, how, weight.dtype, weight.device, t) for t in targets}
     wanted = tuple(t for t, path in paths.items() if not path.exists())
     if wanted:
-        criterion = "wina" if method.startswith("wina") else "magnitude"
-        settings = Settings(wanted, method.removeprefix("wina-"), criterion)
+        settings = Settings(wanted, method)
         print(f"calibrating {method} at {', '.join(f'{t:g}' for t in wanted)}", file=sys.stderr)
         for plan in calibrate(loaded.model, sequences, settings, facts, weights=loaded.weights):
             plan.save(paths[plan.target])

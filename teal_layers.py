@@ -6,14 +6,12 @@ sparse product; prefill uses the same storage as a dense matrix, since it is bou
 not by memory (TEAL, section 5.4).
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from teal.kernels.formats.packing import dequantize
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.quantized_linear import QuantizedLinear
@@ -52,15 +50,9 @@ class SparseLinear(nn.Module):
         self.counting = False
         self.sparse_share = 0.0  # of the tokens of a call with more than one, the last ones
 
-    def set_thresholds(self, thresholds: list[float], criterion: str = "magnitude") -> None:
-        """Use these thresholds from now on, one for each name, on |x| or on WINA's score (see SparsityPlan)."""
+    def set_thresholds(self, thresholds: list[float]) -> None:
+        """Use these thresholds of |x| from now on, one for each name."""
         device = self.weight.device
-        if criterion == "wina":
-            self.segments = self.sizes
-            per_channel = [t / norm for t, norm in zip(thresholds, self.relative_norms, strict=True)]
-            limits = torch.stack(per_channel).nan_to_num(nan=0.0)  # 0/0: threshold 0 keeps all, as elsewhere
-            self._keep(limits, limits)
-            return
         merged = [(self.sizes[0], thresholds[0])]
         for size, threshold in zip(self.sizes[1:], thresholds[1:], strict=True):
             # On a CPU neighbours that share a threshold share one pass over x; on a GPU a captured step keeps its
@@ -71,7 +63,7 @@ class SparseLinear(nn.Module):
                 merged.append((size, threshold))
         self.segments = [size for size, _ in merged]
         limits = torch.tensor([t for _, t in merged], device=device)
-        self._keep(limits, torch.tensor(thresholds, device=device)[:, None])
+        self._keep(limits, torch.tensor(thresholds, device=device))
 
     @torch.inference_mode()
     def _keep(self, thresholds: Tensor, name_thresholds: Tensor) -> None:
@@ -83,17 +75,6 @@ class SparseLinear(nn.Module):
             else:
                 setattr(self, attribute, nn.Buffer(value.clone(), persistent=False))
 
-    def _limits(self, dtype: torch.dtype) -> list[Tensor]:
-        """The thresholds of each name, [1] or [K], as they are compared with entries of dtype."""
-        return list(self.name_thresholds.to(dtype))
-
-    @functools.cached_property
-    def relative_norms(self) -> list[Tensor]:
-        """For each name, the L2 norm of the weights each input channel meets, over the mean of them: fp32 [K]."""
-        weight = self.weight if self.scales is None else dequantize(self.weight, self.scales, self.zeros)
-        norms = [columns.float().norm(dim=1) for columns in weight.split(self.sizes, dim=1)]
-        return [norm / norm.mean() for norm in norms]
-
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, K] -> [B, T, N]; of T > 1 tokens only the last share self.sparse_share is sparse."""
         B, T, K = x.shape
@@ -103,7 +84,7 @@ class SparseLinear(nn.Module):
         else:
             rows = x[:, dense_tokens:].reshape(-1, K)
             if self.counting:
-                self.kept.add_(torch.stack([(rows.abs() >= t).sum() for t in self._limits(rows.dtype)]))
+                self.kept.add_(torch.stack([(rows.abs() >= t).sum() for t in self.name_thresholds.to(rows.dtype)]))
                 self.seen.add_(rows.numel())
             y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros)
             y = y.view(B, T - dense_tokens, -1)
@@ -135,13 +116,13 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
         thresholds = {name: p.threshold for name, p in layer.items()}
         if modules:  # sparse already, and perhaps wrapped by now
             for module in modules:
-                module.set_thresholds([thresholds[name] for name in module.names], plan.criterion)
+                module.set_thresholds([thresholds[name] for name in module.names])
         else:
-            sparsify_block(block, thresholds, plan.criterion)
+            sparsify_block(block, thresholds)
     return model
 
 
-def sparsify_block(block: Block, thresholds: dict[str, float], criterion: str = "magnitude") -> None:
+def sparsify_block(block: Block, thresholds: dict[str, float]) -> None:
     """As sparsify, for one block and a threshold for each projection."""
     for p in block.projections():
         module = block.get_submodule(p.module)
@@ -149,7 +130,7 @@ def sparsify_block(block: Block, thresholds: dict[str, float], criterion: str = 
             assert isinstance(module, (nn.Linear, QuantizedLinear))
             module = SparseLinear(module, p.names, list(p.sizes))
             block.set_submodule(p.module, module)
-        module.set_thresholds([thresholds[name] for name in p.names], criterion)
+        module.set_thresholds([thresholds[name] for name in p.names])
 
 
 def sparse_layers(model: Transformer) -> list[list[SparseLinear]]:

@@ -124,7 +124,8 @@ class ColdWeights:
         x, weight = self.inputs[i], self.weights[i]
         if not x.is_cuda:
             return sparse_linear(x, weight.values, thresholds, segments, weight.scales, weight.zeros)
-        return reduce_partials(launch(x, weight, thresholds, segments, tile), dtype or weight.dtype, None, None)
+        partials = launch(x, weight.values, thresholds, segments, weight.scales, weight.zeros, tile)
+        return reduce_partials(partials, dtype or weight.dtype, None, None)
 
     def exact(self, thresholds: Tensor) -> Tensor:
         """What the product with copy 0 stands for, fp64 [B, N]; all segments by the first threshold."""

@@ -1,4 +1,4 @@
-"""The end of a greedy step: the likeliest token of each row, and its position moved on."""
+"""The end of a greedy step: the argmax of each row of logits, and its position moved on."""
 
 import torch
 import triton
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from teal.kernels.gemv.gather import let_next_start, wait_for_previous
 from teal.kernels.gemv.launch import DTYPES, launch_options
+from teal.kernels.gemv.op import make_op
 
 MAX_BLOCKS = 128  # of a row of logits: a program for each, about as many as an H100 has multiprocessors
 MIN_BLOCK = 256
@@ -47,8 +48,7 @@ def take_largest_kernel(
     tl.store(p_position + i_row, tl.load(p_position + i_row) + 1)
 
 
-@torch.library.custom_op("teal::argmax_step", mutates_args=("token", "position"))
-def argmax_step(logits: Tensor, token: Tensor, position: Tensor) -> None:
+def launch(logits: Tensor, token: Tensor, position: Tensor) -> None:
     """Write the index of each row's largest logit, the first of several, into token and add 1 to position.
 
     logits contiguous [B, V] of 16 or 32 bits; token and position contiguous int64 with B values. Torch's argmax gives
@@ -74,6 +74,4 @@ def argmax_step(logits: Tensor, token: Tensor, position: Tensor) -> None:
     )
 
 
-@argmax_step.register_fake
-def _(logits: Tensor, token: Tensor, position: Tensor) -> None:
-    pass
+argmax_step = make_op("argmax_step", launch, lambda: None, mutates=("token", "position"))

@@ -1,4 +1,4 @@
-"""Combination of attention's shares and the sparse GEMV of the o projection, in one kernel."""
+"""Combination of attention's splits and the sparse GEMV of the o projection, in one kernel."""
 
 import torch
 import triton
@@ -8,75 +8,64 @@ from torch import Tensor
 from teal.kernels.formats.packing import Weight
 from teal.kernels.gemv.gather import owned_work, rounded, wait_for_previous
 from teal.kernels.gemv.launch import check_gemv, empty_partials, plan_gemv
+from teal.kernels.gemv.op import make_op
 from teal.kernels.gemv.sparse_product import sparse_product
 from teal.kernels.gemv.tuning import GemvTile
 
 
-@triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
+@triton.jit(do_not_specialize=["B"])
 def attention_gemv_kernel(
-    p_sum, p_max, p_share, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2,
-    D: tl.constexpr, SHARES: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_B: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, TENSOR_CORE: tl.constexpr, PDL: tl.constexpr,
+    p_sum, p_max, p_exp_sum, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
+    B, K, N, n_0, n_1, n_2, D: tl.constexpr, NUM_SPLITS: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
-    )
+    channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
     wait_for_previous(PDL)
-    rows = tl.arange(0, BLOCK_B)[:, None]
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
-    slot = (rows * (K // D) + (channels // D)[None, :]) * SHARES  # [BLOCK_B, BLOCK_R]
-    largest = tl.full([BLOCK_B, BLOCK_R], float("-inf"), tl.float32)
-    for s in tl.static_range(SHARES):
+    slot = (rows * (K // D) + (channels // D)[None, :]) * NUM_SPLITS  # [BLOCK_B, BLOCK_R]
+    largest = tl.full([META.BLOCK_B, META.BLOCK_R], float("-inf"), tl.float32)
+    for s in tl.static_range(NUM_SPLITS):
         largest = tl.maximum(largest, tl.load(p_max + slot + s, mask=inside, other=0.0))
-    total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
-    weight = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
-    for s in tl.static_range(SHARES):
+    total = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
+    weight = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
+    for s in tl.static_range(NUM_SPLITS):
         factor = tl.exp(tl.load(p_max + slot + s, mask=inside, other=0.0) - largest)
         total += factor * tl.load(p_sum + (slot + s) * D + (channels % D)[None, :], mask=inside, other=0.0)
-        weight += factor * tl.load(p_share + slot + s, mask=inside, other=1.0)
-    x = rounded(total / weight, DTYPE)
+        weight += factor * tl.load(p_exp_sum + slot + s, mask=inside, other=1.0)
+    x = rounded(total / weight, META.DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, GROUP_K, RUN, SPAN,
-        TENSOR_CORE, PDL,
+        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
+        B, K, N, META, PDL,
     )  # fmt: skip
 
 
 def launch(
-    sums: Tensor, largest: Tensor, shares: Tensor, weight: Weight, thresholds: Tensor, tile: GemvTile | None = None
-) -> Tensor:
-    """As attention_gemv, with a chosen tile."""
-    B, H, count, D = sums.shape
-    for name, tensor, shape in (("sums", sums, (B, H, count, D)), ("largest", largest, (B, H, count)),
-                                ("shares", shares, (B, H, count))):  # fmt: skip
+    sums: Tensor, max_logits: Tensor, exp_sums: Tensor, weight: Tensor, thresholds: Tensor,
+    scales: Tensor | None = None, zeros: Tensor | None = None, tile: GemvTile | None = None,
+) -> Tensor:  # fmt: skip
+    """As sparse_gemv of the attention output [B, H D], from the splits that rope_attention returned.
+
+    sums fp32 [B, H, splits, D]; max_logits and exp_sums fp32 [B, H, splits]; weight is [H D, N]; thresholds fp32 [1].
+    The attention output is rounded to weight's dtype.
+    """
+    matrix = Weight(weight, scales, zeros)
+    B, H, splits, D = sums.shape
+    for name, tensor, shape in (("sums", sums, (B, H, splits, D)), ("max_logits", max_logits, (B, H, splits)),
+                                ("exp_sums", exp_sums, (B, H, splits))):  # fmt: skip
         if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected contiguous fp32 {shape}")
-        if tensor.device != weight.values.device:
-            raise ValueError(f"{name} is on {tensor.device}, weight on {weight.values.device}: expected the same")
-    check_gemv(weight, thresholds, [weight.N], H * D, B)
-    plan = plan_gemv(weight, thresholds, [weight.N], B, tile)
-    attention_gemv_kernel[plan.grid](sums, largest, shares, *plan.args, D=D, SHARES=count, **plan.meta)
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device}, weight on {weight.device}: expected the same")
+    check_gemv(matrix, thresholds, [matrix.N], H * D, B)
+    plan = plan_gemv(matrix, thresholds, [matrix.N], B, tile)
+    attention_gemv_kernel[plan.grid](
+        sums, max_logits, exp_sums, *plan.args, D=D, NUM_SPLITS=splits, META=plan.meta, **plan.options
+    )
     return plan.partials
 
 
-@torch.library.custom_op("teal::attention_gemv", mutates_args=())
-def attention_gemv(
-    sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor,
-    scales: Tensor | None = None, zeros: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """As sparse_gemv of the attention output [B, H D] whose shares rope_attention returned.
-
-    weight is [H D, N]; thresholds fp32 [1] or [1, H D]. The attention output is rounded to weight's dtype.
-    """
-    return launch(sums, largest, shares, Weight(weight, scales, zeros), thresholds)
-
-
-@attention_gemv.register_fake
-def _(
-    sums: Tensor, largest: Tensor, shares: Tensor, weight: Tensor, thresholds: Tensor,
-    scales: Tensor | None = None, zeros: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return empty_partials(Weight(weight, scales, zeros), sums.shape[0])
+attention_gemv = make_op(
+    "attention_gemv",
+    launch,
+    lambda sums, weight, scales, zeros: empty_partials(Weight(weight, scales, zeros), sums.shape[0]),
+)

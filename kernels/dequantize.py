@@ -63,6 +63,7 @@ def launch(values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor | N
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: expected contiguous {scales.dtype} [{K}, {N}]")
     dequantize_kernel[(triton.cdiv(K, BLOCK_ROWS), triton.cdiv(groups, BLOCK_GROUPS))](
         values, values.stride(0), scales, zeros, scales.stride(0), out, K, groups,
-        BITS=weight.bits, GROUP_N=group_size, GROUP_K=weight.channels, BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4,
+        BITS=weight.bits, GROUP_N=group_size, GROUP_K=weight.channels, BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4,
     )  # fmt: skip
     return out

@@ -6,8 +6,8 @@ from torch import Tensor
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.formats.packing import Weight, check_quantized, dequantize
 
-# Whole groups, of weights in floats: 16,384 x 4096 in bf16 are 134 MB. On an H100 blocks of 4096, which its L2 cache can
-# hold, took 5% longer for gate,up of Llama-3-8B and 512 tokens, and each block costs the host 0.1 ms.
+# Whole groups, of weights in floats: 16,384 x 4096 in bf16 are 134 MB. On an H100 blocks of 4096, which its L2 cache
+# can hold, took 5% longer for gate,up of Llama-3-8B and 512 tokens, and each block costs the host 0.1 ms.
 COLUMNS_AT_ONCE = 16384
 
 
@@ -32,12 +32,12 @@ def quantized_matmul(
 ) -> Tensor:  # fmt: skip
     """x [..., K] times a quantized weight [K, N], a block of columns at a time: no full copy in floats. [..., N].
 
-    Weights are rounded to x's dtype, once, from fp32. out_dtype, by default x's, may be fp32: sums are then not rounded,
-    and on a CPU, whose products round theirs, weights are not either. Raises ValueError on a mismatch.
+    Weights are rounded to x's dtype, once, from fp32. out_dtype, by default x's, may be fp32: sums are then not
+    rounded, and on a CPU, whose products round theirs, weights are not either. Raises ValueError on a mismatch.
 
     Under torch.compile the weight becomes floats, whole, by a kernel of Inductor's. A call of an op of our own costs an
-    H100's host 0.2 ms and more, and 128 of them 101 ms before the first token of Llama-3-8B in 4 bits, where the GPU was
-    busy for 20.
+    H100's host 0.2 ms and more. 128 of them took 101 ms before the first token of Llama-3-8B in 4 bits, where the GPU
+    was busy for 20.
     """
     if out_dtype == torch.float32 and (x.device.type == "cpu" or torch.compiler.is_compiling()):
         x, scales = x.float(), scales.float()

@@ -1,4 +1,13 @@
-"""Sum of a sparse GEMV's partial sums, with bias and residual."""
+"""Sum of a sparse GEMV's partial sums, with bias and residual.
+
+Partials are fp32 [splits, B, N], contiguous. Program (i, s) of a GEMV writes column block i of all rows of split s:
+
+    split 0    row 0: columns 0..N-1    row 1: columns 0..N-1    ...
+    split 1    row 0: columns 0..N-1    row 1: columns 0..N-1    ...
+               element (s B + b) N + n is split s, row b, column n
+
+The sum runs over the splits in their order, so bits do not depend on which program ended first.
+"""
 
 import torch
 import triton
@@ -7,6 +16,7 @@ from torch import Tensor
 
 from teal.kernels.gemv.gather import let_next_start, rounded, wait_for_previous
 from teal.kernels.gemv.launch import DTYPES, launch_options
+from teal.kernels.gemv.op import make_op
 
 BLOCK = 32  # columns a program sums: 4096 of them, 66 partials each, take 1.4 us on an H100; blocks of 128 took 2.8
 
@@ -37,11 +47,11 @@ def reduce_partials_kernel(
     tl.store(p_out + i_row * N + columns, rounded(y, p_out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("teal::reduce_partials", mutates_args=())
-def reduce_partials(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def launch(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Sum over partials fp32 [splits, B, N], in fixed order, plus bias [N], rounded to dtype, plus residual [B, N].
 
-    residual is of that dtype or None; bias is None or of any dtype of DTYPES. Returns [B, N]. Raises ValueError on a mismatch.
+    residual is of that dtype or None; bias is None or of any dtype of DTYPES. Returns [B, N]. Raises ValueError on a
+    mismatch.
     """
     if partials.dim() != 3 or partials.dtype != torch.float32 or not partials.is_contiguous():
         raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected contiguous [splits, B, N]")
@@ -64,6 +74,8 @@ def reduce_partials(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, r
     return out
 
 
-@reduce_partials.register_fake
-def _(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+reduce_partials = make_op(
+    "reduce_partials",
+    launch,
+    lambda partials, dtype: torch.empty(partials.shape[1:], dtype=dtype, device=partials.device),
+)

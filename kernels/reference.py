@@ -7,7 +7,7 @@ from torch import Tensor
 def sparse_linear_reference(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
-    x [B, K], weight [K, N], thresholds [J] or, one for each channel, [J, K], segments: J widths that add up to N.
+    x [B, K], weight [K, N], thresholds [J], segments: J widths that add up to N.
     Returns fp32 [B, N].
     """
     outputs = []

@@ -1,11 +1,11 @@
-"""From the partial sums of q, k and v to attention's shares of one new token a row, with the KV cache filled.
+"""From the partial sums of q, k and v to attention of one new token a row, in splits, with the KV cache filled.
 
-The earlier positions are split among programs (flash-decoding, Dao et al. 2023); each sums the partials of its query
-heads and rotates them itself, which costs less than a kernel that does it once. One more program for each key/value
-head makes the new token's key and value, puts them into the cache and is a share of its own, so that the others wait
-for nothing but the partials. A program leaves its sum, unnormalised, with the maximum and the sum of its weights; the
-o projection (attention_gemv.py) combines them. Positions beyond a row's own are never read, so a large cache costs
-nothing. A cache may be in 8 bits (kv_int8.py).
+The earlier positions are split among programs (flash-decoding, Dao et al. 2023). Each program sums the partials of its
+query heads and rotates them itself, which costs less than a kernel that does it once. One more program for each
+key/value head makes the new token's key and value and puts them into the cache. It is a split of its own, so that the
+others wait for nothing but the partials. A program leaves its sum, unnormalised, with its largest logit and its sum of
+exponentials; the o projection (attention_gemv.py) combines them. Positions beyond a row's own are never read, so a
+large cache costs nothing. A cache may be in 8 bits (kv_int8.py).
 """
 
 import math
@@ -18,10 +18,11 @@ from torch import Tensor
 from teal.kernels.formats.kv_int8 import ALIGNMENT, LARGEST, packed_width
 from teal.kernels.gemv.gather import INTERPRETED, let_next_start, rounded, wait_for_previous
 from teal.kernels.gemv.launch import TRITON_DTYPES, launch_options
+from teal.kernels.gemv.op import make_op
 
 BLOCK_POSITIONS = 64
 INT8_LARGEST = tl.constexpr(float(LARGEST))
-MAX_SHARES = 16  # 8 key/value heads x 16 shares are 128 programs, one for each multiprocessor of an H100
+MAX_SPLITS = 16  # 8 key/value heads x 16 splits are 128 programs, one for each multiprocessor of an H100
 PROGRAMS = 256
 # As many programs or fewer get 8 warps each: 4,096 positions take 10.0 us with 8 and 11.2 with 4, on an H100. Where a
 # multiprocessor runs two programs, 8 rows of 4,096 take 51 us with 4 and 67 with 8. An 8-bit cache always wants 8: its
@@ -31,7 +32,7 @@ FEW_PROGRAMS = 128
 
 @triton.jit
 def summed_heads(
-    p_partial, p_bias, i_row, B, N, head, live, HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_H: tl.constexpr,
+    p_partial, p_bias, i_row, B, N, head, live, HALF: tl.constexpr, SPLITS_IN: tl.constexpr, BLOCK_H: tl.constexpr,
     HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Both halves [HEADS, BLOCK_H] of the heads [HEADS], summed, biased and rounded."""
@@ -40,7 +41,7 @@ def summed_heads(
     column = head[:, None] * 2 * HALF + d
     a = tl.zeros([HEADS, BLOCK_H], tl.float32)
     b = tl.zeros([HEADS, BLOCK_H], tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in tl.static_range(SPLITS_IN):
         p_row = p_partial + (s * B + i_row) * N + column
         a += tl.load(p_row, mask=inside, other=0.0)
         b += tl.load(p_row + HALF, mask=inside, other=0.0)
@@ -93,15 +94,27 @@ def store_vector(p, x, y, HALF: tl.constexpr, BLOCK_H: tl.constexpr, SCALE_AT: t
 @triton.jit
 def new_token(
     a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum, scale, at, i_row, i_kv, B, N,
-    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS_IN: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Write the new key and value [at] and the share of their position; returns its scores [HEADS]."""
+    """Write the new key and value [at] and the split of their position; returns its scores [HEADS]."""
     d = tl.arange(0, BLOCK_H)[None, :]
     g = tl.arange(0, HEADS)
     pair = tl.arange(0, 2)  # key and value, side by side so that their loads are
     x, y = summed_heads(
-        p_partial, p_bias, i_row, B, N, KV * G + i_kv + pair * KV, pair < 2, HALF, SPLITS, BLOCK_H, 2, HAS_BIAS, DTYPE
+        p_partial,
+        p_bias,
+        i_row,
+        B,
+        N,
+        KV * G + i_kv + pair * KV,
+        pair < 2,
+        HALF,
+        SPLITS_IN,
+        BLOCK_H,
+        2,
+        HAS_BIAS,
+        DTYPE,
     )
     k_x, k_y = normed_and_rotated(x, y, p_k_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, DTYPE)
     is_key = (pair == 0)[:, None]
@@ -186,30 +199,37 @@ def attend(
     return low, high, largest, weight
 
 
+@triton.jit
+def split_positions(i_split, earlier, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Begin and end of a split's positions among the earlier ones; split 0, the new token's own, has none of them."""
+    first = tl.maximum(earlier + 1 - WINDOW, 0) if WINDOW > 0 else 0
+    length = tl.cdiv(tl.cdiv(earlier - first, NUM_SPLITS - 1), BLOCK_P) * BLOCK_P
+    begin = first + (i_split - 1) * length
+    end = tl.minimum(begin + length, earlier)
+    if i_split == 0:
+        begin, end = earlier, earlier
+    return begin, end
+
+
 @triton.jit(do_not_specialize=["B"])
 def rope_attention_kernel(
-    p_partial, p_bias, p_q_norm, p_k_norm, eps, p_cos, p_sin, p_position, p_k, p_v, p_sum, p_max, p_weight, scale,
+    p_partial, p_bias, p_q_norm, p_k_norm, eps, p_cos, p_sin, p_position, p_k, p_v, p_sum, p_max, p_exp_sum, scale,
     stride_b, stride_h, stride_s, B,
-    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, SHARES: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS_IN: tl.constexpr, NUM_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    i_row, i_kv, i_share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_row, i_kv, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     N: tl.constexpr = (KV * G + 2 * KV) * 2 * HALF
     earlier = tl.load(p_position + i_row).to(tl.int32)  # positions before the new one
-    first = tl.maximum(earlier + 1 - WINDOW, 0) if WINDOW > 0 else 0
-    share = tl.cdiv(tl.cdiv(earlier - first, SHARES - 1), BLOCK_P) * BLOCK_P
-    begin = first + (i_share - 1) * share
-    end = tl.minimum(begin + share, earlier)
-    if i_share == 0:  # the new token's own
-        begin, end = earlier, earlier
+    begin, end = split_positions(i_split, earlier, NUM_SPLITS, WINDOW, BLOCK_P)
     p_k += i_row.to(tl.int64) * stride_b + i_kv * stride_h
     p_v += i_row.to(tl.int64) * stride_b + i_kv * stride_h
     g, row, d = tl.arange(0, HEADS), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)[None, :]
-    slot = (i_row * KV * G + i_kv * G) * SHARES + i_share
+    slot = (i_row * KV * G + i_kv * G) * NUM_SPLITS + i_split
     p_sum += slot.to(tl.int64) * 2 * HALF
     p_max += slot
-    p_weight += slot
+    p_exp_sum += slot
     cos = tl.load(p_cos + i_row * HALF + d, mask=d < HALF, other=0.0)
     sin = tl.load(p_sin + i_row * HALF + d, mask=d < HALF, other=0.0)
     k_low, k_high = load_positions(p_k, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
@@ -218,51 +238,50 @@ def rope_attention_kernel(
     let_next_start(PDL)
     a = tl.zeros([HEADS, BLOCK_H], tl.float32)
     b = tl.zeros([HEADS, BLOCK_H], tl.float32)
-    if (begin < end) | (i_share == 0):
+    if (begin < end) | (i_split == 0):
         a, b = summed_heads(
-            p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS, BLOCK_H, HEADS, HAS_BIAS, DTYPE
+            p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS_IN, BLOCK_H, HEADS, HAS_BIAS, DTYPE
         )
         a, b = normed_and_rotated(a, b, p_q_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, DTYPE)
-    if i_share == 0:
+    if i_split == 0:
         scores = new_token(
-            a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum + g[:, None] * SHARES * 2 * HALF + d,
+            a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum + g[:, None] * NUM_SPLITS * 2 * HALF + d,
             scale, earlier.to(tl.int64) * stride_s, i_row, i_kv, B, N,
-            KV, G, HALF, SPLITS, HEADS, BLOCK_H, HAS_BIAS, HAS_NORM, SCALE_AT, DTYPE,
+            KV, G, HALF, SPLITS_IN, HEADS, BLOCK_H, HAS_BIAS, HAS_NORM, SCALE_AT, DTYPE,
         )  # fmt: skip
-        tl.store(p_max + g * SHARES, scores, mask=g < G)
-        tl.store(p_weight + g * SHARES, tl.full([HEADS], 1.0, tl.float32), mask=g < G)
+        tl.store(p_max + g * NUM_SPLITS, scores, mask=g < G)
+        tl.store(p_exp_sum + g * NUM_SPLITS, tl.full([HEADS], 1.0, tl.float32), mask=g < G)
     else:
         low, high, largest, weight = attend(
             repeated(a, BLOCK_G), repeated(b, BLOCK_G), k_low, k_high, v_low, v_high, p_k, p_v, stride_s, begin, end,
             scale, HALF, BLOCK_G, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE,
         )  # fmt: skip
-        p_row = p_sum + row[:, None] * SHARES * 2 * HALF + d
+        p_row = p_sum + row[:, None] * NUM_SPLITS * 2 * HALF + d
         inside = (row < G)[:, None] & (d < HALF)
         tl.store(p_row, low, mask=inside)
         tl.store(p_row + HALF, high, mask=inside)
-        tl.store(p_max + row * SHARES, largest, mask=row < G)
-        tl.store(p_weight + row * SHARES, weight, mask=row < G)
+        tl.store(p_max + row * NUM_SPLITS, largest, mask=row < G)
+        tl.store(p_exp_sum + row * NUM_SPLITS, weight, mask=row < G)
 
 
-def shares_for(B: int, KV: int) -> int:
-    """Among how many programs one row and key/value head is split, the new token's included."""
-    return max(2, min(MAX_SHARES, triton.next_power_of_2(PROGRAMS // int(B * KV) + 1) // 2))
+def attention_splits(B: int, KV: int) -> int:
+    """Among how many programs one row and key/value head is split, that of the new token included."""
+    return max(2, min(MAX_SPLITS, triton.next_power_of_2(PROGRAMS // int(B * KV) + 1) // 2))
 
 
-@torch.library.custom_op("teal::rope_attention", mutates_args=("k_cache", "v_cache"))
-def rope_attention(
+def launch(
     partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, window: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Shares of softmax(q k^T / sqrt(D)) v over positions 0 to positions[b], or the last window of them if window > 0.
+    """softmax(q k^T / sqrt(D)) v over positions 0 to positions[b], in splits; the last window of them if window > 0.
 
     q, k and v come from partial sums fp32 [splits, B, (H + 2 KV) D]; k and v go into the caches at positions. bias
     [(H + 2 KV) D]; q_norm and k_norm [D], RMSNorm weights of each head (Qwen3); cos and sin fp32 with B * D/2 values;
     positions int64 with B values, below S; k_cache and v_cache [B, KV, S, D] of dtype, which bias and norms have
     too, or int8 [B, KV, S, packed_width(D)] (kv_int8.py), of one layout. All rounding is that of the unfused layers.
-    Returns fp32 sums [B, H, shares, D], maxima [B, H, shares] and weights [B, H, shares]: the result is the sum over
-    shares of exp(max - max_all) sum, over that of exp(max - max_all) weight. A share without positions has max -inf.
+    Returns fp32 sums [B, H, splits, D], max_logits and exp_sums [B, H, splits]. Attention's output is the sum over
+    splits of exp(max - max_all) sums, over that of exp(max - max_all) exp_sums. A split without positions has max -inf.
     cos, sin, positions and the caches must be older than the stream's last kernel (see gather.wait_for_previous).
     Raises ValueError on a mismatch.
     """
@@ -270,39 +289,32 @@ def rope_attention(
     splits, B, N = partials.shape
     KV = k_cache.shape[1]
     D = N // (heads + 2 * KV)
-    sums, largest, weights = _outputs(partials, k_cache, heads)
-    shares = sums.shape[2]
+    sums, max_logits, exp_sums = _outputs(partials, k_cache, heads)
+    num_splits = sums.shape[2]
     head_block = triton.next_power_of_2(heads // KV)
     packed = k_cache.dtype == torch.int8
-    warps = 8 if packed or B * KV * shares <= FEW_PROGRAMS else 4
-    rope_attention_kernel[(B, KV, shares)](
-        partials, bias, q_norm, k_norm, eps, cos, sin, positions, k_cache, v_cache, sums, largest, weights,
+    warps = 8 if packed or B * KV * num_splits <= FEW_PROGRAMS else 4
+    rope_attention_kernel[(B, KV, num_splits)](
+        partials, bias, q_norm, k_norm, eps, cos, sin, positions, k_cache, v_cache, sums, max_logits, exp_sums,
         1 / math.sqrt(D), *k_cache.stride()[:3], B,
-        KV=KV, G=heads // KV, HALF=D // 2, SPLITS=splits, SHARES=shares, WINDOW=window, HEADS=head_block,
+        KV=KV, G=heads // KV, HALF=D // 2, SPLITS_IN=splits, NUM_SPLITS=num_splits, WINDOW=window, HEADS=head_block,
         BLOCK_G=max(16, head_block), BLOCK_H=max(16, triton.next_power_of_2(D // 2)), BLOCK_P=BLOCK_POSITIONS,
         HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, DTYPE=TRITON_DTYPES[dtype],
         SCALE_AT=packed_width(D) - ALIGNMENT if packed else 0, **launch_options(k_cache.device, num_warps=warps),
     )  # fmt: skip
-    return sums, largest, weights
-
-
-@rope_attention.register_fake
-def _(
-    partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-    cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, window: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _outputs(partials, k_cache, heads)
+    return sums, max_logits, exp_sums
 
 
 def _outputs(partials: Tensor, k_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     _, B, N = partials.shape
     KV = k_cache.shape[1]
     D = N // (heads + 2 * KV)
-    shares = shares_for(B, KV)
-    sums = torch.empty(B, heads, shares, D, dtype=torch.float32, device=k_cache.device)
-    largest, weights = (torch.empty(B, heads, shares, dtype=torch.float32, device=k_cache.device) for _ in range(2))
-    return sums, largest, weights
+    num_splits = attention_splits(B, KV)
+    sums = torch.empty(B, heads, num_splits, D, dtype=torch.float32, device=k_cache.device)
+    max_logits, exp_sums = (
+        torch.empty(B, heads, num_splits, dtype=torch.float32, device=k_cache.device) for _ in range(2)
+    )
+    return sums, max_logits, exp_sums
 
 
 def _check(
@@ -337,3 +349,6 @@ def _check(
     for tensor in (partials, bias, q_norm, k_norm, cos, sin, positions, v_cache):
         if tensor is not None and tensor.device != k_cache.device:
             raise ValueError(f"a tensor is on {tensor.device} and k_cache on {k_cache.device}: expected the same")
+
+
+rope_attention = make_op("rope_attention", launch, _outputs, mutates=("k_cache", "v_cache"))

@@ -1,6 +1,5 @@
 """Sum of the gate and up partials, silu(gate) * up, and the sparse GEMV of the down projection, in one kernel."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,65 +7,55 @@ from torch import Tensor
 from teal.kernels.formats.packing import Weight
 from teal.kernels.gemv.gather import owned_work, rounded, wait_for_previous
 from teal.kernels.gemv.launch import check_gemv, check_partials, empty_partials, plan_gemv
+from teal.kernels.gemv.op import make_op
 from teal.kernels.gemv.sparse_product import sparse_product
 from teal.kernels.gemv.tuning import GemvTile
 
 
-@triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
+@triton.jit(do_not_specialize=["B"])
 def silu_gemv_kernel(
-    p_gate_up, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2,
-    SPLITS_IN: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, TENSOR_CORE: tl.constexpr, PDL: tl.constexpr,
+    p_gate_up, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
+    B, K, N, n_0, n_1, n_2, SPLITS_IN: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
-    )
+    channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
     wait_for_previous(PDL)
-    rows = tl.arange(0, BLOCK_B)[:, None]
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
-    gate = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
-    up = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    gate = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
+    up = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
     for s in tl.static_range(SPLITS_IN):
         p_row = p_gate_up + (s * B + rows) * (2 * K) + channels[None, :]
         gate += tl.load(p_row, mask=inside, other=0.0)
         up += tl.load(p_row + K, mask=inside, other=0.0)
-    gate = rounded(gate, DTYPE)
-    x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, DTYPE), DTYPE)
+    gate = rounded(gate, META.DTYPE)
+    x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, META.DTYPE), META.DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
-        R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, GROUP_K, RUN, SPAN,
-        TENSOR_CORE, PDL,
+        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
+        B, K, N, META, PDL,
     )  # fmt: skip
 
 
-def launch(gate_up: Tensor, weight: Weight, thresholds: Tensor, tile: GemvTile | None = None) -> Tensor:
-    """As silu_gemv, with a chosen tile."""
-    K = weight.values.shape[0]
-    check_partials(gate_up, 2 * K, weight.values)
-    splits_in, B, _ = gate_up.shape
-    check_gemv(weight, thresholds, [weight.N], K, B)
-    plan = plan_gemv(weight, thresholds, [weight.N], B, tile)
-    silu_gemv_kernel[plan.grid](gate_up, *plan.args, SPLITS_IN=splits_in, **plan.meta)
-    return plan.partials
-
-
-@torch.library.custom_op("teal::silu_gemv", mutates_args=())
-def silu_gemv(
-    gate_up: Tensor, weight: Tensor, thresholds: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None
+def launch(
+    gate_up: Tensor, weight: Tensor, thresholds: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None,
+    tile: GemvTile | None = None,
 ) -> Tensor:  # fmt: skip
     """As sparse_gemv of silu(gate) * up, from the partial sums gate_up fp32 [splits, B, 2 K] of the two projections.
 
-    weight is [K, N]; thresholds fp32 [1] or [1, K]. Gate and up are rounded to weight's dtype, as their linear
-    layers would, and so is their product.
+    weight is [K, N]; thresholds fp32 [1]. Gate and up are rounded to weight's dtype, as their linear layers would, and
+    so is their product.
     """
-    return launch(gate_up, Weight(weight, scales, zeros), thresholds)
+    matrix = Weight(weight, scales, zeros)
+    K = weight.shape[0]
+    check_partials(gate_up, 2 * K, weight)
+    splits_in, B, _ = gate_up.shape
+    check_gemv(matrix, thresholds, [matrix.N], K, B)
+    plan = plan_gemv(matrix, thresholds, [matrix.N], B, tile)
+    silu_gemv_kernel[plan.grid](gate_up, *plan.args, SPLITS_IN=splits_in, META=plan.meta, **plan.options)
+    return plan.partials
 
 
-@silu_gemv.register_fake
-def _(
-    gate_up: Tensor, weight: Tensor, thresholds: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    return empty_partials(Weight(weight, scales, zeros), gate_up.shape[1])
+silu_gemv = make_op(
+    "silu_gemv",
+    launch,
+    lambda gate_up, weight, scales, zeros: empty_partials(Weight(weight, scales, zeros), gate_up.shape[1]),
+)

@@ -1,6 +1,5 @@
 """Sparse GEMV: partial sums of x @ weight over the channels whose |x| reaches their threshold."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,57 +7,47 @@ from torch import Tensor
 from teal.kernels.formats.packing import Weight
 from teal.kernels.gemv.gather import owned_work, wait_for_previous
 from teal.kernels.gemv.launch import check_gemv, check_rows, empty_partials, plan_gemv
+from teal.kernels.gemv.op import make_op
 from teal.kernels.gemv.sparse_product import sparse_product
 from teal.kernels.gemv.tuning import GemvTile
 
 
-@triton.jit(do_not_specialize=["B", "stride_j", "stride_k"])
+@triton.jit(do_not_specialize=["B"])
 def sparse_gemv_kernel(
-    p_x, p_weight, stride, p_scale, p_zero, p_threshold, stride_j, stride_k, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, LANES: tl.constexpr,
-    UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
-    BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, RUN: tl.constexpr, SPAN: tl.constexpr,
-    ALIGNED: tl.constexpr, DTYPE: tl.constexpr, TENSOR_CORE: tl.constexpr, PDL: tl.constexpr,
+    p_x, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
+    B, K, N, n_0, n_1, n_2, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    channels, threshold, start, end = owned_work(
-        p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN, SPLITS, BLOCK_R, BLOCK_N, ALIGNED, DTYPE
-    )
+    channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
     wait_for_previous(PDL)
-    rows = tl.arange(0, BLOCK_B)[:, None]
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
     sparse_product(
         x.to(tl.float32), threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value,
-        p_partial, B, K, N, R, SPLITS, BLOCK_B, LANES, UNROLL, BLOCK_N, EVEN_N, BITS, GROUP_N, GROUP_K, RUN, SPAN,
-        TENSOR_CORE, PDL,
+        p_partial, B, K, N, META, PDL,
     )  # fmt: skip
 
 
-def launch(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int], tile: GemvTile | None = None) -> Tensor:
-    """As sparse_gemv, with a chosen tile."""
-    check_rows(x, weight)
-    check_gemv(weight, thresholds, segments, x.shape[1], x.shape[0])
-    plan = plan_gemv(weight, thresholds, segments, x.shape[0], tile)
-    sparse_gemv_kernel[plan.grid](x, *plan.args, **plan.meta)
-    return plan.partials
-
-
-@torch.library.custom_op("teal::sparse_gemv", mutates_args=())
-def sparse_gemv(
-    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], scales: Tensor | None = None, zeros: Tensor | None = None
+def launch(
+    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], scales: Tensor | None = None,
+    zeros: Tensor | None = None, tile: GemvTile | None = None,
 ) -> Tensor:  # fmt: skip
     """Partial sums of x @ weight over channels whose |x| reaches the threshold of their column segment.
 
     x [B, K] contiguous, B from 1 to 8; weight [K, N] with contiguous rows, of x's dtype, or with
-    scales and zeros a quantized weight (packing.py) whose scales are; thresholds fp32 [J] or
-    [J, K]; segments: J widths, at most 3, that add up to N. Returns fp32 [splits, B, N], to be summed over the first
-    dimension (reduce_partials). Raises ValueError on a mismatch.
+    scales and zeros a quantized weight (packing.py) whose scales are; thresholds fp32 [J]; segments: J widths, at most
+    3, that add up to N. Returns fp32 [splits, B, N], to be summed over the first dimension (reduce_partials). Raises
+    ValueError on a mismatch.
     """
-    return launch(x, Weight(weight, scales, zeros), thresholds, segments)
+    matrix = Weight(weight, scales, zeros)
+    check_rows(x, matrix)
+    check_gemv(matrix, thresholds, segments, x.shape[1], x.shape[0])
+    plan = plan_gemv(matrix, thresholds, segments, x.shape[0], tile)
+    sparse_gemv_kernel[plan.grid](x, *plan.args, META=plan.meta, **plan.options)
+    return plan.partials
 
 
-@sparse_gemv.register_fake
-def _(
-    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], scales: Tensor | None = None, zeros: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    return empty_partials(Weight(weight, scales, zeros), x.shape[0])
+sparse_gemv = make_op(
+    "sparse_gemv",
+    launch,
+    lambda x, weight, scales, zeros: empty_partials(Weight(weight, scales, zeros), x.shape[0]),
+)

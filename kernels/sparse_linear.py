@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.formats.packing import Weight, check_quantized
+from teal.kernels.gemv.op import make_op
 from teal.kernels.quantized_matmul import floats
 
 # With more rows of x nearly every weight row is kept by one of them, and a dense product is faster: 1536 x 3072
@@ -30,9 +31,9 @@ def sparse_linear(
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
     x [B, K] and weight [K, N] of one dtype (bf16, fp16 or fp32) and device, or weight, scales and zeros a quantized
-    weight [K, N] (packing.py) whose scales have x's dtype; thresholds fp32 [J], or [J, K] for one on each channel,
-    rounded to x's dtype before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns
-    [B, N] in out_dtype, by default x's. Raises ValueError on a mismatch.
+    weight [K, N] (packing.py) whose scales have x's dtype; thresholds fp32 [J], rounded to x's dtype
+    before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns [B, N] in out_dtype,
+    by default x's. Raises ValueError on a mismatch.
 
     Only torch.compile needs an op: the first call of one imports Dynamo, 0.75 s on 2 Xeon cores before the first sparse
     token, and each takes 5 us more than this function.
@@ -59,20 +60,11 @@ def sparse_linear(
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
-sparse_linear_op = torch.library.custom_op("teal::sparse_linear", sparse_linear, mutates_args=())
-
-
-@sparse_linear_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    thresholds: Tensor,
-    segments: list[int],
-    scales: Tensor | None = None,
-    zeros: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    return x.new_empty(x.shape[0], sum(segments), dtype=out_dtype)
+sparse_linear_op = make_op(
+    "sparse_linear",
+    sparse_linear,
+    lambda x, segments, out_dtype: x.new_empty(x.shape[0], sum(segments), dtype=out_dtype),
+)
 
 
 def _check(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int]) -> None:
@@ -87,8 +79,7 @@ def _check(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int]) -
         raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {values.device}: expected the same")
     if values.stride(1) != 1:
         raise ValueError(f"weight has strides {values.stride()}: its rows must be contiguous")
-    J, K = len(segments), values.shape[0]
-    if thresholds.shape not in ((J,), (J, K)) or sum(segments) != weight.N:
+    if thresholds.shape != (len(segments),) or not thresholds.is_contiguous() or sum(segments) != weight.N:
         raise ValueError(
             f"segments {segments} with thresholds {tuple(thresholds.shape)} do not cover {weight.N} columns"
         )

@@ -22,7 +22,6 @@ PLAN_FORMAT = "teal-plan"
 PLAN_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
 PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
-CRITERIA = ("magnitude", "wina")
 MAX_MISS = 0.05  # of a target, on some text, that is passed over in silence
 ENOUGH_TOKENS = 256  # to judge a projection by: in a short text single ones differ by 20 points, the average by 3
 
@@ -120,16 +119,14 @@ class Weights:
 class SparsityPlan:
     """Thresholds for every projection of a model: layers[i][projection], the same projections in each layer.
 
-    model holds fields of the ModelConfig the plan is for (all of them, or those known). criterion says what
-    the threshold is compared with: "magnitude" |x_i|, or "wina" |x_i| times the norm of the weights x_i meets
-    over the mean of these norms (WINA, arXiv 2505.19427). weights: those it was made for, None if nothing is known.
+    model holds fields of the ModelConfig the plan is for (all of them, or those known). An entry x_i
+    is dropped if |x_i| is below the threshold. weights: those it was made for, None if nothing is known.
     """
 
     model: dict[str, Any]
     method: str
     target: float
     layers: tuple[dict[str, ProjectionPlan], ...]
-    criterion: str = "magnitude"
     calibration: dict[str, Any] = field(default_factory=dict)
     weights: Weights | None = None
 
@@ -142,8 +139,6 @@ class SparsityPlan:
                 )
         if not self.layers:
             raise UserError("the plan lists no layers; expected one for each of the model's")
-        if self.criterion not in CRITERIA:
-            raise UserError(f"criterion {self.criterion!r} is unknown; expected one of {', '.join(CRITERIA)}")
         for i, layer in enumerate(self.layers):
             if not layer or set(layer) != set(self.layers[0]):
                 raise UserError(f"plan layer {i} lists {sorted(layer)}; expected the same projections in each layer")
@@ -223,9 +218,11 @@ class SparsityPlan:
                 f"plan {path}: version {content.get('version')!r}; this code reads "
                 f"{' and '.join(map(str, READABLE_VERSIONS))}: calibrate again, or use the release that wrote it"
             )
+        if (criterion := content.get("criterion", "magnitude")) != "magnitude":  # version 3 and older may name one
+            raise UserError(f"plan {path}: criterion {criterion!r} is not supported, only 'magnitude': calibrate again")
         try:
             layers = tuple({n: ProjectionPlan(**p) for n, p in layer.items()} for layer in content["layers"])
-            fields = ("model", "method", "target", "criterion", "calibration")
+            fields = ("model", "method", "target", "calibration")
             weights = content.get("weights")
             return cls(
                 layers=layers,

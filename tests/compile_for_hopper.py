@@ -42,11 +42,12 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     options.pop("launch_pdl", None)
     source = ASTSource(self, signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=HOPPER, options=options)
-    if values.get("BITS", 16) < 16 and self.fn.__name__ == "sparse_gemv_kernel":
+    gemv = values.get("META")
+    if gemv is not None and gemv.BITS < 16 and self.fn.__name__ == "sparse_gemv_kernel":
         assert "cvt.rn.f32" not in kernel.asm["ptx"], "integers are converted, at a quarter of the rate"
         uses_tensor_cores = "mma.sync" in kernel.asm["ptx"]
         # Of several rows the sums of gather_quantized.py do, too, through tl.dot.
-        assert uses_tensor_cores == values["TENSOR_CORE"] or (uses_tensor_cores and values["BLOCK_B"] > 1)
+        assert uses_tensor_cores == gemv.TENSOR_CORE or (uses_tensor_cores and gemv.BLOCK_B > 1)
     compiled.append(self.fn.__name__)
 
 

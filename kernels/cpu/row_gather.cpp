@@ -73,13 +73,13 @@ struct Kept {
 };
 
 template <typename T>
-Kept compact(const T* x, int64_t rows, int64_t columns, int64_t K, const float* thresholds, int64_t stride) {
+Kept compact(const T* x, int64_t rows, int64_t columns, int64_t K, float threshold) {
   Kept kept;
   kept.channels.resize(K + UNROLL);
   kept.values.resize((K + UNROLL) * columns);
+  const float limit = static_cast<float>(static_cast<T>(threshold));
   int64_t count = 0;
   for (int64_t k = 0; k < K; ++k) {
-    const float limit = static_cast<float>(static_cast<T>(thresholds[k * stride]));
     bool any = false;
     for (int64_t b = 0; b < rows; ++b) {
       const float value = static_cast<float>(x[b * K + k]);
@@ -275,7 +275,6 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
   const int64_t group = by_input ? LINE : scales ? N / scales->size(1) : 1;
   TORCH_CHECK_VALUE(!scales || group == 32 || group == 64 || group == 128, "groups: expected 32, 64 or 128 to one");
   const float* limits = thresholds.const_data_ptr<float>();
-  const int64_t per_channel = thresholds.dim() == 2 ? thresholds.stride(1) : 0;
   const int64_t share = (N + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t unit = std::max(LINE, group);
   const int64_t block = std::clamp((share + unit - 1) / unit * unit, unit, BLOCK);
@@ -285,8 +284,7 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
   int64_t column = 0;
   for (size_t s = 0; s < segments.size(); ++s) {
     const int64_t columns = scales && rows > 1 ? MAX_ROWS : rows;
-    const float* own = limits + s * thresholds.stride(0);
-    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, columns, K, own, per_channel));
+    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, columns, K, limits[s]));
     for (int64_t begin = column; begin < column + segments[s]; begin += block) tasks.emplace_back(s, begin);
     column += segments[s];
     ends.push_back(column);

@@ -1,7 +1,12 @@
 """Layout of a KV cache in 8 bits: each head's vector as D signed bytes, then its scale.
 
-A row is D bytes rounded up to a multiple of 16, a fp32 scale, and 12 bytes that keep the next row aligned. Symmetric,
-a scale for each token and head: a key or value is its byte times the scale, the largest entry's byte 127.
+Symmetric, a scale for each token and head: a key or value is its byte times the scale. The largest entry's byte is 127.
+D is rounded up to a multiple of 16, and what follows the scale keeps the next vector aligned. For D = 20, 48 bytes:
+
+    bytes  0..19    D values, int8
+    bytes 20..31    unused, 0
+    bytes 32..35    scale, fp32, little-endian
+    bytes 36..47    unused, 0
 """
 
 import torch

@@ -1,15 +1,32 @@
-"""Weights of 8 or 4 bits, input-channel-major like all others, with a scale for each group of columns of a channel.
+"""Weights of 8 or 4 bits, input-channel-major like all others, with a scale for each group.
 
-A quantized weight [K, N] is three tensors. Of 8 bits: values int8 [K, N], scales [K, N/group], no zeros; a weight is
-value * scale. Of 4 bits: values int32 [K, N/8], eight to a word, scales [K, N/group], zeros uint8 [K, N/group]; a weight
-is (value - zero) * scale. Groups lie along the output dimension, within one input channel: a channel that is not read
-takes its scales with it, and a scale multiplies the one activation that all weights of its group meet.
+A quantized weight [K, N] is three tensors; row k is input channel k, contiguous.
 
-Nibble j of word w of a group holds the group's column j * group/8 + w, so that the same nibble of neighbouring words
-is neighbouring columns.
+1. 8 bits: values int8 [K, N], no zeros. A weight is value * scale.
 
-Weights that other tools have rounded have groups along the input dimension: scales and zeros [K/group, N], a pair for each
-column of so many channels. Words of 4 bits are those of groups of 32 columns.
+       byte       0    1    2   ...  N-1
+       column     0    1    2   ...  N-1
+
+2. 4 bits: values int32 [K, N/8], eight columns to a word, zeros uint8. A weight is (value - zero) * scale. Nibble j of
+   word w of a group is the group's column j * group/8 + w: the same nibble of neighbouring words is neighbouring
+   columns. A group of 32 columns is four words, 16 bytes. A byte's low nibble stands first:
+
+       word 0     bytes  0..3      columns  0  4 |  8 12 | 16 20 | 24 28
+       word 1     bytes  4..7      columns  1  5 |  9 13 | 17 21 | 25 29
+       word 2     bytes  8..11     columns  2  6 | 10 14 | 18 22 | 26 30
+       word 3     bytes 12..15     columns  3  7 | 11 15 | 19 23 | 27 31
+
+3. Groups along the output: scales and zeros [K, N/group]. A channel that is not read takes its scales with it, and a
+   scale multiplies the one activation that all weights of its group meet.
+
+       row k of values    columns 0..group-1 | group..2 group-1 | ...
+       row k of scales           scale 0     |     scale 1      | ...
+
+4. Groups along the input, of weights that other tools have rounded: scales and zeros [K/group, N], one of each column
+   for so many channels. Words of 4 bits are those of groups of 32 columns.
+
+       channels 0..group-1          row 0 of scales, one for each column
+       channels group..2 group-1    row 1 of scales
 """
 
 from typing import NamedTuple
@@ -106,7 +123,7 @@ def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
 
 
 def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -> None:
-    """Raise ValueError unless weight is a quantized one [K, N], and segments, widths of its columns, hold whole groups."""
+    """Raise ValueError unless weight is a quantized one [K, N] and segments, widths of columns, hold whole groups."""
     values, scales, zeros = weight
     assert scales is not None
     if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != K:

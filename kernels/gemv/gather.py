@@ -72,25 +72,22 @@ def column_block(i_block, n_0, n_1, n_2, BLOCK_N: tl.constexpr, ALIGNED: tl.cons
 
 
 @triton.jit
-def owned_work(
-    p_threshold, stride_j, stride_k, K, n_0, n_1, n_2, RUN: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """This program's channels [BLOCK_R] with their thresholds, its first column and the end of its segment.
+def owned_work(p_threshold, n_0, n_1, n_2, META: tl.constexpr):
+    """This program's channels [BLOCK_R], its segment's threshold, its first column and the end of its segment.
 
     Channels past the owned ones are >= K. Nothing here depends on the kernels before, so it comes before the wait for
-    them: the thresholds are a read from memory that nothing else hides.
+    them: the threshold is a read from memory that nothing else hides.
     """
-    segment, start, end = column_block(tl.program_id(0), n_0, n_1, n_2, BLOCK_N, ALIGNED)
-    r = tl.arange(0, BLOCK_R)
-    channels = ((r // RUN) * SPLITS + tl.program_id(1)) * RUN + r % RUN
-    threshold = tl.load(p_threshold + segment * stride_j + channels * stride_k, mask=channels < K, other=0.0)
-    return channels, rounded(threshold, DTYPE), start, end
+    segment, start, end = column_block(tl.program_id(0), n_0, n_1, n_2, META.BLOCK_N, META.ALIGNED)
+    r = tl.arange(0, META.BLOCK_R)
+    channels = ((r // META.RUN) * META.SPLITS + tl.program_id(1)) * META.RUN + r % META.RUN
+    threshold = rounded(tl.load(p_threshold + segment), META.DTYPE)
+    return channels, threshold, start, end
 
 
 @triton.jit
 def threshold_and_compact(
-    x, threshold, channels, K, B, p_index, p_value, R: tl.constexpr, PAD: tl.constexpr, BLOCK_B: tl.constexpr,
+    x, threshold, channels, K, B, p_index, p_value, PAD: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """List the channels of x [BLOCK_B, BLOCK_R] that any row keeps, and their values; returns how many there are.
 
@@ -98,8 +95,9 @@ def threshold_and_compact(
     entries repeat one listed channel with value 0: the loop over the list then needs no masks, which cost it a
     register move for every four bytes loaded, and the repeated row comes from the cache.
     """
-    rows = tl.arange(0, BLOCK_B)[:, None]
-    dropped = tl.abs(x) < threshold[None, :]
+    R: tl.constexpr = META.R
+    rows = tl.arange(0, META.BLOCK_B)[:, None]
+    dropped = tl.abs(x) < threshold
     keep = (~dropped) & (channels < K)[None, :] & (rows < B)
     listed = tl.max(keep.to(tl.int32), axis=0)  # [BLOCK_R]
     position = tl.cumsum(listed, axis=0) - 1
@@ -110,7 +108,7 @@ def threshold_and_compact(
     tl.store(p_value + rows * R + position[None, :], tl.where(keep, x, 0.0), mask=(listed != 0)[None, :] & (rows < B))
     pad = count + tl.arange(0, PAD)
     tl.store(p_index + pad, tl.zeros([PAD], tl.int32) + last.to(tl.int32))
-    tl.store(p_value + rows * R + pad[None, :], tl.zeros([BLOCK_B, PAD], tl.float32), mask=rows < B)
+    tl.store(p_value + rows * R + pad[None, :], tl.zeros([META.BLOCK_B, PAD], tl.float32), mask=rows < B)
     tl.debug_barrier()  # the lists are read below by other threads of this program
     return count
 
@@ -124,8 +122,7 @@ def keep_loads_above():
 
 @triton.jit
 def sum_one_row(
-    p_weight, stride, p_index, p_value, count, start, end,
-    LANES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+    p_weight, stride, p_index, p_value, count, start, end, META: tl.constexpr,
 ):  # fmt: skip
     """Sum over the listed channels of value times weight row, for one row of x: [1, BLOCK_N].
 
@@ -135,11 +132,13 @@ def sum_one_row(
     A step covers LANES * UNROLL weight rows. The UNROLL axis stays within a thread, so that UNROLL 16-byte loads are in
     flight while it holds only the sums of its own columns; the next step's loads start before this step's arithmetic.
     """
-    columns = start + tl.arange(0, BLOCK_N)
+    LANES: tl.constexpr = META.LANES
+    UNROLL: tl.constexpr = META.UNROLL
     STEP: tl.constexpr = LANES * UNROLL
+    columns = start + tl.arange(0, META.BLOCK_N)
     steps = tl.arange(0, LANES)[None, :] * UNROLL + tl.arange(0, UNROLL)[:, None]
-    inside = None if EVEN_N else (columns < end)[None, None, :]
-    total = tl.zeros([LANES, BLOCK_N], tl.float32)
+    inside = None if META.EVEN_N else (columns < end)[None, None, :]
+    total = tl.zeros([LANES, META.BLOCK_N], tl.float32)
     p_columns = p_weight + columns[None, None, :]
     index = tl.load(p_index + steps)  # [UNROLL, LANES], a thread's entries side by side
     weight = tl.load(
@@ -166,15 +165,16 @@ def sum_one_row(
 
 @triton.jit
 def sum_rows(
-    p_weight, stride, p_index, p_value, count, B, start, end,
-    R: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+    p_weight, stride, p_index, p_value, count, B, start, end, META: tl.constexpr,
 ):  # fmt: skip
     """As sum_one_row for several rows of x, on tensor cores: [16, BLOCK_N], their smallest tile."""
-    columns = start + tl.arange(0, BLOCK_N)
+    R: tl.constexpr = META.R
+    STEP: tl.constexpr = META.LANES * META.UNROLL
+    columns = start + tl.arange(0, META.BLOCK_N)
     rows = tl.arange(0, 16)[:, None]
     lanes = tl.arange(0, STEP)
-    inside = None if EVEN_N else (columns < end)[None, :]
-    total = tl.zeros([16, BLOCK_N], tl.float32)
+    inside = None if META.EVEN_N else (columns < end)[None, :]
+    total = tl.zeros([16, META.BLOCK_N], tl.float32)
     index = tl.load(p_index + lanes)
     weight = tl.load(
         p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :], mask=inside,

@@ -1,18 +1,28 @@
 """The sum of gather_quantized.py for one row of x on tensor cores: 1.6 instructions for four bits of weights, not 4.4.
 
-The integers become bf16 without a conversion: 0x4300 | n is 128 + n for n below 16, and one instruction makes two of
-them. An int8 q is two such, of which the tensor cores add 16 times the high one: q + 128 = 16 high + low. Every lane
-multiplies its own columns, so the code is written lane by lane: a tensor has one element for each thread of the
-program, in order, and an instruction of inline assembly works on one register of each.
+1. A warp takes a step of 16 listed rows of weights, 128 bytes of each. Lane 4 r + c loads bytes 16 r to 16 r + 15 of
+   four rows, by four loads of 16 bytes:
 
-Lane 4 r + c of a warp holds the 16 bytes r of 128 bytes of row, of four of a step's 16 rows; c says which. That is what
-mma.m16n8k16 wants as A, if its 16 rows are two nibbles of the 16 bytes r, and its depth is the 16 weight rows. B has
-x times scale in its columns, one column for each group of weights in the 128 bytes. Products with bf16 would leave an
-error of 1e-3, so x times scale is the sum of two bf16, high and low, in two columns. What is too much (128 + zero) is
-summed beside.
+                     bytes 0..15    16..31          112..127
+       rows  0..3     lane 0        lane 4    ...    lane 28     c = 0
+       rows  4..7     lane 1        lane 5    ...    lane 29     c = 1
+       rows  8..11    lane 2        lane 6    ...    lane 30     c = 2
+       rows 12..15    lane 3        lane 7    ...    lane 31     c = 3
+                      r = 0         r = 1            r = 7
 
-Of groups along the input B has a column for each that the program's channels touch: x where the channel is of that group,
-0 elsewhere. The sums of the groups stay apart and meet their scales at the end, once.
+2. That is what mma.m16n8k16 wants as A. Its depth is the 16 rows of weights. Its 16 rows are two nibbles of each of the
+   eight r, taken from one word of the 16 bytes.
+3. Nibbles become bf16 without a conversion: 0x4300 | n is 128 + n for n below 16, and one instruction makes two. An
+   int8 q is two nibbles: q + 128 = 16 high + low, where the tensor cores add 16 times the high one.
+4. B has x times scale in its columns, one column for each group in the 128 bytes. bf16 alone would leave an error of
+   1e-3, so x times scale is the sum of two bf16, high and low, in two columns.
+5. The zero-point correction, the sum of x scale (128 + zero), is added up beside and taken off at the end.
+
+Of groups along the input B has a column for each group that the program's channels touch: x where the channel is of
+that group, 0 elsewhere. The sums of the groups stay apart and meet their scales at the end, once.
+
+The code is written lane by lane. A tensor has one element for each thread of the program, in order, and an instruction
+of inline assembly works on one register of each.
 """
 
 import triton
@@ -181,8 +191,7 @@ def wanted(sums, first_wanted, second_wanted, J: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def load_step(
-    words, stride, scale, zero, groups_of_row, index, policy,
-    BITS: tl.constexpr, GROUP_K: tl.constexpr, DTYPE: tl.constexpr,
+    words, stride, scale, zero, groups_of_row, index, policy, DTYPE: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """Words, scales and zeros of a lane's four rows, whose addresses for row 0 are words, scale and zero (int64).
 
@@ -193,12 +202,12 @@ def load_step(
     w_0, w_1 = load_weights(address(words, i_0, size), policy), load_weights(address(words, i_1, size), policy)
     w_2, w_3 = load_weights(address(words, i_2, size), policy), load_weights(address(words, i_3, size), policy)
     s, z = index, index
-    if GROUP_K == 0:
+    if META.GROUP_K == 0:
         size = 2 * groups_of_row
         s = (load_scale(address(scale, i_0, size), DTYPE), load_scale(address(scale, i_1, size), DTYPE),
              load_scale(address(scale, i_2, size), DTYPE), load_scale(address(scale, i_3, size), DTYPE))  # fmt: skip
         z = s
-        if BITS == 4:
+        if META.BITS == 4:
             size = groups_of_row
             z = (load_zero(address(zero, i_0, size)), load_zero(address(zero, i_1, size)),
                  load_zero(address(zero, i_2, size)), load_zero(address(zero, i_3, size)))  # fmt: skip
@@ -207,7 +216,7 @@ def load_step(
 
 @triton.jit
 def in_b(value, s, begin, end, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """What a column of B has for an entry of x, given as bits: times scale s, or x if its channel s is of the column's."""
+    """A column of B for an entry of x, given as bits: times scale s, or x itself if its channel s is the column's."""
     x = value.to(tl.float32, bitcast=True)
     if GROUP_K == 0:
         y = x * s
@@ -238,38 +247,40 @@ def whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS: tl.constexpr, J: 
 
 
 @triton.jit
-def of_column(too_much, own, COLUMNS: tl.constexpr):
+def of_column(correction, own, COLUMNS: tl.constexpr):
     """What lanes 4 n have for columns n = own and n = own + COLUMNS of B."""
-    return from_lane(too_much, 4 * own) + from_lane(too_much, 4 * (own + COLUMNS))
+    return from_lane(correction, 4 * own) + from_lane(correction, 4 * (own + COLUMNS))
 
 
 @triton.jit
 def store_sums(
-    sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
-    COLUMNS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, BITS: tl.constexpr,
+    sums_0, sums_1, sums_2, sums_3, correction, p_row, column, end, p_scale, p_zero, K, N, group,
+    COLUMNS: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """Write what the lanes of a warp hold of its columns, from column on, to their places in p_row.
 
     Groups along the input, from number group on, meet their scales here.
     """
-    lane = tl.arange(0, too_much.shape[0])
+    BITS: tl.constexpr = META.BITS
+    GROUP_N: tl.constexpr = META.GROUP_N
+    lane = tl.arange(0, correction.shape[0])
     r, c = lane % 32 // 4, lane % 4
     WORDS: tl.constexpr = GROUP_N * BITS // 32
     w = column * BITS // 32 + 4 * r + c  # after the exchanges a lane has word c of its 16 bytes
     first = w // WORDS * GROUP_N + w % WORDS if BITS == 4 else 4 * w
     for j in tl.static_range(32 // BITS):
         at = first + (j * WORDS if BITS == 4 else j)
-        y = tl.zeros_like(too_much)
-        if GROUP_K == 0:
+        y = tl.zeros_like(correction)
+        if META.GROUP_K == 0:
             own = r * COLUMNS // 8  # the group of a lane's columns
             y = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
-            y -= of_column(too_much, own, COLUMNS) * (1.0 if BITS == 4 else 2304.0)  # 128 + 16 * 128 + 128
+            y -= of_column(correction, own, COLUMNS) * (1.0 if BITS == 4 else 2304.0)  # 128 + 16 * 128 + 128
         else:
             for g in tl.static_range(COLUMNS):
                 own = r * 0 + g
-                scale, zero = load_column_scales(p_scale, p_zero, group + g, K, N, at, end, BITS, GROUP_K)
+                scale, zero = load_column_scales(p_scale, p_zero, group + g, K, N, at, end, META)
                 part = whole_sum(sums_0, sums_1, sums_2, sums_3, own, c, COLUMNS, j, BITS)
-                y += scale * (part - of_column(too_much, own, COLUMNS) * (zero if BITS == 4 else 2304.0))
+                y += scale * (part - of_column(correction, own, COLUMNS) * (zero if BITS == 4 else 2304.0))
         tl.store(p_row + at, y, mask=at < end)
 
 
@@ -288,88 +299,101 @@ def make_b(
 
 
 @triton.jit
-def sum_tiles(
-    p_weight, stride, p_scale, p_zero, N, p_index, value_at, count, first, start, end,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr,
-    ONE_ROW: tl.constexpr,
-):  # fmt: skip
-    """A program's products of B and the weights of the listed channels: 16 sums of each word of a lane, and what is too much.
-
-    value_at: the address (int64) of the first of a lane's four values, of the row of x that its column of B stands for. With
-    ONE_ROW a second set of columns has what bf16 leaves of it. The last result is each warp's first column of weights.
-    """
+def lane_addresses(p_weight, p_scale, p_zero, lane, start, end, COLUMNS: tl.constexpr, META: tl.constexpr):
+    """Each lane's first column of weights in its warp, and addresses (int64) of its words, scale and zero in row 0."""
+    BITS: tl.constexpr = META.BITS
     WARP_N: tl.constexpr = WARP_BYTES * 8 // BITS  # columns of a warp
-    THREADS: tl.constexpr = BLOCK_N // WARP_N * 32
-    tl.static_assert(COLUMNS <= 4)  # B has eight, and each is needed twice
-    dtype: tl.constexpr = p_scale.dtype.element_ty
-    lane = tl.arange(0, THREADS)
-    r, c = lane % 32 // 4, lane % 4
+    r = lane % 32 // 4
     column = start + lane // 32 * WARP_N
     word = tl.minimum((column * BITS // 32) + 4 * r, end * BITS // 32 - 4)
     words = (p_weight + word).to(tl.int64)
-    own = r % COLUMNS  # r is B's column here
-    group = tl.minimum(column // GROUP_N + own, end // GROUP_N - 1)
+    group = tl.minimum(column // META.GROUP_N + r % COLUMNS, end // META.GROUP_N - 1)
     scale = (p_scale + group).to(tl.int64)
     zero = (p_zero + group).to(tl.int64) if BITS == 4 else scale
+    return column, words, scale, zero
+
+
+@triton.jit
+def corrected(correction, b_0, b_1, z, META: tl.constexpr):
+    """correction plus what a lane's two words of B add to it, with z as load_step returns them."""
+    if (META.BITS == 4) & (META.GROUP_K == 0):
+        correction += low_of(b_0) * z[0] + high_of(b_0) * z[1] + low_of(b_1) * z[2] + high_of(b_1) * z[3]
+    else:
+        correction += low_of(b_0) + high_of(b_0) + low_of(b_1) + high_of(b_1)
+    return correction
+
+
+@triton.jit
+def sum_tiles(
+    p_weight, stride, p_scale, p_zero, N, p_index, value_at, count, first, start, end,
+    COLUMNS: tl.constexpr, ONE_ROW: tl.constexpr, META: tl.constexpr,
+):  # fmt: skip
+    """A program's products of B and the weights of the listed channels.
+
+    value_at: the address (int64) of a lane's four values, in the row of x that its column of B stands for. With ONE_ROW
+    a second set of columns has what bf16 leaves of it. Returns 16 sums for each of a lane's four words, the zero-point
+    correction, and each warp's first column of weights.
+    """
+    BITS: tl.constexpr = META.BITS
+    GROUP_K: tl.constexpr = META.GROUP_K
+    tl.static_assert(COLUMNS <= 4)  # B has eight, and each is needed twice
+    dtype: tl.constexpr = p_scale.dtype.element_ty
+    lane = tl.arange(0, META.BLOCK_N * BITS // 32)
+    r, c = lane % 32 // 4, lane % 4
+    column, words, scale, zero = lane_addresses(p_weight, p_scale, p_zero, lane, start, end, COLUMNS, META)
+    own = r % COLUMNS  # r is B's column here
     own_begin = (first // GROUP_K + own) * GROUP_K if GROUP_K else own
     own_end = own_begin + GROUP_K
     is_low = (r >= COLUMNS) & (r < 2 * COLUMNS)
     policy = leave_first(lane)
-    nothing = tl.zeros([THREADS], tl.float32)
+    nothing = tl.zeros([lane.shape[0]], tl.float32)
     sums = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
             nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)  # fmt: skip
     sums_0, sums_1, sums_2, sums_3 = sums, sums, sums, sums
-    too_much = nothing
+    correction = nothing
     index_at = (p_index + 4 * c).to(tl.int64)
     last = tl.cdiv(count, STEP) * STEP
+    groups = N // META.GROUP_N
     index = load_four(index_at)
-    w_0, w_1, w_2, w_3, s, z = load_step(
-        words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
-    )  # fmt: skip
+    w_0, w_1, w_2, w_3, s, z = load_step(words, stride, scale, zero, groups, index, policy, dtype, META)
     value = load_four(value_at)
     index = load_four(index_at + 4 * STEP)
     for i in range(0, count, STEP):
-        n_0, n_1, n_2, n_3, n_s, n_z = load_step(
-            words, stride, scale, zero, N // GROUP_N, index, policy, BITS, GROUP_K, dtype
-        )  # fmt: skip
+        n_0, n_1, n_2, n_3, n_s, n_z = load_step(words, stride, scale, zero, groups, index, policy, dtype, META)
         n_value = load_four(value_at + 4 * (i + STEP))
         index = load_four(index_at + 4 * tl.minimum(i + 2 * STEP, last))
         keep_loads_above()
         b_0, b_1 = make_b(value, s, own_begin, own_end, is_low, GROUP_K, COLUMNS, ONE_ROW)
-        if (BITS == 4) & (GROUP_K == 0):
-            too_much += low_of(b_0) * z[0] + high_of(b_0) * z[1] + low_of(b_1) * z[2] + high_of(b_1) * z[3]
-        else:
-            too_much += low_of(b_0) + high_of(b_0) + low_of(b_1) + high_of(b_1)
+        correction = corrected(correction, b_0, b_1, z, META)
         sums_0 = add_tile(sums_0, w_0[0], w_1[0], w_2[0], w_3[0], b_0, b_1, BITS)
         sums_1 = add_tile(sums_1, w_0[1], w_1[1], w_2[1], w_3[1], b_0, b_1, BITS)
         sums_2 = add_tile(sums_2, w_0[2], w_1[2], w_2[2], w_3[2], b_0, b_1, BITS)
         sums_3 = add_tile(sums_3, w_0[3], w_1[3], w_2[3], w_3[3], b_0, b_1, BITS)
         w_0, w_1, w_2, w_3, s, z, value = n_0, n_1, n_2, n_3, n_s, n_z, n_value
-    too_much += exchange(too_much, 1)
-    too_much += exchange(too_much, 2)  # lanes 4 n + c have the whole of column n
-    return sums_0, sums_1, sums_2, sums_3, too_much, column
+    correction += exchange(correction, 1)
+    correction += exchange(correction, 2)  # lanes 4 n + c have the whole of column n
+    return sums_0, sums_1, sums_2, sums_3, correction, column
 
 
 @triton.jit
 def store_one_row_tensor_core(
     p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_row, first, start, end,
-    BLOCK_N: tl.constexpr, BITS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, SPAN: tl.constexpr,
-    PDL: tl.constexpr,
+    META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As gather_quantized.store_one_row_quantized, for 16-bit scales and steps of 16 rows.
 
     As sum_rows_by_input, too, of channels from first on that touch SPAN groups.
     """
     # Of B, for a row of x: one for each group of channels, or for each in a warp's columns.
-    COLUMNS: tl.constexpr = SPAN if GROUP_K else WARP_BYTES * 8 // BITS // GROUP_N
-    c = tl.arange(0, BLOCK_N * BITS // 32) % 4  # of each lane
-    sums_0, sums_1, sums_2, sums_3, too_much, column = sum_tiles(
+    COLUMNS: tl.constexpr = META.SPAN if META.GROUP_K else WARP_BYTES * 8 // META.BITS // META.GROUP_N
+    c = tl.arange(0, META.BLOCK_N * META.BITS // 32) % 4  # of each lane
+    sums_0, sums_1, sums_2, sums_3, correction, column = sum_tiles(
         p_weight, stride, p_scale, p_zero, N, p_index, (p_value + 4 * c).to(tl.int64), count, first, start, end,
-        BLOCK_N, BITS, GROUP_N, GROUP_K, COLUMNS, True,
+        COLUMNS, True, META,
     )  # fmt: skip
     let_next_start(PDL)
-    group = first // GROUP_K if GROUP_K else 0
+    group = first // META.GROUP_K if META.GROUP_K else 0
     store_sums(
-        sums_0, sums_1, sums_2, sums_3, too_much, p_row, column, end, p_scale, p_zero, K, N, group,
-        COLUMNS, GROUP_N, GROUP_K, BITS,
+        sums_0, sums_1, sums_2, sums_3, correction, p_row, column, end, p_scale, p_zero, K, N, group,
+        COLUMNS, META,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def _tile(weight: Weight, B: int) -> GemvTile:
 
 
 def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
-    """(neighbouring channels a program owns, programs that share the channels): a single run of groups along the input."""
+    """(neighbouring channels a program owns, splits): a single run to a program of groups along the input."""
     if not weight.by_input:
         return RUN, tile.splits
     K = int(weight.values.shape[0])
@@ -58,7 +58,7 @@ def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
 
 
 def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
-    """Raise ValueError unless weight [K, N], thresholds fp32 [J] or [J, K] and segments fit a product with [B, K]."""
+    """Raise ValueError unless weight [K, N], thresholds fp32 [J] and segments fit a product with [B, K]."""
     values = weight.values
     if weight.scales is not None:
         check_quantized(weight, K, segments)
@@ -71,77 +71,94 @@ def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, 
     if not 1 <= len(segments) <= 3 or sum(segments) != weight.N or min(segments) < 1:
         raise ValueError(f"segments {segments} do not cut {weight.N} columns into 1 to 3 parts")
     J = len(segments)
-    if thresholds.dtype != torch.float32 or thresholds.shape not in ((J,), (J, K)):
-        raise ValueError(
-            f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 [{J}] or {[J, K]}"
-        )
+    if thresholds.dtype != torch.float32 or thresholds.shape != (J,) or not thresholds.is_contiguous():
+        raise ValueError(f"thresholds are {thresholds.dtype} {tuple(thresholds.shape)}: expected fp32 [{J}]")
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"{B} rows: expected 1 to {MAX_ROWS}")
     if thresholds.device != values.device:
         raise ValueError(f"thresholds are on {thresholds.device} and weight on {values.device}: expected the same")
 
 
+@dataclass(frozen=True, slots=True)
+class GemvMeta:
+    """What a sparse GEMV kernel is compiled for, passed as one tl.constexpr and read by attribute.
+
+    Fields only: Triton's cache key holds their values, and would not see a change of a property's code.
+    """
+
+    R: int  # entries a program can list, padding included
+    BLOCK_R: int  # channels it owns, rounded up to a power of two
+    SPLITS: int  # programs among which the channels of a column block are dealt out
+    BLOCK_B: int  # rows of x: 1, or 8 for several
+    LANES: int  # rows of weights its threads cover at once
+    UNROLL: int  # such rows in flight in each thread
+    BLOCK_N: int  # columns of a program
+    EVEN_N: bool  # whether every segment is whole blocks: no masks
+    BITS: int  # of a weight, 16 for any floats
+    GROUP_N: int  # columns packed together
+    GROUP_K: int  # channels to a scale, of groups along the input; 0 of others
+    RUN: int  # neighbouring channels that a program owns
+    SPAN: int  # groups of GROUP_K channels that its single run touches at most
+    ALIGNED: bool  # whether rows and segments begin at multiples of 16 columns
+    DTYPE: tl.dtype  # of x and the scales
+    TENSOR_CORE: bool  # whether gather_tensor_core.py and gather_tensor_core_rows.py take it
+
+
 @dataclass(slots=True)
 class GemvLaunch:
     """Everything a sparse GEMV kernel takes beside its own inputs, for B rows of x and weight [K, N]."""
 
-    tile: GemvTile
     partials: Tensor  # fp32 [splits, B, N]
     grid: tuple[int, int]
-    args: tuple
-    meta: dict
+    args: tuple  # of every sparse GEMV kernel, in their order
+    meta: GemvMeta
+    options: dict  # PDL, and Triton's own
 
 
 def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, tile: GemvTile | None) -> GemvLaunch:
     """Tile, scratch, outputs and common arguments of a launch."""
     K, N, device = weight.values.shape[0], weight.N, weight.values.device
     tile = tile or _tile(weight, B)
+    values = weight.values.view(torch.int32) if weight.bits == 8 else weight.values  # read as words of four
+    meta = _meta(weight, segments, values.stride(0), B, tile)
+    blocks = sum(triton.cdiv(n, tile.block_n) for n in segments)
+    programs = blocks * meta.SPLITS
+    partials = torch.empty(meta.SPLITS, B, N, dtype=torch.float32, device=device)
+    index = torch.empty(programs, meta.R, dtype=torch.int32, device=device)
+    value = torch.empty(programs, B, meta.R, dtype=torch.float32, device=device)
+    weights = (values, values.stride(0), weight.scales, weight.zeros)
+    args = (*weights, thresholds, index, value, partials, B, K, N, *(*segments, 0, 0)[:3])
+    options = launch_options(device, tile.num_warps)
+    if meta.TENSOR_CORE:
+        options |= register_limit(weight.by_input, B, programs, device)
+    return GemvLaunch(partials, (blocks, meta.SPLITS), args, meta, options)
+
+
+def _meta(weight: Weight, segments: list[int], stride: int, B: int, tile: GemvTile) -> GemvMeta:
+    """What the kernels are compiled for; stride: between rows of weights. Raises ValueError for a bad tile."""
     if (B > 1 or weight.by_input) and tile.lanes * tile.unroll < 16:
         raise ValueError(f"{tile}: lanes * unroll must be at least 16, a tensor core's depth")
     if tile.block_n < weight.group_size:
         raise ValueError(f"{tile}: block_n must be at least the group size {weight.group_size}")
     run, splits = _run_and_splits(weight, B, tile)
-    owned = triton.cdiv(triton.cdiv(K, run), splits) * run
-    capacity = triton.cdiv(owned, RUN) * RUN + 2 * tile.lanes * tile.unroll  # lists are read 16 bytes at a time
-    blocks = sum(triton.cdiv(n, tile.block_n) for n in segments)
-    partials = torch.empty(splits, B, N, dtype=torch.float32, device=device)
-    programs = blocks * splits
-    index = torch.empty(programs, capacity, dtype=torch.int32, device=device)
-    value = torch.empty(programs, B, capacity, dtype=torch.float32, device=device)
-    widths = (*segments, 0, 0)[:3]
-    if thresholds.dim() == 1:
-        thresholds = thresholds[:, None].expand(-1, K)
-    values = weight.values.view(torch.int32) if weight.bits == 8 else weight.values  # read as words of four
-    aligned = all(n % 16 == 0 for n in segments) and values.stride(0) % 16 == 0
-    weights = (values, values.stride(0), weight.scales, weight.zeros)
-    tensor_core = _takes_tensor_core(weight, B, tile)
-    options = launch_options(device, tile.num_warps)
-    if tensor_core:
-        options |= register_limit(weight.by_input, B, programs, device)
-    return GemvLaunch(
-        tile,
-        partials,
-        (blocks, splits),
-        (*weights, thresholds, *thresholds.stride(), index, value, partials, B, K, N, *widths),
-        {
-            "R": capacity,
-            "BLOCK_R": triton.next_power_of_2(owned),
-            "SPLITS": splits,
-            "BLOCK_B": 1 if B == 1 else 8,
-            "LANES": tile.lanes,
-            "UNROLL": tile.unroll,
-            "BLOCK_N": tile.block_n,
-            "EVEN_N": all(n % tile.block_n == 0 for n in segments),
-            "BITS": weight.bits,
-            "GROUP_N": weight.group_size,
-            "GROUP_K": weight.channels,
-            "RUN": run,
-            "SPAN": _span(weight.channels, run),
-            "ALIGNED": aligned,
-            "DTYPE": TRITON_DTYPES[weight.dtype],
-            "TENSOR_CORE": tensor_core,
-            **options,
-        },
+    owned = triton.cdiv(triton.cdiv(weight.values.shape[0], run), splits) * run
+    return GemvMeta(
+        R=triton.cdiv(owned, RUN) * RUN + 2 * tile.lanes * tile.unroll,  # lists are read 16 bytes at a time
+        BLOCK_R=triton.next_power_of_2(owned),
+        SPLITS=splits,
+        BLOCK_B=1 if B == 1 else 8,
+        LANES=tile.lanes,
+        UNROLL=tile.unroll,
+        BLOCK_N=tile.block_n,
+        EVEN_N=all(n % tile.block_n == 0 for n in segments),
+        BITS=weight.bits,
+        GROUP_N=weight.group_size,
+        GROUP_K=weight.channels,
+        RUN=run,
+        SPAN=_span(weight.channels, run),
+        ALIGNED=all(n % 16 == 0 for n in segments) and stride % 16 == 0,
+        DTYPE=TRITON_DTYPES[weight.dtype],
+        TENSOR_CORE=_takes_tensor_core(weight, B, tile),
     )
 
 
@@ -183,7 +200,7 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 
 def launch_options(device: torch.device, num_warps: int) -> dict:
-    """Triton's options: dependent launch where there is such, and multiply-adds, which Triton 3.10 must be asked for."""
+    """Triton's options: dependent launch where there is such, and multiply-adds, which Triton 3.10 wants asked for."""
     pdl = has_dependent_launch(device)
     options = {"PDL": pdl, "num_warps": num_warps, "enable_fp_fusion": True}
     return options | ({"launch_pdl": True} if pdl else {})

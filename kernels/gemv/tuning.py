@@ -37,9 +37,9 @@ class GemvTile:
 
 
 H100 = "NVIDIA H100 80GB HBM3"
-# (device name, bits of a weight, K, N) -> tile for one row of 16-bit x, fastest at 50% sparsity with cold weights on that
-# device. For floats lanes 1 everywhere: threads side by side over columns need no sum across warps at the end, which
-# cost 1.5 us. Wider blocks need fewer programs, whose start and end cost about 1 us per program on a multiprocessor.
+# (device name, bits of a weight, K, N) -> tile for one row of 16-bit x, fastest at 50% sparsity with cold weights on
+# that device. For floats lanes 1 everywhere: threads side by side over columns need no sum across warps at the end,
+# which cost 1.5 us. Wider blocks need fewer programs, whose start and end cost about 1 us each on a multiprocessor.
 # For integers the times are those of a layer of Llama-3-8B: programs that just fill the places there are, three for
 # each of 132 multiprocessors, win (14 splits of gate and up 49.1 us, 19 splits 54.5); fewer where the next kernel adds.
 TILES: dict[tuple[str, int, int, int], GemvTile] = {
@@ -52,12 +52,12 @@ TILES: dict[tuple[str, int, int, int], GemvTile] = {
 }
 INTERPRETED_MULTIPROCESSORS = 4  # programs run one after the other there: few suffice
 QUANTIZED_PROGRAMS = 3  # for each multiprocessor: what the registers of gather_tensor_core.py leave room for
-# With groups along the input a few registers less are enough for a fourth. More programs than three a multiprocessor then
-# run at once: gate and up of Llama-3-8B at 50% 19.0 us with this limit, 23.6 without; down 11.5 and 14.6.
+# With groups along the input a few registers less are enough for a fourth. More programs than three a multiprocessor
+# then run at once: gate and up of Llama-3-8B at 50% 19.0 us with this limit, 23.6 without; down 11.5 and 14.6.
 FOUR_PROGRAMS_REGISTERS = 128
-# For several rows and groups along the output three programs need a limit: four rows of gate and up 35.9 us instead of 49.2.
+# For several rows and groups along the output three programs need a limit: four rows of gate and up 35.9 us, not 49.2.
 THREE_PROGRAMS_REGISTERS = 168
-FULL_ENOUGH = 0.8  # a share of the places
+FULL_ENOUGH = 0.8  # of the places
 PROGRAMS_PER_MULTIPROCESSOR = 2  # within 4% of the fastest for each of the shapes above, with block_n 1024
 MAX_BLOCK_N = 1024
 MAX_GROUP = max(GROUP_SIZES)  # a block holds whole groups of quantized weights

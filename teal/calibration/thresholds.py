@@ -43,11 +43,10 @@ Layer = dict[str, ProjectionPlan]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to calibrate: sparsities to reach, how to spread them, what the threshold is compared with."""
+    """What to calibrate: sparsities to reach, and how to spread them."""
 
     targets: tuple[float, ...]
     method: str = "uniform"
-    criterion: str = "magnitude"
     step: float = 0.05
 
     def __post_init__(self) -> None:
@@ -159,7 +158,7 @@ def calibrate(
         sparsify_block(stages.block, dict.fromkeys(stages.sizes, 0.0))
         if i < len(done):
             blocks.append(done[i])
-            pass_on(stages, streams, done[i], settings.criterion)
+            pass_on(stages, streams, done[i])
         else:
             layers, found = calibrate_block(stages, streams, dense, settings)
             blocks.append(layers)
@@ -170,7 +169,7 @@ def calibrate(
             dense = dense.map(stages.forward)
     fields = config_fields(model.config)
     plans = [
-        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts, weights)
+        SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), facts, weights)
         for j, t in enumerate(settings.targets)
     ]
     if save is not None:
@@ -180,15 +179,15 @@ def calibrate(
     return plans
 
 
-def use_layer(block: Block, layer: Layer, criterion: str) -> None:
+def use_layer(block: Block, layer: Layer) -> None:
     """Give a block the thresholds of a plan's layer."""
-    sparsify_block(block, {n: p.threshold for n, p in layer.items()}, criterion)
+    sparsify_block(block, {n: p.threshold for n, p in layer.items()})
 
 
-def pass_on(stages: BlockStages, streams: list[Stream], layers: list[Layer], criterion: str) -> None:
+def pass_on(stages: BlockStages, streams: list[Stream], layers: list[Layer]) -> None:
     """Replace each stream, one a target, by what the block makes of it with the thresholds of that target."""
     for j, layer in enumerate(layers):
-        use_layer(stages.block, layer, criterion)
+        use_layer(stages.block, layer)
         with sparse_prefill(stages.model):
             streams[j] = streams[j].map(stages.forward)
 
@@ -220,15 +219,15 @@ def set_thresholds(
     """
     seen: dict[str, Histogram] = {}
     layer = {name: ProjectionPlan(p, 0.0) for name, p in wanted.items()}
-    use_layer(stages.block, layer, settings.criterion)
+    use_layer(stages.block, layer)
 
     def fix(p: Projection, x: Stream) -> Stream:
         inputs = stages.inputs(p, x)
-        found = histograms(stages.block.get_submodule(p.module), inputs, settings.criterion)
+        found = histograms(stages.block.get_submodule(p.module), inputs)
         seen.update(found)
         for name, histogram in found.items():
             layer[name] = ProjectionPlan(wanted[name], histogram.quantile(wanted[name]))
-        use_layer(stages.block, layer, settings.criterion)
+        use_layer(stages.block, layer)
         return stages.after(p, x, inputs)
 
     with sparse_prefill(stages.model):
@@ -237,20 +236,13 @@ def set_thresholds(
     return layer, seen, x
 
 
-def histograms(module: nn.Module, inputs: Stream, criterion: str) -> dict[str, Histogram]:
-    """For each projection stacked in module, the histogram of what its threshold is compared with."""
+def histograms(module: nn.Module, inputs: Stream) -> dict[str, Histogram]:
+    """For each projection stacked in module, the histogram of their common input."""
     assert isinstance(module, SparseLinear)
-    if criterion == "magnitude":
-        shared = Histogram()
-        for part in inputs.parts:
-            shared.add(part)
-        return dict.fromkeys(module.names, shared)
-    result = {name: Histogram() for name in module.names}
-    norms = module.relative_norms
+    shared = Histogram()
     for part in inputs.parts:
-        for histogram, norm in zip(result.values(), norms, strict=True):
-            histogram.add(part.to(norm.device).float() * norm)
-    return result
+        shared.add(part)
+    return dict.fromkeys(module.names, shared)
 
 
 def allocate(stages: BlockStages, dense: Stream, settings: Settings) -> list[dict[str, float]]:
@@ -260,7 +252,7 @@ def allocate(stages: BlockStages, dense: Stream, settings: Settings) -> list[dic
     x = dense
     for p in stages.projections:
         inputs = stages.inputs(p, x)
-        seen |= histograms(block.get_submodule(p.module), inputs, settings.criterion)
+        seen |= histograms(block.get_submodule(p.module), inputs)
         x = stages.after(p, x, inputs)
     length = min(GREEDY_LENGTH, dense.parts[0].shape[1])
     short_x = torch.cat([part[:, :length] for part in dense.parts[:GREEDY_SEQUENCES]]).to(stages.device)
@@ -269,7 +261,7 @@ def allocate(stages: BlockStages, dense: Stream, settings: Settings) -> list[dic
 
     def error(sparsities: dict[str, float]) -> float:
         layer = {n: ProjectionPlan(p, seen[n].quantile(p)) for n, p in sparsities.items()}
-        use_layer(block, layer, settings.criterion)
+        use_layer(block, layer)
         with sparse_prefill(model):
             return float((short.forward(short_x) - expected).float().norm())
 
@@ -281,7 +273,7 @@ def allocate(stages: BlockStages, dense: Stream, settings: Settings) -> list[dic
 def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
     tokens = text_hash(",".join(map(str, sequences.flatten().tolist())))
     weights = sum(float(p.detach().float().abs().sum()) for p in model.blocks[0].parameters())
-    settings_key = [list(settings.targets), settings.method, settings.criterion, settings.step]
+    settings_key = [list(settings.targets), settings.method, settings.step]
     return {
         "model": config_fields(model.config),
         "weights": weights,

@@ -30,7 +30,7 @@ def plot_sparsities(plan: SparsityPlan, path: Path) -> None:
         image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("layer")
-        axes.set_title(f"{plan.method}, {plan.criterion}, target {plan.target:g}")
+        axes.set_title(f"{plan.method}, target {plan.target:g}")
         figure.colorbar(image, label="sparsity")
 
     _save(draw, path)

@@ -22,7 +22,6 @@ from teal.errors import UserError
 from teal.model import KVCache, Transformer
 from teal.plan import SparsityPlan
 from teal.teal_layers import (
-    SparseLinear,
     achieved_sparsity,
     set_counting,
     sparse_prefill,
@@ -49,16 +48,13 @@ def all_plans(plan: SparsityPlan) -> list[float]:
     return [p.threshold for layer in plan.layers for p in layer.values()]
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wina"])
 @pytest.mark.parametrize("method", ["uniform", "greedy"])
-def test_achieved_sparsity_is_the_planned_one(
-    method: str, criterion: str, model: Transformer, sequences: Tensor
-) -> None:
+def test_achieved_sparsity_is_the_planned_one(method: str, model: Transformer, sequences: Tensor) -> None:
     """On the calibration tokens themselves, since thresholds are set on what the sparse model really computes."""
     targets = (0.3, 0.6)
-    settings = Settings(targets, method, criterion)
+    settings = Settings(targets, method)
     for target, plan in zip(targets, calibrate(model, sequences, settings, FACTS), strict=True):
-        assert (plan.method, plan.criterion, plan.target) == (method, criterion, target)
+        assert (plan.method, plan.target) == (method, target)
         sparsify(model, plan)
         for layer, seen in zip(plan.layers, measure_sparsity(model, sequences), strict=True):
             for name in PROJECTIONS:
@@ -155,26 +151,11 @@ def load_dense_errors(model: Transformer, sequences: Tensor, plans: dict[str, Sp
         stages = BlockStages(model, i, sequences.shape[1])
         expected = stages.forward(x)
         for name, plan in plans.items():
-            use_layer(block, plan.layers[i], plan.criterion)
+            use_layer(block, plan.layers[i])
             with sparse_prefill(model):
                 errors[name].append(relative_error(stages.forward(x), expected))
         x = expected
     return errors
-
-
-def test_wina_scores_are_magnitude_times_norm(model: Transformer, sequences: Tensor) -> None:
-    """A dropped entry has |x| times the relative norm of its weights below the threshold; a kept one has not."""
-    [plan] = calibrate(model, sequences, Settings((0.5,), "uniform", "wina"), FACTS)
-    sparsify(model, plan)
-    module = model.blocks[0].attention.wqkv
-    norms = torch.stack([w.norm(dim=1) for w in module.weight.split(module.sizes, dim=1)])
-    norms = norms / norms.mean(dim=1, keepdim=True)
-    x = torch.randn(1, module.weight.shape[0])
-    for j, name in enumerate(("q", "k", "v")):
-        keep = x.abs() * norms[j] >= plan.layers[0][name].threshold
-        assert isinstance(module, SparseLinear)
-        limits = module.thresholds[j]
-        assert torch.equal(x.abs() >= limits, keep)
 
 
 def test_seen_histograms_explain_the_thresholds(model: Transformer, sequences: Tensor) -> None:
@@ -220,7 +201,7 @@ def test_share_of_sparse_tokens(model: Transformer, sequences: Tensor) -> None:
     assert relative_error(logits(), dense) <= 1e-5
 
 
-@pytest.mark.parametrize("arguments", [((1.0,),), ((0.5,), "best"), ((0.5,), "uniform", "magnitude", 0.0)])
+@pytest.mark.parametrize("arguments", [((1.0,),), ((0.5,), "best"), ((0.5,), "uniform", 0.0)])
 def test_impossible_settings_are_refused(arguments: tuple) -> None:
     with pytest.raises(UserError):
         Settings(*arguments)

@@ -69,7 +69,7 @@ def test_extremes() -> None:
 @pytest.fixture
 def plan() -> SparsityPlan:
     layer = {name: ProjectionPlan(0.5, 0.1 * i) for i, name in enumerate(PROJECTIONS)}
-    return SparsityPlan(config_fields(CONFIG), "uniform", 0.5, (layer, layer), "wina", {"text": "x"})
+    return SparsityPlan(config_fields(CONFIG), "uniform", 0.5, (layer, layer), {"text": "x"})
 
 
 def test_plan_survives_the_disk(plan: SparsityPlan, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_plan_survives_the_disk(plan: SparsityPlan, tmp_path: Path) -> None:
         ({"layers": 3}, "malformed"),
         ({"layers": [{"q": {"sparsity": 0.5, "threshold": math.nan}}]}, "nan"),
         ({"target": 2.0}, "2.0"),
-        ({"criterion": "luck"}, "luck"),
+        ({"criterion": "wina"}, "criterion 'wina' is not supported"),
     ],
 )
 def test_bad_plans_are_refused(edit: dict, fragment: str, plan: SparsityPlan, tmp_path: Path) -> None:
@@ -101,6 +101,14 @@ def test_bad_plans_are_refused(edit: dict, fragment: str, plan: SparsityPlan, tm
     with pytest.raises(UserError, match=r"plan .*plan\.json") as error:
         load_fitting_plan(path, CONFIG)
     assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_older_plan_that_names_its_criterion_loads(version: int, plan: SparsityPlan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version, "criterion": "magnitude"}))
+    assert SparsityPlan.load(path) == plan
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]"])

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,10 @@ def test_a_switch_sets_what_sparsify_sets_in_tensors_that_stay(tiny_folder: Path
     engine, other = load(tiny_folder), load(tiny_folder)
     assert engine.loaded is not None and engine.plan is not None
     plans = [engine.plan, choose_plan(engine.loaded, 0.0, None)]
-    for target, criterion in ((0.3, "magnitude"), (0.3, "wina"), (0.6, "wina")):
+    for target, factor in ((0.3, 1.0), (0.3, 2.0), (0.6, 2.0)):  # a q apart from k and v is a segment of its own
         base = choose_plan(engine.loaded, target, None)
-        plans.append(SparsityPlan(base.model, base.method, base.target, base.layers, criterion))
+        layers = tuple(p | {"q": replace(p["q"], threshold=factor * p["q"].threshold)} for p in base.layers)
+        plans.append(replace(base, layers=layers))
     modules = [[module for layer in sparse_layers(e.model) for module in layer] for e in (engine, other)]
     tensors: dict[int, list[int]] = {}
     switch = PlanSwitch(engine.model)

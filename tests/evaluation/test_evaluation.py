@@ -205,7 +205,7 @@ def test_calibrate_then_evaluate_and_show(call: InvokeMain, model_options: tuple
 
 
 def test_a_grid_is_calibrated_and_cached(call: InvokeMain, model_options: tuple[str, ...], tmp_path: Path) -> None:
-    grid = ("--sparsity", "0.2,0.5", "--method", "uniform,wina-greedy", "--policy", "decode,half", "--tokens", "120")
+    grid = ("--sparsity", "0.2,0.5", "--method", "uniform,greedy", "--policy", "decode,half", "--tokens", "120")
     text = model_options[7]
     arguments = (*model_options, *grid, "--calibration-text", text, "--window", "60", "--stride", "30")
     code, out, err = call(evaluate_cli.main, *arguments, "--json")

@@ -1,65 +1,36 @@
 """The Triton kernels of a decode step against their fp32 definitions; interpreted on a CPU, real on CUDA."""
 
-import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from teal.errors import UserError
 from teal.kernels import attention_gemv as attention_gemv_file
 from teal.kernels import norm_gemv as norm_gemv_file
 from teal.kernels import silu_gemv as silu_gemv_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
 from teal.kernels.argmax import argmax_step
 from teal.kernels.attention_gemv import attention_gemv
-from teal.kernels.formats.kv_int8 import pack_int8, packed_width, unpack_int8
-from teal.kernels.formats.packing import Weight
-from teal.kernels.gemv import tuning
-from teal.kernels.gemv.tuning import GemvTile, default_tile, gemv_tile
+from teal.kernels.gemv.tuning import GemvTile
 from teal.kernels.norm_gemv import norm_gemv
 from teal.kernels.reduce_partials import reduce_partials
 from teal.kernels.reference import (
-    attention_reference,
     rms_norm_reference,
-    rope_reference,
     silu_reference,
 )
-from teal.kernels.rope_attention import rope_attention, shares_for
+from teal.kernels.rope_attention import rope_attention
 from teal.kernels.silu_gemv import silu_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from tests.conftest import ROOT, relative_error
+from tests.products import DEVICE, DTYPES, FP32_SUMS, boundary_error, close, make, reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-FP32_SUMS = 1e-6  # relative error of partial sums: products are exact, sums are fp32
 # (K, segments): one channel, odd sizes, three segments, more columns than a block, the default model's shapes
 SHAPES = [(1, [1]), (31, [64]), (64, [31, 1, 7]), (97, [130]), (576, [96, 32, 32]), (300, [70, 50])]
 TILES = {1: [GemvTile(64, 1, 4, 3, 2), GemvTile(32, 2, 2, 1, 1)], 4: [GemvTile(64, 4, 4, 3, 4)]}
-
-
-def make(B: int, K: int, segments: list[int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(B, K, generator=generator).to(DEVICE, dtype)
-    weight = torch.randn(K, sum(segments), generator=generator).to(DEVICE, dtype)
-    thresholds = torch.linspace(0.3, 0.9, len(segments)).to(DEVICE)
-    return x, weight, thresholds
-
-
-def close(partials: Tensor, expected: Tensor, name: str, tolerance: float = FP32_SUMS) -> None:
-    actual = partials.double().sum(0)
-    assert actual.shape == expected.shape, name
-    if expected.double().norm() == 0:
-        assert actual.abs().max() == 0, name
-    else:
-        assert relative_error(actual, expected) <= tolerance, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,15 +41,7 @@ def test_sparse_gemv(K: int, segments: list[int], B: int, dtype: torch.dtype) ->
     expected = reference(x, weight, thresholds, segments)
     close(sparse_gemv(x, weight, thresholds, segments), expected, "rule's tile")
     for tile in TILES[1 if B == 1 else 4]:
-        close(sparse_gemv_file.launch(x, Weight(weight), thresholds, segments, tile), expected, str(tile))
-
-
-def reference(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> Tensor:
-    """sparse_linear_reference with fp64 sums, so that only the kernel's rounding counts."""
-    parts = []
-    for threshold, columns in zip(thresholds.to(x.dtype), weight.double().split(segments, dim=1), strict=True):
-        parts.append(torch.where(x.abs() < threshold, 0, x).double() @ columns)
-    return torch.cat(parts, dim=1)
+        close(sparse_gemv_file.launch(x, weight, thresholds, segments, tile=tile), expected, str(tile))
 
 
 @pytest.mark.parametrize("threshold,kept", [(0.0, "all"), (math.inf, "none")])
@@ -111,13 +74,6 @@ def test_nan_and_infinity_stay_visible(value: float, B: int) -> None:
     assert not y[-1].isfinite().any()
 
 
-@pytest.mark.parametrize("B", [1, 4])
-def test_thresholds_of_each_channel(B: int) -> None:
-    x, weight, _ = make(B, 200, [64, 32], torch.bfloat16)
-    limits = torch.rand(2, 200, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    close(sparse_gemv(x, weight, limits, [64, 32]), reference(x, weight, limits, [64, 32]), "per channel")
-
-
 def test_rows_of_a_wider_weight() -> None:
     x, weight, limits = make(1, 64, [48], torch.bfloat16)
     wide = torch.full((64, 80), math.nan, dtype=torch.bfloat16, device=DEVICE)
@@ -140,15 +96,6 @@ def test_norm_gemv(
     actual = norm_gemv(x, norm, 1e-5, weight, thresholds, segments)
     tolerance = max(FP32_SUMS, boundary_error(normed, weight, thresholds, segments))
     close(actual, reference(normed, weight, thresholds, segments), "norm", tolerance)
-
-
-def boundary_error(x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int]) -> float:
-    """How much the product moves if every entry is rounded once more: what one unit in the last place can change."""
-    step = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-22}[x.dtype]
-    base = reference(x, weight, thresholds, segments)
-    moved = reference(x, weight, thresholds * (1 + step), segments)
-    rounding = step * reference(x, weight, thresholds, segments).norm() / 8
-    return float(((base - moved).norm() + rounding) / base.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,7 +128,7 @@ def test_reduce_partials(B: int, N: int, splits: int, dtype: torch.dtype, bias: 
     expected = expected if r is None else expected.to(dtype).double() + r.double()
     actual = reduce_partials(parts, dtype, b, r)
     tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
-    assert actual.dtype == dtype and relative_error(actual, expected) <= tolerance
+    assert actual.dtype == dtype and relative_error(actual, expected) <= tolerance, "sum of partials"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -197,118 +144,6 @@ def test_argmax_step(B: int, V: int, dtype: torch.dtype) -> None:
     logits[-1] = -math.inf if B > 1 else logits[-1]
     argmax_step(logits, token, position)
     assert token[0] == V // 2 and (B == 1 or token[-1] == 0)
-
-
-def combined(shares: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Attention's output [B, H, D] in fp64 from its shares."""
-    sums, largest, weights = (t.double() for t in shares)
-    factor = (largest - largest.amax(-1, keepdim=True)).exp()
-    return (sums * factor[..., None]).sum(2) / (weights * factor).sum(2)[..., None]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("bias,norm", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("B,H,KV,D,window", [(1, 4, 2, 16, 0), (3, 6, 2, 12, 5), (8, 2, 2, 64, 0), (2, 8, 1, 64, 70)])
-def test_rope_attention(
-    B: int, H: int, KV: int, D: int, window: int, bias: bool, norm: bool, dtype: torch.dtype
-) -> None:
-    """Keys and values land in the cache where they belong; the shares are attention over it, where NaN waits beyond."""
-    generator = torch.Generator().manual_seed(0)
-    N, S = (H + 2 * KV) * D, 140
-    parts = torch.randn(3, B, N, generator=generator).to(DEVICE)
-    b = torch.randn(N, generator=generator).to(DEVICE, dtype) if bias else None
-    norms = [torch.rand(D, generator=generator).to(DEVICE, dtype) + 0.5 if norm else None for _ in range(2)]
-    angles = torch.randn(B, 1, 1, D // 2, generator=generator).to(DEVICE)
-    positions = torch.tensor([[100], [0], [37], [1], [64], [65], [2], [139]][:B], device=DEVICE)
-    k, v = (torch.randn(2, B, KV, S, D, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    for row, position in enumerate(positions[:, 0].tolist()):
-        for cache in (k, v):
-            cache[:, row, :, position:] = math.nan
-    untouched = k[0].clone(), v[0].clone()
-    cosine, sine = angles.cos(), angles.sin()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()  # what the kernel reads early must be older than the kernel before it
-    shares = rope_attention(parts, b, *norms, 1e-6, cosine, sine, positions, k[1], v[1], H, window, dtype)
-    linear = (parts.double().sum(0) + (0 if b is None else b.double())).to(dtype)
-    heads = [part.view(B, -1, D) for part in linear.split((H * D, KV * D, KV * D), dim=1)]
-    if norm:
-        heads[:2] = [rms_norm_reference(h, w, 1e-6) for h, w in zip(heads, norms, strict=False) if w is not None]
-    cos, sin = angles.cos().view(B, -1), angles.sin().view(B, -1)
-    q, *expected = rope_reference(heads[0], cos, sin), rope_reference(heads[1], cos, sin), heads[2]
-    tolerance = 6e-3 if dtype == torch.bfloat16 else 2e-6
-    rows = torch.arange(B, device=DEVICE)
-    for cache, value, before, name in zip((k, v), expected, untouched, "kv", strict=True):
-        assert relative_error(cache[1][rows, :, positions[:, 0]], value) <= tolerance, name
-        assert torch.equal(cache[0].nan_to_num(7.0), before.nan_to_num(7.0)), f"{name} of another layer was written"
-        beyond = torch.arange(S, device=DEVICE) > positions  # [B, S]
-        assert cache[1].isnan().all(-1).equal(beyond[:, None].expand(B, KV, S)), f"{name} was written elsewhere"
-    output = attention_reference(q, k[1].nan_to_num(0), v[1].nan_to_num(0), positions, window)
-    assert relative_error(combined(shares), output) <= tolerance
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B,H,KV,D,window", [(1, 4, 2, 16, 0), (3, 6, 2, 12, 5), (2, 8, 1, 64, 70)])
-def test_rope_attention_over_a_cache_in_8_bits(
-    B: int, H: int, KV: int, D: int, window: int, dtype: torch.dtype
-) -> None:
-    """The new vectors are packed as pack_int8 packs them, and attention is that over what the cache gives back."""
-    generator = torch.Generator().manual_seed(0)
-    parts = torch.randn(3, B, (H + 2 * KV) * D, generator=generator).to(DEVICE)
-    parts[:, -1, -D:] = 0.0  # a value of zeros
-    angles = torch.randn(B, 1, 1, D // 2, generator=generator).to(DEVICE)
-    positions = torch.tensor([[100], [0], [37]][:B], device=DEVICE)
-    k, v = (torch.randn(B, KV, 140, D, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    for row, position in enumerate(positions[:, 0].tolist()):
-        k[row, :, position:] = v[row, :, position:] = math.nan
-    packed = [pack_int8(k), pack_int8(v)]
-    before = [t.clone() for t in packed]
-    cosine, sine = angles.cos(), angles.sin()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    shares = rope_attention(parts, None, None, None, 1e-6, cosine, sine, positions, *packed, H, window, dtype)
-    heads = [part.view(B, -1, D) for part in parts.double().sum(0).to(dtype).split((H * D, KV * D, KV * D), dim=1)]
-    q, key = (rope_reference(heads[i], angles.cos().view(B, -1), angles.sin().view(B, -1)) for i in (0, 1))
-    rows = torch.arange(B, device=DEVICE)
-    caches = [unpack_int8(t, D, dtype) for t in packed]
-    for cache, value, new, old in zip(caches, (key, heads[2]), packed, before, strict=True):
-        wanted = unpack_int8(pack_int8(value.to(dtype)), D, torch.float64)
-        assert relative_error(cache[rows, :, positions[:, 0]], wanted) <= 5e-3  # a byte may be rounded the other way
-        changed = (new != old).any(-1).any(1)
-        assert changed.nonzero().tolist() == [[row, int(p)] for row, p in enumerate(positions)]
-    finite_k, finite_v = (cache.nan_to_num(0) for cache in caches)
-    output = attention_reference(q, finite_k, finite_v, positions, window)
-    assert relative_error(combined(shares), output) <= (6e-3 if dtype == torch.bfloat16 else 1e-3)
-
-
-def test_a_nan_shows_in_a_cache_in_8_bits() -> None:
-    for bad in (math.nan, math.inf):
-        parts, angles = torch.ones(1, 1, 4 * 16, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
-        parts[0, 0, -1] = bad
-        assert unpack_int8(pack_int8(parts[0]), 64, torch.float32).isnan().all()
-        k, v = (torch.zeros(1, 1, 8, packed_width(16), dtype=torch.int8, device=DEVICE) for _ in range(2))
-        positions = torch.full((1, 1), 3, device=DEVICE)
-        rope_attention(parts, None, None, None, 1e-6, angles, angles, positions, k, v, 2, 0, torch.float32)
-        assert unpack_int8(v, 16, torch.float32)[0, 0, 3].isnan().all()
-        assert unpack_int8(k, 16, torch.float32).isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("B", [1, 3])
-def test_attention_gemv(B: int, dtype: torch.dtype) -> None:
-    H, D, count = 4, 24, 5
-    generator = torch.Generator().manual_seed(0)
-    sums = torch.randn(B, H, count, D, generator=generator).to(DEVICE)
-    largest = 3 * torch.randn(B, H, count, generator=generator).to(DEVICE)
-    weights = (torch.rand(B, H, count, generator=generator) + 0.5).to(DEVICE)
-    sums[:, 1, 2], largest[:, 1, 2], weights[:, 1, 2] = 0.0, -math.inf, 0.0  # a share without positions
-    _, weight, limits = make(B, H * D, [33], dtype)
-    x = combined((sums, largest, weights)).flatten(1).to(dtype)
-    tolerance = max(FP32_SUMS, boundary_error(x, weight, limits, [33]))
-    close(attention_gemv(sums, largest, weights, weight, limits), reference(x, weight, limits, [33]), "o", tolerance)
-
-
-def test_shares_fill_a_gpu_and_stay_bounded() -> None:
-    assert shares_for(1, 8) == 16 and shares_for(1, 32) == 8 and shares_for(8, 32) == 2 and shares_for(1, 1) == 16
 
 
 @pytest.mark.parametrize("B", [1, 4])
@@ -398,43 +233,12 @@ def test_every_launcher_takes_a_tile() -> None:
     one = torch.ones(64, dtype=torch.bfloat16, device=DEVICE)
     sums, ones = torch.rand(1, 4, 2, 16, device=DEVICE), torch.ones(1, 4, 2, device=DEVICE)
     for partials in (
-        sparse_gemv_file.launch(x, Weight(weight), limits, [48], tile),
-        norm_gemv_file.launch(x, one, 1e-5, Weight(weight), limits, [48], tile),
-        silu_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), Weight(weight), limits, tile),
-        attention_gemv_file.launch(sums, ones, ones, Weight(weight), limits, tile),
+        sparse_gemv_file.launch(x, weight, limits, [48], tile=tile),
+        norm_gemv_file.launch(x, one, 1e-5, weight, limits, [48], tile=tile),
+        silu_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), weight, limits, tile=tile),
+        attention_gemv_file.launch(sums, ones, ones, weight, limits, tile=tile),
     ):
         assert partials.shape == (4, 1, 48) and partials.isfinite().all()
-
-
-def test_user_tiles_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    row: dict[str, Any] = {
-        "device": DEVICE.type,
-        "bits": 16,
-        "K": 64,
-        "N": 48,
-        "tile": {"block_n": 16, "lanes": 1, "unroll": 2, "splits": 3},
-    }
-    row["tile"] |= {"num_warps": 1}
-    monkeypatch.setattr(tuning, "_device_facts", lambda device: (device.type, 132))
-    path = tuning.user_tiles_path()
-    path.parent.mkdir(parents=True)
-    try:
-        tuning.user_tiles.cache_clear()
-        rule = gemv_tile(64, 48, 1, DEVICE, torch.bfloat16)
-        path.write_text(json.dumps([row]))
-        tuning.user_tiles.cache_clear()
-        assert gemv_tile(64, 48, 1, DEVICE, torch.bfloat16) == GemvTile(16, 1, 2, 3, 1) != rule
-        assert gemv_tile(64, 48, 2, DEVICE, torch.bfloat16) == default_tile(64, 48, 2, 132)
-        for content in ("{", '[{"device": 1}]', json.dumps([row | {"tile": {"block_n": 17}}])):
-            path.write_text(content)
-            tuning.user_tiles.cache_clear()
-            with pytest.raises(UserError, match="tiles"):
-                gemv_tile(64, 48, 1, DEVICE, torch.bfloat16)
-        with pytest.raises(UserError, match="power of two"):
-            GemvTile(17, 1, 2, 3, 1)
-    finally:
-        tuning.user_tiles.cache_clear()
 
 
 def test_every_kernel_compiles_for_hopper() -> None:

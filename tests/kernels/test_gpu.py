@@ -48,7 +48,7 @@ def test_logits_equal_the_cpus(tiny_folder: Path) -> None:
                 model(ids[:, i : i + 1].to(device), positions[:, i : i + 1].to(device), cache) for i in range(20, 60)
             ]
         results.append(torch.cat(parts, dim=1).cpu())
-    assert relative_error(results[1], results[0]) <= 1e-5
+    assert relative_error(results[1], results[0]) <= 1e-5, "logits"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
@@ -61,7 +61,8 @@ def test_decode_attention_is_as_accurate_as_its_dtype(rows: int, length: int) ->
     scores = (q.double() @ k.double().mT / math.sqrt(128)).masked_fill(~mask, -math.inf)
     expected = scores.softmax(-1) @ v.double()
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert relative_error(attend(q, k, v, mask), expected) <= 1.5 * relative_error(fused, expected)
+    error = relative_error(attend(q, k, v, mask), expected)
+    assert error <= 1.5 * relative_error(fused, expected), "attention output"
 
 
 @pytest.mark.parametrize("sparsity,kv_cache", [(0.0, "float"), (0.5, "float"), (0.0, "int8"), (0.5, "int8")])

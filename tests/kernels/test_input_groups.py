@@ -53,8 +53,8 @@ def test_products_equal_those_of_the_dequantized_weight(B: int, bits: int, group
     found = sparse_linear(x, weight[0], thresholds, segments, *weight[1:])
     expected = sparse_linear_reference(x, exact, thresholds, segments)
     tolerance = TOLERANCE[dtype] * (1 if B <= MAX_KERNEL_ROWS else 2)  # of more rows weights are rounded, too
-    assert found.dtype == dtype and relative_error(found, expected) <= tolerance
-    assert relative_error(quantized_matmul(x, *weight), x.float() @ exact) <= 2 * TOLERANCE[dtype]
+    assert found.dtype == dtype and relative_error(found, expected) <= tolerance, "sparse product"
+    assert relative_error(quantized_matmul(x, *weight), x.float() @ exact) <= 2 * TOLERANCE[dtype], "dense product"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -78,15 +78,15 @@ def test_dropped_channels_and_their_groups_are_never_read() -> None:
     scales[1] = math.nan
     values[(x.abs() < limits)[0]] = -1
     found = sparse_linear(x, values, limits, [96], scales, zeros)
-    assert relative_error(found, expected) <= 2e-6
+    assert relative_error(found, expected) <= 2e-6, "product beside poisoned rows"
 
 
 def test_a_product_in_blocks_of_columns_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, exact = random_weight(64, 320, 32, torch.float32)
     x = torch.randn(3, 64)
     monkeypatch.setattr("teal.kernels.quantized_matmul.COLUMNS_AT_ONCE", 96)
-    assert relative_error(quantized_matmul(x, *weight), x @ exact) <= 1e-6
-    assert relative_error(torch.compile(quantized_matmul, fullgraph=True)(x, *weight), x @ exact) <= 1e-6
+    for name, product in (("eager", quantized_matmul), ("compiled", torch.compile(quantized_matmul, fullgraph=True))):
+        assert relative_error(product(x, *weight), x @ exact) <= 1e-6, f"{name} product"
 
 
 def test_opcheck() -> None:
@@ -130,8 +130,8 @@ def test_the_triton_kernels(K: int, group: int, B: int, bits: int, dtype: torch.
     expected = sparse_linear_reference(x, exact, limits, segments)
     for splits in (None, 1, 3):
         tile = GemvTile(64, 2, 8, splits, 1) if splits else None
-        found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
-        assert relative_error(found, expected) <= 1e-5, splits  # sums are fp32 of exact products
+        found = sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0)
+        assert relative_error(found, expected) <= 1e-5, f"product in {splits} splits"  # sums are fp32 of exact products
     x[0, K // 2] = math.nan
     assert sparse_gemv(x, weight.values, limits, segments, *weight[1:]).sum(0)[0].isnan().all()
 
@@ -159,11 +159,11 @@ def test_the_sum_on_tensor_cores(
     x = torch.randn(B, K, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     limits, tile = torch.tensor([0.3, 0.9], device=DEVICE), GemvTile(2048 // bits, 4, 4, splits, 2)
     meta = launch.plan_gemv(weight, limits, segments, B, tile).meta
-    assert meta["TENSOR_CORE"] and meta["SPAN"] == span
-    found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
-    assert relative_error(found, sparse_linear_reference(x, exact, limits, segments)) <= 1e-5
+    assert meta.TENSOR_CORE and span == meta.SPAN
+    found = sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0)
+    assert relative_error(found, sparse_linear_reference(x, exact, limits, segments)) <= 1e-5, "product"
     x[0, K // 2] = math.inf  # stays within its row
-    found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    found = sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0)
     assert not found[0].isfinite().any() and found[1:].isfinite().all()
 
 
@@ -178,14 +178,14 @@ def test_the_fused_products(B: int, bits: int) -> None:
     x = torch.randn(B, K, device=DEVICE)
     found = norm_gemv(x, norm, 1e-5, values, limits, [N], *scales).sum(0)
     normed = rms_norm_reference(x, norm, 1e-5)
-    assert relative_error(found, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5
+    assert relative_error(found, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5, "norm"
     gate_up = torch.randn(3, B, 2 * K, device=DEVICE)
     hidden = silu_reference(*gate_up.sum(0).chunk(2, dim=-1))
     found = silu_gemv(gate_up, values, limits, *scales).sum(0)
-    assert relative_error(found, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5
+    assert relative_error(found, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5, "silu"
     sums, one = torch.randn(B, 4, 1, 16, device=DEVICE), torch.ones(B, 4, 1, device=DEVICE)
     found = attention_gemv(sums, 0 * one, one, values, limits, *scales).sum(0)
-    assert relative_error(found, sparse_linear_reference(sums.view(B, K), exact, limits, [N])) <= 1e-5
+    assert relative_error(found, sparse_linear_reference(sums.view(B, K), exact, limits, [N])) <= 1e-5, "attention"
     torch.library.opcheck(sparse_gemv, (x, values, limits, [N], *scales))
 
 

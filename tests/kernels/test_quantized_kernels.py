@@ -58,10 +58,10 @@ def test_sparse_gemv(K: int, segments: list[int], group: int, B: int, bits: int,
     limits = torch.linspace(0.0, 0.9, len(segments)).to(DEVICE)
     expected = sparse_linear_reference(x, exact, limits, segments)
     actual = sparse_gemv(x, values, limits, segments, scales, zeros).sum(0)
-    assert relative_error(actual, expected) <= tolerance(B, dtype)
+    assert relative_error(actual, expected) <= tolerance(B, dtype), "rule's tile"
     tile = GemvTile(group, 2, 8, 3, 1)
     weight = Weight(values, scales, zeros)
-    actual = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    actual = sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0)
     assert relative_error(actual, expected) <= tolerance(B, dtype), tile
 
 
@@ -83,12 +83,14 @@ def test_the_sum_on_tensor_cores(
     x, (values, scales, zeros), exact = make(1, K, sum(segments), bits, group, dtype)
     limits = torch.linspace(0.0, 0.9, len(segments)).to(DEVICE)
     weight, tile = Weight(values, scales, zeros), GemvTile(2048 // bits, 4, 4, 3, 2)
-    assert launch.plan_gemv(weight, limits, segments, 1, tile).meta["TENSOR_CORE"]
-    actual = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
-    assert relative_error(actual, sparse_linear_reference(x, exact, limits, segments)) <= 1e-5
+    assert launch.plan_gemv(weight, limits, segments, 1, tile).meta.TENSOR_CORE
+    actual = sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0)
+    assert relative_error(actual, sparse_linear_reference(x, exact, limits, segments)) <= 1e-5, "product"
     for wild in (math.nan, math.inf):
         x[0, K // 2] = wild
-        assert not sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0).isfinite().any()
+        assert (
+            not sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0).isfinite().any()
+        )
 
 
 @pytest.mark.parametrize(
@@ -103,13 +105,13 @@ def test_sums_of_several_rows_on_tensor_cores(
     x, (values, scales, zeros), exact = make(B, K, sum(segments), bits, group, torch.bfloat16)
     limits = torch.linspace(0.6, 0.9, len(segments)).to(DEVICE)
     weight, tile = Weight(values, scales, zeros), GemvTile(2048 // bits, 4, 4, 3, 2)
-    assert launch.plan_gemv(weight, limits, segments, B, tile).meta["TENSOR_CORE"]
-    found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    assert launch.plan_gemv(weight, limits, segments, B, tile).meta.TENSOR_CORE
+    found = sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0)
     expected = sparse_linear_reference(x, exact, limits, segments)
     for row in range(B):
-        assert relative_error(found[row], expected[row]) <= 2e-3, row
+        assert relative_error(found[row], expected[row]) <= 2e-3, f"row {row}"
     x[B - 1, K // 2] = math.nan  # stays within its row
-    found = sparse_gemv_file.launch(x, weight, limits, segments, tile).sum(0)
+    found = sparse_gemv_file.launch(x, weight.values, limits, segments, *weight[1:], tile).sum(0)
     assert found[B - 1].isnan().all() and found[: B - 1].isfinite().all()
 
 
@@ -128,7 +130,7 @@ def test_tensor_cores_are_used_only_where_the_sum_fits_them(monkeypatch: pytest.
     ):
         weight = Weight(*make(1, 32, 512, bits, group, dtype)[1])
         plan = launch.plan_gemv(weight, torch.zeros(1, device=DEVICE), [512], B, tile)
-        assert plan.meta["TENSOR_CORE"] == expected, (bits, group, dtype, B, tile)
+        assert expected == plan.meta.TENSOR_CORE, (bits, group, dtype, B, tile)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,11 +158,12 @@ def test_extreme_thresholds_and_skipped_rows(threshold: float, bits: int) -> Non
     limits = torch.tensor([threshold], device=DEVICE)
     expected = sparse_linear_reference(x, exact, limits, [96])
     actual = sparse_gemv(x, values, limits, [96], scales, zeros).sum(0)
-    assert relative_error(actual, expected) <= 4e-6 if threshold == 0 else actual.abs().max() == 0
+    assert relative_error(actual, expected) <= 4e-6 if threshold == 0 else actual.abs().max() == 0, "product"
     half = torch.tensor([0.7], device=DEVICE)
     expected = sparse_linear_reference(x, exact, half, [96])
     scales[(x.abs() < half.bfloat16())[0]] = math.nan  # a dropped channel's scales are not read
-    assert relative_error(sparse_gemv(x, values, half, [96], scales, zeros).sum(0), expected) <= 4e-6
+    found = sparse_gemv(x, values, half, [96], scales, zeros).sum(0)
+    assert relative_error(found, expected) <= 4e-6, "product beside poisoned scales"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -172,14 +175,14 @@ def test_the_fused_products(B: int, bits: int) -> None:
     norm = torch.rand(K, device=DEVICE) + 0.5
     normed = rms_norm_reference(x, norm, 1e-5)
     actual = norm_gemv(x, norm, 1e-5, values, limits, [N], scales, zeros).sum(0)
-    assert relative_error(actual, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5
+    assert relative_error(actual, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5, "norm"
     gate_up = torch.randn(3, B, 2 * K, device=DEVICE)
     hidden = silu_reference(*gate_up.sum(0).chunk(2, dim=-1))
     actual = silu_gemv(gate_up, values, limits, scales, zeros).sum(0)
-    assert relative_error(actual, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5
+    assert relative_error(actual, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5, "silu"
     sums, one = torch.randn(B, 4, 1, 16, device=DEVICE), torch.ones(B, 4, 1, device=DEVICE)
     actual = attention_gemv(sums, 0 * one, one, values, limits, scales, zeros).sum(0)
-    assert relative_error(actual, sparse_linear_reference(sums.view(B, K), exact, limits, [N])) <= 1e-5
+    assert relative_error(actual, sparse_linear_reference(sums.view(B, K), exact, limits, [N])) <= 1e-5, "attention"
 
 
 @pytest.mark.parametrize("B", [1, 2])
@@ -205,7 +208,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
             sparse_gemv(*arguments)
         assert message in str(error.value), message
     with pytest.raises(ValueError, match="at least the group size"):
-        sparse_gemv_file.launch(x, Weight(values, scales, zeros), limits, [96], GemvTile(16, 1, 4, 1, 1))
+        sparse_gemv_file.launch(x, values, limits, [96], scales, zeros, GemvTile(16, 1, 4, 1, 1))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -244,4 +247,4 @@ def test_a_fused_quantized_model_equals_the_unfused_one(tmp_path: Path, B: int, 
     sparsify(model, plan)
     expected = decode_logits(model, B)
     fuse_blocks(model)
-    assert relative_error(decode_logits(model, B), expected) <= 1e-4
+    assert relative_error(decode_logits(model, B), expected) <= 1e-4, "logits"

@@ -50,7 +50,7 @@ def test_against_fp32_reference(
     if sparsity == 1:
         assert torch.equal(actual, torch.zeros_like(actual))
     else:
-        assert relative_error(actual, expected) <= tolerance
+        assert relative_error(actual, expected) <= tolerance, "product"
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -60,7 +60,7 @@ def test_each_segment_has_its_threshold(B: int, device: torch.device) -> None:
     thresholds = torch.tensor([0.1, 2.0, 0.7], device=device)
     segments = [70, 30, 50]
     actual = sparse_linear(x, weight, thresholds, segments)
-    assert relative_error(actual, sparse_linear_reference(x, weight, thresholds, segments)) <= 2e-6
+    assert relative_error(actual, sparse_linear_reference(x, weight, thresholds, segments)) <= 2e-6, "segments"
 
 
 def test_dropped_rows_are_never_read() -> None:
@@ -69,7 +69,7 @@ def test_dropped_rows_are_never_read() -> None:
     thresholds = torch.tensor([0.7])
     expected = sparse_linear_reference(x, weight, thresholds, [64])
     weight[(x[0].abs() < 0.7)] = math.nan
-    assert relative_error(sparse_linear(x, weight, thresholds, [64]), expected) <= 2e-6
+    assert relative_error(sparse_linear(x, weight, thresholds, [64]), expected) <= 2e-6, "product beside poisoned rows"
 
 
 def test_threshold_is_compared_in_the_dtype_of_x() -> None:
@@ -113,7 +113,9 @@ def test_without_a_compiler_the_result_is_the_same(
         x, weight = inputs(1, 77, 131, torch.float32, torch.device("cpu"))
         thresholds = torch.tensor([0.5])
         expected = sparse_linear_reference(x, weight, thresholds, [131])
-        assert relative_error(sparse_linear(x, weight, thresholds, [131]), expected) <= 2e-6
+        assert relative_error(sparse_linear(x, weight, thresholds, [131]), expected) <= 2e-6, (
+            "product without compiled kernels"
+        )
         sparse_linear(x, weight, thresholds, [131])
         err = capsys.readouterr().err.splitlines()
         assert [line for line in err if line.startswith("note: ")] == err[1:] and len(err) == 2, err
