@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.cli import command_line as cli
-from teal.cli.calibrate import add_text_arguments
+from teal.cli.options import add_checkpoint_argument, add_device_argument, add_head_argument, add_text_arguments
 from teal.errors import UserError
+from teal.options import QUANTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,10 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of quantize.py."""
     parser = cli.Parser("Quantize a checkpoint's weights to 8 or 4 bits.")
     what = parser.add_argument_group("what to quantize")
-    what.add_argument(
-        "--checkpoint", metavar="NAME", help="model folder, .gguf file or hub id (org/name); without it SmolLM2-135M-Instruct"
-    )  # fmt: skip
-    what.add_argument("--mode", choices=("int8", "int4"), required=True, help="bits of a weight")
+    add_checkpoint_argument(what)
+    what.add_argument("--mode", choices=QUANTS, required=True, help="bits of a weight")
     what.add_argument(
         "--group-size", type=cli.positive_int, help="weights to a scale; without it the largest that fits"
     )
@@ -53,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="rtn",
         help="round to nearest, half-quadratic fit of scales and zeros, or GPTQ on a calibration text",
     )
-    what.add_argument("--lm-head", choices=("none", "int8"), default="none", help="quantize the output head too")
+    add_head_argument(what, "quantize the output head too")
     what.add_argument(
         "--grouping",
         choices=("output", "input"),
@@ -67,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_text_arguments(calibration)
     calibration.add_argument("--sequences", type=cli.positive_int, default=32, help="token sequences")
     calibration.add_argument("--length", type=cli.positive_int, default=512, help="tokens each")
-    calibration.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    add_device_argument(calibration)
     return parser
 
 

@@ -25,8 +25,12 @@ QUANTS = ("int8", "int4")  # what weights may be rounded to at load
 KV_CACHES = ("float", "int8")  # how keys and values are kept
 BACKENDS = ("auto", "eager", "compiled", "fused")  # what runs a decode step
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 10, 2048  # of tokens: the paper's calibration set
 METHODS = ("uniform", "greedy")  # of calibration
 CRITERIA = ("magnitude", "wina")  # what a threshold is compared with
+# Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get; "half" is the
+# paper's evaluation (section 5.1), where the first half of each window is dense, like a prompt.
+POLICY_SHARES = {"decode": 1.0, "half": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +208,13 @@ def check_length(length: int) -> None:
     """Raise UserError unless so many tokens can be drafted in a round."""
     if not 1 <= length <= MAX_DRAFT:
         raise ParameterError(f"{{draft_length}} {{}} is out of range; expected 1 to {MAX_DRAFT}", length)
+
+
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raise UserError if logit_bias names a token that the model does not have."""
+    for token in params.biases:
+        if token >= vocab_size:
+            raise ParameterError("{logit_bias} {}: no such token; this model has {}", token, vocab_size)
 
 
 def check_sparsity(sparsity: float) -> None:
