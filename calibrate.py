@@ -36,8 +36,12 @@ def build_parser() -> cli.Parser:
     what.add_argument("--criterion", choices=CRITERIA, default=default.criterion, help="compared with threshold")
     text = parser.add_argument_group("text")
     add_text_arguments(text)
-    text.add_argument("--sequences", type=cli.positive_int, default=CALIBRATION_SEQUENCES, help="token sequences to use")
-    text.add_argument("--length", type=cli.positive_int, default=CALIBRATION_LENGTH, help="tokens each, capped to context")
+    text.add_argument(
+        "--sequences", type=cli.positive_int, default=CALIBRATION_SEQUENCES, help="token sequences to use"
+    )
+    text.add_argument(
+        "--length", type=cli.positive_int, default=CALIBRATION_LENGTH, help="tokens each, capped to context"
+    )
     text.add_argument("--offload", action="store_true", help="keep activations in host memory between blocks")
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", type=Path, help="plan file, or folder for several; without it beside the model")

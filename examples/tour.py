@@ -9,12 +9,13 @@ import argparse
 from pathlib import Path
 
 from teal.calibration.texts import first_tokens, read_texts, split_text, token_sequences
-from teal.calibration.thresholds import Settings, calibrate
+from teal.calibration.thresholds import calibrate
 from teal.checkpoint.loading import load_for_decoding
 from teal.decoding.engine import Engine
 from teal.evaluation.plots import FIGURE, plot_inputs, plot_quality
 from teal.evaluation.quality import Case, evaluate
 from teal.files import check_replaceable
+from teal.options import ModelOptions, Settings
 from teal.plan import Histogram
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,7 +30,7 @@ for name in ("inputs.png", "quality.png"):
     check_replaceable("-o", args.output / name, FIGURE)
 
 # %% A dense model, and a text of which one part calibrates and the other evaluates
-loaded = load_for_decoding(args.checkpoint, None, "auto", "auto", sparse=True)
+loaded = load_for_decoding(ModelOptions(args.checkpoint), sparse=True)
 encode = loaded.tokenizer.encode
 calibrating, evaluating = split_text(read_texts(args.text, "text"))
 

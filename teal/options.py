@@ -13,7 +13,9 @@ from teal.errors import ParameterError, UserError
 
 DEFAULT_MAX_NEW_TOKENS = 256
 COUNTED_TOKENS = 32  # of an answer, to say what sparsity drops: shares of thousands of entries each
-MAX_ROWS = 8  # sequences a decode step takes at most: with more, some row keeps nearly every channel, and dense is faster
+MAX_ROWS = (
+    8  # sequences a decode step takes at most: with more, some row keeps nearly every channel, and dense is faster
+)
 DEFAULT_QUEUE = 128  # requests that may wait for a row
 LOOKUP_LENGTH = 8  # tokens drafted at once by lookup
 MAX_DRAFT = 16  # tokens drafted at once at most

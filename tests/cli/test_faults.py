@@ -28,6 +28,7 @@ from teal.cli import calibrate, evaluate, generate, quantize, serve
 from teal.errors import UserError
 from teal.files import atomic_file, cache_folder
 from teal.kernels.cpu.native import native_kernels
+from teal.options import ModelOptions
 from teal.plan import SparsityPlan
 from tests.conftest import ROOT, changed
 from tests.faults import failing, watching
@@ -278,12 +279,13 @@ def test_any_config_is_read_or_refused(tiny_folder: Path, tmp_path: Path, path: 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> SparsityPlan:
+    from teal.calibration.choose import quick_plan
     from teal.checkpoint.loading import load_for_decoding
-    from teal.decoding.engine import quick_plan
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return quick_plan(load_for_decoding(str(tiny_folder), None, "cpu", "fp32", True), 0.5)
+        options = ModelOptions(str(tiny_folder), device="cpu", dtype="fp32")
+        return quick_plan(load_for_decoding(options, sparse=True), 0.5)
 
 
 @given(path=paths, value=json_values)

@@ -14,6 +14,7 @@ from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig, pick_group_size
 from teal.model import Transformer
+from teal.options import ModelOptions
 from tests.conftest import relative_error, save_tiny_model, tiny_config
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,4 +89,4 @@ def test_a_head_of_an_odd_width_is_refused_by_name(tmp_path: Path, byte_level_to
     with pytest.raises(UserError, match=r"the vocabulary \(quant_lm_head\) width 331"):
         pick_group_size(config, None, lm_head=True)
     with pytest.raises(UserError, match=r"the vocabulary \(quant_lm_head\) width 331"):
-        load_for_decoding(str(source), None, "cpu", "fp32", False, "int8", quant_lm_head=True)
+        load_for_decoding(ModelOptions(str(source), device="cpu", dtype="fp32", quant="int8", quant_lm_head=True))
