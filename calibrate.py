@@ -132,7 +132,7 @@ def calibrated_paths(args: argparse.Namespace) -> list[Path]:
 
 
 def outputs(paths: list[Path], folder: Path | None, targets: tuple[float, ...]) -> list[Output]:
-    """All files that a run writes: the plans, and figures in folder, if one is given. Raises UserError without matplotlib."""
+    """All files that a run writes: the plans, and figures in folder, if one is given. Figures need matplotlib."""
     from teal.plan import PLAN
 
     found = [Output("-o", path, PLAN) for path in paths]

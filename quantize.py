@@ -33,7 +33,8 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Beside shards what a folder may hold that an older release wrote, without a list of its files.
 PLAIN_FILES = {
     "config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja",
 }  # fmt: skip
 
 
@@ -177,8 +178,8 @@ def quantize_folder(
 ) -> None:
     """Write source's quantized model to output, through a folder beside it that a later call may go on with.
 
-    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError, also if output
-    exists, but for one that this function wrote, with force.
+    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError, also
+    if output exists, but for one that this function wrote, with force.
     """
     from teal.files import Output, replace_folder, reserved, restore_folder
 
@@ -197,7 +198,7 @@ def quantize_folder(
 
 
 def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
-    """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files as they are now."""
+    """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files."""
     from teal.checkpoint.config import read_json
     from teal.checkpoint.weights import stored_config, weights_identity
     from teal.files import atomic_file, fingerprint
@@ -220,7 +221,7 @@ def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
 def _start_or_resume(
     work: Path, source: Path, scheme: "QuantConfig", method: str, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
-    """Make work a folder of this very job. What another job left there is removed; else it must be empty. Raises UserError."""
+    """Make work a folder of this very job. What another job left there goes. Raises UserError for other content."""
     from teal.checkpoint.weights import model_identity
     from teal.files import atomic_file, sweep
 

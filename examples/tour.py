@@ -34,7 +34,7 @@ loaded = load_for_decoding(ModelOptions(args.checkpoint), sparse=True)
 encode = loaded.tokenizer.encode
 calibrating, evaluating = split_text(read_texts(args.text, "text"))
 
-# %% Thresholds: the quantiles of what each projection's input looks like. The histograms say how much a threshold drops.
+# %% Thresholds: quantiles of each projection's input. The histograms say how much a threshold drops.
 seen: list[list[dict[str, Histogram]]] = []
 targets = (0.25, 0.4, 0.5)
 plans = calibrate(

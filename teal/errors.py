@@ -6,7 +6,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake in what the user gave or a limit of the machine; the message names the thing, the value and the remedy."""
+    """A mistake of the user's or a limit of the machine; the message names the thing, the value and the remedy."""
 
     def spelled(self, spell: Callable[[str], str]) -> str:
         """The message, with each parameter that it names as spell has it: a command line's options, say."""

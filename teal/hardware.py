@@ -55,8 +55,8 @@ def pick_dtype(name: str, device: torch.device, sparse: bool) -> DtypeChoice:
 def faster_cpu_dtype(sparse: bool) -> DtypeChoice:
     """bf16 where the processor multiplies it; else what timing products of a dense or sparse model finds faster.
 
-    bf16 is half the bytes to read. But prefill is torch's, which emulates bf16 on CPUs without instructions for it: on an
-    EPYC with AVX2 at a thirtieth of the speed of fp32. What was measured is kept for each CPU, number of threads and
+    bf16 is half the bytes to read. But prefill is torch's, which emulates bf16 on CPUs without instructions for it: on
+    an EPYC with AVX2 at a thirtieth of the speed of fp32. What was measured is kept for each CPU, number of threads and
     version of torch, so that the choice, and with it the text, does not change from run to run.
     """
     if feature := bf16_feature():
@@ -91,7 +91,7 @@ def _is_ratios(value: object) -> bool:
 
 
 def _measure_ratios(sparse: bool) -> list[float]:
-    """Times of bf16 over those of fp32, in the last ROUNDS rounds: rounds go on until so many agree, MAX_ROUNDS at most.
+    """Times of bf16 over those of fp32, in the last ROUNDS rounds. They go on until so many agree, for MAX_ROUNDS.
 
     Both take turns within a round, and the least time of each counts: other load only ever adds to it.
     """

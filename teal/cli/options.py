@@ -104,8 +104,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def add_text_arguments(group: Group) -> None:
     """Options that choose a text to calibrate or evaluate on."""
     group.add_argument(
-        "--text", type=Path, action="append", default=[], help=".txt or .jsonl file; may be repeated; without it Python's"
-        " help topics, English prose in every CPython, good for a smoke test only",
+        "--text", type=Path, action="append", default=[],
+        help=".txt or .jsonl file; may be repeated; without it Python's help topics, English prose in every CPython, "
+        "good for a smoke test only",
     )  # fmt: skip
     group.add_argument("--field", default="text", help="field of each .jsonl line that holds the text")
 
@@ -157,7 +158,7 @@ def model_options(args: argparse.Namespace, **other: Any) -> ModelOptions:
 
 
 def draft_options(args: argparse.Namespace) -> DraftOptions | None:
-    """How to draft, None if args do not ask for it. Raises UserError if they do in part, or for a sparse text as well."""
+    """How to draft, None if args do not ask for it. Raises UserError if they do in part, or for a sparse text."""
     if args.speculate is None and not args.speculate_lookup:
         for option, value in (("--draft-plan", args.draft_plan), ("--draft-quant", args.draft_quant)):
             if value is not None:

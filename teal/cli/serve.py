@@ -51,7 +51,7 @@ def add_server_arguments(parser: cli.Parser) -> None:
     server.add_argument("--sparsities", type=cli.sparsities, default=(), help="further ones that requests may name")
     server.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
-        help="a name this server is reached by beside localhost and --host; may be repeated; with a key any name will do",
+        help="a name this server is reached by beside localhost and --host; may be repeated; with a key any will do",
     )  # fmt: skip
     server.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL",

@@ -1,4 +1,4 @@
-"""Options are declared once: what a command line says is what the library's dataclasses hold, errors and defaults too."""
+"""Options are declared once: a command line says what the library's dataclasses hold, errors and defaults too."""
 
 import argparse
 import ast
@@ -56,9 +56,9 @@ def test_every_field_has_an_option_that_sets_it(parser: argparse.ArgumentParser)
     assert list(given) == [field.name for field in fields(ModelOptions)]
     for name, (arguments, value) in given.items():
         assert getattr(options.model_options(parser.parse_args(arguments)), name) == value
-    arguments = "--speculate 3 --draft-sparsity 0.3 --draft-plan p --draft-quant int8"
+    drafts = "--speculate 3 --draft-sparsity 0.3 --draft-plan p --draft-quant int8"
     drafting = DraftOptions(length=3, sparsity=0.3, plan="p", quant="int8")
-    assert options.draft_options(parser.parse_args(arguments.split())) == drafting
+    assert options.draft_options(parser.parse_args(drafts.split())) == drafting
 
 
 def test_sampling_options_set_every_field(parser: argparse.ArgumentParser) -> None:

@@ -35,9 +35,9 @@ def site(tmp_path: Path) -> Path:
 
 def run(script: str, site: Path) -> "subprocess.CompletedProcess[str]":
     """Run a script by this Python in the checkout, whose folder comes first in sys.path."""
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True
-    )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_package_is_imported_once_and_its_parts_after_it(site: Path) -> None:
