@@ -111,7 +111,7 @@ def add_text_arguments(group: Group) -> None:
     group.add_argument("--field", default="text", help="field of each .jsonl line that holds the text")
 
 
-def add_checkpoint_argument(group: Any) -> None:
+def add_checkpoint_argument(group: Group) -> None:
     """The option that names a checkpoint."""
     group.add_argument(
         "--checkpoint", metavar="NAME",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments, add_draft_arguments, draft_options, model_options
 from teal.errors import UserError
-from teal.options import DEFAULT_QUEUE, MAX_ROWS
+from teal.options import DEFAULT_QUEUE, MAX_ROWS, DraftOptions, ModelOptions
 from teal.serving.shutdown import Shutdown, hang_up
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def main() -> None:
     """Load the model, listen, serve until interrupted."""
     args = build_parser().parse_args()
     check_arguments(args)
+    options, drafting = model_options(args), draft_options(args)
     key = api_key(args.api_key)
     ending = Shutdown()
     callers = make_callers(args, key)
@@ -91,7 +92,7 @@ def main() -> None:
     from teal.decoding.scheduler import Scheduler
     from teal.serving.openai_api import Service
 
-    engine, plans = load_engine(args)
+    engine, plans = load_engine(options, drafting, args.sparsities)
     scheduler = Scheduler(engine, args.rows, args.queue, args.context)
     names = model_names(args, engine)
     service = Service(engine, scheduler, names, plans)
@@ -188,9 +189,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--rows {args.rows} is out of range; expected 1 to {MAX_ROWS}")
 
 
-def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, SparsityPlan]]":
+def load_engine(
+    options: ModelOptions, drafting: DraftOptions | None, sparsities: tuple[float, ...]
+) -> "tuple[Engine, dict[float, SparsityPlan]]":
     """The engine, by the sparse kernels even at 0%, and the plans that requests may name, by sparsity."""
-    options, drafting = model_options(args), draft_options(args)
     from teal.calibration.choose import choose_plan
     from teal.checkpoint.loading import check_draft_fit, load_for_decoding
     from teal.decoding.speculation import SpeculativeEngine, make_draft
@@ -203,7 +205,7 @@ def load_engine(args: argparse.Namespace) -> "tuple[Engine, dict[float, Sparsity
     draft = None
     if drafting is not None and not drafting.lookup:  # first: it may need the weights as they were loaded
         draft = make_draft(loaded, drafting, options.compile)
-    plans = {target: choose_plan(loaded, target, None) for target in {0.0, *args.sparsities}}
+    plans = {target: choose_plan(loaded, target, None) for target in {0.0, *sparsities}}
     own = choose_plan(loaded, options.sparsity, options.plan)
     engine = SpeculativeEngine.from_loaded(loaded, own, options.compile, options.backend)
     if drafting is not None and draft is not None:
