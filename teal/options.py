@@ -127,6 +127,7 @@ class Settings:
             check_sparsity(target)
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}")
+        check_choice("criterion", self.criterion, CRITERIA)
         if not 0 < self.step <= 0.5:
             raise ParameterError("{step} {} is out of range; expected 0 < step <= 0.5", self.step)
 
