@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from teal.calibration import choose
 from teal.decoding import engine as engine_module
 from teal.decoding.engine import CACHE_STEP, Engine
 from teal.errors import UserError
@@ -147,7 +148,7 @@ def test_sparsity_calibrates_once_and_keeps_the_plan(
     def unexpected(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(engine_module, "calibrate_uniform", unexpected)
+    monkeypatch.setattr(choose, "calibrate_uniform", unexpected)
     again = Engine.load(str(tiny_folder), sparsity=0.4, device="cpu", dtype="fp32")
     assert again.plan == engine.plan
     expected = list(engine.generate(PROMPT, max_new_tokens=9))
