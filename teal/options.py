@@ -204,7 +204,7 @@ def check_prompt(prompt_ids: list[int], limit: int) -> None:
     if not prompt_ids:
         raise UserError("the prompt is empty; give at least one token of text")
     if len(prompt_ids) >= limit:
-        raise UserError(f"the prompt has {len(prompt_ids)} tokens; this model's context of {limit} must exceed it")
+        raise UserError(f"the prompt has {len(prompt_ids)} tokens; the context of {limit} must exceed it")
 
 
 def check_length(length: int) -> None:

@@ -14,9 +14,9 @@ from teal.decoding.fused_block import FusedBlock, fuse_blocks
 from teal.layers.int8_cache import use_int8_cache
 from teal.model import Transformer
 from teal.options import SamplingParams
-from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan
+from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import set_counting, sparsify
-from tests.conftest import relative_error, save_tiny_model, tiny_config
+from tests.conftest import PROJECTIONS, relative_error, save_tiny_model, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, STEPS = 6, 3
@@ -165,9 +165,9 @@ def test_another_plan_takes_effect_in_a_captured_step(tiny_folder: Path) -> None
     first = list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True))
     expected = list(other.generate(prompt, SamplingParams(), 40, ignore_eos=True))
     assert engine.plan is not None and other.plan is not None
-    keep, graphs = engine.plan, len(engine.graphs)
+    keep, graphs = engine.plan, len(engine.decoder.rows.graphs)
     engine.use_plan(other.plan)
     assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == expected != first
     engine.use_plan(keep)
     assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == first
-    assert len(engine.graphs) == graphs
+    assert len(engine.decoder.rows.graphs) == graphs
