@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from teal.errors import UserError
+from teal.errors import ParameterError
 from teal.files import atomic_file, cache_folder, cpu_name
 from teal.kernels.sparse_linear import sparse_linear
+from teal.options import check_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # of torch.cpu.get_capabilities(); the last is Arm's
@@ -24,17 +25,14 @@ READ_PROBE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # several times any last-l
 
 def pick_device(name: str) -> torch.device:
     """The device called name: "cpu", "cuda", "cuda:N", or "auto" (cuda if there is one). Raises UserError."""
+    check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: unknown device; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(index or 0) >= count:
+        raise ParameterError("{device} {}: this machine has {} CUDA devices; use {device} cpu", name, count)
+    return torch.device(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +55,8 @@ def pick_dtype(name: str, device: torch.device, sparse: bool) -> DtypeChoice:
 def faster_cpu_dtype(sparse: bool) -> DtypeChoice:
     """bf16 where the processor multiplies it; else what timing products of a dense or sparse model finds faster.
 
-    bf16 is half the bytes to read. But prefill is torch's, which emulates bf16 on CPUs without instructions for it: on an
-    EPYC with AVX2 at a thirtieth of the speed of fp32. What was measured is kept for each CPU, number of threads and
+    bf16 is half the bytes to read. But prefill is torch's, which emulates bf16 on CPUs without instructions for it: on
+    an EPYC with AVX2 at a thirtieth of the speed of fp32. What was measured is kept for each CPU, number of threads and
     version of torch, so that the choice, and with it the text, does not change from run to run.
     """
     if feature := bf16_feature():
@@ -93,7 +91,7 @@ def _is_ratios(value: object) -> bool:
 
 
 def _measure_ratios(sparse: bool) -> list[float]:
-    """Times of bf16 over those of fp32, in the last ROUNDS rounds: rounds go on until so many agree, MAX_ROUNDS at most.
+    """Times of bf16 over those of fp32, in the last ROUNDS rounds. They go on until so many agree, for MAX_ROUNDS.
 
     Both take turns within a round, and the least time of each counts: other load only ever adds to it.
     """

@@ -19,7 +19,7 @@ from teal.decoding.row_table import Flight, Group, RowTable
 from teal.decoding.rows import GREEDY, DecodeRows
 from teal.decoding.runner import ModelRunner
 from teal.decoding.sequence import Sequence, token_logprob
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.options import COUNTED_TOKENS, SamplingParams, check_prompt
 from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity
@@ -74,7 +74,7 @@ class Decoder:
         """Raise UserError for a request that cannot be run; cut its length to what the context has room for."""
         check_prompt(request.prompt_ids, self.context)
         if request.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {request.max_new_tokens} is out of range; expected at least 1")
+            raise ParameterError("{max_new_tokens} {} is out of range; expected at least 1", request.max_new_tokens)
         if request.plan is not None and self.own_plan is None:
             raise UserError("a plan was given for an engine that was loaded dense; load it with a sparsity or a plan")
         request.max_new_tokens = min(request.max_new_tokens, self.context - len(request.prompt_ids))

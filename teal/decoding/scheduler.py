@@ -9,11 +9,10 @@ from collections import deque
 from teal.decoding.decoder import PREFILL_CHUNK, Decoder
 from teal.decoding.engine import Engine
 from teal.decoding.requests import Done, Piece, Request
-from teal.errors import UserError
-from teal.options import DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from teal.errors import ParameterError
+from teal.options import DEFAULT_MAX_NEW_TOKENS, DEFAULT_QUEUE, MAX_ROWS, SamplingParams
 
 CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on CUDA PREFILL_CHUNK
-MAX_ROWS = 8  # what the sparse kernels take at once
 IDLE_S = 0.5  # between looks at deadlines while nothing runs
 
 
@@ -32,13 +31,13 @@ class Scheduler:
         self,
         engine: Engine,
         rows: int = MAX_ROWS,
-        queue: int = 128,
+        queue: int = DEFAULT_QUEUE,
         context: int | None = None,
         ahead: bool | None = None,
     ) -> None:
         """queue requests may wait; ahead: a step starts before the host has read the one before, None where a GPU can."""
         if not 1 <= rows <= MAX_ROWS:
-            raise UserError(f"--rows {rows} is out of range; expected 1 to {MAX_ROWS}")
+            raise ParameterError(f"{{rows}} {{}} is out of range; expected 1 to {MAX_ROWS}", rows)
         self.engine = engine
         limit = engine.model.config.max_seq_len
         self.context = min(context or limit, limit)

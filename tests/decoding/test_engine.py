@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from teal.decoding import engine as engine_module
+from teal.calibration import choose
 from teal.decoding.engine import Engine
 from teal.decoding.rows import CACHE_STEP
 from teal.errors import UserError
@@ -149,7 +149,7 @@ def test_sparsity_calibrates_once_and_keeps_the_plan(
     def unexpected(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(engine_module, "calibrate_uniform", unexpected)
+    monkeypatch.setattr(choose, "calibrate_uniform", unexpected)
     again = Engine.load(str(tiny_folder), sparsity=0.4, device="cpu", dtype="fp32")
     assert again.plan == engine.plan
     expected = list(engine.generate(PROMPT, max_new_tokens=9))
@@ -185,7 +185,7 @@ def test_impossible_requests_are_refused(engine: Engine) -> None:
     for ids, count, message in (
         ([], 5, "empty"),
         ([5] * 400, 5, "400 tokens"),
-        (PROMPT, 0, "--max-new-tokens 0"),
+        (PROMPT, 0, "max_new_tokens 0"),
     ):
         with pytest.raises(UserError, match=message):
             list(engine.generate(ids, max_new_tokens=count))
