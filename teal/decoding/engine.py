@@ -18,16 +18,15 @@ from teal.calibration.texts import default_text, text_hash
 from teal.calibration.thresholds import calibrate_uniform
 from teal.checkpoint.loading import Check, LoadedModel, load_for_decoding, load_plan
 from teal.checkpoint.tokenizer import Tokenizer
-from teal.decoding.compilation import capture, compile_model
+from teal.decoding.backends import Backend, choose_backend
+from teal.decoding.compilation import capture
 from teal.decoding.exclusive import Exclusive
 from teal.decoding.plan_switch import PlanSwitch
 from teal.decoding.sampling import argmax_step, sample
 from teal.decoding.statistics import GenerationStats
 from teal.decoding.streaming import StopStrings, StreamDecoder
 from teal.errors import UserError
-from teal.layers.int8_cache import has_int8_cache
-from teal.layers.quantized_linear import is_quantized
-from teal.model import Block, KVCache, Transformer
+from teal.model import KVCache
 from teal.options import DEFAULT_MAX_NEW_TOKENS, SamplingParams, check_prompt
 from teal.plan import SparsityPlan, cached_plan, keep_all_plan, plan_file
 from teal.progress import progress
@@ -49,11 +48,11 @@ class Engine:
     finished when it is exhausted, closed, or nothing refers to it any more, as after a break out of a for loop over it.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, use_graph: bool) -> None:
-        self.model = model
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, name: str) -> None:
+        self.backend = backend
+        self.model = model = backend.model
         self.tokenizer = tokenizer
         self.name = name
-        self.use_graph = use_graph
         self.plan: SparsityPlan | None = None
         self.layout = 0  # the number of the plan's layout (plan_switch.py)
         self.plan_switch: PlanSwitch | None = None  # None: dense
@@ -63,6 +62,7 @@ class Engine:
         self.stats = GenerationStats()
         weight = model.embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.use_graph = backend.compiles and weight.is_cuda
         self.generator = torch.Generator(self.device)
         self.cached_ids: list[int] = []
         self.cached_under: object = None  # cache_key when they were cached
@@ -106,25 +106,22 @@ class Engine:
         return cls.from_loaded(loaded, choose_plan(loaded, sparsity, plan) if sparse else None, compile)
 
     @classmethod
-    def from_loaded(cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None) -> Self:
-        """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load."""
-        on_cuda = loaded.model.embedding.weight.is_cuda
-        compile = on_cuda if compile is None else compile
-        engine = cls(loaded.model, loaded.tokenizer, loaded.name, use_graph=compile and on_cuda)
-        engine.plan = plan
-        engine.loaded, engine.load_s = loaded, loaded.load_s
-        if plan is None and on_cuda and (is_quantized(engine.model) or has_int8_cache(engine.model)):
-            plan = keep_all_plan(engine.model.config)  # the fused kernels are those that read few bits fast
+    def from_loaded(
+        cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None, backend: str = "auto"
+    ) -> Self:
+        """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load.
+
+        backend: see choose_backend.
+        """
         if plan is not None:
             plan.check_weights(loaded.weights)
-            sparsify(engine.model, plan)
-            engine.plan_switch = PlanSwitch(engine.model)
+            sparsify(loaded.model, plan)
+        engine = cls(choose_backend(loaded.model, compile, backend), loaded.tokenizer, loaded.name)
+        engine.loaded, engine.load_s = loaded, loaded.load_s
+        if plan is not None:
+            engine.plan, engine.plan_switch = plan, PlanSwitch(engine.model)
             engine.layout = engine.plan_switch.use(plan)
-            if on_cuda:
-                from teal.decoding.fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
-
-                fuse_blocks(engine.model)
-        if compile:
+        if engine.backend.compiles:
             engine._compile()
         return engine
 
@@ -152,9 +149,8 @@ class Engine:
         """As use_plan, with the plan that load takes for a sparsity. Raises UserError if it would have to be made now."""
         self._require_sparse()
         assert self.loaded is not None
-        plain = all(isinstance(layer, Block) for layer in self.model.layers)  # not wrapped by now
         with self.use.taken():
-            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain))
+            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=self.backend.name == "eager"))
 
     @property
     def calibrate_s(self) -> float:
@@ -179,9 +175,8 @@ class Engine:
         return self.plan_switch
 
     def _compile(self) -> None:
-        """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""
+        """Compile prefill and decode now, by a few tokens, not at the user's first one."""
         start = time.perf_counter()
-        compile_model(self.model)
         warm_ids = [i % self.model.config.vocab_size for i in range(4)]
         for _ in self.generate(warm_ids, SamplingParams(), max_new_tokens=3, ignore_eos=True):
             pass
@@ -272,8 +267,8 @@ class Engine:
     def _prefill(self, ids: list[int], params: SamplingParams, capacity: int) -> None:
         """Run the prompt through the model and leave its first continuation in self.token.
 
-        Calls get at least two tokens where the prompt has them: one alone would count as decoding and
-        be sparse, and the same prompt would give another text with a warm cache than with a cold one.
+        Calls get at least two tokens where the prompt has them: one alone may be rounded otherwise, and the
+        same prompt would give another text with a warm cache than with a cold one.
         """
         reused, key = 0, self.cache_key(self.plan)
         if key != self.cached_under:
@@ -288,10 +283,10 @@ class Engine:
         chunks = -(-(len(ids) - reused) // PREFILL_CHUNK)
         parts = list(zip(*(t[:, reused:].tensor_split(chunks, dim=1) for t in (prompt, positions)), strict=True))
         for part, at in progress(parts, "reading the prompt", "chunk", delay=1.0):
-            hidden = self.model.hidden_states(part, at, self.cache)
+            hidden = self.backend.prefill(part, at, self.cache)
         self.seen.zero_().scatter_(1, prompt, True)
         self.position.fill_(len(ids))
-        self._choose(self.model.logits(hidden[:, -1]), params)
+        self._choose(self.backend.logits(hidden[:, -1]), params)
 
     def _choose(self, logits: Tensor, params: SamplingParams) -> None:
         """Sample from logits [1, V] into self.token."""
@@ -301,7 +296,7 @@ class Engine:
 
     def _step(self, params: SamplingParams) -> None:
         """Feed self.token at self.position; leave the next token and position in their place."""
-        logits = self.model.logits(self.model.hidden_states(self.token, self.position, self.cache)[:, -1])
+        logits = self.backend.logits(self.backend.decode(self.token, self.position, self.cache)[:, -1])
         if params.is_argmax:
             argmax_step(logits, self.token, self.position)
         else:

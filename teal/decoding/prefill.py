@@ -25,8 +25,7 @@ class Prefill:
     def read_block(self, request: Request) -> tuple[int, Tensor | None]:
         """Put the next part of a prompt into the cache: how many tokens, and after the last part fp32 logits [1, V].
 
-        What other rows have of the prompt is copied. The model must have the thresholds of the request's plan: a prompt
-        of one token is read like a generated one.
+        What other rows have of the prompt is copied.
         """
         self.blocks += 1
         self.table.borrow(request)

@@ -57,6 +57,7 @@ class DecodeRows:
 
     def __init__(self, engine: Engine, count: int, context: int) -> None:
         self.engine, self.model, self.device, self.use_graph = engine, engine.model, engine.device, engine.use_graph
+        self.backend = engine.backend
         self.context = context
         self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
         # By layout of the engine's plan, and rows or drafted tokens.
@@ -71,11 +72,12 @@ class DecodeRows:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(count, self.model.config.hidden_size, generator=generator)
         hidden = hidden.to(self.model.embedding.weight.dtype)
-        return torch.equal(self.model.logits(hidden), torch.cat([self.model.logits(row) for row in hidden.split(1)]))
+        logits = self.backend.logits
+        return torch.equal(logits(hidden), torch.cat([logits(row) for row in hidden.split(1)]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [n, V] of hidden states [n, C]."""
-        parts = [self.model.logits(part).float() for part in hidden.split(self.head_rows)]
+        parts = [self.backend.logits(part).float() for part in hidden.split(self.head_rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def reserve(self, length: int, held: list[int]) -> None:
@@ -119,7 +121,7 @@ class DecodeRows:
         """Put tokens ids[begin:] at their positions of a row; fp32 logits [1, V] after the last."""
         tokens = torch.tensor([ids[begin:]], device=self.device)
         positions = torch.arange(begin, len(ids), device=self.device)[None]
-        hidden = self.model.hidden_states(tokens, positions, self._part(slice(row, row + 1), len(ids)))
+        hidden = self.backend.prefill(tokens, positions, self._part(slice(row, row + 1), len(ids)))
         return self._logits(hidden[:, -1])
 
     def feed(self, rows: range, tokens: list[int], positions: list[int]) -> None:
@@ -149,7 +151,7 @@ class DecodeRows:
     def _run(self, rows: range, length: int) -> Tensor:
         part = slice(rows.start, rows.stop)
         tokens, positions = self.tokens[part], self.positions[part]
-        hidden = self.model.hidden_states(tokens, positions, self._part(part, length))
+        hidden = self.backend.decode(tokens, positions, self._part(part, length))
         logits = self._logits(hidden[:, -1])
         argmax_step(logits, tokens, positions)
         return logits

@@ -17,10 +17,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from teal.checkpoint.loading import Check, LoadedModel, load_for_decoding, round_weights
+from teal.decoding.backends import Backend
 from teal.decoding.engine import Engine, choose_plan
 from teal.decoding.sampling import argmax_step, draw, probabilities
 from teal.errors import UserError
-from teal.model import KVCache, Transformer
+from teal.model import KVCache
 from teal.options import MAX_DRAFT, SamplingParams, check_length
 from teal.plan import SparsityPlan, keep_all_plan
 from teal.teal_layers import sparsify
@@ -36,7 +37,7 @@ class SpeculativeEngine(Engine):
     """An Engine that drafts after a call of draft_with or look_up; its text is then the dense model's."""
 
     draft_length = 0
-    drafter: Transformer | None = None  # None: look up
+    drafter: Backend | None = None  # None: look up
     draft_cost = LOOKUP_COST  # time of a drafted token over that of a pass of the dense model
 
     @classmethod
@@ -85,7 +86,7 @@ class SpeculativeEngine(Engine):
 
     def draft_with(self, draft: "Draft", length: int) -> None:
         """Draft up to length tokens a round by sparse steps. Raises UserError."""
-        self.drafter, self.draft_cost = draft.model, draft.cost
+        self.drafter, self.draft_cost = draft.backend, draft.cost
         self.compile_s += draft.compile_s
         self._speculate(length)
 
@@ -174,7 +175,8 @@ class SpeculativeEngine(Engine):
         drafted, q = self._draft(row, params, length)
         tokens = torch.cat((row.token[0], drafted))
         positions = row.position[0] + torch.arange(length + 1, device=self.device)
-        logits = self.model.logits(self.model.hidden_states(tokens[None], positions[None], row.cache))[0]
+        run = self.backend.prefill if length else self.backend.decode  # without drafts it is an ordinary step
+        logits = self.backend.logits(run(tokens[None], positions[None], row.cache))[0]
         if q is None:
             kept, last = verify_greedy(drafted, logits)
         else:
@@ -198,7 +200,7 @@ class SpeculativeEngine(Engine):
         token, position, seen = row.token.clone(), row.position.clone(), row.seen.clone()
         tokens, rows = [], []
         for _ in range(length):
-            logits = self.drafter.logits(self.drafter.hidden_states(token, position, row.cache)[:, -1])
+            logits = self.drafter.logits(self.drafter.decode(token, position, row.cache)[:, -1])
             if params.is_argmax:
                 argmax_step(logits, token, position)
             else:
@@ -223,9 +225,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A model that drafts; cost is the time of its step over that of a pass of the dense model."""
+    """What runs the model that drafts; cost is the time of its step over that of a pass of the dense model."""
 
-    model: Transformer
+    backend: Backend
     cost: float
     compile_s: float
 
@@ -250,7 +252,7 @@ def make_draft(
         loaded.calibrate_s = copied.calibrate_s  # which began with loaded's
     engine = Engine.from_loaded(copied, chosen, compile)
     cost = ROUNDED_COST[quant] * (1 - SAVED_BY_SPARSITY * chosen.target)
-    return Draft(engine.model, cost, engine.compile_s)
+    return Draft(engine.backend, cost, engine.compile_s)
 
 
 class Lookup:

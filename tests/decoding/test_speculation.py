@@ -245,8 +245,9 @@ def test_penalties_count_what_was_drafted_before() -> None:
 def test_a_rounded_draft_shares_all_but_what_is_rounded(quantizable_folder: Path) -> None:
     engine = speculative(quantizable_folder, draft_quant="int4")
     assert engine.drafter is not None and not is_quantized(engine.model)
-    target, draft = ({p.data_ptr() for p in m.parameters()} for m in (engine.model, engine.drafter))
-    rounded: list[Any] = [*itertools.chain(*sparse_layers(engine.drafter)), engine.drafter.lm_head]
+    drafter = engine.drafter.model
+    target, draft = ({p.data_ptr() for p in m.parameters()} for m in (engine.model, drafter))
+    rounded: list[Any] = [*itertools.chain(*sparse_layers(drafter)), drafter.lm_head]
     own = {t.data_ptr() for m in rounded for t in (m.weight, m.scales, m.zeros) if t is not None}
     assert own and draft - own <= target and not own & target
 

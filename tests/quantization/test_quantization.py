@@ -20,6 +20,7 @@ from teal.kernels.formats.packing import dequantize, pack_int4, unpack_int4
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.reference import sparse_linear_reference
 from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
+from teal.layers.phase import decoding
 from teal.layers.quantized_linear import (
     BITS,
     QuantConfig,
@@ -165,7 +166,8 @@ def logits(model: Transformer, tokens: int = 30) -> torch.Tensor:
     cache = KVCache(model.config, 1, tokens, torch.device("cpu"), torch.float32)
     at = torch.arange(tokens)[None]
     parts = [model(ids[:, :10], at[:, :10], cache)]
-    parts += [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(10, tokens)]
+    with decoding(model):
+        parts += [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(10, tokens)]
     return torch.cat(parts, dim=1)
 
 
