@@ -151,7 +151,9 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     if (forced, compile) in (("eager", True), ("compiled", False)):
         raise UserError(f"backend {forced!r} contradicts compile={compile}; give one of them")
     device = model.embedding.weight.device
-    name, reason = (forced, "asked for") if forced != "auto" else _best(model, compile)
+    name, reason = forced, "asked for"
+    if forced == "auto":
+        name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
     if name == "fused" and (obstacle := _fused_obstacle(device)):
         raise UserError(f"backend 'fused' cannot run: {obstacle}")
     if name == "fused":
@@ -159,18 +161,17 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
 
 
-def _best(model: Transformer, compile: bool | None) -> tuple[str, str]:
-    """Name and reason of the fastest backend."""
-    device = model.embedding.weight.device
-    if device.type == "cuda" and has_kernel_layout(model):
+def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:
+    """Name and reason of the fastest backend on a type of device; kernel_layout: see has_kernel_layout."""
+    if device == "cuda" and kernel_layout:
         return "fused", "sparse or quantized weights on CUDA"
-    if device.type == "cuda" and has_int8_cache(model):
+    if device == "cuda" and int8_cache:
         return "fused", "a KV cache in 8 bits on CUDA"
-    if compile is None and device.type == "cuda":
+    if device == "cuda" and compile is None:
         return "compiled", "dense weights in floats on CUDA"
     if compile:
-        return "compiled", "compile was asked for"
-    return "eager", "compile was refused" if compile is False else f"compiling does not pay at once on {device.type}"
+        return "compiled", "compiling was asked for"
+    return "eager", f"compiling was {'not asked for' if compile is None else 'refused'}"
 
 
 def has_kernel_layout(model: Transformer) -> bool:
