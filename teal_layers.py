@@ -96,8 +96,8 @@ class SparseLinear(PhasedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, K] -> [B, T, N]: in decode sparse, in prefill only for self.state.sparse_share of its tokens."""
-        T = x.shape[1]
-        dense_tokens = 0 if self.state.phase is Phase.DECODE else T - round(T * self.state.sparse_share)
+        T, state = x.shape[1], self.state
+        dense_tokens = 0 if state.phase is Phase.DECODE else T - round(T * state.sparse_share)
         if dense_tokens == 0:
             y = self._sparse(x)
         elif dense_tokens == T:
