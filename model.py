@@ -267,6 +267,10 @@ class Attention(nn.Module):
         y = y.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, K * G * D)
         return self.wo(y)
 
+    def cached_vector(self, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """Width and dtype of what a KVCache holds of a head's key or value in dtype: here the vector itself."""
+        return self.config.head_dim, dtype
+
     def attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
     ) -> Tensor:
@@ -356,9 +360,10 @@ class Transformer(nn.Module):
         return cast(list[Block], list(self.layers))
 
     def new_cache(self, batch: int, length: int, layers: int | None = None) -> KVCache:
-        """An empty cache for all or so many layers, beside the weights and of their dtype."""
+        """An empty cache for all or so many layers, beside the weights, of what their attention keeps."""
         weight = self.embedding.weight
-        return KVCache(self.config, batch, length, weight.device, weight.dtype, layers)
+        width, dtype = self.blocks[0].attention.cached_vector(weight.dtype)
+        return KVCache(self.config, batch, length, weight.device, dtype, layers, width)
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """Logits fp32 [B, T, V] of tokens at positions (both int64 [B, T]); writes keys and values into kv_cache."""

@@ -1,9 +1,9 @@
 """Modules that replace a Transformer's projections from outside: `sparsify(model, plan)`.
 
 A SparseLinear stores its weight input-channel-major, [in_features, out_features], so that an input
-entry below the threshold skips one contiguous row. Decoding (one token a call) goes through the
-sparse product; prefill uses the same storage as a dense matrix, since it is bound by arithmetic and
-not by memory (TEAL, section 5.4).
+entry below the threshold skips one contiguous row. Decode goes through the sparse product; prefill
+uses the same storage as a dense matrix, since it is bound by arithmetic and not by memory (TEAL,
+section 5.4).
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
+from teal.layers.phase import Phase, PhasedModule, call_state
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Block, Transformer
 from teal.plan import SparsityPlan
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(PhasedModule):
     """nn.Linear whose input is thresholded by magnitude, with a threshold per named output segment.
 
     names and sizes list the projections stacked in the weight, e.g. ("q", "k", "v") and their widths. The weight of a
@@ -40,15 +41,14 @@ class SparseLinear(nn.Module):
         self.zeros: nn.Parameter | None = None
         if isinstance(linear, QuantizedLinear):
             self.weight, self.scales, self.zeros = linear.weight, linear.scales, linear.zeros
+            self.state = linear.state
         else:
             self.weight = nn.Parameter(linear.weight.data.t().contiguous(), requires_grad=False)
         self.bias = linear.bias
         self.set_thresholds([0.0] * len(names))
-        # Entries kept, one count per name, and entries seen; filled only while counting is on.
+        # Entries kept, one count per name, and entries seen; filled only while self.state says that they are counted.
         self.kept = nn.Buffer(self.weight.new_zeros(len(names), dtype=torch.int64), persistent=False)
         self.seen = nn.Buffer(self.weight.new_zeros((), dtype=torch.int64), persistent=False)
-        self.counting = False
-        self.sparse_share = 0.0  # of the tokens of a call with more than one, the last ones
 
     def set_thresholds(self, thresholds: list[float]) -> None:
         """Use these thresholds of |x| from now on, one for each name."""
@@ -76,21 +76,24 @@ class SparseLinear(nn.Module):
                 setattr(self, attribute, nn.Buffer(value.clone(), persistent=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, K] -> [B, T, N]; of T > 1 tokens only the last share self.sparse_share is sparse."""
-        B, T, K = x.shape
-        dense_tokens = 0 if T == 1 else T - round(T * self.sparse_share)
-        if dense_tokens == T:
+        """x [B, T, K] -> [B, T, N]: in decode sparse, in prefill only for self.state.sparse_share of its tokens."""
+        T, state = x.shape[1], self.state
+        dense_tokens = 0 if state.phase is Phase.DECODE else T - round(T * state.sparse_share)
+        if dense_tokens == 0:
+            y = self._sparse(x)
+        elif dense_tokens == T:
             y = self._dense(x)
         else:
-            rows = x[:, dense_tokens:].reshape(-1, K)
-            if self.counting:
-                self.kept.add_(torch.stack([(rows.abs() >= t).sum() for t in self.name_thresholds.to(rows.dtype)]))
-                self.seen.add_(rows.numel())
-            y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros)
-            y = y.view(B, T - dense_tokens, -1)
-            if dense_tokens:
-                y = torch.cat((self._dense(x[:, :dense_tokens]), y), dim=1)
+            y = torch.cat((self._dense(x[:, :dense_tokens]), self._sparse(x[:, dense_tokens:])), dim=1)
         return y if self.bias is None else y + self.bias
+
+    def _sparse(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.state.counting:
+            self.kept.add_(torch.stack([(rows.abs() >= t).sum() for t in self.name_thresholds.to(rows.dtype)]))
+            self.seen.add_(rows.numel())
+        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros)
+        return y.view(*x.shape[:-1], -1)
 
     def _dense(self, x: Tensor) -> Tensor:
         return x @ self.weight if self.scales is None else quantized_matmul(x, self.weight, self.scales, self.zeros)
@@ -114,7 +117,7 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
     plan.check_fits(model.config)
     for block, modules, layer in zip(model.blocks, sparse_layers(model), plan.layers, strict=True):
         thresholds = {name: p.threshold for name, p in layer.items()}
-        if modules:  # sparse already, and perhaps wrapped by now
+        if modules:  # sparse already
             for module in modules:
                 module.set_thresholds([thresholds[name] for name in module.names])
         else:
@@ -145,7 +148,7 @@ def set_counting(model: Transformer, on: bool) -> None:
         for module in layer:
             module.kept.zero_()
             module.seen.zero_()
-            module.counting = on
+    call_state(model).counting = on
 
 
 def achieved_sparsity(model: Transformer) -> list[dict[str, float]]:
@@ -175,15 +178,13 @@ def weight_bytes_per_token(model: Transformer) -> float:
 
 @contextmanager
 def sparse_prefill(model: Transformer, share: float = 1.0) -> Iterator[None]:
-    """Within the block, calls with many tokens are sparse too, on the last share of them.
+    """Within the block prefill is sparse too, on the last share of a call's tokens.
 
     1 is what decoding them one by one would compute; 0.5 is the paper's evaluation (section 5.1).
     """
-    modules = [m for layer in sparse_layers(model) for m in layer]
-    for module in modules:
-        module.sparse_share = share
+    state = call_state(model)
+    state.sparse_share = share
     try:
         yield
     finally:
-        for module in modules:
-            module.sparse_share = 0.0
+        state.sparse_share = 0.0

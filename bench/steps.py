@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teal.decoding.backends import Backend
 from teal.decoding.engine import Engine
 from teal.decoding.sampling import argmax_step
-from teal.model import Transformer
+from teal.layers.phase import Phase
 from teal.options import SamplingParams
 from teal.plan import Histogram, ProjectionPlan, SparsityPlan
 from teal.teal_layers import SparseLinear, sparse_layers
@@ -82,12 +83,12 @@ def fitted_plan(
         histograms: dict[SparseLinear, Histogram] = {}
 
         def collect(module: SparseLinear, arguments: tuple[Tensor], into: dict[SparseLinear, Histogram]) -> None:
-            if arguments[0].shape[1] == 1:
+            if module.state.phase is Phase.DECODE:
                 into.setdefault(module, Histogram()).add(arguments[0])
 
         hook = functools.partial(collect, into=histograms)
         hooks = [m.register_forward_pre_hook(hook) for layer in sparse_layers(engine.model) for m in layer]
-        with engine.counting():  # which sends a fused block's tokens through its modules
+        with engine.counting():  # which sends the fused backend's tokens through the modules
             for _ in engine.generate(prompt, SamplingParams(), tokens + 1, ignore_eos=True):
                 pass
         for handle in hooks:
@@ -101,23 +102,24 @@ def fitted_plan(
 
 
 @torch.inference_mode()
-def batched_step_s(model: Transformer, batch: int, context: int) -> float:
+def batched_step_s(backend: Backend, batch: int, context: int) -> float:
     """Seconds of one greedy step of batch rows, each after context tokens of its own, captured in a CUDA graph.
 
     The prompts are random and go through the model: rows that shared a text, or a cache of noise, would keep other
     channels than the rows of a server do.
     """
+    model = backend.model
     device = model.embedding.weight.device
     cache = model.new_cache(batch, context + 8)
     prompts = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=device)
     positions = torch.arange(context, device=device)[None]
     for row in range(batch):
-        model.hidden_states(prompts[row : row + 1, :-1], positions, cache.part(slice(row, row + 1), None))
+        backend.prefill(prompts[row : row + 1, :-1], positions, cache.part(slice(row, row + 1), None))
     tokens = prompts[:, -1:].contiguous()
     positions = torch.full((batch, 1), context, device=device)
 
     def step(_: int) -> None:
-        logits = model.logits(model.hidden_states(tokens, positions, cache)[:, -1])
+        logits = backend.logits(backend.decode(tokens, positions, cache)[:, -1])
         argmax_step(logits, tokens, positions)
         positions.sub_(1)  # about the same step again, after the token it chose
 

@@ -189,7 +189,7 @@ def empty_model(
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.keep_all.zero_()
+            module.thresholds.zero_()
     if config.tie_embeddings and not isinstance(model.lm_head, QuantizedLinear):
         model.lm_head.weight = model.embedding.weight
     return model

@@ -1,21 +1,186 @@
-"""Stub."""
+"""What runs a model's layers: eager modules, compiled blocks, or fused kernels. Chosen once, after all replacements.
 
+A backend changes neither the model's methods nor its list of layers. All give the same result but for rounding; the
+eager one is the reference. Prefill and decode are methods of their own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
+from teal.decoding.compilation import compile_blocks, mark_varying
+from teal.errors import UserError
+from teal.layers.int8_cache import has_int8_cache
+from teal.layers.phase import PhasedModule, call_state
 from teal.model import KVCache, Transformer
+from teal.options import BACKENDS, MAX_ROWS, check_choice
+from teal.plan import keep_all_plan
+from teal.teal_layers import sparsify
+
+PositionTensors = Callable[[Tensor, int], tuple[Tensor, Tensor, dict[int | None, Tensor]]]
 
 
-class Backend:
-    name, reason = "eager", ""
+class Backend(ABC):
+    """Runs the layers of model; reason says in one line why it was chosen."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    name: ClassVar[str]
+    compiles = False  # whether first calls take long, and steps may be captured in CUDA graphs
 
+    def __init__(self, model: Transformer, reason: str) -> None:
+        self.model, self.reason = model, reason
+        self.state = call_state(model)
+        self.norm: Callable[[Tensor], Tensor] = model.norm
+        self.position_tensors: PositionTensors = model.position_tensors  # of decode steps
+
+    @abstractmethod
     def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        return self.model.hidden_states(tokens, positions, kv_cache)
+        """Output of the last block, fp32 [B, T, C], for tokens at positions, int64 [B, T]; fills kv_cache there."""
 
     def decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        return self.model.hidden_states(tokens, positions, kv_cache)
+        """As prefill, for one token a row (T = 1), sparse where the model is."""
+        assert tokens.shape[1] == 1, f"{tuple(tokens.shape)}: a decode step has one token a row"
+        with self.state.decoding():
+            return self._decode(tokens, positions, kv_cache)
+
+    @abstractmethod
+    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As decode, in that phase."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
+        """Next-token logits fp32 [..., V] of hidden states [..., C]."""
+        return self.model.lm_head(self.norm(hidden))
+
+
+class EagerBackend(Backend):
+    """The modules as they are."""
+
+    name = "eager"
+
+    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As Backend.prefill."""
+        return self.model.hidden_states(tokens, positions, kv_cache)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        return self.model.hidden_states(tokens, positions, kv_cache)
+
+
+class CompiledBackend(Backend):
+    """Blocks by torch.compile, and on CUDA what surrounds them; the work happens at the first calls."""
+
+    name = "compiled"
+    compiles = True
+
+    def __init__(self, model: Transformer, reason: str) -> None:
+        super().__init__(model, reason)
+        device = model.embedding.weight.device
+        self.run_block = compile_blocks(device)
+        if device.type == "cuda":  # some 20 small kernels otherwise, 2 us each
+            self.norm = torch.compile(model.norm.forward, fullgraph=True)
+            self.position_tensors = torch.compile(model.position_tensors, fullgraph=True)
+
+    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As Backend.prefill. A single token goes through the modules: it would be compiled for its length alone."""
+        if tokens.shape[1] == 1:
+            return self.model.hidden_states(tokens, positions, kv_cache)
+        return self._through_blocks(tokens, positions, kv_cache, self.model.position_tensors)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        return self._through_blocks(tokens, positions, kv_cache, self.position_tensors)
+
+    def _through_blocks(
+        self, tokens: Tensor, positions: Tensor, kv_cache: KVCache, position_tensors: PositionTensors
+    ) -> Tensor:
+        model = self.model
+        x = model.embed(tokens)
+        cos, sin, masks = position_tensors(positions, kv_cache.length)
+        windows = model.config.sliding_windows
+        for block, window, k, v in zip(model.blocks, windows, kv_cache.k, kv_cache.v, strict=True):
+            context = (cos, sin, masks[window], positions, k, v)
+            mark_varying(self.state.phase, x, *context)
+            x = self.run_block(block, x, *context)
+        return x
+
+
+class FusedBackend(Backend):
+    """Decode by seven kernels a block (fused_block.py); prefill by another backend, on the same weights.
+
+    Projections of a dense model in floats are replaced, in place, by modules of the layout that the kernels read.
+    """
+
+    name = "fused"
+
+    def __init__(self, model: Transformer, reason: str, compile: bool) -> None:
+        from teal.decoding.fused_block import fused_decode  # its kernels need Triton, which a CPU does not
+
+        if not has_kernel_layout(model):
+            sparsify(model, keep_all_plan(model.config))
+        super().__init__(model, reason)
+        self.block_decode = fused_decode
+        self.others: Backend = CompiledBackend(model, reason) if compile else EagerBackend(model, reason)
+        self.compiles, self.norm, self.position_tensors = compile, self.others.norm, self.others.position_tensors
+
+    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As Backend.prefill."""
+        return self.others.prefill(tokens, positions, kv_cache)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """More rows than the kernels take go through the modules, and so does what is counted."""
+        model = self.model
+        if tokens.shape[0] > MAX_ROWS or self.state.counting:
+            return model.hidden_states(tokens, positions, kv_cache)
+        x = model.embed(tokens)
+        cos, sin, _ = self.position_tensors(positions, kv_cache.length)
+        windows = model.config.sliding_windows
+        for block, window, k, v in zip(model.blocks, windows, kv_cache.k, kv_cache.v, strict=True):
+            x = self.block_decode(block, window, x, cos, sin, positions, k, v)
+        return x
+
+
+def choose_backend(model: Transformer, compile: bool | None = None, forced: str = "auto") -> Backend:
+    """The backend for model's device and formats, or the one that is forced. compile None: on CUDA only.
+
+    Raises UserError if the forced one is unknown, cannot run, or contradicts compile.
+    """
+    check_choice("backend", forced, BACKENDS)
+    if (forced, compile) in (("eager", True), ("compiled", False)):
+        raise UserError(f"backend {forced!r} contradicts compile={compile}; give one of them")
+    device = model.embedding.weight.device
+    name, reason = forced, "asked for"
+    if forced == "auto":
+        name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
+    if name == "fused" and (obstacle := _fused_obstacle(device)):
+        raise UserError(f"backend 'fused' cannot run: {obstacle}")
+    if name == "fused":
+        return FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
+    return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
+
+
+def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:
+    """Name and reason of the fastest backend on a type of device; kernel_layout: see has_kernel_layout."""
+    if device == "cuda" and kernel_layout:
+        return "fused", "sparse or quantized weights on CUDA"
+    if device == "cuda" and int8_cache:
+        return "fused", "a KV cache in 8 bits on CUDA"
+    if device == "cuda" and compile is None:
+        return "compiled", "dense weights in floats on CUDA"
+    if compile:
+        return "compiled", "compiling was asked for"
+    return "eager", f"compiling was {'not asked for' if compile is None else 'refused'}"
+
+
+def has_kernel_layout(model: Transformer) -> bool:
+    """Whether the projections are stored as the fused kernels read them: SparseLinear and QuantizedLinear modules."""
+    return any(isinstance(module, PhasedModule) for module in model.layers.modules())
+
+
+def _fused_obstacle(device: torch.device) -> str:
+    """Why the fused kernels cannot run on device; empty if they can."""
+    if find_spec("triton") is None:
+        return "its kernels need Triton, which is not installed"
+    from teal.kernels.gemv.launch import kernels_run_on
+
+    return "" if kernels_run_on(device) else f"its kernels need CUDA, and the model is on {device.type}"

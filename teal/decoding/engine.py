@@ -12,8 +12,7 @@ from typing_extensions import Self
 from teal.calibration.choose import choose_plan
 from teal.checkpoint.loading import Check, LoadedModel, load_for_decoding
 from teal.checkpoint.tokenizer import Tokenizer
-from teal.decoding.backends import Backend
-from teal.decoding.compilation import compile_model
+from teal.decoding.backends import Backend, choose_backend
 from teal.decoding.decoder import PREFILL_CHUNK, Decoder
 from teal.decoding.exclusive import Exclusive
 from teal.decoding.plan_switch import PlanSwitch
@@ -21,11 +20,9 @@ from teal.decoding.requests import Done, Piece, Request
 from teal.decoding.runner import ModelRunner
 from teal.decoding.statistics import GenerationStats
 from teal.errors import UserError
-from teal.layers.int8_cache import has_int8_cache
-from teal.layers.quantized_linear import is_quantized
-from teal.model import Block, KVCache, Transformer
+from teal.model import KVCache
 from teal.options import DEFAULT_MAX_NEW_TOKENS, ModelOptions, SamplingParams
-from teal.plan import SparsityPlan, keep_all_plan
+from teal.plan import SparsityPlan
 from teal.progress import progress
 from teal.teal_layers import set_counting, sparsify
 
@@ -43,15 +40,15 @@ class Engine(ModelRunner):
     finished when it is exhausted, closed, or nothing refers to it any more, as after a break out of a for loop over it.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, backend: Backend, use_graph: bool) -> None:
-        super().__init__(model, tokenizer, backend, use_graph)
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, name: str) -> None:
+        super().__init__(backend, tokenizer)
         self.name = name
         self.loaded: LoadedModel | None = None
         self.load_s = 0.0
         self.compile_s = 0.0
         self.stats = GenerationStats()
         self.use = Exclusive(IN_USE)
-        context, on_cuda = model.config.max_seq_len, self.device.type == "cuda"
+        context, on_cuda = self.model.config.max_seq_len, self.device.type == "cuda"
         self.decoder = Decoder(self, 1, context, PREFILL_CHUNK, ahead=on_cuda, single=True)
 
     @classmethod
@@ -70,24 +67,19 @@ class Engine(ModelRunner):
     def from_loaded(
         cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None, backend: str = "auto"
     ) -> Self:
-        """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load."""
-        on_cuda = loaded.model.embedding.weight.is_cuda
-        compile = on_cuda if compile is None else compile
-        engine = cls(loaded.model, loaded.tokenizer, loaded.name, Backend(loaded.model), use_graph=compile and on_cuda)
-        engine.plan = plan
-        engine.loaded, engine.load_s, engine.weights = loaded, loaded.load_s, loaded.weights
-        if plan is None and on_cuda and (is_quantized(engine.model) or has_int8_cache(engine.model)):
-            plan = keep_all_plan(engine.model.config)  # the fused kernels are those that read few bits fast
+        """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load.
+
+        backend: see choose_backend.
+        """
         if plan is not None:
             plan.check_weights(loaded.weights)
-            sparsify(engine.model, plan)
-            engine.plan_switch = PlanSwitch(engine.model)
+            sparsify(loaded.model, plan)
+        engine = cls(choose_backend(loaded.model, compile, backend), loaded.tokenizer, loaded.name)
+        engine.loaded, engine.load_s, engine.weights = loaded, loaded.load_s, loaded.weights
+        if plan is not None:
+            engine.plan, engine.plan_switch = plan, PlanSwitch(engine.model)
             engine.layout = engine.plan_switch.use(plan)
-            if on_cuda:
-                from teal.decoding.fused_block import fuse_blocks  # its kernels need Triton, which a CPU does not
-
-                fuse_blocks(engine.model)
-        if compile:
+        if engine.backend.compiles:
             engine._compile()
         return engine
 
@@ -103,9 +95,8 @@ class Engine(ModelRunner):
         """As use_plan, with the plan that load takes for a sparsity. Raises UserError if it would have to be made now."""
         self.require_sparse()
         assert self.loaded is not None
-        plain = all(isinstance(layer, Block) for layer in self.model.layers)  # not wrapped by now
         with self.use.taken():
-            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=plain))
+            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=self.backend.name == "eager"))
 
     @property
     def calibrate_s(self) -> float:
@@ -125,9 +116,8 @@ class Engine(ModelRunner):
             self.use_graph = graph
 
     def _compile(self) -> None:
-        """Compile prefill and decode, and pay for it now with a few tokens, not at the user's first one."""
+        """Compile prefill and decode now, by a few tokens, not at the user's first one."""
         start = time.perf_counter()
-        compile_model(self.model)
         warm_ids = [i % self.model.config.vocab_size for i in range(4)]
         for _ in self.generate(warm_ids, SamplingParams(), max_new_tokens=3, ignore_eos=True):
             pass

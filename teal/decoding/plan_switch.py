@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from teal.layers.phase import call_state
 from teal.model import Transformer
 from teal.plan import SparsityPlan
 from teal.teal_layers import SparseLinear, sparse_layers, sparsify
@@ -38,7 +39,7 @@ class PlanSwitch:
     """Sets the thresholds of a model that is sparse already."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model = model
+        self.model, self.state = model, call_state(model)
         self.modules = [module for layer in sparse_layers(model) for module in layer]
         self.layouts: list[Layout] = []
         self.idle = self.counted = self.tally()  # of nothing
@@ -47,7 +48,7 @@ class PlanSwitch:
     @property
     def sparse_share(self) -> float:
         """teal_layers.sparse_prefill's share, on which keys and values of a prompt depend."""
-        return self.modules[0].sparse_share
+        return self.state.sparse_share
 
     @torch.inference_mode()
     def use(self, plan: SparsityPlan) -> int:
@@ -90,4 +91,5 @@ class PlanSwitch:
             return
         self.counted = chosen
         for module, kept, seen in zip(self.modules, chosen.kept, chosen.seen, strict=True):
-            module.kept, module.seen, module.counting = kept, seen, tally is not None
+            module.kept, module.seen = kept, seen
+        self.state.counting = tally is not None

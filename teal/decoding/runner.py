@@ -5,25 +5,24 @@ from teal.decoding.backends import Backend
 from teal.decoding.drafting import Drafter
 from teal.decoding.plan_switch import PlanSwitch
 from teal.errors import UserError
-from teal.model import Transformer
 from teal.plan import SparsityPlan, Weights
 
 
 class ModelRunner:
     """What a Decoder runs. use_graph: whether steps are CUDA graphs; layout: the number of the plan's (plan_switch.py)."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, backend: Backend, use_graph: bool) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         self.backend = backend
-        self.use_graph = use_graph
+        self.model = backend.model
+        self.tokenizer = tokenizer
         self.plan: SparsityPlan | None = None
         self.plan_switch: PlanSwitch | None = None  # None: dense
         self.weights: Weights | None = None  # what plans know the model by
         self.layout = 0
         self.drafter: Drafter | None = None
-        weight = model.embedding.weight
+        weight = self.model.embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.use_graph = backend.compiles and weight.is_cuda
 
     def require_sparse(self) -> PlanSwitch:
         """What switches plans. Raises UserError if the model is dense."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal.errors import UserError
+from teal.layers.phase import decoding
 from teal.model import Transformer
 from teal.options import POLICY_SHARES
 from teal.plan import SparsityPlan, keep_all_plan
@@ -176,10 +177,11 @@ def decode_score(model: Transformer, tokens: Tensor) -> Score:
     cache = model.new_cache(1, len(tokens))
     score = Score()
     ids = tokens.to(weight.device)
-    for i in progress(range(len(ids) - 1), "decoding", "token"):
-        position = torch.full((1, 1), i, device=weight.device)
-        logits = model(ids[None, i : i + 1], position, cache)[0].float()
-        add_score(score, logits, logits, ids[i + 1 : i + 2])
+    with decoding(model):
+        for i in progress(range(len(ids) - 1), "decoding", "token"):
+            position = torch.full((1, 1), i, device=weight.device)
+            logits = model(ids[None, i : i + 1], position, cache)[0].float()
+            add_score(score, logits, logits, ids[i + 1 : i + 2])
     return score
 
 
@@ -192,9 +194,10 @@ def continue_greedily(model: Transformer, prompts: Tensor, count: int) -> Tensor
     positions = torch.arange(P, device=weight.device).expand(B, P)
     hidden = model.hidden_states(prompts.to(weight.device), positions, cache)
     made = [model.logits(hidden[:, -1:]).argmax(-1)]
-    for i in range(count - 1):
-        position = torch.full((B, 1), P + i, device=weight.device)
-        made.append(model(made[-1], position, cache).argmax(-1))
+    with decoding(model):
+        for i in range(count - 1):
+            position = torch.full((B, 1), P + i, device=weight.device)
+            made.append(model(made[-1], position, cache).argmax(-1))
     return torch.cat(made, dim=1)
 
 

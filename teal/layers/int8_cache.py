@@ -1,12 +1,10 @@
-"""A KV cache in 8 bits (kernels/kv_int8.py), put into a model from outside."""
-
-from typing import Any
+"""A KV cache in 8 bits (kernels/formats/kv_int8.py), put into a model from outside."""
 
 import torch
 from torch import Tensor
 
 from teal.kernels.formats.kv_int8 import pack_int8, packed_width, unpack_int8
-from teal.model import Attention, KVCache, Transformer, attend
+from teal.model import Attention, Transformer, attend
 
 
 class Int8CacheAttention(Attention):
@@ -17,6 +15,10 @@ class Int8CacheAttention(Attention):
             super().__init__(attention.config)
         self.wqkv, self.wo = attention.wqkv, attention.wo
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+
+    def cached_vector(self, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """As Attention.cached_vector: bytes of a packed vector."""
+        return packed_width(self.config.head_dim), torch.int8
 
     def attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
@@ -36,12 +38,5 @@ def has_int8_cache(model: Transformer) -> bool:
 
 def use_int8_cache(model: Transformer) -> None:
     """Make every block of model, in place, keep its keys and values in 8 bits, in caches of model.new_cache."""
-
-    def new_cache(batch: int, length: int, layers: int | None = None) -> KVCache:
-        width = packed_width(model.config.head_dim)
-        return KVCache(model.config, batch, length, model.embedding.weight.device, torch.int8, layers, width)
-
     for block in model.blocks:
         block.attention = Int8CacheAttention(block.attention)
-    replaced: Any = model
-    replaced.new_cache = new_cache

@@ -1,8 +1,8 @@
 """Weight quantization: rounding to nearest, and the module that replaces nn.Linear from outside.
 
-int8 is symmetric, int4 has a zero point; both have a scale for each group of weights (kernels/packing.py). Groups lie
-along the output dimension, within an input channel, so that activation sparsity skips scales with their weights and an
-outlier channel keeps to itself (AdaDim, ICLR 2024, arXiv 2309.15531, groups this way too).
+int8 is symmetric, int4 has a zero point; both have a scale for each group of weights (kernels/formats/packing.py).
+Groups lie along the output dimension, within an input channel: activation sparsity skips scales with their weights, and
+an outlier channel keeps to itself (AdaDim, ICLR 2024, arXiv 2309.15531, groups this way too).
 """
 
 from collections.abc import Callable
@@ -18,13 +18,15 @@ from teal.errors import ParameterError, UserError
 from teal.kernels.formats.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4, unpack_int4
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
+from teal.layers.phase import Phase, PhasedModule
 from teal.model import ModelConfig, Transformer
+from teal.options import MAX_ROWS
 
 QUANT_METHOD = "teal"
 QUANT_VERSION = 1
 BITS = {"int8": 8, "int4": 4}
 GROUPINGS = ("output", "input")
-Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a weight (kernels/packing.py)
+Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a weight (kernels/formats/packing.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def pick_group_size(config: ModelConfig, asked: int | None, lm_head: bool = Fals
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
-    """weight [K, N] -> values, scales (of its dtype), zeros, as kernels/packing.py lays them out.
+    """weight [K, N] -> values, scales (of its dtype), zeros, as kernels/formats/packing.py lays them out.
 
     Scales are rounded to weight's dtype before values are, so that rounding them costs nothing more.
     """
@@ -144,20 +146,13 @@ def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Te
     return (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(low, high)
 
 
-class QuantizedLinear(nn.Module):
-    """nn.Linear with weights of 8 or 4 bits in the layout of kernels/packing.py; by_input: groups along the input.
+class QuantizedLinear(PhasedModule):
+    """nn.Linear with weights of 8 or 4 bits in a layout of kernels/formats/packing.py.
 
-    out_dtype: of the result, x's or fp32; by default x's.
+    by_input: groups lie along the input. The sparse kernels' thresholds and segments are one, which keeps all.
     """
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        bits: int,
-        group_size: int,
-        by_input: bool = False,
-        out_dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int, by_input: bool = False) -> None:
         super().__init__()
         K, N = linear.in_features, linear.out_features
         columns, dtype = (N, torch.int8) if bits == 8 else (N // NIBBLES, torch.int32)
@@ -167,9 +162,10 @@ class QuantizedLinear(nn.Module):
         self.scales = nn.Parameter(like.new_empty(groups), requires_grad=False)
         zeros = None if bits == 8 else nn.Parameter(self.scales.new_empty(self.scales.shape, dtype=torch.uint8), False)
         self.zeros = zeros
-        self.keep_all = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
+        self.thresholds = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
+        self.segments = [N]
         self.bias = linear.bias
-        self.bits, self.group_size, self.out_features, self.out_dtype = bits, group_size, N, out_dtype
+        self.bits, self.group_size, self.out_features = bits, group_size, N
 
     def set_weight(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
         """Take these as the weight."""
@@ -182,14 +178,34 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.weight, self.scales, self.zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, K] or [..., K] -> [..., N]; one token a row takes the kernels of the sparse product."""
-        if x.dim() == 3 and x.shape[1] > 1:
-            y = quantized_matmul(x, self.weight, self.scales, self.zeros, self.out_dtype)
-        else:
-            rows, segments = x.reshape(-1, x.shape[-1]), [self.out_features]
-            y = sparse_linear(rows, self.weight, self.keep_all, segments, self.scales, self.zeros, self.out_dtype)
-            y = y.view(*x.shape[:-1], -1)
+        """x [..., K] -> [..., N]; decode takes the kernels of the sparse product."""
+        y = self._by_rows(x) if self.state.phase is Phase.DECODE else self._by_blocks(x)
         return y if self.bias is None else y + self.bias
+
+    def _by_rows(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """For few rows: each reads the weight as it is stored."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros, out_dtype)
+        return y.view(*x.shape[:-1], -1)
+
+    def _by_blocks(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """For many rows: a block of columns at a time becomes floats."""
+        return quantized_matmul(x, self.weight, self.scales, self.zeros, out_dtype)
+
+
+class QuantizedHead(QuantizedLinear):
+    """An output head with weights of 8 bits, groups along the output. Its result is fp32, as OutputHead's is.
+
+    Prefill reads it for the last token alone, so not the phase but the number of rows decides how.
+    """
+
+    def __init__(self, head: nn.Linear, group_size: int) -> None:
+        super().__init__(head, 8, group_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> fp32 [..., N]."""
+        few = x.numel() <= MAX_ROWS * x.shape[-1]
+        return self._by_rows(x, torch.float32) if few else self._by_blocks(x, torch.float32)
 
 
 def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = False) -> None:
@@ -198,21 +214,20 @@ def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = 
     fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's.
     """
 
-    def quantized(
-        linear: nn.Linear, bits: int, by_input: bool, out_dtype: torch.dtype | None = None
-    ) -> QuantizedLinear:  # fmt: skip
-        module = QuantizedLinear(linear, bits, config.group_size, by_input, out_dtype)
-        if fill:
-            weight, size = linear.weight, config.group_size  # [N, K]
-            if by_input:
-                module.set_weight(*round_input_groups(weight, bits, size))
-            else:
-                module.set_weight(*round_to_nearest(weight.t().contiguous(), bits, size))
+    def filled(module: QuantizedLinear, linear: nn.Linear, by_input: bool) -> QuantizedLinear:
+        if fill and by_input:
+            module.set_weight(*round_input_groups(linear.weight, module.bits, config.group_size))
+        elif fill:
+            module.set_weight(*round_to_nearest(linear.weight.t().contiguous(), module.bits, config.group_size))
         return module
 
-    replace_projections(model, lambda linear: quantized(linear, config.bits, config.by_input))
+    def quantized(linear: nn.Linear) -> QuantizedLinear:
+        module = QuantizedLinear(linear, config.bits, config.group_size, config.by_input)
+        return filled(module, linear, config.by_input)
+
+    replace_projections(model, quantized)
     if config.lm_head:
-        head = quantized(model.lm_head, 8, by_input=False, out_dtype=torch.float32)
+        head = filled(QuantizedHead(model.lm_head, config.group_size), model.lm_head, by_input=False)
         model.lm_head = head  # type: ignore[assignment]
 
 

@@ -19,6 +19,7 @@ from teal.calibration.thresholds import (
 )
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
+from teal.layers.phase import decoding
 from teal.model import KVCache, Transformer
 from teal.plan import SparsityPlan
 from teal.teal_layers import (
@@ -171,7 +172,7 @@ def test_counting_works_after_calibration(model: Transformer, sequences: Tensor)
     """Calibration runs in inference mode; what it leaves in the model must be usable outside."""
     calibrate(model, sequences, Settings((0.5,)), FACTS)
     set_counting(model, True)
-    with torch.inference_mode():
+    with torch.inference_mode(), decoding(model):
         model(sequences[:1, :1], torch.zeros(1, 1, dtype=torch.int64), KVCache(model.config, 1, 8, CPU, torch.float32))
     assert all(0 < share < 1 for layer in achieved_sparsity(model) for share in layer.values())
     set_counting(model, False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from teal.calibration.thresholds import calibrate_uniform
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
+from teal.layers.phase import decoding
 from teal.layers.quantized_linear import QuantizedLinear, is_quantized
 from teal.model import Transformer
 from teal.teal_layers import achieved_sparsity, set_counting, sparsify
@@ -88,8 +89,11 @@ def logits(model: Transformer, one_by_one: bool = False) -> Tensor:
     positions = torch.arange(9, device=model.embedding.weight.device)[None]
     ids = positions + 3
     cache = model.new_cache(1, 16)
-    calls = zip(ids.split(1 if one_by_one else 9, 1), positions.split(1 if one_by_one else 9, 1), strict=True)
-    return torch.cat([model(tokens, at, cache) for tokens, at in calls], dim=1).float()
+    if not one_by_one:
+        return model(ids, positions, cache).float()
+    with decoding(model):
+        calls = zip(ids.split(1, 1), positions.split(1, 1), strict=True)
+        return torch.cat([model(tokens, at, cache) for tokens, at in calls], dim=1).float()
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,9 @@ def test_each_plans_entries_are_counted_apart(engine: Engine, plans: list[Sparsi
     for target in TARGETS:
         shares = [share for layer in found[target] for share in layer.values()]
         assert sum(shares) / len(shares) == pytest.approx(target, abs=0.12), target
-    assert not any(module.counting or int(module.seen) for layer in sparse_layers(engine.model) for module in layer)
+    assert not any(
+        module.state.counting or int(module.seen) for layer in sparse_layers(engine.model) for module in layer
+    )
 
 
 def test_a_plan_for_a_dense_engine_is_refused(tiny_folder: Path, plans: list[SparsityPlan]) -> None:

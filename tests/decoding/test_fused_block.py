@@ -1,4 +1,4 @@
-"""The fused decode step equals the unfused sparse layers, for every family; interpreted on a CPU, real on CUDA."""
+"""The fused backend equals the eager one on sparse layers, for every family; interpreted on a CPU, real on CUDA."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from teal.checkpoint.weights import load_model
+from teal.decoding.backends import Backend, EagerBackend, FusedBackend
 from teal.decoding.engine import Engine
-from teal.decoding.fused_block import FusedBlock, fuse_blocks
 from teal.layers.int8_cache import use_int8_cache
-from teal.model import Transformer
+from teal.model import Block, Transformer
 from teal.options import SamplingParams
 from teal.plan import ProjectionPlan, SparsityPlan
-from teal.teal_layers import set_counting, sparsify
+from teal.teal_layers import set_counting, sparse_layers, sparsify
 from tests.conftest import PROJECTIONS, relative_error, save_tiny_model, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,47 +36,70 @@ def sparse_model(folder: Path, dtype: torch.dtype, scale: float = 1.0) -> Transf
     return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
 
 
+def eager(model: Transformer) -> Backend:
+    return EagerBackend(model, "test")
+
+
+def fused(model: Transformer) -> FusedBackend:
+    return FusedBackend(model, "test", compile=False)
+
+
 @torch.inference_mode()
-def decode_logits(model: Transformer, batch: int, steps: int = STEPS) -> Tensor:
+def decode_logits(backend: Backend, batch: int, steps: int = STEPS) -> Tensor:
     """Logits [steps, B, V] of steps after a prompt; rows are at different positions."""
     length = PROMPT + STEPS + batch
-    cache = model.new_cache(batch, length)
+    cache = backend.model.new_cache(batch, length)
     ids = torch.arange(batch * length, device=DEVICE).view(batch, length) * 7 % 190 + 5
     offsets = torch.arange(batch, device=DEVICE)[:, None]
     positions = torch.arange(PROMPT, device=DEVICE)[None] + offsets
-    model(ids[:, :PROMPT], positions, cache)
+    backend.prefill(ids[:, :PROMPT], positions, cache)
     logits = []
     for i in range(steps):
         column = ids[:, PROMPT + i : PROMPT + i + 1]
-        logits.append(model(column, offsets + PROMPT + i, cache)[:, 0])
+        logits.append(backend.logits(backend.decode(column, offsets + PROMPT + i, cache)[:, 0]))
     return torch.stack(logits)
+
+
+def count_block_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the calls of blocks' forward from now on, by what a call reads."""
+    calls: dict[str, int] = {}
+    forward = Block.forward
+
+    def counted(block: Block, x: Tensor, *arguments: Any) -> Tensor:
+        kind = "decode" if x.shape[1] == 1 else "prefill"
+        calls[kind] = calls.get(kind, 0) + 1
+        return forward(block, x, *arguments)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    return calls
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_the_unfused_layers(name: str, batch: int, tmp_path: Path) -> None:
+def test_logits_equal_the_unfused_layers(
+    name: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family, overrides = FAMILIES[name]
     save_tiny_model(tiny_config(family, num_hidden_layers=2, **overrides), tmp_path)
-    expected = decode_logits(sparse_model(tmp_path, torch.float32), batch)
     model = sparse_model(tmp_path, torch.float32)
-    fuse_blocks(model)
-    assert all(isinstance(block, FusedBlock) for block in model.layers)
-    assert relative_error(decode_logits(model, batch), expected) <= 2e-6
-    assert relative_error(decode_logits(sparse_model(tmp_path, torch.float32, 0.0), batch), expected) > 1e-2
+    expected = decode_logits(eager(model), batch)
+    backend, calls = fused(model), count_block_calls(monkeypatch)
+    assert relative_error(decode_logits(backend, batch), expected) <= 2e-6
+    assert calls == {"prefill": 2}, "only the prompt goes through the modules"
+    assert all(type(block) is Block for block in model.layers)
+    assert relative_error(decode_logits(eager(sparse_model(tmp_path, torch.float32, 0.0)), batch), expected) > 1e-2
 
 
 @pytest.mark.parametrize("name,batch", [("mistral-sliding", 1), ("qwen3-head-norms", 3)])
 def test_a_cache_in_8_bits(name: str, batch: int, tmp_path: Path) -> None:
     family, overrides = FAMILIES[name]
     save_tiny_model(tiny_config(family, num_hidden_layers=2, **overrides), tmp_path)
-    exact = decode_logits(sparse_model(tmp_path, torch.float32), batch)
-    models = [sparse_model(tmp_path, torch.float32) for _ in range(2)]
-    for model in models:
-        use_int8_cache(model)
-    expected = decode_logits(models[0], batch)
-    fuse_blocks(models[1])
-    assert relative_error(decode_logits(models[1], batch), expected) <= 1e-3  # a byte may be rounded the other way
+    model = sparse_model(tmp_path, torch.float32)
+    exact = decode_logits(eager(model), batch)
+    use_int8_cache(model)
+    expected = decode_logits(eager(model), batch)
+    assert relative_error(decode_logits(fused(model), batch), expected) <= 1e-3  # a byte may be rounded the other way
     assert relative_error(expected, exact) > 2e-3
 
 
@@ -91,56 +114,47 @@ def default_model(folder: Path, dtype: torch.dtype) -> Transformer:
 
 def test_default_models_logits(default_folder: Path) -> None:
     model = default_model(default_folder, torch.float32)
-    expected = decode_logits(model, 1, 1)
-    fuse_blocks(model)
-    assert relative_error(decode_logits(model, 1, 1), expected) <= 1e-5
+    expected = decode_logits(eager(model), 1, 1)
+    assert relative_error(decode_logits(fused(model), 1, 1), expected) <= 1e-5
 
 
 @pytest.mark.gpu
 def test_default_models_logits_in_16_bits(default_folder: Path) -> None:
     """The real model in bf16: as near to the fp32 sparse model as the unfused bf16 layers are."""
-    exact = decode_logits(default_model(default_folder, torch.float32), 4, 1)
-    unfused = relative_error(decode_logits(default_model(default_folder, torch.bfloat16), 4, 1), exact)
+    exact = decode_logits(eager(default_model(default_folder, torch.float32)), 4, 1)
     model = default_model(default_folder, torch.bfloat16)
-    fuse_blocks(model)
-    assert relative_error(decode_logits(model, 4, 1), exact) <= 1.3 * unfused < 0.2
+    unfused = relative_error(decode_logits(eager(model), 4, 1), exact)
+    assert relative_error(decode_logits(fused(model), 4, 1), exact) <= 1.3 * unfused < 0.2
 
 
 def test_counting_and_wide_batches_take_the_unfused_path(tmp_path: Path) -> None:
     save_tiny_model(tiny_config("llama"), tmp_path)
     model = sparse_model(tmp_path, torch.float32)
-    fuse_blocks(model)
+    backend = fused(model)
     set_counting(model, True)
-    decode_logits(model, 1)
-    assert int(model.layers[0].wqkv.seen) > 0  # type: ignore[union-attr, arg-type]
+    decode_logits(backend, 1)
+    assert int(sparse_layers(model)[0][0].seen) > 0
     set_counting(model, False)
-    expected = decode_logits(sparse_model(tmp_path, torch.float32), 9)
-    assert relative_error(decode_logits(model, 9), expected) <= 2e-6
+    expected = decode_logits(eager(sparse_model(tmp_path, torch.float32)), 9)
+    assert relative_error(decode_logits(backend, 9), expected) <= 2e-6
 
 
 def test_weights_are_shared_with_prefill(tmp_path: Path) -> None:
     save_tiny_model(tiny_config("llama"), tmp_path)
     dense = load_model(tmp_path, DEVICE, torch.float32)
     model = sparse_model(tmp_path, torch.float32)
-    fuse_blocks(model)
+    fused(model)
     assert sum(p.nbytes for p in model.parameters()) == sum(p.nbytes for p in dense.parameters())
 
 
 @pytest.mark.gpu
 def test_fullgraph_compile_of_a_step(tmp_path: Path) -> None:
-    """torch.compile takes the whole model, fused blocks included, without a graph break, and gives the same logits."""
+    """torch.compile takes the whole step, fused blocks included, without a graph break, and gives the same logits."""
     save_tiny_model(tiny_config("llama"), tmp_path)
-    model = sparse_model(tmp_path, torch.bfloat16)
-    fuse_blocks(model)
-    expected = decode_logits(model, 1)
-    step = torch.compile(model.hidden_states, fullgraph=True)
-
-    def hidden_states(*arguments: Any) -> Tensor:
-        one_token = arguments[0].shape[1] == 1
-        return step(*arguments) if one_token else Transformer.hidden_states(model, *arguments)
-
-    model.hidden_states = hidden_states  # type: ignore[method-assign, assignment]
-    assert relative_error(decode_logits(model, 1), expected) <= 1e-2
+    backend = fused(sparse_model(tmp_path, torch.bfloat16))
+    expected = decode_logits(backend, 1)
+    backend._decode = torch.compile(backend._decode, fullgraph=True)  # type: ignore[method-assign]
+    assert relative_error(decode_logits(backend, 1), expected) <= 1e-2
 
 
 @pytest.mark.gpu

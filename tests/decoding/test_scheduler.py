@@ -201,7 +201,7 @@ def test_the_first_tokens_are_counted_and_no_more(tiny_folder: Path) -> None:
     module = sparse_layers(engine.model)[0][0]
 
     def look(event: Piece | Done, i: int) -> None:
-        seen.append((i, module.counting, int(module.seen) // engine.model.config.hidden_size))
+        seen.append((i, module.state.counting, int(module.seen) // engine.model.config.hidden_size))
 
     for i, (ids, tokens) in enumerate(((long, 90), (short, 8))):
         emit = functools.partial(look, i=i)
@@ -210,7 +210,7 @@ def test_the_first_tokens_are_counted_and_no_more(tiny_folder: Path) -> None:
     scheduler.run()
     counted = [count for _, counting, count in seen if counting]
     assert 31 <= max(counted) <= 31 + 8  # steps of the first request, and rows beside it
-    assert not module.counting and seen[-1] == (0, False, 0) and len(counted) < len(seen) - 20
+    assert not module.state.counting and seen[-1] == (0, False, 0) and len(counted) < len(seen) - 20
     assert all(0.2 < share < 0.7 for layer in scheduler.decoder.achieved for share in layer.values())
 
 

@@ -20,6 +20,7 @@ from teal.decoding.requests import Done, Piece, Request
 from teal.decoding.rows import CACHE_STEP
 from teal.decoding.scheduler import Scheduler
 from teal.decoding.speculation import SpeculativeEngine
+from teal.layers.phase import decoding
 from teal.model import KVCache, attend
 from teal.options import DraftOptions, ModelOptions, SamplingParams
 from tests.conftest import assert_one_line_error, relative_error
@@ -44,9 +45,9 @@ def test_logits_equal_the_cpus(tiny_folder: Path) -> None:
         cache = KVCache(model.config, 1, 64, device, torch.float32)
         with torch.inference_mode():
             parts = [model(ids[:, :20].to(device), positions[:, :20].to(device), cache)]
-            parts += [
-                model(ids[:, i : i + 1].to(device), positions[:, i : i + 1].to(device), cache) for i in range(20, 60)
-            ]
+            with decoding(model):
+                for i in range(20, 60):
+                    parts.append(model(ids[:, i : i + 1].to(device), positions[:, i : i + 1].to(device), cache))
         results.append(torch.cat(parts, dim=1).cpu())
     assert relative_error(results[1], results[0]) <= 1e-5, "logits"
 

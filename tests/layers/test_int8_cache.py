@@ -13,6 +13,7 @@ from teal.decoding.engine import Engine
 from teal.decoding.scheduler import generate_batch
 from teal.errors import UserError
 from teal.kernels.formats.kv_int8 import pack_int8, packed_width, unpack_int8
+from teal.layers.phase import decoding
 from teal.model import KVCache
 from teal.options import ModelOptions
 from tests.conftest import relative_error
@@ -43,7 +44,8 @@ def test_logits_stay_near_those_of_a_float_cache(tiny_folder: Path) -> None:
         cache = model.new_cache(1, 64)
         with torch.inference_mode():
             parts = [model(ids[:, :30], positions[:, :30], cache)]
-            parts += [model(ids[:, i : i + 1], positions[:, i : i + 1], cache) for i in range(30, 40)]
+            with decoding(model):
+                parts += [model(ids[:, i : i + 1], positions[:, i : i + 1], cache) for i in range(30, 40)]
         logits.append(torch.cat(parts, dim=1))
     assert 0 < relative_error(logits[1], logits[0]) < 0.02
     assert isinstance(cache, KVCache) and cache.k.dtype == torch.int8

@@ -14,6 +14,7 @@ from teal.calibration.thresholds import HELD_OUT_SEQUENCES, calibrate_uniform, m
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
+from teal.layers.phase import decoding
 from teal.model import KVCache, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan, config_fields
 from teal.teal_layers import achieved_sparsity, set_counting, sparse_layers, sparse_prefill, sparsify
@@ -40,7 +41,8 @@ def logits(model: Transformer, prompt: int = 8) -> torch.Tensor:
     cache = KVCache(model.config, 1, 32, CPU, torch.float32)
     positions = torch.arange(TOKENS.shape[1])[None]
     out = [model(TOKENS[:, :prompt], positions[:, :prompt], cache)] if prompt else []
-    out += [model(TOKENS[:, i : i + 1], positions[:, i : i + 1], cache) for i in range(prompt, TOKENS.shape[1])]
+    with decoding(model):
+        out += [model(TOKENS[:, i : i + 1], positions[:, i : i + 1], cache) for i in range(prompt, TOKENS.shape[1])]
     return torch.cat(out, dim=1)[0]
 
 
@@ -91,7 +93,8 @@ def test_projections_equal_the_definition(folder: Path, thresholds: dict[str, fl
         masked = [torch.where(x.abs() >= thresholds.get(n, 0.0), x, 0.0) for n in names]
         expected = torch.cat([m @ w.T for m, w in zip(masked, weights, strict=True)], dim=-1)
         expected = expected if linear.bias is None else expected + linear.bias
-        rows = torch.cat([module(x[:, t : t + 1]) for t in range(x.shape[1])], dim=1)
+        with decoding(sparse):
+            rows = torch.cat([module(x[:, t : t + 1]) for t in range(x.shape[1])], dim=1)
         torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5, msg=name)
         with sparse_prefill(sparse):
             torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
@@ -166,7 +169,8 @@ def test_a_sparse_model_takes_no_more_memory(default_folder: Path) -> None:
     with torch.inference_mode():
         cache = model.new_cache(1, 32)
         model(TOKENS, TOKENS, cache)
-        model(TOKENS[:, :1], TOKENS[:, -1:] + 1, cache)
+        with decoding(model):
+            model(TOKENS[:, :1], TOKENS[:, -1:] + 1, cache)
     del cache
     assert dense > 2e8 and tensor_bytes() - before <= 1.02 * dense
 

@@ -17,6 +17,7 @@ from teal.checkpoint.weights import find_shards, load_model
 from teal.cli import calibrate, evaluate, generate, quantize
 from teal.errors import UserError
 from teal.kernels.formats.packing import dequantize
+from teal.layers.phase import decoding
 from teal.layers.quantized_linear import (
     BITS,
     QuantConfig,
@@ -58,7 +59,8 @@ def logits(model: Transformer, tokens: int = 30) -> torch.Tensor:
     cache = KVCache(model.config, 1, tokens, torch.device("cpu"), torch.float32)
     at = torch.arange(tokens)[None]
     parts = [model(ids[:, :10], at[:, :10], cache)]
-    parts += [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(10, tokens)]
+    with decoding(model):
+        parts += [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(10, tokens)]
     return torch.cat(parts, dim=1)
 
 
