@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from teal.decoding.compilation import compile_blocks, mark_varying
-from teal.errors import UserError
+from teal.errors import ParameterError
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule, call_state
 from teal.model import KVCache, Transformer
@@ -147,13 +147,13 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     """
     check_choice("backend", forced, BACKENDS)
     if (forced, compile) in (("eager", True), ("compiled", False)):
-        raise UserError(f"backend {forced!r} contradicts compile={compile}; give one of them")
+        raise ParameterError("{backend} {} contradicts compile={}; give one of them", forced, compile)
     device = model.embedding.weight.device
     name, reason = forced, "asked for"
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
     if name == "fused" and (obstacle := _fused_obstacle(device)):
-        raise UserError(f"backend 'fused' cannot run: {obstacle}")
+        raise ParameterError("{backend} fused cannot run: {}", obstacle)
     if name == "fused":
         return FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
     return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
