@@ -151,6 +151,12 @@ def train_sentencepiece(text: str, **options: Any) -> bytes:
 
 
 @pytest.fixture(scope="session")
+def sentencepiece_model() -> bytes:
+    """A SentencePiece model trained on TEXT."""
+    return train_sentencepiece(8 * TEXT, vocab_size=420, character_coverage=0.98, split_digits=True)
+
+
+@pytest.fixture(scope="session")
 def quantizable_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_json: str) -> Path:
     """A checkpoint whose widths are multiples of 32, with q, k and v biases."""
     folder = tmp_path_factory.mktemp("quantizable")

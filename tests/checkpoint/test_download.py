@@ -119,7 +119,7 @@ SAID = {
     "error: Failed to extract archive\n  cause: I/O operation failed: File too large (os error 27)\n": "disk of",
     "error: Request failed\n  cause: client error (Connect)\n  cause: dns error\n": "cannot be reached (cause: dns error)",
     "WARNING: a\nERROR: No matching distribution found\n": "No matching distribution found; pass --checkpoint",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("said,reason", SAID.items())

@@ -21,9 +21,8 @@ from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.files import fingerprint
-from tests.checkpoint.test_gguf import byte_level_vocabulary, sentencepiece_vocabulary, write_gguf
-from tests.checkpoint.test_gguf import sentencepiece_model as sentencepiece_model  # a fixture
 from tests.conftest import assert_one_line_error, save_tiny_model, tiny_config
+from tests.gguf_files import byte_level_vocabulary, sentencepiece_vocabulary, write_gguf
 
 CPU = torch.device("cpu")
 

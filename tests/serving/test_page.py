@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.test_serve import Server, serving
+from tests.server_process import Server, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

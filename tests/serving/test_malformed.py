@@ -1,0 +1,131 @@
+"""Bodies, paths and options that are wrong get an error each, and the server stays up."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT, assert_one_line_error
+from tests.server_process import QUESTION, Server
+
+
+def random_value(chance: random.Random, depth: int = 0) -> Any:
+    kinds: list[Any] = [None, True, -1, 0, 1, 1e308, -1e308, 10**30, "", "x" * 50, "\ud800", "🙂", [], {}, 0.5]
+    if depth < 3 and chance.random() < 0.3:
+        inner = [random_value(chance, depth + 1) for _ in range(chance.randint(0, 3))]
+        return inner if chance.random() < 0.5 else {str(i): value for i, value in enumerate(inner)}
+    return chance.choice(kinds)
+
+
+def malformed_bodies(count: int) -> Iterator[tuple[str, bytes]]:
+    """(path, body) that no server should accept, each for another reason or at another place."""
+    chance = random.Random(0)
+    chat = {"messages": QUESTION, "max_tokens": 2}
+    plain: dict[str, Any] = {"prompt": "The", "max_tokens": 2}
+    wrong: dict[str, list[Any]] = {
+        "temperature": ["1", -1, 3, [], {}, True],
+        "top_p": [-0.1, 1.1, "x"],
+        "n": [0, 9, 1.5, "2", True],
+        "max_tokens": [0, -5, "9", 1.5],
+        "stop": [5, [5], ["a"] * 17, {}],
+        "seed": ["s", 1.5, 2**63],
+        "stream": ["yes", 1],
+        "top_k": [-2, 0.5],
+        "min_p": [1, -0.1],
+        "presence_penalty": [-3, "1"],
+        "frequency_penalty": [2.5, []],
+        "sparsity": [1, -0.1, 0.77, "0.5"],
+        "model": [5, "gpt-9"],
+        "logit_bias": [5, {"x": 1}, {"1": 101}, {"1": "1"}, {"-1": 1}, {"99999": 1}],
+        "stream_options": [5, {"include_usage": "y"}],
+        "repetition_penalty": [0, -1],
+    }
+    for field, values in wrong.items():
+        for value in values:
+            for path, good in (("/v1/chat/completions", chat), ("/v1/completions", plain)):
+                yield path, json.dumps({**good, field: value}).encode()
+    for value in (
+        5,
+        [],
+        "x",
+        [5],
+        [{}],
+        [{"role": "user"}] * 5000,
+        [{"role": "king", "content": "x"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+    ):
+        yield "/v1/chat/completions", json.dumps({**chat, "messages": value}).encode()
+    for value in (5, [], {}, [[]], [-1], [10**9], [1.5], "", "x" * 5000, [["a"]]):
+        yield "/v1/completions", json.dumps({**plain, "prompt": value}).encode()
+    extras: tuple[dict[str, Any], ...] = (
+        {"tools": 5},
+        {"tools": [{}]},
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "xml"}},
+        {"top_logprobs": 3},
+        {"logprobs": True, "top_logprobs": 21},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+    )
+    for extra in extras:
+        yield "/v1/chat/completions", json.dumps({**chat, **extra}).encode()
+    yield "/v1/completions", b"[" * 100_000
+    yield "/v1/completions", b'{"a":' * 200 + b"1" + b"}" * 200
+    yield "/v1/completions", b"\xff\xfe\x00"
+    yield "/v1/completions", b'{"prompt": "\\ud800"}'
+    yield "/v1/completions", b'{"prompt": "x", "temperature": NaN}'
+    yield "/v1/completions", b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"
+    yield "/v1/completions", b"x" * 1_500_000
+    whole = json.dumps(chat).encode()
+    for i in range(count):
+        cut = chance.randrange(len(whole))
+        yield "/v1/chat/completions", whole[:cut]
+        body = {**chat, "messages": random_value(chance)}
+        if not isinstance(body["messages"], list) or not body["messages"]:
+            yield "/v1/chat/completions", json.dumps(body).encode()
+        yield "/v1/completions", json.dumps([random_value(chance)] if i % 2 else chance.choice(["x", 5, None])).encode()
+
+
+def test_malformed_bodies_get_an_error_and_the_server_stays_up(server: Server) -> None:
+    bodies = list(malformed_bodies(180))
+    assert len(bodies) >= 500
+    for path, body in bodies:
+        status, text, _ = server.send("POST", path, body)
+        assert 400 <= status < 500, (path, body[:300], status, text)
+        error = json.loads(text)["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"], (body[:300], text)
+    assert server.health() == {"status": "ok", "waiting": 0, "running": 0}
+    assert server.client.completions.create(model="tiny", prompt="The", max_tokens=2).usage.completion_tokens
+
+
+def test_unknown_paths_and_methods(server: Server) -> None:
+    for method, path, expected in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("PUT", "/health", 405),
+    ):
+        status, text, _ = server.send(method, path)
+        assert status == expected and json.loads(text)["error"]["message"]
+
+
+def test_mistakes_at_the_start_are_one_line(tiny_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for options, fragments in (
+            (["--port", str(taken.getsockname()[1])], ("--port", "in use")),
+            (["--port", "70000"], ("--port 70000", "65535")),
+            (["--rows", "9", "--port", "0"], ("--rows 9", "1 to 8")),
+            (["--sparsities", "1.5"], ("1.5",)),
+            (["--speculate", "99"], ("--speculate 99", "1 to 16")),
+            (["--speculate", "4", "--sparsity", "0.5"], ("--sparsity", "dense model's")),
+            (["--draft-quant", "int4"], ("--draft-quant", "--speculate K")),
+        ):
+            command = [sys.executable, "serve.py", "--checkpoint", str(tiny_folder), *options]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert_one_line_error(done.returncode, done.stderr, *fragments)
