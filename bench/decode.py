@@ -135,7 +135,7 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
-    """Run what the command line asks for: facts about the machine with a row for each configuration, and the model's."""
+    """Run what the command line asks for: the machine's facts with a row for each configuration, and the model's."""
     prompt = [1000 + i % 1000 for i in range(args.context)]
     runners = build_runners(args, prompt)
     device = next(iter(runners.values())).engine.device
@@ -203,9 +203,8 @@ def print_table(rows: list[dict[str, Any]], ceiling: float) -> None:
             line += f"{1e9 * row['gb_per_s'] / ceiling:7.0%}  {row['dtype']}"
         print(line)
         for rows_at_once, milliseconds in row.get("batch_step_ms", {}).items():
-            print(
-                f"{'':22}{rows_at_once} rows a step: {milliseconds:.3f} ms, {1e3 * rows_at_once / milliseconds:.1f} tok/s"
-            )
+            speed = 1e3 * rows_at_once / milliseconds
+            print(f"{'':22}{rows_at_once} rows a step: {milliseconds:.3f} ms, {speed:.1f} tok/s")
         for name, microseconds in row.get("kernels_us", {}).items():
             print(f"{'':22}{microseconds:9.1f} us  {name}")
 

@@ -1,7 +1,7 @@
 """One page about this machine and a model: python -m bench.report --checkpoint DIR -o report.html
 
-Read bandwidth, the sparse product of each projection beside torch's own, and decode speed by sparsity, as an HTML file that
-needs no other and a JSON file with the same figures beside it.
+Read bandwidth, the sparse product of each projection beside torch's own, and decode speed by sparsity. The page is one
+HTML file that needs no other; a JSON file beside it has the same figures.
 """
 
 import argparse
@@ -30,7 +30,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <title>{{ r.model }} on {{ r.hardware }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color-scheme: light dark; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child { text-align: left; }
@@ -42,14 +43,17 @@ read bandwidth {{ "%.1f" | format(r.read_gb_per_s) }} GB/s</p>
 <h2>Decoding, one token at a time</h2>
 <table><tr><th></th><th>tok/s</th><th>ratio</th><th>first token</th><th>GB/s</th><th>share of bandwidth</th></tr>
 {% for row in r.decode %}<tr><td>{{ row.label }}</td><td>{{ "%.1f" | format(row.tokens_per_s) }}</td>
-<td>{{ "%.2f" | format(row.tokens_per_s / r.decode[0].tokens_per_s) }}</td><td>{{ "%.0f" | format(1000 * row.first_token_s) }} ms</td>
+<td>{{ "%.2f" | format(row.tokens_per_s / r.decode[0].tokens_per_s) }}</td>
+<td>{{ "%.0f" | format(1000 * row.first_token_s) }} ms</td>
 <td>{{ "%.1f" | format(row.gb_per_s) }}</td><td>{{ "%.0f" | format(100 * row.gb_per_s / r.read_gb_per_s) }}%</td></tr>
 {% endfor %}</table>
 <figure>{{ plots.decode | safe }}</figure>
 <h2>One projection at a time</h2>
 <table><tr><th></th><th>sparsity</th><th>sparse</th><th>dense by torch</th><th>ratio</th><th>GB/s</th></tr>
-{% for row in r.gemv %}<tr><td>{{ row.projection }} {{ row.K }} × {{ row.N }}</td><td>{{ "%.0f" | format(100 * row.sparsity) }}%</td>
-<td>{{ "%.1f" | format(row.us) }} µs</td><td>{{ "%.1f" | format(row.dense_us) }} µs</td><td>{{ "%.2f" | format(row.ratio) }}</td>
+{% for row in r.gemv %}<tr><td>{{ row.projection }} {{ row.K }} × {{ row.N }}</td>
+<td>{{ "%.0f" | format(100 * row.sparsity) }}%</td>
+<td>{{ "%.1f" | format(row.us) }} µs</td><td>{{ "%.1f" | format(row.dense_us) }} µs</td>
+<td>{{ "%.2f" | format(row.ratio) }}</td>
 <td>{{ "%.0f" | format(row.gb_per_s) }}</td></tr>
 {% endfor %}</table>
 <figure>{{ plots.gemv | safe }}</figure>

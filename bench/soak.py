@@ -1,8 +1,8 @@
 """A server under load for hours: python -m bench.soak --minutes 120 -- --sparsity 0.5
 
-Starts serve.py with the options after --, attacks it in rounds as bench.load does, with broken requests in between, and
-looks at it after each round: no answer lost or other than its prompt's alone, no slot taken, and no more memory than
-after the warm-up. At last the server gets SIGTERM and must end by itself. Needs the openai package.
+Starts serve.py with the options after --, and attacks it in rounds as bench.load does, with broken requests in between.
+After each round no answer may be lost or other than its prompt's alone, and no slot may be taken. Nor may memory have
+grown since the warm-up. At last the server gets SIGTERM and must end by itself. Needs the openai package.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def build_parser() -> cli.Parser:
 
 
 def start(options: list[str], errors: IO[str]) -> tuple["subprocess.Popen[str]", str]:
-    """A server that writes to errors, and its URL. Raises UserError with its last words if it ends before it listens."""
+    """A server that writes to errors, and its URL. Raises UserError with its last words if it never listens."""
     command = [sys.executable, "-m", "teal.cli.serve", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=errors, text=True)
     deadline = time.monotonic() + READY_S

@@ -1,7 +1,7 @@
 """What sparsity does to one model, step by step: python -m examples.tour -o tour
 
 Run it whole, or cell by cell in an editor that knows the # %% marks. Draws the distributions of the inputs with their
-thresholds and the trade of quality for sparsity; prints a text at each sparsity with its speed.
+thresholds, and the trade of quality for sparsity. Prints a text at each sparsity with its speed.
 """
 
 # %%
@@ -33,7 +33,8 @@ loaded = load_for_decoding(args.checkpoint, None, "auto", "auto", sparse=True)
 encode = loaded.tokenizer.encode
 calibrating, evaluating = split_text(read_texts(args.text, "text"))
 
-# %% Thresholds: the quantiles of what each projection's input looks like. The histograms say how much a threshold drops.
+# %% Thresholds: the quantiles of what each projection's input looks like
+# The histograms say how much a threshold drops.
 seen: list[list[dict[str, Histogram]]] = []
 targets = (0.25, 0.4, 0.5)
 plans = calibrate(

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def _llama(*sizes: int, **more: Any) -> dict[str, Any]:
-    """Fields of model.ModelConfig; sizes: vocabulary, hidden, intermediate, layers, heads, kv heads, head dim, context."""
+    """Fields of model.ModelConfig, the sizes in the order of names."""
     names = (
         "vocab_size",
         "hidden_size",

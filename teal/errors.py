@@ -2,4 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake in what the user gave or a limit of the machine; the message names the thing, the value and the remedy."""
+    """A mistake in what the user gave, or a limit of the machine.
+
+    The message names the thing, the value and the remedy.
+    """

@@ -192,7 +192,7 @@ def default_folder() -> Path:
 def call_main(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:  # fmt: skip
-    """Call main() of a command line with arguments in this process: (exit code, stdout, stderr), torch imported once."""
+    """Call main() of a command line in this process, where torch is imported: (exit code, stdout, stderr)."""
 
     def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])

@@ -55,7 +55,7 @@ def write_gguf(
     tokenizer: Callable[[gguf.GGUFWriter], None],
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write model's weights in a GGUF file as kind; returns what a reader should get: HF layout, quantized as fp16 or kept.
+    """Write model's weights in a GGUF file as kind; returns what a reader should get, in HF layout.
 
     options: of gguf.GGUFWriter.
     """

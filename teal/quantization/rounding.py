@@ -7,8 +7,12 @@ from teal.teal_layers import sparse_layers
 
 
 def quantize(
-    model: Transformer, mode: str = "int4", group_size: int | None = None, lm_head: bool = False, grouping: str = "output"
-) -> Transformer:  # fmt: skip
+    model: Transformer,
+    mode: str = "int4",
+    group_size: int | None = None,
+    lm_head: bool = False,
+    grouping: str = "output",
+) -> Transformer:
     """Round the projections of every block to nearest, in place, and return the model.
 
     Each nn.Linear [N, K] becomes a QuantizedLinear: integers [K, N] in 8 or 4 bits, scales in the weight's dtype.
@@ -16,8 +20,8 @@ def quantize(
     128, 64 and 32 that divides every width. lm_head: round the output head too, to 8 bits.
     grouping: "output" keeps a group within one input channel, "input" is the usual kind.
 
-    To combine it with sparsity, quantize first and sparsify then. Raises UserError for an unknown mode or grouping, a
-    group size that does not divide the widths, and a model that is quantized or sparse already.
+    To combine it with sparsity, quantize first and sparsify then. Raises UserError for an unknown mode or grouping, and
+    for a group size that does not divide the widths. So it does for a model that is quantized or sparse already.
     """
     if any(sparse_layers(model)):
         raise UserError("the model is sparse already; quantize it first, then sparsify it")

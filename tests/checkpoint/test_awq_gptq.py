@@ -103,7 +103,8 @@ def logits(model: Transformer, one_by_one: bool = False) -> Tensor:
         GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1},
     ],
     ids=lambda c: (
-        f"{c['quant_method']}{c['bits']}{'-act' * bool(c.get('desc_act'))}{c.get('checkpoint_format', '')}{c['group_size']}"
+        f"{c['quant_method']}{c['bits']}{'-act' * bool(c.get('desc_act'))}"
+        f"{c.get('checkpoint_format', '')}{c['group_size']}"
     ),
 )
 def test_logits_are_those_of_the_dequantized_weights(config: dict[str, Any], tmp_path: Path) -> None:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 24  # words
-# A full stop, question or exclamation mark, perhaps within quotes or brackets, before space and what begins a sentence.
-END = re.compile(r"(?<=[.!?])[\"')\]`]*\s+(?=[\"'(\[`A-Z0-9_|<{-])")
-ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|cf|vs|etc|approx|no|fig|sec)\.$", re.IGNORECASE)
+# A full stop, question or exclamation mark, perhaps followed by quotes or brackets, before white space.
+END = re.compile(r"(?<=[^.…][.!?])[\"')\]`]*\s+|(?<=[^.…][.!?][\"')\]`])\s+")
+ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|cf|vs|etc|al|approx|no|fig|sec)\.$", re.IGNORECASE)
 
 
 def sentences(prose: str) -> Iterator[str]:
-    """The sentences of a text. Blank lines end one; indented lines are tables, code or pictures and have none."""
-    for paragraph in re.split(r"\n\s*\n", prose):
-        lines = [line for line in paragraph.splitlines() if not line.startswith(("   ", "\t"))]
+    """The sentences of a text. Blank lines and items of a list end one; tables, code and pictures are indented."""
+    for paragraph in re.split(r"\n\s*\n|\n(?=[-*] )", prose):
+        indented = "    " if paragraph.startswith(("- ", "* ")) else "  "
+        lines = [line for line in paragraph.splitlines() if not line.startswith((indented, "\t"))]
         begun = ""
         for part in END.split(" ".join(line.strip() for line in lines)):
             begun = f"{begun} {part}".strip()

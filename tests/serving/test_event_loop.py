@@ -1,4 +1,4 @@
-"""The event loop is free while others' requests are worked on: /health answers, streams go on, and length is checked first."""
+"""The event loop is free while requests are worked on: /health answers, streams go on, length is checked first."""
 
 import json
 import shutil

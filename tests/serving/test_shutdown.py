@@ -1,4 +1,4 @@
-"""The end of the server: answers end well, whoever waits is told, nothing is printed, and a second signal ends at once."""
+"""The end of the server: answers end well, whoever waits is told, and a second signal ends it at once."""
 
 import http.client
 import json

@@ -124,7 +124,8 @@ def test_any_text_is_read_alike_in_any_chunking(text: str, sizes: list[int], cut
 
 
 @pytest.mark.parametrize("call,before", [
-    (ROME, ""), (ROME, "<think>\nHm.\n</think>"), (tagged(ROME), ""), (tagged(ROME), "Let me look."), (tagged(ROME), "<think>Hm.</think>"),
+    (ROME, ""), (ROME, "<think>\nHm.\n</think>"),
+    (tagged(ROME), ""), (tagged(ROME), "Let me look."), (tagged(ROME), "<think>Hm.</think>"),
 ])  # fmt: skip
 def test_a_call_that_is_cut_off_is_no_content(call: str, before: str) -> None:
     text = f"{before}\n{call}" if before else call
