@@ -1,4 +1,4 @@
-"""docs/ tells the truth: its commands run, its excerpts are the code, its links lead somewhere."""
+"""docs/ tells the truth: its commands run, its excerpts are the code, its links lead somewhere, its options exist."""
 
 import re
 import subprocess
@@ -8,27 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_line
+from tests.conftest import ROOT
+from tests.project.pages import DOCS, PAGES, blocks, commands, run_example, stories
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-BLOCKS = [
-    (path.name, kind, textwrap.dedent(body))
-    for path in DOCS
-    for _, kind, body in FENCE.findall(path.read_text(encoding="utf-8"))
-]
-COMMANDS = [(name, line) for name, kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
-PYTHON = [(name, body) for name, kind, body in BLOCKS if kind == "python"]
+STORIES = [(page.name, story) for page in DOCS for story in commands(page)]
+PYTHON = [(page.name, body) for page in DOCS for body in blocks(page, "python")]
 EXCERPTS = [(name, body) for name, body in PYTHON if body.startswith("# ")]
 PROGRAMS = [(name, body) for name, body in PYTHON if not body.startswith("# ")]
 
 
-@pytest.mark.parametrize("name,line", COMMANDS, ids=[f"{n}: {c[:60]}" for n, c in COMMANDS])
+@pytest.mark.parametrize("name,story", STORIES, ids=[f"{name}: {story[0][:60]}" for name, story in STORIES])
 @pytest.mark.usefixtures("default_folder")
-def test_commands_run(name: str, line: str) -> None:
-    done = run_line(line, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert (done.stdout + done.stderr).strip()
+def test_commands_run(name: str, story: list[str], tmp_path: Path) -> None:
+    for line in story:
+        run_example(line, tmp_path)
+
+
+def test_commands_that_share_a_file_stay_together() -> None:
+    assert stories(["a -o /tmp/x", "b", "c /tmp/x/y -o /tmp/z", "d /tmp/z.json /tmp/z", "e -o /tmp/w"]) == [
+        ["a -o /tmp/x", "c /tmp/x/y -o /tmp/z", "d /tmp/z.json /tmp/z"],
+        ["b"],
+        ["e -o /tmp/w"],
+    ]
 
 
 @pytest.mark.parametrize("name,body", EXCERPTS, ids=[f"{n} {i}" for i, (n, _) in enumerate(EXCERPTS)])
@@ -46,7 +47,7 @@ def test_programs_run(name: str, body: str) -> None:
     assert re.fullmatch(r"\d+ splits, \d+ of 64 rows read, error \de-0[5-9]\n", done.stdout), done.stdout
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{path.name}: {target}"
