@@ -5,7 +5,7 @@ a round. Also the speed over plain dense decoding of the same prompts in the sam
 dense ones. Of the others, by how little the dense model preferred its token to the draft's where they part.
 
 Random weights tell the time of a round only. --acceptances then says what that gives for a draft whose tokens are
-taken so often: (1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, equation 1).
+taken so often. That is (1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, equation 1).
 """
 
 import argparse

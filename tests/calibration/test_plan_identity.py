@@ -1,4 +1,4 @@
-"""A plan fits the weights it was made for: known by content, across dtypes, files and rounding; others need --force-plan."""
+"""A plan fits the weights it was made for, known by content across dtypes, files and rounding; others are refused."""
 
 import json
 import shutil

@@ -91,7 +91,11 @@ def test_mistakes_are_one_line(
     assert_one_line_error(code, err, fragment)
 
 
-def test_decoding_is_timed_dense_and_sparse(tiny_folder: Path, call_main: Callable[..., tuple[int, str, str]]) -> None:
+def test_decoding_is_timed_dense_and_sparse(
+    tmp_path: Path, byte_level_tokenizer_json: str, call_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    save_tiny_model(tiny_config("llama", vocab_size=2048), tmp_path)  # the bench's prompt has tokens up to 2000
+    (tmp_path / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
     small = ("--context", "32", "--tokens", "8", "--rounds", "1", "--device", "cpu")
     code, out, err = call_main(decode.main, "--checkpoint", tmp_path, "--sparsities", "0,0.5", *small)
     assert code == 0, err

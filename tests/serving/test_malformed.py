@@ -12,6 +12,58 @@ from typing import Any
 from tests.conftest import ROOT, assert_one_line_error
 from tests.server_process import QUESTION, Server
 
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+GOOD_CHAT: dict[str, Any] = {"messages": QUESTION, "max_tokens": 2}
+GOOD_PLAIN: dict[str, Any] = {"prompt": "The", "max_tokens": 2}
+WRONG_FIELDS: dict[str, list[Any]] = {
+    "temperature": ["1", -1, 3, [], {}, True],
+    "top_p": [-0.1, 1.1, "x"],
+    "n": [0, 9, 1.5, "2", True],
+    "max_tokens": [0, -5, "9", 1.5],
+    "stop": [5, [5], ["a"] * 17, {}],
+    "seed": ["s", 1.5, 2**63],
+    "stream": ["yes", 1],
+    "top_k": [-2, 0.5],
+    "min_p": [1, -0.1],
+    "presence_penalty": [-3, "1"],
+    "frequency_penalty": [2.5, []],
+    "sparsity": [1, -0.1, 0.77, "0.5"],
+    "model": [5, "gpt-9"],
+    "logit_bias": [5, {"x": 1}, {"1": 101}, {"1": "1"}, {"-1": 1}, {"99999": 1}],
+    "stream_options": [5, {"include_usage": "y"}],
+    "repetition_penalty": [0, -1],
+}
+WRONG_MESSAGES: tuple[Any, ...] = (
+    5,
+    [],
+    "x",
+    [5],
+    [{}],
+    [{"role": "user"}] * 5000,
+    [{"role": "king", "content": "x"}],
+    [{"role": "user", "content": 5}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+)
+WRONG_EXTRAS: tuple[dict[str, Any], ...] = (
+    {"tools": 5},
+    {"tools": [{}]},
+    {"tool_choice": "required"},
+    {"response_format": {"type": "json_schema"}},
+    {"response_format": {"type": "xml"}},
+    {"top_logprobs": 3},
+    {"logprobs": True, "top_logprobs": 21},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+)
+NO_JSON = (
+    b"[" * 100_000,
+    b'{"a":' * 200 + b"1" + b"}" * 200,
+    b"\xff\xfe\x00",
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "x", "temperature": NaN}',
+    b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+    b"x" * 1_500_000,
+)
+
 
 def random_value(chance: random.Random, depth: int = 0) -> Any:
     kinds: list[Any] = [None, True, -1, 0, 1, 1e308, -1e308, 10**30, "", "x" * 50, "\ud800", "🙂", [], {}, 0.5]
@@ -22,73 +74,27 @@ def random_value(chance: random.Random, depth: int = 0) -> Any:
 
 
 def malformed_bodies(count: int) -> Iterator[tuple[str, bytes]]:
-    """(path, body) that no server should accept, each for another reason or at another place."""
-    chance = random.Random(0)
-    chat = {"messages": QUESTION, "max_tokens": 2}
-    plain: dict[str, Any] = {"prompt": "The", "max_tokens": 2}
-    wrong: dict[str, list[Any]] = {
-        "temperature": ["1", -1, 3, [], {}, True],
-        "top_p": [-0.1, 1.1, "x"],
-        "n": [0, 9, 1.5, "2", True],
-        "max_tokens": [0, -5, "9", 1.5],
-        "stop": [5, [5], ["a"] * 17, {}],
-        "seed": ["s", 1.5, 2**63],
-        "stream": ["yes", 1],
-        "top_k": [-2, 0.5],
-        "min_p": [1, -0.1],
-        "presence_penalty": [-3, "1"],
-        "frequency_penalty": [2.5, []],
-        "sparsity": [1, -0.1, 0.77, "0.5"],
-        "model": [5, "gpt-9"],
-        "logit_bias": [5, {"x": 1}, {"1": 101}, {"1": "1"}, {"-1": 1}, {"99999": 1}],
-        "stream_options": [5, {"include_usage": "y"}],
-        "repetition_penalty": [0, -1],
-    }
-    for field, values in wrong.items():
+    """(path, body) that no server should accept, each for another reason or at another place; count with chance."""
+    for field, values in WRONG_FIELDS.items():
         for value in values:
-            for path, good in (("/v1/chat/completions", chat), ("/v1/completions", plain)):
+            for path, good in ((CHAT, GOOD_CHAT), (PLAIN, GOOD_PLAIN)):
                 yield path, json.dumps({**good, field: value}).encode()
-    for value in (
-        5,
-        [],
-        "x",
-        [5],
-        [{}],
-        [{"role": "user"}] * 5000,
-        [{"role": "king", "content": "x"}],
-        [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
-    ):
-        yield "/v1/chat/completions", json.dumps({**chat, "messages": value}).encode()
+    for value in WRONG_MESSAGES:
+        yield CHAT, json.dumps({**GOOD_CHAT, "messages": value}).encode()
     for value in (5, [], {}, [[]], [-1], [10**9], [1.5], "", "x" * 5000, [["a"]]):
-        yield "/v1/completions", json.dumps({**plain, "prompt": value}).encode()
-    extras: tuple[dict[str, Any], ...] = (
-        {"tools": 5},
-        {"tools": [{}]},
-        {"tool_choice": "required"},
-        {"response_format": {"type": "json_schema"}},
-        {"response_format": {"type": "xml"}},
-        {"top_logprobs": 3},
-        {"logprobs": True, "top_logprobs": 21},
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
-    )
-    for extra in extras:
-        yield "/v1/chat/completions", json.dumps({**chat, **extra}).encode()
-    yield "/v1/completions", b"[" * 100_000
-    yield "/v1/completions", b'{"a":' * 200 + b"1" + b"}" * 200
-    yield "/v1/completions", b"\xff\xfe\x00"
-    yield "/v1/completions", b'{"prompt": "\\ud800"}'
-    yield "/v1/completions", b'{"prompt": "x", "temperature": NaN}'
-    yield "/v1/completions", b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"
-    yield "/v1/completions", b"x" * 1_500_000
-    whole = json.dumps(chat).encode()
+        yield PLAIN, json.dumps({**GOOD_PLAIN, "prompt": value}).encode()
+    for extra in WRONG_EXTRAS:
+        yield CHAT, json.dumps({**GOOD_CHAT, **extra}).encode()
+    for body in NO_JSON:
+        yield PLAIN, body
+    chance = random.Random(0)
+    whole = json.dumps(GOOD_CHAT).encode()
     for i in range(count):
-        cut = chance.randrange(len(whole))
-        yield "/v1/chat/completions", whole[:cut]
-        body = {**chat, "messages": random_value(chance)}
-        if not isinstance(body["messages"], list) or not body["messages"]:
-            yield "/v1/chat/completions", json.dumps(body).encode()
-        yield "/v1/completions", json.dumps([random_value(chance)] if i % 2 else chance.choice(["x", 5, None])).encode()
+        yield CHAT, whole[: chance.randrange(len(whole))]
+        messages = random_value(chance)
+        if not isinstance(messages, list) or not messages:
+            yield CHAT, json.dumps({**GOOD_CHAT, "messages": messages}).encode()
+        yield PLAIN, json.dumps([random_value(chance)] if i % 2 else chance.choice(["x", 5, None])).encode()
 
 
 def test_malformed_bodies_get_an_error_and_the_server_stays_up(server: Server) -> None:
