@@ -5,7 +5,7 @@ import codecs
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -122,10 +122,8 @@ class Service:
         seed = int(time.time_ns()) if body.seed is None else body.seed
         matcher = None if schema is None else self._matcher(body, schema)
         try:
-            params = SamplingParams(
-                body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty, seed % 2**63,
-                body.presence_penalty, body.frequency_penalty, body.biases,
-            )  # fmt: skip
+            given = {f.name: getattr(body, f.name) for f in fields(SamplingParams)}
+            params = SamplingParams(**given | {"seed": seed % 2**63, "logit_bias": body.biases})
         except UserError as error:
             raise BadRequest(str(error)) from None
         return [
