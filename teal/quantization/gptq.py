@@ -98,8 +98,8 @@ def _round_in_order(
 class BlockwiseGptq:
     """Quantizes a folder's model block by block, each on what the quantized ones before it make of a text.
 
-    Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L]; where: the
-    file that holds each tensor.
+    Holds the activations of the text and one block's weights, in fp32 on device.
+    sequences: token ids [S, L]. where: the file that holds each tensor.
     """
 
     def __init__(

@@ -12,9 +12,7 @@ PROSE = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*PROSE, ROOT / "BENCHMARKS.md", ROOT / "RESULTS.md"]
 LONGEST = 24  # words of a sentence
 FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
-NO_PROSE = re.compile(
-    r"<!--.*?-->|^[|#].*?$|^!\[.*?$", re.DOTALL | re.MULTILINE
-)  # comments to pictures
+NO_PROSE = re.compile(r"<!--.*?-->|^[|#].*?$|^!\[.*?$", re.DOTALL | re.MULTILINE)  # comments to pictures
 
 
 def anchors(page: Path) -> set[str]:
