@@ -1,9 +1,5 @@
 """Adapter to lm-evaluation-harness (the optional package lm_eval): our models, dense or sparse, on its tasks."""
 
-import importlib.util
-import sys
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -116,23 +112,6 @@ class HarnessModel(TemplateLM):
         return texts
 
 
-def prefer_installed(package: str) -> None:
-    """From now on `import package` gives the installed package, loaded when first used, if there is one.
-
-    Some metrics of lm_eval import the package `evaluate`. In a checkout they would find evaluate.py instead.
-    """
-    with suppress(PackageNotFoundError):
-        init = Path(str(distribution(package).locate_file(f"{package}/__init__.py")))
-        if getattr(sys.modules.get(package), "__file__", None) == str(init):
-            return
-        spec = importlib.util.spec_from_file_location(package, init, submodule_search_locations=[str(init.parent)])
-        assert spec is not None and spec.loader is not None
-        spec.loader = importlib.util.LazyLoader(spec.loader)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[package] = module
-        spec.loader.exec_module(module)
-
-
 def run_tasks(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -145,7 +124,6 @@ def run_tasks(
 
     Raises UserError for a task the harness does not know.
     """
-    prefer_installed("evaluate")
     manager = TaskManager(include_path=str(folder) if folder is not None else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:

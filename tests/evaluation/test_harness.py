@@ -1,8 +1,6 @@
 """lm-evaluation-harness through our adapter gives what it gives through its own transformers model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from teal.evaluation import harness
 from teal.evaluation.harness import run_tasks
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
-from tests.conftest import ROOT, TEXT
+from tests.conftest import TEXT
 from tests.evaluation.test_evaluation import InvokeMain, call  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -146,22 +144,3 @@ def test_command_line(call: InvokeMain, tiny_folder: Path, task_folder: Path) ->
     assert code == 0, err
     [row] = json.loads(out.strip().splitlines()[-1])["rows"]
     assert 0 <= row["local_choice/acc"] <= 1
-
-
-def test_metrics_of_the_package_evaluate_work_beside_evaluate_py() -> None:
-    """From the checkout, where `import evaluate` would find the command."""
-    pytest.importorskip("evaluate")
-    script = """
-from teal.errors import UserError
-from teal.evaluation.harness import run_tasks
-
-try:
-    run_tasks(None, None, ["no_such_task"], 0.0, None, None)
-except UserError:
-    import evaluate
-
-    print(evaluate.__file__, evaluate.load.__module__)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    path, module = done.stdout.split()
-    assert done.returncode == 0 and Path(path).parent.name == "evaluate" and module == "evaluate.loading", done.stderr
