@@ -132,7 +132,7 @@ class Trial:
         return list(range(last + 1)) if is_full else sorted({round(i * last / (count - 1)) for i in range(count)})
 
     def check_after_failure(self, folder: Path, killed: bool = False) -> None:
-        """What is there is whole, and the command run again gives what it should; only a killed one leaves a part."""
+        """What is there is whole, and the command run again gives what it should; only a killed one may leave a part."""
         for name, content in contents(folder, self.writer.results).items():
             # a plan is written once its thresholds are found, and again with the sparsities it achieves
             unmeasured = re.sub(rb'"achieved": [\d.]+', b'"achieved": null', self.expected[name])
@@ -199,8 +199,8 @@ def test_a_device_is_written_to_and_a_link_followed(tmp_path: Path) -> None:
 
 
 BAD_VALUES = (
-    "", " ", "-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e99", "99999999999999999999", "abc", "0.5,", ",", "int4",
-    "é", "🙂", "\x7f", ".", "/no/such/file", "a" * 5000, "--", "0.5.5", "None", "{}", "true",
+    "", " ", "-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e99", "99999999999999999999", "abc", "0.5,", ",", "int4", "é",
+    "🙂", "\x7f", ".", "/no/such/file", "a" * 5000, "--", "0.5.5", "None", "{}", "true",
 )  # fmt: skip
 BAD_FILES = {
     "empty": b"", "garbage": bytes(range(256)), "list.json": b"[1, 2]", "cut.json": b'{"version": 1, "layers": [',
