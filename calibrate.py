@@ -8,33 +8,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teal.cli import command_line as cli
+from teal.cli.options import add_model_arguments, add_text_arguments, model_options
 from teal.errors import UserError
 from teal.files import Output, cache_folder, check_writable, reserved
+from teal.options import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES, CRITERIA, METHODS, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from teal.calibration.thresholds import Settings
     from teal.checkpoint.loading import Described
     from teal.plan import Histogram, SparsityPlan
-
-DEFAULT_SEQUENCES = 10  # the paper's calibration set
-DEFAULT_LENGTH = 2048
 
 
 def build_parser() -> cli.Parser:
     """The command line of calibrate.py."""
     parser = cli.Parser("Find the thresholds that give a model a wanted activation sparsity; write them as a plan.")
-    cli.add_model_arguments(parser)
+    add_model_arguments(parser)
     what = parser.add_argument_group("what to calibrate")
-    what.add_argument("--sparsity", type=cli.sparsities, default=(0.5,), help="target, or several with commas between")
-    what.add_argument("--method", choices=("uniform", "greedy"), default="uniform", help="same for all, or Algorithm 1")
-    what.add_argument("--step", type=float, default=0.05, help="greedy: average sparsity added to a projection a step")
-    what.add_argument("--criterion", choices=("magnitude", "wina"), default="magnitude", help="compared with threshold")
+    default = Settings()
+    what.add_argument(
+        "--sparsity", type=cli.sparsities, default=default.targets, help="target, or several with commas between"
+    )
+    what.add_argument("--method", choices=METHODS, default=default.method, help="same for all, or Algorithm 1")
+    what.add_argument(
+        "--step", type=float, default=default.step, help="greedy: average sparsity added to a projection a step"
+    )
+    what.add_argument("--criterion", choices=CRITERIA, default=default.criterion, help="compared with threshold")
     text = parser.add_argument_group("text")
     add_text_arguments(text)
-    text.add_argument("--sequences", type=cli.positive_int, default=DEFAULT_SEQUENCES, help="token sequences to use")
-    text.add_argument("--length", type=cli.positive_int, default=DEFAULT_LENGTH, help="tokens each, capped to context")
+    text.add_argument(
+        "--sequences", type=cli.positive_int, default=CALIBRATION_SEQUENCES, help="token sequences to use"
+    )
+    text.add_argument(
+        "--length", type=cli.positive_int, default=CALIBRATION_LENGTH, help="tokens each, capped to context"
+    )
     text.add_argument("--offload", action="store_true", help="keep activations in host memory between blocks")
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", type=Path, help="plan file, or folder for several; without it beside the model")
@@ -43,15 +50,6 @@ def build_parser() -> cli.Parser:
     other.add_argument("--show", type=Path, metavar="PLAN", help="print a plan as a table")
     other.add_argument("--import-teal", type=Path, metavar="FOLDER", help="plan from TEAL's published models/<Model>")
     return parser
-
-
-def add_text_arguments(group: argparse._ArgumentGroup) -> None:
-    """Options that choose the text."""
-    group.add_argument(
-        "--text", type=Path, action="append", default=[], help=".txt or .jsonl file; may be repeated; without it Python's"
-        " help topics, English prose in every CPython, good for a smoke test only",
-    )  # fmt: skip
-    group.add_argument("--field", default="text", help="field of each .jsonl line that holds the text")
 
 
 def main() -> None:
@@ -82,7 +80,6 @@ def calibrate_model(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_writable("-o", output_paths(args, "model")[0])
     from teal.calibration.texts import read_texts
-    from teal.calibration.thresholds import Settings
 
     settings = Settings(args.sparsity, args.method, args.criterion, args.step)
     text = read_texts(args.text, args.field)
@@ -91,7 +88,7 @@ def calibrate_model(args: argparse.Namespace) -> None:
         write_plans(args, settings, text, paths)
 
 
-def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths: list[Path]) -> None:
+def write_plans(args: argparse.Namespace, settings: Settings, text: str, paths: list[Path]) -> None:
     """Calibrate and write the plans at once, then again with the sparsities they achieve."""
     from teal.calibration.texts import split_sequences, text_hash
     from teal.calibration.thresholds import HELD_OUT_SEQUENCES, QUICK_LENGTH, calibrate, with_achieved
@@ -104,7 +101,7 @@ def write_plans(args: argparse.Namespace, settings: "Settings", text: str, paths
         sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
         cut[:] = split_sequences(model.tokenizer.encode, text, *sizes)
 
-    loaded = load_for_decoding(args.checkpoint, args.random_weights, args.device, args.dtype, True, check=cut_text)
+    loaded = load_for_decoding(model_options(args, sparsity=0.0), cut_text, sparse=True)
     sequences, checked = cut
     length = sequences.shape[1]
     facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
@@ -135,7 +132,7 @@ def calibrated_paths(args: argparse.Namespace) -> list[Path]:
 
 
 def outputs(paths: list[Path], folder: Path | None, targets: tuple[float, ...]) -> list[Output]:
-    """All files that a run writes: the plans, and figures in folder, if one is given. Raises UserError without matplotlib."""
+    """All files that a run writes: the plans, and figures in folder, if one is given. Figures need matplotlib."""
     from teal.plan import PLAN
 
     found = [Output("-o", path, PLAN) for path in paths]

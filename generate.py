@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.cli import command_line as cli
+from teal.cli.options import (
+    add_decode_arguments,
+    add_draft_arguments,
+    add_sampling_arguments,
+    draft_options,
+    model_options,
+    sampling_params,
+)
 from teal.errors import UserError
 from teal.options import (
     COUNTED_TOKENS,
     DEFAULT_MAX_NEW_TOKENS,
-    LOOKUP_LENGTH,
+    DraftOptions,
+    ModelOptions,
     SamplingParams,
-    check_length,
+    check_bias,
     check_prompt,
 )
 from teal.user_text import is_text
@@ -52,85 +61,19 @@ def build_parser() -> cli.Parser:
         "--json", action="store_true", help="print one JSON object (text, statistics) instead of streaming"
     )
     out.add_argument("--stats", action="store_true", help="measure and print bandwidth and sparsity by layer")
-    sampling = parser.add_argument_group("sampling")
-    default = SamplingParams()
-    sampling.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
-    sampling.add_argument("--top-k", type=int, default=default.top_k, help="keep the k likeliest tokens; 0 is off")
-    sampling.add_argument(
-        "--top-p", type=float, default=default.top_p, help="keep the likeliest p of the mass; 1 is off"
-    )
-    sampling.add_argument("--min-p", type=float, default=default.min_p, help="drop tokens below p x the best; 0 is off")
-    sampling.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty, help="1 is off")
-    sampling.add_argument("--seed", type=int, default=default.seed, help="same seed, same machine: same text")
+    add_sampling_arguments(parser)
     add_draft_arguments(parser)
     return parser
-
-
-def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose the model and how it decodes."""
-    cli.add_model_arguments(parser)
-    how = parser.add_argument_group("sparsity and compilation")
-    sparse = how.add_mutually_exclusive_group()
-    sparse.add_argument("--sparsity", type=cli.sparsity, default=0.0, help="share of activations to drop; 0 is dense")
-    sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
-    cli.add_force_plan_argument(how)
-    how.add_argument("--quant", choices=("int8", "int4"), help="round the weights at load; quantize.py does it once")
-    how.add_argument("--lm-head", choices=("none", "int8"), default="none", help="with --quant: round the head too")
-    cli.add_kv_cache_argument(how)
-    how.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compile with torch.compile, or do not; otherwise on CUDA only, where it pays at once (see BENCHMARKS.md)",
-    )
-
-
-def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of speculative decoding."""
-    draft = parser.add_argument_group("speculative decoding (the dense model's text, several tokens a pass)")
-    draft.add_argument("--speculate", type=cli.positive_int, metavar="K", help="draft up to K tokens by sparse steps")
-    draft.add_argument("--draft-sparsity", type=cli.sparsity, default=0.5, help="share of activations that they drop")
-    draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
-    draft.add_argument(
-        "--draft-quant", choices=("int8", "int4"), help="round the weights of those steps, and of no other"
-    )
-    draft.add_argument(
-        "--speculate-lookup",
-        action="store_true",
-        help=f"draft what followed the last words before; up to {LOOKUP_LENGTH} tokens without --speculate",
-    )
-
-
-def check_draft_arguments(args: argparse.Namespace) -> bool:
-    """Whether args ask for speculative decoding. Raises UserError if they do in part, or for a sparse text as well."""
-    if args.speculate is None and not args.speculate_lookup:
-        if args.draft_plan or args.draft_quant:
-            raise UserError(f"{'--draft-plan' if args.draft_plan else '--draft-quant'} goes with --speculate K")
-        return False
-    for option, given in (("--sparsity", args.sparsity > 0), ("--plan", args.plan)):
-        if given:
-            raise UserError(f"{option} does not go with speculative decoding, whose text is the dense model's")
-    check_length(args.speculate or LOOKUP_LENGTH)
-    if args.draft_plan is None and args.draft_sparsity == 0 and not args.speculate_lookup:
-        raise UserError("--draft-sparsity 0 is out of range; expected 0 < sparsity < 1")
-    return True
 
 
 def main() -> None:
     """Parse the command line, load the model, print text."""
     args = build_parser().parse_args()
-    params = SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
-    check_arguments(args)
+    params, model, draft = sampling_params(args), model_options(args), draft_options(args)
+    check_arguments(args, draft)
     given = args.prompt is not None or args.prompt_file is not None
     prompt = read_prompt(args) if given or not args.chat else ""
-    engine = load_engine(args, functools.partial(check_model, args, prompt))
+    engine = load_engine(model, draft, functools.partial(check_model, args, prompt, params))
     if args.chat:
         chat(engine, args, params, prompt or None)
         return
@@ -143,7 +86,7 @@ def main() -> None:
         print_statistics(statistics)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, draft: DraftOptions | None) -> None:
     """Raise UserError for options that contradict each other, or lack one that gives them a meaning."""
     if args.chat and args.json:
         raise UserError("--json prints one answer and --chat holds a conversation; choose one")
@@ -153,13 +96,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--system goes with --chat; a prompt is continued as it is")
     if "" in args.stop:
         raise UserError("--stop is empty; give the text to stop before")
-    if check_draft_arguments(args) and args.stats:
+    if draft is not None and args.stats:
         raise UserError("--stats does not go with speculative decoding, which has no bytes a token")
 
 
-def check_model(args: argparse.Namespace, prompt: str, model: "Described") -> None:
+def check_model(args: argparse.Namespace, prompt: str, params: SamplingParams, model: "Described") -> None:
     """Raise UserError if what is asked for cannot be done with this model. Its weights have not been read yet."""
-    check_decode_arguments(args, model)
+    check_bias(params, model.config.vocab_size)
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         model.tokenizer.encode_chat([*system, {"role": "user", "content": prompt or "Hello"}])
@@ -167,46 +110,14 @@ def check_model(args: argparse.Namespace, prompt: str, model: "Described") -> No
         check_prompt(model.tokenizer.encode(prompt, allow_special=args.special_tokens), model.config.max_seq_len)
 
 
-def check_decode_arguments(args: argparse.Namespace, model: "Described") -> None:
-    """Raise UserError if options of add_decode_arguments and add_draft_arguments do not suit this model."""
-    from teal.checkpoint.loading import check_rounding
-    from teal.plan import load_fitting_plan, plan_file
+def load_engine(model: ModelOptions, draft: DraftOptions | None, check: "Check") -> "Engine":
+    """The engine of these options, unless check refuses the model. Raises UserError."""
+    # Importing torch takes a second: not for --help or a mistyped option.
+    from teal.decoding.speculation import SpeculativeEngine
 
-    if (path := plan_file(model.folder, args.sparsity, args.plan)) is not None:
-        load_fitting_plan(path, model.config, args.force_plan)
-    if args.speculate is None or args.speculate_lookup:
-        return
-    if (path := plan_file(model.folder, args.draft_sparsity, args.draft_plan)) is not None:
-        load_fitting_plan(path, model.config, args.force_plan)
-    if args.draft_quant is not None:
-        check_rounding(model, args.draft_quant, "--draft-quant")
-
-
-def load_engine(args: argparse.Namespace, check: "Check") -> "Engine":
-    """The engine that args describe, unless check refuses the model. Raises UserError."""
-    speculative = check_draft_arguments(args)
-    from teal.decoding.speculation import (
-        SpeculativeEngine,  # importing torch takes a second: not for --help or a mistyped option
-    )
-
-    model: dict[str, Any] = {
-        "random_weights": args.random_weights,
-        "device": args.device,
-        "dtype": args.dtype,
-        "compile": args.compile,
-        "quant": args.quant,
-        "quant_lm_head": args.lm_head == "int8",
-        "kv_cache": args.kv_cache,
-        "force_plan": args.force_plan,
-        "check": check,
-    }
-    if speculative and not args.speculate_lookup:
-        draft = {"draft_sparsity": args.draft_sparsity, "draft_plan": args.draft_plan, "draft_quant": args.draft_quant}
-        return SpeculativeEngine.load_with_draft(args.checkpoint, length=args.speculate, **draft, **model)
-    engine = SpeculativeEngine.load(args.checkpoint, sparsity=args.sparsity, plan=args.plan, **model)
-    if args.speculate_lookup:
-        engine.look_up(args.speculate or LOOKUP_LENGTH)
-    return engine
+    if draft is None:
+        return SpeculativeEngine.load(model, check=check)
+    return SpeculativeEngine.load_with_draft(model, draft, check=check)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -257,7 +168,7 @@ def chat(engine: "Engine", args: argparse.Namespace, params: SamplingParams, fir
                 raise UserError(f"{message[:80]!a} is not UTF-8 text; convert it")
             ids = conversation.prompt_ids(message)
         except UserError as error:  # of this message; the conversation goes on
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {cli.message_of(error)}", file=sys.stderr)
             continue
         try:
             for piece in answer(engine, ids, args, params):
@@ -308,6 +219,7 @@ def detailed_statistics(engine: "Engine", ids: list[int], params: SamplingParams
 
     stats, cached = engine.stats, engine.cached_ids
     figures: dict[str, Any] = {"dtype_reason": engine.loaded.dtype_reason if engine.loaded else ""}
+    figures |= {"backend": engine.backend.name, "backend_reason": engine.backend.reason}
     if stats.tokens_per_s is None:
         return figures
     with engine.counting():
@@ -344,6 +256,8 @@ def print_statistics(figures: dict[str, Any]) -> None:
     if figures["drafted_tokens"]:
         share = figures["accepted_tokens"] / figures["drafted_tokens"]
         lines.append(f"{figures['drafted_tokens']} tokens drafted, {share:.0%} of them accepted")
+    if "backend" in figures:
+        lines.append(f"backend {figures['backend']}: {figures['backend_reason']}")
     if figures.get("dtype_reason"):
         lines.append(f"dtype {figures['dtype']}: {figures['dtype_reason']}")
     if "gb_per_s" in figures:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.cli import command_line as cli
-from teal.cli.calibrate import add_text_arguments
+from teal.cli.options import add_checkpoint_argument, add_device_argument, add_head_argument, add_text_arguments
 from teal.errors import UserError
+from teal.options import QUANTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,8 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Beside shards what a folder may hold that an older release wrote, without a list of its files.
 PLAIN_FILES = {
     "config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja",
 }  # fmt: skip
 
 
@@ -40,10 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of quantize.py."""
     parser = cli.Parser("Quantize a checkpoint's weights to 8 or 4 bits.")
     what = parser.add_argument_group("what to quantize")
-    what.add_argument(
-        "--checkpoint", metavar="NAME", help="model folder, .gguf file or hub id (org/name); without it SmolLM2-135M-Instruct"
-    )  # fmt: skip
-    what.add_argument("--mode", choices=("int8", "int4"), required=True, help="bits of a weight")
+    add_checkpoint_argument(what)
+    what.add_argument("--mode", choices=QUANTS, required=True, help="bits of a weight")
     what.add_argument(
         "--group-size", type=cli.positive_int, help="weights to a scale; without it the largest that fits"
     )
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="rtn",
         help="round to nearest, half-quadratic fit of scales and zeros, or GPTQ on a calibration text",
     )
-    what.add_argument("--lm-head", choices=("none", "int8"), default="none", help="quantize the output head too")
+    add_head_argument(what, "quantize the output head too")
     what.add_argument(
         "--grouping",
         choices=("output", "input"),
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_text_arguments(calibration)
     calibration.add_argument("--sequences", type=cli.positive_int, default=32, help="token sequences")
     calibration.add_argument("--length", type=cli.positive_int, default=512, help="tokens each")
-    calibration.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    add_device_argument(calibration)
     return parser
 
 
@@ -178,8 +178,8 @@ def quantize_folder(
 ) -> None:
     """Write source's quantized model to output, through a folder beside it that a later call may go on with.
 
-    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError, also if output
-    exists, but for one that this function wrote, with force.
+    method: "rtn", "hqq" or "gptq"; the last runs on device, for sequences of token ids. Raises UserError, also
+    if output exists, but for one that this function wrote, with force.
     """
     from teal.files import Output, replace_folder, reserved, restore_folder
 
@@ -198,7 +198,7 @@ def quantize_folder(
 
 
 def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
-    """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files as they are now."""
+    """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files."""
     from teal.checkpoint.config import read_json
     from teal.checkpoint.weights import stored_config, weights_identity
     from teal.files import atomic_file, fingerprint
@@ -221,7 +221,7 @@ def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
 def _start_or_resume(
     work: Path, source: Path, scheme: "QuantConfig", method: str, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
-    """Make work a folder of this very job. What another job left there is removed; else it must be empty. Raises UserError."""
+    """Make work a folder of this very job. What another job left there goes. Raises UserError for other content."""
     from teal.checkpoint.weights import model_identity
     from teal.files import atomic_file, sweep
 

@@ -137,7 +137,7 @@ def compare(name: str, K: int, N: int, sparsity: float, folder: Path, device: to
 def main() -> None:
     """Compare every projection; the last line is JSON."""
     args = build_parser().parse_args()
-    shapes = shapes_of(args.model, "--model")
+    shapes = shapes_of(args.model, "model")
     device = pick_device("cuda")
     if torch.cuda.get_device_capability(device) < (9, 0):
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bulk copies; expected compute capability 9.0 on")

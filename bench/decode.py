@@ -19,10 +19,11 @@ import torch
 
 from teal.bench.gemv import add_input_groups, check_input_groups
 from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step
+from teal.calibration.choose import choose_plan
 from teal.checkpoint.loading import load_for_decoding, round_weights
 from teal.cli import command_line as cli
-from teal.cli.generate import add_decode_arguments
-from teal.decoding.engine import Engine, choose_plan
+from teal.cli.options import add_decode_arguments, model_options
+from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.hardware import read_bandwidth
 from teal.model import ModelConfig
@@ -110,32 +111,28 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     check_input_groups(args)
     runners: dict[str, EngineRunner] = {}
     if 0.0 in args.sparsities and args.quant is None:
-        options: dict[str, Any] = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
-        options["kv_cache"] = args.kv_cache
-        runners["dense"] = EngineRunner(Engine.load(args.checkpoint, **options, compile=args.compile), None)
+        dense = model_options(args, sparsity=0.0, plan=None)
+        runners["dense"] = EngineRunner(Engine.load(dense), None)
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
-    by_load = not args.input_groups
-    loaded = load_for_decoding(
-        args.checkpoint, args.random_weights, args.device, args.dtype, True, args.quant if by_load else None,
-        args.lm_head == "int8" and by_load, args.kv_cache, args.force_plan,
-    )  # fmt: skip
+    options = model_options(args, **{"quant": None, "quant_lm_head": False} if args.input_groups else {})
+    loaded = load_for_decoding(options, sparse=True)
     if args.input_groups:
-        round_weights(loaded, args.quant, args.lm_head == "int8", "--quant", "input")
+        round_weights(loaded, args.quant, args.lm_head == "int8", grouping="input")
     plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans
     elif args.zero_through_sparse:
         plans = {"0% by sparse kernels": choose_plan(loaded, 0.0, None)} | plans
-    engine = Engine.from_loaded(loaded, next(iter(plans.values())), args.compile)
+    engine = Engine.from_loaded(loaded, next(iter(plans.values())), options.compile, options.backend)
     if args.random_weights is not None and args.plan is None:
         plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
-    """Run what the command line asks for: the machine's facts with a row for each configuration, and the model's."""
+    """What the command line asks for: facts about the machine with a row for each configuration, and the model's."""
     prompt = [1000 + i % 1000 for i in range(args.context)]
     runners = build_runners(args, prompt)
     device = next(iter(runners.values())).engine.device

@@ -26,6 +26,7 @@ from teal.kernels.sparse_gemv import launch
 from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.quantized_linear import BITS, round_input_groups, round_to_nearest
 from teal.model import ModelConfig
+from teal.options import MAX_ROWS
 
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
@@ -42,7 +43,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
     group.add_argument("--quant", choices=("int8", "int4"), help="weights of 8 or 4 bits; dense stays in floats")
     add_input_groups(group)
-    group.add_argument("--rows", type=cli.positive_int, default=1, help="rows of x, 1 to 8")
+    group.add_argument("--rows", type=cli.positive_int, default=1, help=f"rows of x, 1 to {MAX_ROWS}")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     return parser
 
@@ -58,9 +59,9 @@ def check_input_groups(args: argparse.Namespace) -> None:
         raise UserError("--input-groups without --quant means nothing; add --quant int8 or int4")
 
 
-def shapes_of(model: str, option: str = "--models") -> dict[str, tuple[int, list[int]]]:
+def shapes_of(model: str, parameter: str = "models") -> dict[str, tuple[int, list[int]]]:
     """(K, segments) of each projection of a known architecture. Raises UserError for an unknown one."""
-    return projection_shapes(find_preset(model, option))
+    return projection_shapes(find_preset(model, parameter))
 
 
 def projection_shapes(c: ModelConfig) -> dict[str, tuple[int, list[int]]]:
@@ -211,8 +212,8 @@ def measure(
 def main() -> None:
     """Measure and print; the last line is JSON."""
     args = build_parser().parse_args()
-    if not 1 <= args.rows <= 8:
-        raise UserError(f"--rows {args.rows} is out of range; expected 1 to 8")
+    if args.rows > MAX_ROWS:
+        raise UserError(f"--rows {args.rows} is out of range; expected 1 to {MAX_ROWS}")
     check_input_groups(args)
     for dtype in args.dtypes.split(","):
         if dtype not in DTYPES:

@@ -167,6 +167,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         idle = await wait_until_idle(args.url, args.api_key)
         after = scrape(args.url, args.api_key)
     change = {name: after[name] - before.get(name, 0.0) for name in after}
+    answered = change["teal_first_token_seconds_count"]
     first = statistics.mean(outcome.first_token_s) if outcome.first_token_s else 0.0
     return {
         "requests": args.requests,
@@ -179,10 +180,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": outcome.tokens / outcome.seconds,
         "metrics_tokens_per_s": change["teal_generated_tokens_total"] / outcome.seconds,
         "first_token_s": first,
-        "metrics_first_token_s": (
-            change["teal_first_token_seconds_sum"] / max(1.0, change["teal_first_token_seconds_count"])
-        ),
-    }
+        "metrics_first_token_s": change["teal_first_token_seconds_sum"] / max(1.0, answered),
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from teal.bench import decode, gemv
 from teal.cli import command_line as cli
-from teal.cli.generate import add_decode_arguments
+from teal.cli.options import add_decode_arguments
 from teal.errors import UserError
 from teal.evaluation.plots import require_matplotlib
 from teal.files import FileKind, Output, atomic_file, cpu_name, reserved

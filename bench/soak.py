@@ -55,7 +55,7 @@ def build_parser() -> cli.Parser:
 
 
 def start(options: list[str], errors: IO[str]) -> tuple["subprocess.Popen[str]", str]:
-    """A server that writes to errors, and its URL. Raises UserError with its last words if it never listens."""
+    """A server that writes to errors, and its URL. Raises UserError with its last words if it ends too soon."""
     command = [sys.executable, "-m", "teal.cli.serve", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=errors, text=True)
     deadline = time.monotonic() + READY_S

@@ -22,10 +22,11 @@ import torch
 from teal.bench.steps import machine_facts
 from teal.calibration.texts import default_text, read_texts
 from teal.cli import command_line as cli
+from teal.cli.options import add_compile_argument, add_model_arguments, model_options
 from teal.decoding.engine import Engine
-from teal.decoding.speculation import SpeculativeEngine, check_length
+from teal.decoding.speculation import SpeculativeEngine
 from teal.errors import UserError
-from teal.options import SamplingParams
+from teal.options import QUANTS, DraftOptions, SamplingParams, check_length
 
 
 class FixedLength(SpeculativeEngine):
@@ -83,7 +84,7 @@ class Figures:
 def build_parser() -> cli.Parser:
     """The command line of bench.speculate."""
     parser = cli.Parser("Measure speculative decoding: acceptance, speed and whether the texts are the dense model's.")
-    cli.add_model_arguments(parser)
+    add_model_arguments(parser)
     group = parser.add_argument_group("measurement")
     group.add_argument("--drafts", default="0.5", help="sparsities, int8:S or int4:S, or lookup; commas between")
     group.add_argument("--lengths", type=cli.positive_ints, default=(1, 2, 4), help="tokens drafted a round")
@@ -94,22 +95,22 @@ def build_parser() -> cli.Parser:
     group.add_argument("--context", type=cli.positive_int, default=64, help="tokens of a prompt")
     group.add_argument("--tokens", type=cli.positive_int, default=64, help="tokens generated after each")
     group.add_argument("--acceptances", type=cli.sparsities, default=(), help="also the speed at these, commas between")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="as generate.py's")
+    add_compile_argument(group)
     return parser
 
 
-def parse_draft(text: str) -> dict[str, Any] | None:
-    """What load_with_draft takes for "0.5" or "int4:0.5"; None for "lookup". Raises UserError."""
+def parse_draft(text: str) -> DraftOptions:
+    """The draft that "0.5", "int4:0.5" or "lookup" means, of one token. Raises UserError."""
     if text == "lookup":
-        return None
+        return DraftOptions(length=1, lookup=True)
     rounded, _, sparsity = text.rpartition(":")
     try:
         share = float(sparsity)
     except ValueError:
         share = -1.0
-    if rounded not in ("", "int8", "int4") or not 0 < share < 1:
+    if rounded not in ("", *QUANTS) or not 0 < share < 1:
         raise UserError(f"--drafts {text}: expected a sparsity (0.5), one with rounded weights (int4:0.5), or lookup")
-    return {"draft_sparsity": share, "draft_quant": rounded or None}
+    return DraftOptions(length=1, sparsity=share, quant=rounded or None)
 
 
 def prompts_of(args: argparse.Namespace, engine: Engine) -> list[list[int]]:
@@ -139,16 +140,15 @@ def run(engine: Engine, prompt: list[int], tokens: int, figures: Figures) -> Non
 
 def measure(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) -> tuple[Engine, list[dict[str, Any]]]:
     """The dense engine and a row for each draft and length, reported as they come."""
-    options = {"random_weights": args.random_weights, "device": args.device, "dtype": args.dtype}
-    options["compile"] = args.compile
+    options = model_options(args)
     drafts = {text: parse_draft(text) for text in args.drafts.split(",")}
     for length in args.lengths:
         check_length(length)
-    dense = FixedLength.load(args.checkpoint, **options)
+    dense = FixedLength.load(options)
     prompts = prompts_of(args, dense)
     rows = []
     for text, draft in drafts.items():
-        engine = dense if draft is None else FixedLength.load_with_draft(args.checkpoint, length=1, **draft, **options)
+        engine = dense if draft.lookup else FixedLength.load_with_draft(options, draft)
         for length in args.lengths:
             plain, drafted = Figures("dense", 0), Figures(text, length)
             set_length(engine, length)

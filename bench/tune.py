@@ -83,7 +83,7 @@ def keep(found: dict[tuple[str, int, int, int], GemvTile]) -> None:
 def main() -> None:
     """Tune every projection of a model; the last line is JSON."""
     args = build_parser().parse_args()
-    shapes = shapes_of(args.model, "--model")
+    shapes = shapes_of(args.model, "model")
     device = pick_device(args.device)
     if device.type != "cuda":
         raise UserError(f"--device {args.device}: tiles are those of CUDA kernels; expected cuda")

@@ -9,12 +9,13 @@ import argparse
 from pathlib import Path
 
 from teal.calibration.texts import first_tokens, read_texts, split_text, token_sequences
-from teal.calibration.thresholds import Settings, calibrate
+from teal.calibration.thresholds import calibrate
 from teal.checkpoint.loading import load_for_decoding
 from teal.decoding.engine import Engine
 from teal.evaluation.plots import FIGURE, plot_inputs, plot_quality
 from teal.evaluation.quality import Case, evaluate
 from teal.files import check_replaceable
+from teal.options import ModelOptions, Settings
 from teal.plan import Histogram
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,12 +30,11 @@ for name in ("inputs.png", "quality.png"):
     check_replaceable("-o", args.output / name, FIGURE)
 
 # %% A dense model, and a text of which one part calibrates and the other evaluates
-loaded = load_for_decoding(args.checkpoint, None, "auto", "auto", sparse=True)
+loaded = load_for_decoding(ModelOptions(args.checkpoint), sparse=True)
 encode = loaded.tokenizer.encode
 calibrating, evaluating = split_text(read_texts(args.text, "text"))
 
-# %% Thresholds: the quantiles of what each projection's input looks like
-# The histograms say how much a threshold drops.
+# %% Thresholds: quantiles of each projection's input. The histograms say how much a threshold drops.
 seen: list[list[dict[str, Histogram]]] = []
 targets = (0.25, 0.4, 0.5)
 plans = calibrate(

@@ -11,11 +11,11 @@ from torch import Tensor
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.formats.packing import Weight, check_quantized
 from teal.kernels.quantized_matmul import floats
+from teal.options import MAX_ROWS
 
 # With more rows of x nearly every weight row is kept by one of them, and a dense product is faster: 1536 x 3072
 # bf16 at 50% on 2 Xeon cores (AVX-512), gather / dense: 2 rows 533 / 1247 us, 3 868 / 1607, 4 1043 / 1454.
 MAX_GATHER_ROWS = 4
-MAX_KERNEL_ROWS = 8  # on CUDA, likewise
 
 
 def sparse_linear(
@@ -40,13 +40,13 @@ def sparse_linear(
     if torch.compiler.is_compiling():
         return sparse_linear_op(x, weight, thresholds, segments, scales, zeros, out_dtype)
     _check(x, Weight(weight, scales, zeros), thresholds, segments)
-    if x.is_cuda and x.shape[0] <= MAX_KERNEL_ROWS and len(segments) <= 3:
+    if x.is_cuda and x.shape[0] <= MAX_ROWS and len(segments) <= 3:
         from teal.kernels.reduce_partials import reduce_partials  # a CPU needs no Triton
         from teal.kernels.sparse_gemv import sparse_gemv
 
         partials = sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros)
         return reduce_partials(partials, out_dtype or x.dtype, None, None)
-    if x.device.type == "cpu" and x.shape[0] <= MAX_KERNEL_ROWS and (native := native_kernels()) is not None:
+    if x.device.type == "cpu" and x.shape[0] <= MAX_ROWS and (native := native_kernels()) is not None:
         parts = x.contiguous().split(MAX_GATHER_ROWS)
         found = [native.row_gather(part, weight, thresholds, segments, scales, zeros, out_dtype) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)

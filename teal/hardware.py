@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from teal.errors import UserError
+from teal.errors import ParameterError
 from teal.files import atomic_file, cache_folder, cpu_name
 from teal.kernels.sparse_linear import sparse_linear
+from teal.options import check_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # of torch.cpu.get_capabilities(); the last is Arm's
@@ -24,17 +25,14 @@ READ_PROBE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # several times any last-l
 
 def pick_device(name: str) -> torch.device:
     """The device called name: "cpu", "cuda", "cuda:N", or "auto" (cuda if there is one). Raises UserError."""
+    check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: unknown device; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(index or 0) >= count:
+        raise ParameterError("{device} {}: this machine has {} CUDA devices; use {device} cpu", name, count)
+    return torch.device(name)
 
 
 @dataclass(frozen=True, slots=True)

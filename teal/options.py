@@ -1,19 +1,134 @@
-"""How to generate: sampling parameters and counts, each with its one default. Imports nothing heavy."""
+"""What a caller may choose: the model, drafts, sampling, calibration, counts. Each default stands here, once.
+
+Imports nothing heavy, so that a command line can take its defaults and choices from here.
+"""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
-from teal.errors import UserError
+from teal.architectures import ARCHITECTURES
+from teal.errors import ParameterError, UserError
 
 DEFAULT_MAX_NEW_TOKENS = 256
 COUNTED_TOKENS = 32  # of an answer, to say what sparsity drops: shares of thousands of entries each
+MAX_ROWS = (
+    8  # sequences a decode step takes at most: with more, some row keeps nearly every channel, and dense is faster
+)
+DEFAULT_QUEUE = 128  # requests that may wait for a row
 LOOKUP_LENGTH = 8  # tokens drafted at once by lookup
 MAX_DRAFT = 16  # tokens drafted at once at most
 MIN_TEMPERATURE = 1e-5  # below it fp32 logits would be divided to infinity, and only the largest has a share anyway
 MAX_BIAS = 100.0  # of logit_bias: OpenAI's range
 MAX_PENALTY = 2.0  # of presence and frequency, in size: OpenAI's range
-KV_CACHES = ("float", "int8")  # how keys and values are kept; the first is the default
+DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
+QUANTS = ("int8", "int4")  # what weights may be rounded to at load
+KV_CACHES = ("float", "int8")  # how keys and values are kept
+BACKENDS = ("auto", "eager", "compiled", "fused")  # what runs a decode step
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 10, 2048  # of tokens: the paper's calibration set
+METHODS = ("uniform", "greedy")  # of calibration
+CRITERIA = ("magnitude", "wina")  # what a threshold is compared with
+# Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get; "half" is the
+# paper's evaluation (section 5.1), where the first half of each window is dense, like a prompt.
+POLICY_SHARES = {"decode": 1.0, "half": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model to load, and how it is to decode. Raises UserError for what no model could satisfy.
+
+    checkpoint: a folder, a .gguf file or a hub id (source.resolve_checkpoint), None for the default model;
+    random_weights: a known architecture instead. sparsity: the share of activations to drop, plan: a plan file instead.
+    compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
+    the weights at load, quant_lm_head those of the output head to 8 bits; kv_cache "int8" keeps keys and values in 8
+    bits. force_plan takes plans that were made for other weights.
+    """
+
+    checkpoint: str | None = None
+    _: KW_ONLY
+    random_weights: str | None = None
+    sparsity: float = 0.0
+    plan: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: bool | None = None
+    backend: str = BACKENDS[0]
+    quant: str | None = None
+    quant_lm_head: bool = False
+    kv_cache: str = KV_CACHES[0]
+    force_plan: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.random_weights is not None:
+            raise ParameterError("{checkpoint} does not go with {random_weights}; choose one")
+        if self.random_weights is not None:
+            check_architecture(self.random_weights)
+        check_sparsity(self.sparsity)
+        if self.sparsity > 0 and self.plan is not None:
+            raise ParameterError("{plan} does not go with {sparsity}, which the plan has; choose one")
+        check_device(self.device)
+        check_choice("dtype", self.dtype, DTYPE_NAMES)
+        check_choice("backend", self.backend, BACKENDS)
+        if self.quant is not None:
+            check_choice("quant", self.quant, QUANTS)
+        elif self.quant_lm_head:
+            raise ParameterError("{quant_lm_head} goes with {quant}; to keep the rest in floats is not supported")
+        check_choice("kv_cache", self.kv_cache, KV_CACHES)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the model is to run by the sparse kernels."""
+        return self.sparsity > 0 or self.plan is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftOptions:
+    """How to draft for speculative decoding. Raises UserError.
+
+    length: tokens drafted at once at most. The draft is the model with this sparsity or the plan of a file; quant
+    rounds its weights, and no others. With lookup it is what followed the last few tokens where they stood before.
+    """
+
+    length: int = LOOKUP_LENGTH
+    sparsity: float = 0.5
+    plan: str | None = None
+    quant: str | None = None
+    lookup: bool = False
+
+    def __post_init__(self) -> None:
+        check_length(self.length)
+        if self.quant is not None:
+            check_choice("draft_quant", self.quant, QUANTS)
+        if self.lookup:
+            for name, value in (("draft_plan", self.plan), ("draft_quant", self.quant)):
+                if value is not None:
+                    raise ParameterError(f"{{{name}}} does not go with {{draft_lookup}}, which runs no model")
+        elif self.plan is None and not 0 < self.sparsity < 1:
+            raise ParameterError("{draft_sparsity} {:g} is out of range; expected 0 < sparsity < 1", self.sparsity)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to calibrate: sparsities to reach, how to spread them, what the threshold is compared with.
+
+    method "uniform" or "greedy"; criterion "magnitude" or "wina"; step: of greedy, the average sparsity that a
+    projection gains. Raises UserError.
+    """
+
+    targets: tuple[float, ...] = (0.5,)
+    method: str = METHODS[0]
+    criterion: str = CRITERIA[0]
+    step: float = 0.05
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            check_sparsity(target)
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}")
+        if not 0 < self.step <= 0.5:
+            raise ParameterError("{step} {} is out of range; expected 0 < step <= 0.5", self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +209,44 @@ def check_prompt(prompt_ids: list[int], limit: int) -> None:
 def check_length(length: int) -> None:
     """Raise UserError unless so many tokens can be drafted in a round."""
     if not 1 <= length <= MAX_DRAFT:
-        raise UserError(f"--speculate {length} is out of range; expected 1 to {MAX_DRAFT}")
+        raise ParameterError(f"{{draft_length}} {{}} is out of range; expected 1 to {MAX_DRAFT}", length)
+
+
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raise UserError if logit_bias names a token that the model does not have."""
+    for token in params.biases:
+        if token >= vocab_size:
+            raise ParameterError("{logit_bias} {}: no such token; this model has {}", token, vocab_size)
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise UserError unless it is a share of activations that can be dropped."""
+    if not 0 <= sparsity < 1:
+        raise ParameterError("{sparsity} {} is out of range; expected 0 <= sparsity < 1", sparsity)
+
+
+def check_speculation(model: ModelOptions) -> None:
+    """Raise UserError if the model is to be sparse: what speculative decoding gives is the dense model's text."""
+    for name, given in (("sparsity", model.sparsity > 0), ("plan", model.plan is not None)):
+        if given:
+            raise ParameterError(f"{{{name}}} does not go with speculative decoding, whose text is the dense model's")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless it is the name of a device, which this machine may lack."""
+    if not DEVICE.fullmatch(device):
+        raise ParameterError("{device} {}: unknown device; expected cpu, cuda or cuda:N", device)
+
+
+def check_architecture(name: str, parameter: str = "random_weights") -> str:
+    """The known architecture of this name, whatever its case, spelled as it is known. Raises UserError."""
+    for known in ARCHITECTURES:
+        if known.lower() == name.lower():
+            return known
+    raise ParameterError(f"{{{parameter}}} {{}}: unknown; expected one of {', '.join(ARCHITECTURES)}", name)
+
+
+def check_choice(parameter: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise UserError unless a parameter's value is among those known."""
+    if value not in known:
+        raise ParameterError(f"{{{parameter}}} {{}}: unknown; expected one of {', '.join(known)}", value)

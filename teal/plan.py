@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.files import FileKind, atomic_file, cache_folder
 from teal.model import ModelConfig
 from teal.user_text import is_number, parse_json
@@ -165,10 +165,10 @@ class SparsityPlan:
     def check_weights(self, weights: Weights | None) -> None:
         """Raise UserError, naming both, if plan and model are known to have other weights."""
         if self.weights is not None and weights is not None and self.weights.identity != weights.identity:
-            raise UserError(
-                f"plan was made for {self.weights}, not for {weights}: its thresholds would drop another share; "
-                "calibrate for this model, or pass --force-plan to use it all the same"
-            )
+            raise ParameterError(
+                "plan was made for {}, not for {}: its thresholds would drop another share; calibrate for this model, "
+                "or use it all the same with {force_plan}", self.weights, weights,
+            )  # fmt: skip
 
     def for_any_model(self) -> "SparsityPlan":
         """The same thresholds with nothing said of whose they are: any model with as many layers takes them."""

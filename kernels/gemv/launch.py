@@ -10,10 +10,10 @@ from torch import Tensor
 from teal.kernels.formats.packing import Weight, check_quantized
 from teal.kernels.gemv.gather import INTERPRETED
 from teal.kernels.gemv.tuning import MAX_SPAN, GemvTile, gemv_tile, input_run, register_limit
+from teal.options import MAX_ROWS
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 DTYPES = tuple(TRITON_DTYPES)
-MAX_ROWS = 8  # beyond, nearly every channel is kept by some row, and a dense product is faster
 RUN = 16  # channels a program owns side by side: 32 bytes of 16-bit x, one memory sector
 
 

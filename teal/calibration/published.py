@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan
 
 # Projection -> (folder of its histograms, name of its input there).
@@ -87,7 +87,7 @@ def _lookup(folder: Path, layer: int, target: float) -> dict[str, float]:
             if row["Effective Sparsity"] >= target - 1e-6:
                 return {name: row[name] for name in PROJECTIONS}
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; use --method uniform, which needs histograms only") from None
+        raise ParameterError("{}: missing; use {method} uniform, which needs histograms only", path) from None
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path}: not a greedy lookup table ({error!r})") from None
     raise UserError(f"{path}: ends before sparsity {target}; give a smaller one")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teal.errors import UserError
+from teal.errors import ParameterError
 from teal.user_text import parse_json
 
 SPLIT_BLOCK = 4096  # characters; every fifth block is held out, so that both parts cover the whole text
@@ -21,7 +21,7 @@ def default_text() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python lacks pydoc_data, the default text; pass --text FILE") from None
+        raise ParameterError("this Python lacks pydoc_data, the default text; give a file as {text}") from None
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
@@ -37,9 +37,9 @@ def _read(path: Path, field: str) -> str:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--text {path}: byte {error.start} is not UTF-8; convert the file") from None
+        raise ParameterError("{text} {}: byte {} is not UTF-8; convert the file", path, error.start) from None
     except OSError as error:
-        raise UserError(f"--text {path}: {error.strerror}; give a readable text file") from None
+        raise ParameterError("{text} {}: {}; give a readable text file", path, error.strerror) from None
     if path.suffix != ".jsonl":
         return content
     documents = []
@@ -52,9 +52,9 @@ def _read(path: Path, field: str) -> str:
             documents.append(parse_json(line)[field])
         except (ValueError, KeyError, TypeError) as error:
             expected = f"line {number} is no JSON object with the field {field!r}"
-            raise UserError(f"--text {path}: {expected} ({error!r:.80})") from None
+            raise ParameterError("{text} {}: {} ({!r:.80})", path, expected, error) from None
         if not isinstance(documents[-1], str):
-            raise UserError(f"--text {path}: line {number}: field {field!r} is no string")
+            raise ParameterError("{text} {}: line {}: field {!r} is no string", path, number, field)
     return "\n\n".join(documents)
 
 
@@ -103,9 +103,11 @@ def token_sequences(
     if shortest < length:
         name, given = part or ("", len(text))
         where = f" (in {name}, {len(text)} characters)" if part else ""
-        raise UserError(
-            f"the text of {given} characters is too short: {sequences} sequences of {length} tokens are needed, "
-            f"the shortest has {shortest}{where}; give a longer --text, or fewer or shorter sequences"
+        needed = f"{sequences} sequences of {length} tokens are needed, the shortest has {shortest}{where}"
+        raise ParameterError(
+            "the text of {} characters is too short: {}; give a longer {text}, or fewer or shorter sequences",
+            given,
+            needed,
         )
     return torch.tensor(pieces)
 

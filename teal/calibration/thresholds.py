@@ -11,7 +11,7 @@ The greedy method first chooses the sparsity of each projection on the dense str
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
 from teal.files import atomic_file
 from teal.model import Block, Transformer
+from teal.options import Settings
 from teal.plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
 from teal.progress import progress
 from teal.teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from teal.user_text import parse_json
 
-METHODS = ("uniform", "greedy")
 # Quick calibration, on the default model: the worst projection misses its target by 1.7 points on held-out text of
 # the same kind; with half of the sequences by 2.1, with twice as many by no less.
 QUICK_SEQUENCES = 16
@@ -39,25 +39,6 @@ GREEDY_SEQUENCES = 4
 GREEDY_LENGTH = 128
 
 Layer = dict[str, ProjectionPlan]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What to calibrate: sparsities to reach, how to spread them, what the threshold is compared with."""
-
-    targets: tuple[float, ...]
-    method: str = "uniform"
-    criterion: str = "magnitude"
-    step: float = 0.05
-
-    def __post_init__(self) -> None:
-        for target in self.targets:
-            if not 0 <= target < 1:
-                raise UserError(f"sparsity {target} is out of range; expected 0 <= sparsity < 1")
-        if self.method not in METHODS:
-            raise UserError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}")
-        if not 0 < self.step <= 0.5:
-            raise UserError(f"--step {self.step} is out of range; expected 0 < step <= 0.5")
 
 
 class BlockStages:

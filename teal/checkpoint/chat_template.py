@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from teal.checkpoint.config import read_json
 from teal.checkpoint.control_tokens import MARK, ControlTokens
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 
 TOOLS_MESSAGE = (
     "You can call functions. To call one, answer only with "
@@ -81,7 +81,7 @@ class ChatTemplates:
     def source(self, with_tools: bool) -> str:
         """The template to use. Raises UserError if there is none."""
         if not self.named:
-            raise UserError("this checkpoint has no chat template; use --prompt, or a chat-tuned checkpoint")
+            raise ParameterError("this checkpoint has no chat template; use {prompt}, or a chat-tuned checkpoint")
         if with_tools and "tool_use" in self.named:
             return self.named["tool_use"]
         if "default" not in self.named:

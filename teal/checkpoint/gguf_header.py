@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import IO
 
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 
 ARCHITECTURES = ("llama",)  # whose tensors gguf_convert knows
 VERSIONS = (2, 3)  # version 1 had shorter counts
@@ -20,7 +20,9 @@ def check_header(path: Path) -> None:
     """Raise UserError unless path is a GGUF file of an architecture that can be converted."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"--checkpoint {path}: is a file but not GGUF; give a folder, a .gguf file or a hub id")
+            raise ParameterError(
+                "{checkpoint} {}: is a file but not GGUF; give a folder, a .gguf file or a hub id", path
+            )
         try:
             architecture = _architecture(file)
         except (struct.error, ValueError, KeyError, OverflowError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What the command lines' model options name -> a model with its tokenizer on a device."""
+"""ModelOptions -> a model with its tokenizer on a device."""
 
 import sys
 import time
@@ -14,14 +14,14 @@ from teal.checkpoint.source import resolve_checkpoint
 from teal.checkpoint.token_backends import IdBackend
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from teal.checkpoint.weights import load_model, model_identity, stored_weights
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.hardware import pick_device, pick_dtype
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.output_head import use_native_head
 from teal.layers.quantized_linear import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
 from teal.model import ModelConfig, Transformer
-from teal.options import KV_CACHES
-from teal.plan import SparsityPlan, Weights, load_fitting_plan
+from teal.options import DraftOptions, ModelOptions
+from teal.plan import SparsityPlan, Weights, load_fitting_plan, plan_file
 
 
 @dataclass(slots=True)
@@ -59,72 +59,80 @@ class LoadedModel:
     dtype_reason: str = ""
 
 
-def load_for_decoding(
-    checkpoint: str | None,
-    random_weights: str | None,
-    device: str,
-    dtype: str,
-    sparse: bool,
-    quant: str | None = None,
-    quant_lm_head: bool = False,
-    kv_cache: str = "float",
-    force_plan: bool = False,
-    check: Check | None = None,
-) -> LoadedModel:
-    """Load a checkpoint (see source.resolve_checkpoint) or an architecture with random weights.
+def load_for_decoding(options: ModelOptions, check: Check | None = None, *, sparse: bool | None = None) -> LoadedModel:
+    """Load the model that options name, dense, with the weights and the cache that they ask for.
 
-    sparse says whether the model will run sparse, which decides the faster dtype on a CPU; quant ("int8", "int4")
-    rounds the weights of one that is not quantized, and quant_lm_head its output head to 8 bits; kv_cache is one of
-    params.KV_CACHES; force_plan is kept for load_plan. check may refuse the model, by a UserError, before its weights
-    are read. Raises UserError.
+    check may refuse the model, by a UserError, before its weights are read. sparse says whether the model will run
+    sparse, None that options do: it decides the faster dtype on a CPU. Raises UserError.
     """
     start = time.perf_counter()
-    if quant_lm_head and quant is None:
-        raise UserError("--lm-head int8 goes with --quant; to keep the rest in floats is not supported")
-    if kv_cache not in KV_CACHES:
-        raise UserError(f"--kv-cache {kv_cache}: unknown; expected one of {', '.join(KV_CACHES)}")
-    torch_device = pick_device(device)
-    described = describe(checkpoint, random_weights)
-    if quant is not None:
-        check_rounding(described, quant, "--quant")
+    device = pick_device(options.device)
+    described = describe(options.checkpoint, options.random_weights)
+    check_fit(options, described)
     if check is not None:
         check(described)
-    choice = pick_dtype(dtype, torch_device, sparse)
-    loaded = _load(described, torch_device, choice.dtype)
+    choice = pick_dtype(options.dtype, device, options.is_sparse if sparse is None else sparse)
+    loaded = _load(described, device, choice.dtype)
     loaded.dtype_reason = choice.reason
     use_native_head(loaded.model)
-    if quant is not None:
-        round_weights(loaded, quant, quant_lm_head, "--quant")
-    if kv_cache == "int8":
+    if options.quant is not None:
+        round_weights(loaded, options.quant, options.quant_lm_head)
+    if options.kv_cache == "int8":
         use_int8_cache(loaded.model)
-    loaded.force_plan = force_plan
+    loaded.force_plan = options.force_plan
     loaded.load_s = time.perf_counter() - start
     return loaded
 
 
 def round_weights(
-    loaded: LoadedModel, quant: str, quant_lm_head: bool, option: str, grouping: str = "output"
-) -> None:  # fmt: skip
-    """Round the weights of loaded to "int8" or "int4" in place; option named it. Raises UserError if they are by now."""
+    loaded: LoadedModel, quant: str, quant_lm_head: bool, parameter: str = "quant", grouping: str = "output"
+) -> None:
+    """Round the weights of loaded to "int8" or "int4" in place, and those of the output head to 8 bits if asked to.
+
+    parameter is the one that asks for it. Raises UserError if they are rounded by now.
+    """
     if is_quantized(loaded.model):
-        raise UserError(f"{option} {quant}: {loaded.name} is quantized already; leave the option out")
+        raise _rounded_already(parameter, quant, loaded.name)
     scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None, quant_lm_head), quant_lm_head, grouping)
     use_quantized_linears(loaded.model, scheme, fill=True)
     loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if scheme.by_input else "")
 
 
-def check_rounding(described: Described, quant: str, option: str) -> None:
-    """Raise UserError unless the weights of a model can be rounded, as option asks."""
-    if described.is_quantized:
-        raise UserError(f"{option} {quant}: {described.name} is quantized already; leave the option out")
-    pick_group_size(described.config, None)
+def check_fit(options: ModelOptions, model: Described) -> None:
+    """Raise UserError unless a model's weights can be rounded as options ask, and the plan that they name is for it."""
+    if options.quant is not None:
+        _check_rounding(model, "quant", options.quant, options.quant_lm_head)
+    _check_plan(model, options.sparsity, options.plan, options.force_plan)
+
+
+def check_draft_fit(draft: DraftOptions, model: Described, force_plan: bool) -> None:
+    """Raise UserError unless the model can draft as asked: see check_fit."""
+    if draft.lookup:
+        return
+    if draft.quant is not None:
+        _check_rounding(model, "draft_quant", draft.quant, quant_lm_head=True)
+    _check_plan(model, draft.sparsity, draft.plan, force_plan)
+
+
+def _check_rounding(model: Described, parameter: str, quant: str, quant_lm_head: bool) -> None:
+    if model.is_quantized:
+        raise _rounded_already(parameter, quant, model.name)
+    pick_group_size(model.config, None, quant_lm_head)
+
+
+def _rounded_already(parameter: str, quant: str, name: str) -> ParameterError:
+    return ParameterError(f"{{{parameter}}} {{}}: {{}} is quantized already; leave the option out", quant, name)
+
+
+def _check_plan(model: Described, sparsity: float, plan: str | None, force_plan: bool) -> None:
+    if (path := plan_file(model.folder, sparsity, plan)) is not None:
+        load_fitting_plan(path, model.config, force_plan)
 
 
 def describe(checkpoint: str | None, random_weights: str | None) -> Described:
     """The model that these options name, without its weights. Downloads and converts as needed. Raises UserError."""
     if random_weights is not None:
-        config = find_preset(random_weights, "--random-weights")
-        return Described(random_weights, config, Tokenizer(IdBackend()), None, False)
+        return Described(random_weights, find_preset(random_weights), Tokenizer(IdBackend()), None, False)
     folder = resolve_checkpoint(checkpoint)
     config, quantized, tokenizer = load_config(folder), load_quantization(folder) is not None, load_tokenizer(folder)
     if not all(0 <= i < config.vocab_size for i in tokenizer.bos_ids):
@@ -144,7 +152,7 @@ def _load(described: Described, device: torch.device, dtype: torch.dtype) -> Loa
 
 
 def load_plan(path: Path, loaded: LoadedModel) -> SparsityPlan:
-    """The plan in a file for a model in memory. Raises UserError if it was made for another one, unless loaded.force_plan.
+    """The plan in a file for a model in memory. Raises UserError if it was made for another, unless loaded.force_plan.
 
     Where plan or checkpoint do not say for which weights, shapes are compared and a line on stderr says so.
     """
@@ -152,7 +160,7 @@ def load_plan(path: Path, loaded: LoadedModel) -> SparsityPlan:
     try:
         plan.check_weights(loaded.weights)
     except UserError as error:
-        raise UserError(f"plan {path}: {error}") from None
+        raise ParameterError("plan {}: {}", path, error) from None
     if not loaded.force_plan and (plan.weights is None or loaded.weights is None):
         silent = f"plan {path}" if plan.weights is None else loaded.name
         print(f"{silent} does not say which weights it was made from; only shapes are compared", file=sys.stderr)

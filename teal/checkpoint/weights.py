@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from teal.checkpoint.awq_gptq import Packing
 from teal.checkpoint.config import load_config, load_quantization, read_json
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.layers.quantized_linear import (
     QUANT_METHOD,
     QuantConfig,
@@ -134,9 +134,9 @@ class Targets:
         if not is_finite(values):
             raise UserError(f"{shard}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
         dtype, wider = ("bf16", "fp32") if target.dtype == torch.bfloat16 else ("fp16", "bf16 or fp32")
-        raise UserError(
-            f"{shard}: {name} reaches {float(values.abs().max()):.4g}, beyond the {torch.finfo(target.dtype).max:.4g} "
-            f"of {dtype}; use --dtype {wider}"
+        largest, limit = float(values.abs().max()), torch.finfo(target.dtype).max
+        raise ParameterError(
+            "{}: {} reaches {:.4g}, beyond the {:.4g} of {}; use {dtype} {}", shard, name, largest, limit, dtype, wider
         )
 
 

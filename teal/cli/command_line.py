@@ -13,11 +13,16 @@ from typing import Any, NoReturn
 from teal import __version__, interrupts
 from teal.architectures import ARCHITECTURES
 from teal.errors import UserError
-from teal.options import KV_CACHES
 from teal.user_text import is_text
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+# Options that are not called as the parameter that they set; all others are, with dashes.
+SPELLED = {
+    "quant_lm_head": "--lm-head int8",
+    "draft_length": "--speculate",
+    "draft_lookup": "--speculate-lookup",
+}
 
 
 class Completion(argparse.Action):
@@ -106,7 +111,7 @@ def _report(error: BaseException) -> int:
         interrupts.say()
         return interrupts.EXIT_INTERRUPTED
     if isinstance(error, UserError):
-        return _fail(str(error))
+        return _fail(message_of(error))
     if isinstance(error, BrokenPipeError):
         # Python flushes stdout once more at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,6 +121,11 @@ def _report(error: BaseException) -> int:
     if message is None:
         raise
     return _fail(message)
+
+
+def message_of(error: UserError) -> str:
+    """The message, which names options where the library names the parameters that they set."""
+    return error.spelled(lambda parameter: SPELLED.get(parameter, "--" + parameter.replace("_", "-")))
 
 
 def _fail(message: str) -> int:
@@ -141,40 +151,6 @@ def require_package(package: str, option: str, value: object) -> None:
     """Raise UserError if option has a value and the package that it needs is not installed."""
     if value is not None and importlib.util.find_spec(package) is None:
         raise UserError(f"{option} needs the package {package}; pip install {package}")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose the model, its device and dtype."""
-    model = parser.add_argument_group("model")
-    source = model.add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="model folder, .gguf file or hub id (org/name); without it SmolLM2-135M-Instruct",
-    )
-    source.add_argument(
-        "--random-weights", metavar="NAME", type=architecture,
-        help=f"a known architecture with random weights, for speed only: {', '.join(ARCHITECTURES)}",
-    )  # fmt: skip
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="auto: bf16 where the device multiplies it, else the faster one",
-    )
-
-
-def add_kv_cache_argument(group: argparse._ArgumentGroup) -> None:
-    """The option that chooses how keys and values are kept."""
-    group.add_argument("--kv-cache", choices=KV_CACHES, default=KV_CACHES[0], help="int8: keys and values in 8 bits")
-
-
-def add_force_plan_argument(group: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    """The option that takes a plan made for other weights."""
-    group.add_argument(
-        "--force-plan", action="store_true", help="use a plan that was made for another model with as many layers"
-    )
 
 
 def architecture(text: str) -> str:
@@ -223,6 +199,15 @@ def sparsity(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"sparsity {text!r} is out of range; expected 0 <= sparsity < 1")
     return value
+
+
+def token_bias(text: str) -> tuple[int, float]:
+    """Argument type: a token id and what is added to its logits, a colon between."""
+    token, _, bias = text.partition(":")
+    try:
+        return count(token), float(bias)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no TOKEN_ID:BIAS, such as 42:-100") from None
 
 
 def sparsities(text: str) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from teal.cli.command_line import message_of
 from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.files import FileKind, Output, atomic_file, cache_folder, reserved
@@ -101,7 +102,7 @@ class Conversation:
             if name == "/save":
                 return self._save(argument.strip())
         except UserError as error:
-            return f"error: {error}"
+            return f"error: {message_of(error)}"
         return HELP if name == "/help" else f"error: {name} is no command\n{HELP}"
 
     def _use_sparsity(self, text: str) -> str:

@@ -5,18 +5,18 @@ stay where they are: on CUDA the step is captured once in a graph and replayed, 
 reads token i from a pinned copy the device is already computing token i + 1.
 """
 
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from teal.calibration.texts import default_text, text_hash
-from teal.calibration.thresholds import calibrate_uniform
-from teal.checkpoint.loading import Check, LoadedModel, load_for_decoding, load_plan
+from teal.calibration.choose import choose_plan
+from teal.checkpoint.loading import Check, LoadedModel, load_for_decoding
 from teal.checkpoint.tokenizer import Tokenizer
 from teal.decoding.compilation import capture, compile_model
 from teal.decoding.exclusive import Exclusive
@@ -24,12 +24,12 @@ from teal.decoding.plan_switch import PlanSwitch
 from teal.decoding.sampling import argmax_step, sample
 from teal.decoding.statistics import GenerationStats
 from teal.decoding.streaming import StopStrings, StreamDecoder
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import is_quantized
 from teal.model import Block, KVCache, Transformer
-from teal.options import DEFAULT_MAX_NEW_TOKENS, SamplingParams, check_prompt
-from teal.plan import SparsityPlan, cached_plan, keep_all_plan, plan_file
+from teal.options import DEFAULT_MAX_NEW_TOKENS, ModelOptions, SamplingParams, check_prompt
+from teal.plan import SparsityPlan, keep_all_plan
 from teal.progress import progress
 from teal.teal_layers import set_counting, sparsify
 
@@ -75,38 +75,21 @@ class Engine:
             self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=self.device)
 
     @classmethod
-    def load(
-        cls,
-        checkpoint: str | None = None,
-        *,
-        random_weights: str | None = None,
-        sparsity: float = 0.0,
-        plan: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        compile: bool | None = None,
-        quant: str | None = None,
-        quant_lm_head: bool = False,
-        kv_cache: str = "float",
-        force_plan: bool = False,
-        check: Check | None = None,
-    ) -> Self:
-        """Load a checkpoint (see source.resolve_checkpoint) and make it sparse.
+    def load(cls, checkpoint: str | ModelOptions | None = None, *, check: Check | None = None, **options: Any) -> Self:
+        """Load a model and make it sparse if it is to be: all of ModelOptions, or its fields by name.
 
-        sparsity 0 with no plan is the dense model. quant ("int8", "int4") rounds its weights, quant_lm_head those of the
-        output head to 8 bits, kv_cache "int8" keys and values. force_plan takes plans of other models, too. compile None
-        means: on CUDA only. check: see load_for_decoding. Raises UserError for anything the user can mend.
+        check: see load_for_decoding. Raises UserError for anything the user can mend.
         """
-        if not 0 <= sparsity < 1:
-            raise UserError(f"--sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
-        sparse = sparsity > 0 or plan is not None
-        loaded = load_for_decoding(
-            checkpoint, random_weights, device, dtype, sparse, quant, quant_lm_head, kv_cache, force_plan, check
-        )
-        return cls.from_loaded(loaded, choose_plan(loaded, sparsity, plan) if sparse else None, compile)
+        model = checkpoint if isinstance(checkpoint, ModelOptions) else ModelOptions(checkpoint)
+        model = replace(model, **options)
+        loaded = load_for_decoding(model, check)
+        plan = choose_plan(loaded, model.sparsity, model.plan) if model.is_sparse else None
+        return cls.from_loaded(loaded, plan, model.compile, model.backend)
 
     @classmethod
-    def from_loaded(cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None) -> Self:
+    def from_loaded(
+        cls, loaded: LoadedModel, plan: SparsityPlan | None, compile: bool | None = None, backend: str = "auto"
+    ) -> Self:
         """An engine for a model in memory, which becomes sparse in place if a plan is given. Else as load."""
         on_cuda = loaded.model.embedding.weight.is_cuda
         compile = on_cuda if compile is None else compile
@@ -215,7 +198,7 @@ class Engine:
         limit = self.model.config.max_seq_len
         check_prompt(prompt_ids, limit)
         if max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {max_new_tokens} is out of range; expected at least 1")
+            raise ParameterError("{max_new_tokens} {} is out of range; expected at least 1", max_new_tokens)
         with self.use.taken():
             yield from self._generate(prompt_ids, params, min(max_new_tokens, limit - len(prompt_ids)), ignore_eos)
 
@@ -352,40 +335,3 @@ class Engine:
             self.graphs[key] = capture(step, (self.token, self.position, self.seen), self.generator)
             self.generator.set_state(random_state)
         return self.graphs[key]
-
-
-def choose_plan(
-    loaded: LoadedModel, sparsity: float, plan: str | None, can_calibrate: bool = True
-) -> SparsityPlan:  # fmt: skip
-    """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick uniform one.
-
-    Sparsity 0 without a file is the plan that keeps all.
-    """
-    if plan is None and sparsity == 0:
-        return keep_all_plan(loaded.model.config)
-    path = plan_file(loaded.folder, sparsity, plan)
-    return quick_plan(loaded, sparsity, can_calibrate) if path is None else load_plan(path, loaded)
-
-
-def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True) -> SparsityPlan:
-    """A uniform plan calibrated on the default text, or found in the cache; calibrating makes the model sparse.
-
-    Raises UserError if it is not in the cache and can_calibrate says that the model cannot be calibrated.
-    """
-    text = default_text()
-    weight = loaded.model.embedding.weight
-    path = cached_plan(loaded.identity, f"{text_hash(text)}-uniform", weight.dtype, weight.device, sparsity)
-    if path.exists():
-        return SparsityPlan.load(path)
-    if not can_calibrate:
-        raise UserError(
-            f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
-        )
-    print(f"calibrating sparsity {sparsity:g} on Python's help topics (once)", file=sys.stderr)
-    start = time.perf_counter()
-    plan = calibrate_uniform(
-        loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights, save=lambda plans: plans[0].save(path)
-    )
-    plan.save(path)
-    loaded.calibrate_s += time.perf_counter() - start
-    return plan

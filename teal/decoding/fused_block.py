@@ -8,12 +8,13 @@ on the same weights.
 from torch import Tensor, nn
 
 from teal.kernels.attention_gemv import attention_gemv
-from teal.kernels.gemv.launch import MAX_ROWS, kernels_run_on
+from teal.kernels.gemv.launch import kernels_run_on
 from teal.kernels.norm_gemv import norm_gemv
 from teal.kernels.reduce_partials import reduce_partials
 from teal.kernels.rope_attention import rope_attention
 from teal.kernels.silu_gemv import silu_gemv
 from teal.model import Block, RMSNorm, Transformer
+from teal.options import MAX_ROWS
 from teal.teal_layers import SparseLinear
 
 

@@ -23,8 +23,8 @@ from teal.decoding.requests import Done, Observer, Piece, Request, Sequence, Tok
 from teal.decoding.row_table import Flight, Group, RowTable
 from teal.decoding.rows import DecodeRows
 from teal.decoding.speculation import SpeculativeEngine
-from teal.errors import UserError
-from teal.options import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, SamplingParams
+from teal.errors import ParameterError, UserError
+from teal.options import COUNTED_TOKENS, DEFAULT_MAX_NEW_TOKENS, DEFAULT_QUEUE, MAX_ROWS, SamplingParams
 from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity
 
@@ -32,7 +32,6 @@ CPU_BLOCK = 64  # prompt tokens of a prefill call, the unit that is shared; on C
 # Steps between two blocks of prompts, less after a shorter one. Of a 135M model a block takes as long as 5 to 8 steps of
 # one row, or 2 of eight: neither reading nor writing gets much more time than the other.
 STEPS_A_BLOCK = 4
-MAX_ROWS = 8  # what the sparse kernels take at once
 IDLE_S = 0.5  # between looks at deadlines while nothing runs
 
 
@@ -50,13 +49,13 @@ class Scheduler:
         self,
         engine: Engine,
         rows: int = MAX_ROWS,
-        queue: int = 128,
+        queue: int = DEFAULT_QUEUE,
         context: int | None = None,
         ahead: bool | None = None,
     ) -> None:
         """queue requests may wait; ahead: a step starts before the host has read the one before, None where a GPU can."""
         if not 1 <= rows <= MAX_ROWS:
-            raise UserError(f"--rows {rows} is out of range; expected 1 to {MAX_ROWS}")
+            raise ParameterError(f"{{rows}} {{}} is out of range; expected 1 to {MAX_ROWS}", rows)
         self.engine = engine
         limit = engine.model.config.max_seq_len
         self.context = min(context or limit, limit)

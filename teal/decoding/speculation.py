@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from teal.checkpoint.loading import Check, LoadedModel, load_for_decoding, round_weights
-from teal.decoding.engine import Engine, choose_plan
+from teal.calibration.choose import choose_plan
+from teal.checkpoint.loading import Check, Described, LoadedModel, check_draft_fit, load_for_decoding, round_weights
+from teal.decoding.engine import Engine
 from teal.decoding.sampling import argmax_step, draw, probabilities
-from teal.errors import UserError
 from teal.model import KVCache, Transformer
-from teal.options import MAX_DRAFT, SamplingParams, check_length
+from teal.options import MAX_DRAFT, DraftOptions, ModelOptions, SamplingParams, check_length, check_speculation
 from teal.plan import SparsityPlan, keep_all_plan
 from teal.teal_layers import sparsify
 
@@ -40,47 +40,25 @@ class SpeculativeEngine(Engine):
     draft_cost = LOOKUP_COST  # time of a drafted token over that of a pass of the dense model
 
     @classmethod
-    def load_with_draft(
-        cls,
-        checkpoint: str | None = None,
-        *,
-        length: int,
-        draft_sparsity: float = 0.5,
-        draft_plan: str | None = None,
-        draft_quant: str | None = None,
-        random_weights: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        compile: bool | None = None,
-        quant: str | None = None,
-        quant_lm_head: bool = False,
-        kv_cache: str = "float",
-        force_plan: bool = False,
-        check: Check | None = None,
-    ) -> Self:
-        """As Engine.load, an engine that drafts up to length tokens by sparse steps of the model.
+    def load_with_draft(cls, model: ModelOptions, draft: DraftOptions, *, check: Check | None = None) -> Self:
+        """As Engine.load, a dense engine that drafts. Raises UserError."""
+        check_speculation(model)
 
-        draft_sparsity or the file draft_plan say how sparse; draft_quant ("int8", "int4") rounds the weights of the draft
-        alone, and its output head to 8 bits. Raises UserError.
-        """
-        check_length(length)
-        loaded = load_for_decoding(
-            checkpoint,
-            random_weights,
-            device,
-            dtype,
-            draft_quant is None,
-            quant,
-            quant_lm_head,
-            kv_cache,
-            force_plan,
-            check,
-        )
-        draft = make_draft(loaded, draft_sparsity, draft_plan, draft_quant, compile)
+        def check_both(described: Described) -> None:
+            check_draft_fit(draft, described, model.force_plan)
+            if check is not None:
+                check(described)
+
+        if draft.lookup:
+            engine = cls.load(model, check=check_both)
+            engine.look_up(draft.length)
+            return engine
+        loaded = load_for_decoding(model, check_both, sparse=draft.quant is None)
+        drafter = make_draft(loaded, draft, model.compile)
         # A draft with the same weights needs them in the sparse layout, and the dense model then keeps all of them.
-        plan = keep_all_plan(loaded.model.config) if draft_quant is None else None
-        engine = cls.from_loaded(loaded, plan, compile)
-        engine.draft_with(draft, length)
+        plan = keep_all_plan(loaded.model.config) if draft.quant is None else None
+        engine = cls.from_loaded(loaded, plan, model.compile, model.backend)
+        engine.draft_with(drafter, draft.length)
         return engine
 
     def draft_with(self, draft: "Draft", length: int) -> None:
@@ -230,26 +208,22 @@ class Draft:
     compile_s: float
 
 
-def make_draft(
-    loaded: LoadedModel, sparsity: float, plan: str | None, quant: str | None, compile: bool | None
-) -> Draft:  # fmt: skip
-    """A sparse copy of loaded that shares its tensors; with quant ("int8", "int4") its projections and head are its own.
+def make_draft(loaded: LoadedModel, options: DraftOptions, compile: bool | None = None) -> Draft:
+    """A sparse copy of loaded that shares its tensors; with options.quant its projections and head are its own.
 
-    plan, a file, goes before sparsity. Without quant loaded becomes sparse in place, at sparsity 0. Raises UserError.
+    Without quant loaded becomes sparse in place, at sparsity 0. Raises UserError.
     """
-    if plan is None and not 0 < sparsity < 1:
-        raise UserError(f"--draft-sparsity {sparsity:g} is out of range; expected 0 < sparsity < 1")
-    if quant is None:
-        chosen = choose_plan(loaded, sparsity, plan)
+    if options.quant is None:
+        plan = choose_plan(loaded, options.sparsity, options.plan)
         sparsify(loaded.model, keep_all_plan(loaded.model.config))
         copied = sharing_copy(loaded)
     else:
         copied = sharing_copy(loaded)
-        round_weights(copied, quant, quant_lm_head=True, option="--draft-quant")
-        chosen = choose_plan(copied, sparsity, plan)
+        round_weights(copied, options.quant, quant_lm_head=True, parameter="draft_quant")
+        plan = choose_plan(copied, options.sparsity, options.plan)
         loaded.calibrate_s = copied.calibrate_s  # which began with loaded's
-    engine = Engine.from_loaded(copied, chosen, compile)
-    cost = ROUNDED_COST[quant] * (1 - SAVED_BY_SPARSITY * chosen.target)
+    engine = Engine.from_loaded(copied, plan, compile)
+    cost = ROUNDED_COST[options.quant] * (1 - SAVED_BY_SPARSITY * plan.target)
     return Draft(engine.model, cost, engine.compile_s)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from teal.checkpoint.tokenizer import Tokenizer
 from teal.decoding.streaming import StopStrings
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
+from teal.evaluation.installed import import_installed
 from teal.evaluation.quality import continue_greedily
 from teal.model import Transformer
 from teal.teal_layers import sparse_prefill
@@ -21,7 +22,9 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
-    raise UserError("--lm-eval needs the package lm_eval; pip install lm_eval") from None
+    raise ParameterError("{lm_eval} needs the package lm_eval; pip install lm_eval") from None
+
+import_installed("evaluate")  # which tasks import; run from a checkout they would get the command evaluate.py
 
 DEFAULT_MAX_GEN_TOKENS = 256  # as the harness' own models
 
@@ -127,7 +130,9 @@ def run_tasks(
     manager = TaskManager(include_path=str(folder) if folder is not None else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise UserError(f"--lm-eval {unknown[0]}: no such task of lm_eval {lm_eval.__version__}; see its --tasks list")
+        raise ParameterError(
+            "{lm_eval} {}: no such task of lm_eval {}; see its --tasks list", unknown[0], lm_eval.__version__
+        )
     adapter = HarnessModel(model, tokenizer, sparse_share)
     output = lm_eval.simple_evaluate(model=adapter, tasks=tasks, limit=limit, task_manager=manager)
     found = {}

@@ -90,7 +90,7 @@ def require_matplotlib(what: str) -> None:
 
 
 def _save(draw: Callable[[Any], None], path: Path) -> None:
-    require_matplotlib("--plot")
+    require_matplotlib("a figure")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

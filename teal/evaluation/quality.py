@@ -12,13 +12,11 @@ from torch import Tensor
 
 from teal.errors import UserError
 from teal.model import Transformer
+from teal.options import POLICY_SHARES
 from teal.plan import SparsityPlan, keep_all_plan
 from teal.progress import progress
 from teal.teal_layers import achieved_sparsity, set_counting, sparse_prefill, sparsify
 
-# Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get. "half" is the
-# paper's evaluation (section 5.1), where the first half of each window is dense, like a prompt.
-POLICY_SHARES = {"decode": 1.0, "half": 0.5}
 CONTINUATION_PROMPT = 64  # tokens of text before a greedy continuation
 CONTINUATION_LENGTH = 128  # tokens continued at most
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.kernels.formats.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4, unpack_int4
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
@@ -83,14 +83,14 @@ def pick_group_size(config: ModelConfig, asked: int | None, lm_head: bool = Fals
     widths = {"q": config.q_size, "k and v": config.kv_size, "hidden": config.hidden_size}
     widths["intermediate"] = config.intermediate_size
     if lm_head:
-        widths["vocabulary (--lm-head)"] = config.vocab_size
+        widths["vocabulary ({quant_lm_head})"] = config.vocab_size
     usable = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
     size = asked or (usable[0] if usable else GROUP_SIZES[-1])
     if size in usable:
         return size
     odd = next((f"the {name} width {width}" for name, width in widths.items() if width % size), "the packed layout")
     others = f"expected one of {', '.join(map(str, usable))}" if usable else "no group size divides all of its widths"
-    raise UserError(f"--group-size {size} does not fit {odd} of this model; {others}")
+    raise ParameterError(f"{{group_size}} {size} does not fit {odd} of this model; {others}")
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:

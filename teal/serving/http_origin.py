@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from teal.errors import UserError
+from teal.errors import ParameterError
 from teal.serving.http_errors import error_response
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -36,7 +36,9 @@ def check_origin(origin: str) -> str:
         return origin
     parts = urlsplit(origin)
     if not (parts.scheme and parts.netloc) or origin.lower() != f"{parts.scheme}://{parts.netloc}".lower():
-        raise UserError(f"--allow-origin {origin} is no origin; expected one such as https://example.org, or {ANY}")
+        raise ParameterError(
+            "{allow_origin} {} is no origin; expected one such as https://example.org, or {}", origin, ANY
+        )
     return origin.lower()
 
 

@@ -83,7 +83,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"layer-1/results\.csv"):
         import_teal(tmp_path, 0.5, "greedy")
     (tmp_path / "lookup" / "layer-0" / "results.csv").unlink()
-    with pytest.raises(UserError, match="missing; use --method uniform"):
+    with pytest.raises(UserError, match="missing; use method uniform"):
         import_teal(tmp_path, 0.5, "greedy")
     (tmp_path / "histograms" / "layer-0" / "self_attn" / "histograms.pt").unlink()
     with pytest.raises(UserError, match="missing"):

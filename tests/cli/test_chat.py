@@ -69,8 +69,8 @@ class Terminal:
     def __init__(self, options: tuple[str, ...], cache: Path) -> None:
         self.main, other = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "generate.py", *options], cwd=ROOT, stdin=other, stdout=other, stderr=other, close_fds=True,
-            start_new_session=True, env=os.environ | {"XDG_CACHE_HOME": str(cache), "TERM": "vt100"},
+            [sys.executable, "generate.py", *options], cwd=ROOT, stdin=other, stdout=other, stderr=other,
+            close_fds=True, start_new_session=True, env=os.environ | {"XDG_CACHE_HOME": str(cache), "TERM": "vt100"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(other)

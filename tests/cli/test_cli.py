@@ -93,6 +93,12 @@ def test_sampling_options_reach_the_sampler(tiny: tuple[str, ...], invoke: Invok
     for nearly_greedy in (("--top-k", "1"), ("--top-p", "1e-9"), ("--min-p", "0.999999")):
         assert invoke(*sampled, *nearly_greedy)[1] == greedy
     assert invoke(*options, "--repetition-penalty", "100")[1] != greedy
+    bias = ("--logit-bias", "65:100")  # leaves no other token
+    only = invoke(*options, *bias)[1]
+    assert only != greedy and len(set(only.strip())) == 1
+    for penalty in ("--presence-penalty", "--frequency-penalty"):
+        assert invoke(*options, *bias, penalty, "2")[1] == only  # far less than the bias
+        assert invoke(*options, penalty, "2")[1] != invoke(*options, penalty, "-2")[1]
     stop = greedy[3:5]
     assert invoke(*options, "--stop", stop)[1] == greedy[: greedy.index(stop)] + "\n"
 

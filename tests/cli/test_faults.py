@@ -28,6 +28,7 @@ from teal.cli import calibrate, evaluate, generate, quantize, serve
 from teal.errors import UserError
 from teal.files import atomic_file, cache_folder
 from teal.kernels.cpu.native import native_kernels
+from teal.options import ModelOptions
 from teal.plan import SparsityPlan
 from tests.conftest import ROOT, changed
 from tests.faults import failing, watching
@@ -132,7 +133,7 @@ class Trial:
         return list(range(last + 1)) if is_full else sorted({round(i * last / (count - 1)) for i in range(count)})
 
     def check_after_failure(self, folder: Path, killed: bool = False) -> None:
-        """What is there is whole, and the command run again gives what it should; only a killed one may leave a part."""
+        """What is there is whole, and the command run again gives what it should; only a killed one leaves a part."""
         for name, content in contents(folder, self.writer.results).items():
             # a plan is written once its thresholds are found, and again with the sparsities it achieves
             unmeasured = re.sub(rb'"achieved": [\d.]+', b'"achieved": null', self.expected[name])
@@ -199,7 +200,8 @@ def test_a_device_is_written_to_and_a_link_followed(tmp_path: Path) -> None:
 
 
 BAD_VALUES = (
-    "", " ", "-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e99", "99999999999999999999", "abc", "0.5,", ",", "int4", "é",
+    "", " ", "-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e99", "99999999999999999999", "abc", "0.5,", ",", "int4",
+    "é",
     "🙂", "\x7f", ".", "/no/such/file", "a" * 5000, "--", "0.5.5", "None", "{}", "true",
 )  # fmt: skip
 BAD_FILES = {
@@ -278,12 +280,13 @@ def test_any_config_is_read_or_refused(tiny_folder: Path, tmp_path: Path, path: 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> SparsityPlan:
+    from teal.calibration.choose import quick_plan
     from teal.checkpoint.loading import load_for_decoding
-    from teal.decoding.engine import quick_plan
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return quick_plan(load_for_decoding(str(tiny_folder), None, "cpu", "fp32", True), 0.5)
+        options = ModelOptions(str(tiny_folder), device="cpu", dtype="fp32")
+        return quick_plan(load_for_decoding(options, sparse=True), 0.5)
 
 
 @given(path=paths, value=json_values)

@@ -66,7 +66,8 @@ def test_version_and_help_are_there(parser: argparse.ArgumentParser, capsys: pyt
 
 
 def test_known_architectures_are_listed_without_torch() -> None:
-    script = "import sys; from teal.cli import generate; print(generate.build_parser().format_help()); sys.exit('torch' in sys.modules)"
+    script = "import sys; from teal.cli import generate; print(generate.build_parser().format_help())"
+    script += "; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     shown = "".join(done.stdout.split())

@@ -64,7 +64,8 @@ def interrupt(process: "subprocess.Popen[str]", times: int = 1) -> str:
 @pytest.mark.parametrize("times", [1, 3], ids=["once", "three times"])
 @pytest.mark.parametrize("body", STUBBORN.values(), ids=STUBBORN)
 def test_the_deaf_end_too(body: str, times: int) -> None:
-    program = f"from teal.cli import command_line as cli\nimport hashlib, threading, time\ndef main():\n    {body}\ncli.run(main)"
+    imports = "from teal.cli import command_line as cli\nimport hashlib, threading, time\n"
+    program = f"{imports}def main():\n    {body}\ncli.run(main)"
     process = start("-c", program)
     assert process.stdout is not None and process.stdout.readline() == "go\n"
     interrupt(process, times)

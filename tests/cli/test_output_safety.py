@@ -21,6 +21,7 @@ from teal.errors import UserError
 from teal.evaluation.plots import FIGURE, plot_quality
 from teal.files import Output, atomic_folder, replace_folder, reserved, restore_folder
 from teal.layers.quantized_linear import QuantConfig
+from teal.options import ModelOptions
 from teal.plan import PLAN, SparsityPlan
 from tests.conftest import ROOT, assert_one_line_error
 
@@ -354,14 +355,14 @@ def test_ctrl_c_while_the_result_is_measured_keeps_the_plan(
 def test_ctrl_c_while_a_quick_plan_is_measured_keeps_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from teal.calibration.choose import quick_plan
     from teal.checkpoint.loading import load_for_decoding
-    from teal.decoding.engine import quick_plan
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    loaded = load_for_decoding(str(tiny_folder), None, "cpu", "fp32", True)
+    loaded = load_for_decoding(ModelOptions(str(tiny_folder), device="cpu", dtype="fp32"), sparse=True)
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "measure_sparsity", interrupt)
         with pytest.raises(KeyboardInterrupt):

@@ -183,7 +183,7 @@ def test_impossible_requests_are_refused(engine: Engine) -> None:
     for ids, count, message in (
         ([], 5, "empty"),
         ([5] * 400, 5, "400 tokens"),
-        (PROMPT, 0, "--max-new-tokens 0"),
+        (PROMPT, 0, "max_new_tokens 0"),
     ):
         with pytest.raises(UserError, match=message):
             list(engine.generate(ids, max_new_tokens=count))

@@ -13,8 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from teal.calibration.choose import choose_plan
 from teal.decoding import scheduler as scheduler_module
-from teal.decoding.engine import Engine, choose_plan
+from teal.decoding.engine import Engine
 from teal.decoding.requests import Done, Piece, Request
 from teal.decoding.rows import DecodeRows
 from teal.decoding.scheduler import Scheduler

@@ -28,6 +28,7 @@ from teal.layers import output_head
 from teal.layers.output_head import NativeHead
 from teal.layers.quantized_linear import round_to_nearest
 from teal.model import OutputHead
+from teal.options import DraftOptions, ModelOptions
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
 from tests.conftest import QUANTIZABLE, relative_error, save_tiny_model, tiny_config
@@ -64,7 +65,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(folder: Path, dtype: str, **options: Any) -> SpeculativeEngine:
     """An engine; sparse: with a plan that keeps all."""
     plan, compile = options.pop("sparse", False), options.pop("compile", None)
-    loaded = load_for_decoding(str(folder), None, "cpu", dtype, plan, **options)
+    loaded = load_for_decoding(ModelOptions(str(folder), device="cpu", dtype=dtype, **options), sparse=plan)
     return SpeculativeEngine.from_loaded(loaded, keep_all_plan(loaded.model.config) if plan else None, compile)
 
 
@@ -102,7 +103,8 @@ def test_the_larger_logit_wins_without_a_compiler(close_folder: Path, name: str)
 @pytest.mark.parametrize("draft_quant", [None, "int8"])
 def test_drafts_and_their_verification_agree_on_it(close_folder: Path, draft_quant: str | None) -> None:
     engine = SpeculativeEngine.load_with_draft(
-        str(close_folder), device="cpu", dtype="bf16", length=3, draft_sparsity=0.1, draft_quant=draft_quant
+        ModelOptions(str(close_folder), device="cpu", dtype="bf16"),
+        DraftOptions(length=3, sparsity=0.1, quant=draft_quant),
     )
     expect(FIRST, list(engine.generate(PROMPTS[0], max_new_tokens=12, ignore_eos=True)))
     assert engine.stats.accepted_tokens == engine.stats.drafted_tokens > 0

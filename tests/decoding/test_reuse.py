@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from teal.decoding.engine import Engine, choose_plan
+from teal.calibration.choose import choose_plan
+from teal.decoding.engine import Engine
 from teal.decoding.plan_switch import PlanSwitch
 from teal.decoding.requests import Done, Piece, Request
 from teal.decoding.scheduler import Scheduler, generate_batch
 from teal.decoding.speculation import SpeculativeEngine
 from teal.errors import UserError
+from teal.options import DraftOptions, ModelOptions
 from teal.plan import SparsityPlan
 from teal.teal_layers import sparse_layers, sparse_prefill, sparsify
 
@@ -127,8 +129,8 @@ def test_an_engine_and_a_chat_reuse_nothing_of_another_plan(
 
 def test_a_speculating_chat_that_turns_sparse_stops_drafting(tiny_folder: Path) -> None:
     load(tiny_folder)  # calibrates
-    options: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
-    engine = SpeculativeEngine.load_with_draft(str(tiny_folder), length=4, **options)
+    model = ModelOptions(str(tiny_folder), device="cpu", dtype="fp32")
+    engine = SpeculativeEngine.load_with_draft(model, DraftOptions(length=4))
     dense = list(engine.generate(PROMPT, max_new_tokens=40, ignore_eos=True))
     assert engine.stats.drafted_tokens
     engine.use_sparsity(0.5)

@@ -15,7 +15,7 @@ from teal.decoding.speculation import MAX_DRAFT, Lookup, SpeculativeEngine, seen
 from teal.errors import UserError
 from teal.layers.quantized_linear import is_quantized
 from teal.model import KVCache
-from teal.options import SamplingParams
+from teal.options import DraftOptions, ModelOptions, SamplingParams
 from teal.teal_layers import sparse_layers
 from tests.conftest import relative_error
 
@@ -28,7 +28,8 @@ def speculative(
     """Drafts by sparse steps; by lookup if sparsity is 0."""
     if sparsity:
         return SpeculativeEngine.load_with_draft(
-            str(folder), device="cpu", dtype="fp32", length=length, draft_sparsity=sparsity, draft_quant=draft_quant
+            ModelOptions(str(folder), device="cpu", dtype="fp32"),
+            DraftOptions(length=length, sparsity=sparsity, quant=draft_quant),
         )
     engine = SpeculativeEngine.load(str(folder), device="cpu", dtype="fp32")
     engine.look_up(length)
@@ -271,13 +272,12 @@ def test_the_draft_gets_longer_with_acceptance(tiny_folder: Path) -> None:
 
 
 def test_refusals(tiny_folder: Path, quantizable_folder: Path) -> None:
-    options = {"device": "cpu", "dtype": "fp32"}
-    for how, words in (
-        ({"length": 17}, "--speculate 17 is out of range; expected 1 to 16"),
-        ({"length": 4, "draft_sparsity": 0.0}, "--draft-sparsity 0 is out of range; expected 0 < sparsity < 1"),
-        ({"length": 4, "quant": "int8", "draft_quant": "int4"}, "--draft-quant int4: .* is quantized already"),
-    ):
-        with pytest.raises(UserError, match=words):
-            SpeculativeEngine.load_with_draft(str(quantizable_folder), **how, **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="--speculate 0 is out of range"):
+    model = ModelOptions(str(quantizable_folder), device="cpu", dtype="fp32", quant="int8")
+    with pytest.raises(UserError, match="draft_length 17 is out of range; expected 1 to 16"):
+        DraftOptions(length=17)
+    with pytest.raises(UserError, match="draft_sparsity 0 is out of range; expected 0 < sparsity < 1"):
+        DraftOptions(sparsity=0.0)
+    with pytest.raises(UserError, match=r"draft_quant int4: .* is quantized already"):
+        SpeculativeEngine.load_with_draft(model, DraftOptions(quant="int4"))
+    with pytest.raises(UserError, match="draft_length 0 is out of range"):
         speculative(tiny_folder).look_up(0)

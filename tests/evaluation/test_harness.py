@@ -1,6 +1,8 @@
 """lm-evaluation-harness through our adapter gives what it gives through its own transformers model."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from teal.evaluation import harness
 from teal.evaluation.harness import run_tasks
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
-from tests.conftest import TEXT
+from tests.conftest import ROOT, TEXT
 from tests.evaluation.test_evaluation import InvokeMain, call  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -144,3 +146,19 @@ def test_command_line(call: InvokeMain, tiny_folder: Path, task_folder: Path) ->
     assert code == 0, err
     [row] = json.loads(out.strip().splitlines()[-1])["rows"]
     assert 0 <= row["local_choice/acc"] <= 1
+
+
+def test_tasks_find_the_package_evaluate_from_a_checkout(tiny_folder: Path, task_folder: Path) -> None:
+    """evaluate.py, which lies beside teal/, is not what `import evaluate` gives a task."""
+    pytest.importorskip("evaluate")
+    text = "import evaluate\n\n\ndef text(document):\n    return f'{evaluate.load.__name__} {document[\"question\"]}'\n"
+    (task_folder / "words.py").write_text(text)
+    task = (task_folder / "local_choice.yaml").read_text().replace('"{{question}}"', "!function words.text")
+    (task_folder / "local_choice.yaml").write_text(task)
+    options = ("--checkpoint", tiny_folder, "--device", "cpu", "--dtype", "fp32", "--sparsity", "0", "--tokens", "50")
+    tasks = ("--lm-eval", "local_choice", "--lm-eval-path", task_folder, "--lm-eval-limit", "4", "--json")
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", *map(str, (*options, *tasks))], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "local_choice/acc" in json.loads(done.stdout.strip().splitlines()[-1])["rows"][0]

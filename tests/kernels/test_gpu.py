@@ -20,7 +20,7 @@ from teal.decoding.requests import Done, Piece, Request
 from teal.decoding.scheduler import Scheduler
 from teal.decoding.speculation import SpeculativeEngine
 from teal.model import KVCache, attend
-from teal.options import SamplingParams
+from teal.options import DraftOptions, ModelOptions, SamplingParams
 from tests.conftest import assert_one_line_error, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -83,7 +83,9 @@ def test_speculative_rounds_in_graphs_give_the_dense_text(quantizable_folder: Pa
         engine.look_up(4)
     else:
         quant = "int4" if how == "int4" else None
-        engine = SpeculativeEngine.load_with_draft(str(quantizable_folder), length=4, draft_quant=quant, **options)
+        engine = SpeculativeEngine.load_with_draft(
+            ModelOptions(str(quantizable_folder), **options), DraftOptions(length=4, quant=quant)
+        )
     for ids in (PROMPT, [i % 290 + 5 for i in range(CACHE_STEP - 10)]):
         assert tokens(engine, ids, 60) == tokens(dense, ids, 60)
         assert 0 < engine.stats.accepted_tokens <= engine.stats.drafted_tokens
@@ -98,7 +100,8 @@ def test_speculative_rounds_in_graphs_give_the_dense_text(quantizable_folder: Pa
 def test_a_server_drafts_in_graphs(tiny_folder: Path) -> None:
     options: dict[str, Any] = {"device": "cuda", "dtype": "fp32"}
     eager, _ = answers_of(Engine.load(str(tiny_folder), **options, compile=False), ahead=False)
-    engine = SpeculativeEngine.load_with_draft(str(tiny_folder), length=3, draft_sparsity=0.4, **options, compile=True)
+    model = ModelOptions(str(tiny_folder), **options, compile=True)
+    engine = SpeculativeEngine.load_with_draft(model, DraftOptions(length=3, sparsity=0.4))
     drafted, _ = answers_of(engine, ahead=True)
     assert [text for i, text in enumerate(drafted) if i != 5] == [text for i, text in enumerate(eager) if i != 5]
 

@@ -17,7 +17,8 @@ from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
 from teal.kernels.silu_gemv import silu_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
-from teal.kernels.sparse_linear import MAX_KERNEL_ROWS, sparse_linear, sparse_linear_op
+from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
+from teal.options import MAX_ROWS
 from tests import lanes
 from tests.conftest import relative_error
 
@@ -52,7 +53,7 @@ def test_products_equal_those_of_the_dequantized_weight(B: int, bits: int, group
     thresholds, segments = torch.tensor([0.3, 0.9, 0.0]), [640, 384, 128]
     found = sparse_linear(x, weight[0], thresholds, segments, *weight[1:])
     expected = sparse_linear_reference(x, exact, thresholds, segments)
-    tolerance = TOLERANCE[dtype] * (1 if B <= MAX_KERNEL_ROWS else 2)  # of more rows weights are rounded, too
+    tolerance = TOLERANCE[dtype] * (1 if B <= MAX_ROWS else 2)  # of more rows weights are rounded, too
     assert found.dtype == dtype and relative_error(found, expected) <= tolerance
     assert relative_error(quantized_matmul(x, *weight), x.float() @ exact) <= 2 * TOLERANCE[dtype]
 

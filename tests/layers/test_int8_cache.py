@@ -14,6 +14,7 @@ from teal.decoding.scheduler import generate_batch
 from teal.errors import UserError
 from teal.kernels.formats.kv_int8 import pack_int8, packed_width, unpack_int8
 from teal.model import KVCache
+from teal.options import ModelOptions
 from tests.conftest import relative_error
 
 PROMPT = [5, 9, 33, 120, 7, 250, 61]
@@ -38,7 +39,7 @@ def test_logits_stay_near_those_of_a_float_cache(tiny_folder: Path) -> None:
     positions = torch.arange(40)[None]
     logits = []
     for kind in ("float", "int8"):
-        model = load_for_decoding(str(tiny_folder), None, "cpu", "fp32", False, kv_cache=kind).model
+        model = load_for_decoding(ModelOptions(str(tiny_folder), device="cpu", dtype="fp32", kv_cache=kind)).model
         cache = model.new_cache(1, 64)
         with torch.inference_mode():
             parts = [model(ids[:, :30], positions[:, :30], cache)]
@@ -64,5 +65,5 @@ def test_every_way_of_decoding_takes_it(quantizable_folder: Path, options: dict[
 
 
 def test_an_unknown_kind_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(UserError, match="--kv-cache int4: unknown; expected one of float, int8"):
+    with pytest.raises(UserError, match="kv_cache int4: unknown; expected one of float, int8"):
         Engine.load(str(tiny_folder), device="cpu", kv_cache="int4")

@@ -1,7 +1,9 @@
 """The map of the code: rooms, what each file is for, and who imports whom.
 
-python -m tests.project.architecture           writes the map into docs/architecture.md, between its two marks
-python -m tests.project.architecture FOLDER    counts modules, floors and arrows of another checkout, of any age
+Two ways to call it:
+
+    python -m tests.project.architecture           writes the map into docs/architecture.md, between its two marks
+    python -m tests.project.architecture FOLDER    counts modules, floors and arrows of another checkout, of any age
 """
 
 import ast
@@ -53,7 +55,7 @@ def room_of(module: str) -> str:
     """The room of a module or package by its dotted name: "teal.kernels.gemv.launch" is in kernels."""
     package, *rest = module.split(".")
     if package != "teal":
-        return package
+        return "commands" if package in COMMANDS else package
     if rest[0] == "cli" and rest[-1] in COMMANDS:
         return "commands"
     if rest[0] in LAYERS:
@@ -67,7 +69,7 @@ def files(root: Path) -> dict[str, Path]:
     Where there is a package teal, what a link in it leads to is known by its name in teal.
     """
     has_package = (root / "teal").is_dir()
-    found = {}
+    found: dict[str, Path] = {}
     for folder in (root / "teal", root / "examples") if has_package else (root,):
         for parent, folders, names in os.walk(folder, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".") and name not in ("tests", "__pycache__")]
@@ -75,6 +77,8 @@ def files(root: Path) -> dict[str, Path]:
                 path = Path(parent, name)
                 if path.suffix == ".py" and name != "__init__.py":
                     found[".".join(path.relative_to(root).with_suffix("").parts)] = path
+    reached = {path.resolve() for path in found.values()}
+    found |= {path.stem: path for path in root.glob("*.py") if path.resolve() not in reached}
     return dict(sorted(found.items()))
 
 

@@ -31,8 +31,8 @@ def sentences(prose: str) -> Iterator[str]:
 
 
 def words(sentence: str) -> int:
-    """How many words a sentence has: what stands between spaces and holds a letter or digit."""
-    return sum(bool(re.search(r"\w", word)) for word in sentence.split())
+    """How many words a sentence has: what stands between spaces and holds a letter or digit; [B, T, C] is one."""
+    return sum(bool(re.search(r"\w", word)) for word in re.sub(r"\[[^\]]*\]", "[shape]", sentence).split())
 
 
 def prose_of(source: str) -> Iterator[tuple[int, str]]:

@@ -52,7 +52,7 @@ by_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: str(mo
 
 
 def test_every_file_is_on_the_map() -> None:
-    """What is not in teal/ or linked into it would not be installed."""
+    """By the name it has in an installed copy, but for examples and for scripts that only call teal.cli."""
     tests = {path for path in CODE if path.is_relative_to(ROOT / "tests")}
     pages = {path for path in CODE if path.name == "__init__.py"}
     assert {ROOT / module.path for module in MODULES} == set(CODE) - tests - pages

@@ -14,6 +14,7 @@ from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig, pick_group_size
 from teal.model import Transformer
+from teal.options import ModelOptions
 from tests.conftest import relative_error, save_tiny_model, tiny_config
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,7 +86,7 @@ def test_a_head_of_an_odd_width_is_refused_by_name(tmp_path: Path, byte_level_to
     (source / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
     config = load_model(source, torch.device("cpu"), torch.float32).config
     assert pick_group_size(config, None) == 32
-    with pytest.raises(UserError, match=r"the vocabulary \(--lm-head\) width 331"):
+    with pytest.raises(UserError, match=r"the vocabulary \(quant_lm_head\) width 331"):
         pick_group_size(config, None, lm_head=True)
-    with pytest.raises(UserError, match=r"the vocabulary \(--lm-head\) width 331"):
-        load_for_decoding(str(source), None, "cpu", "fp32", False, "int8", quant_lm_head=True)
+    with pytest.raises(UserError, match=r"the vocabulary \(quant_lm_head\) width 331"):
+        load_for_decoding(ModelOptions(str(source), device="cpu", dtype="fp32", quant="int8", quant_lm_head=True))

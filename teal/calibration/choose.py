@@ -1,0 +1,47 @@
+"""Which plan a model gets: a file's, the one beside the checkpoint, or a quick one, made once and kept."""
+
+import sys
+import time
+
+from teal.calibration.texts import default_text, text_hash
+from teal.calibration.thresholds import calibrate_uniform
+from teal.checkpoint.loading import LoadedModel, load_plan
+from teal.errors import UserError
+from teal.plan import SparsityPlan, cached_plan, keep_all_plan, plan_file
+
+
+def choose_plan(
+    loaded: LoadedModel, sparsity: float, plan: str | None, can_calibrate: bool = True
+) -> SparsityPlan:  # fmt: skip
+    """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick uniform one.
+
+    Sparsity 0 without a file is the plan that keeps all.
+    """
+    if plan is None and sparsity == 0:
+        return keep_all_plan(loaded.model.config)
+    path = plan_file(loaded.folder, sparsity, plan)
+    return quick_plan(loaded, sparsity, can_calibrate) if path is None else load_plan(path, loaded)
+
+
+def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True) -> SparsityPlan:
+    """A uniform plan calibrated on the default text, or found in the cache; calibrating makes the model sparse.
+
+    Raises UserError if it is not in the cache and can_calibrate says that the model cannot be calibrated.
+    """
+    text = default_text()
+    weight = loaded.model.embedding.weight
+    path = cached_plan(loaded.identity, f"{text_hash(text)}-uniform", weight.dtype, weight.device, sparsity)
+    if path.exists():
+        return SparsityPlan.load(path)
+    if not can_calibrate:
+        raise UserError(
+            f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
+        )
+    print(f"calibrating sparsity {sparsity:g} on Python's help topics (once)", file=sys.stderr)
+    start = time.perf_counter()
+    plan = calibrate_uniform(
+        loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights, save=lambda plans: plans[0].save(path)
+    )
+    plan.save(path)
+    loaded.calibrate_s += time.perf_counter() - start
+    return plan

@@ -1,0 +1,180 @@
+"""Options that several commands have, each declared once, and what they mean to the library.
+
+Defaults and choices are those of teal.options. Imports nothing heavy: --help and a mistyped option answer at once.
+"""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from teal.architectures import ARCHITECTURES
+from teal.cli import command_line as cli
+from teal.errors import UserError
+from teal.options import (
+    BACKENDS,
+    DTYPE_NAMES,
+    KV_CACHES,
+    LOOKUP_LENGTH,
+    QUANTS,
+    DraftOptions,
+    ModelOptions,
+    SamplingParams,
+    check_speculation,
+)
+
+MODEL, DRAFT, SAMPLING = ModelOptions(), DraftOptions(), SamplingParams()
+Group = argparse._ArgumentGroup
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose the model, its device and dtype."""
+    model = parser.add_argument_group("model")
+    source = model.add_mutually_exclusive_group()
+    add_checkpoint_argument(source)
+    source.add_argument(
+        "--random-weights", metavar="NAME", type=cli.architecture,
+        help=f"a known architecture with random weights, for speed only: {', '.join(ARCHITECTURES)}",
+    )  # fmt: skip
+    add_device_argument(model)
+    model.add_argument(
+        "--dtype", choices=DTYPE_NAMES, default=MODEL.dtype,
+        help="auto: bf16 where the device multiplies it, else the faster one",
+    )  # fmt: skip
+
+
+def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose the model and how it decodes."""
+    add_model_arguments(parser)
+    how = parser.add_argument_group("sparsity and compilation")
+    sparse = how.add_mutually_exclusive_group()
+    sparse.add_argument(
+        "--sparsity", type=cli.sparsity, default=MODEL.sparsity, help="share of activations to drop; 0 is dense"
+    )
+    sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
+    add_force_plan_argument(how)
+    how.add_argument("--quant", choices=QUANTS, help="round the weights at load; quantize.py does it once")
+    add_head_argument(how, "with --quant: round the head too")
+    add_kv_cache_argument(how)
+    add_compile_argument(how)
+    how.add_argument(
+        "--backend", choices=BACKENDS, default=MODEL.backend,
+        help="what runs a decode step; auto: what suits device, dtype and formats",
+    )  # fmt: skip
+
+
+def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of speculative decoding."""
+    draft = parser.add_argument_group("speculative decoding (the dense model's text, several tokens a pass)")
+    draft.add_argument("--speculate", type=cli.positive_int, metavar="K", help="draft up to K tokens by sparse steps")
+    draft.add_argument(
+        "--draft-sparsity", type=cli.sparsity, default=DRAFT.sparsity, help="share of activations that they drop"
+    )
+    draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
+    draft.add_argument("--draft-quant", choices=QUANTS, help="round the weights of those steps, and of no other")
+    draft.add_argument(
+        "--speculate-lookup", action="store_true",
+        help=f"draft what followed the last words before; up to {LOOKUP_LENGTH} tokens without --speculate",
+    )  # fmt: skip
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that choose how a token is picked: a field of SamplingParams each."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=SAMPLING.temperature, help="0 is greedy")
+    group.add_argument("--top-k", type=int, default=SAMPLING.top_k, help="keep the k likeliest tokens; 0 is off")
+    group.add_argument("--top-p", type=float, default=SAMPLING.top_p, help="keep the likeliest p of the mass; 1 is off")
+    group.add_argument("--min-p", type=float, default=SAMPLING.min_p, help="drop tokens below p x the best; 0 is off")
+    group.add_argument("--repetition-penalty", type=float, default=SAMPLING.repetition_penalty, help="1 is off")
+    group.add_argument(
+        "--presence-penalty", type=float, default=SAMPLING.presence_penalty,
+        help="taken once from the logit of each generated token; -2 to 2, 0 is off",
+    )  # fmt: skip
+    group.add_argument(
+        "--frequency-penalty", type=float, default=SAMPLING.frequency_penalty,
+        help="taken each time that a token was generated; -2 to 2, 0 is off",
+    )  # fmt: skip
+    group.add_argument(
+        "--logit-bias", type=cli.token_bias, action="append", default=[], metavar="TOKEN_ID:BIAS",
+        help="added to a token's logit; -100 bans it, 100 leaves no other; may be repeated",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=SAMPLING.seed, help="same seed, same machine: same text")
+
+
+def add_text_arguments(group: Group) -> None:
+    """Options that choose a text to calibrate or evaluate on."""
+    group.add_argument(
+        "--text", type=Path, action="append", default=[],
+        help=".txt or .jsonl file; may be repeated; without it Python's help topics, English prose in every CPython, "
+        "good for a smoke test only",
+    )  # fmt: skip
+    group.add_argument("--field", default="text", help="field of each .jsonl line that holds the text")
+
+
+def add_checkpoint_argument(group: Group) -> None:
+    """The option that names a checkpoint."""
+    group.add_argument(
+        "--checkpoint", metavar="NAME",
+        help="model folder, .gguf file or hub id (org/name); without it SmolLM2-135M-Instruct",
+    )  # fmt: skip
+
+
+def add_device_argument(group: Group) -> None:
+    """The option that chooses the device."""
+    group.add_argument("--device", default=MODEL.device, help="cpu, cuda, cuda:N or auto")
+
+
+def add_head_argument(group: Group, help: str) -> None:
+    """The option that rounds the output head."""
+    group.add_argument("--lm-head", choices=("none", "int8"), default="none", help=help)
+
+
+def add_kv_cache_argument(group: Group) -> None:
+    """The option that chooses how keys and values are kept."""
+    group.add_argument("--kv-cache", choices=KV_CACHES, default=MODEL.kv_cache, help="int8: keys and values in 8 bits")
+
+
+def add_compile_argument(group: Group) -> None:
+    """The option that compiles, or does not."""
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=MODEL.compile,
+        help="compile with torch.compile, or do not; otherwise on CUDA only, where it pays at once (see BENCHMARKS.md)",
+    )  # fmt: skip
+
+
+def add_force_plan_argument(group: Group) -> None:
+    """The option that takes a plan made for other weights."""
+    group.add_argument(
+        "--force-plan", action="store_true", help="use a plan that was made for another model with as many layers"
+    )
+
+
+def model_options(args: argparse.Namespace, **other: Any) -> ModelOptions:
+    """What args say of the model, save for other fields. What a command has no option for is as by default."""
+    given = {f.name: getattr(args, f.name) for f in fields(ModelOptions) if hasattr(args, f.name)}
+    if hasattr(args, "lm_head"):
+        given["quant_lm_head"] = args.lm_head == "int8"
+    return ModelOptions(**given | other)
+
+
+def draft_options(args: argparse.Namespace) -> DraftOptions | None:
+    """How to draft, None if args do not ask for it. Raises UserError if they do in part, or for a sparse text."""
+    if args.speculate is None and not args.speculate_lookup:
+        for option, value in (("--draft-plan", args.draft_plan), ("--draft-quant", args.draft_quant)):
+            if value is not None:
+                raise UserError(f"{option} goes with --speculate K")
+        return None
+    check_speculation(model_options(args))
+    return DraftOptions(
+        length=DRAFT.length if args.speculate is None else args.speculate,
+        sparsity=args.draft_sparsity,
+        plan=args.draft_plan,
+        quant=args.draft_quant,
+        lookup=args.speculate_lookup,
+    )
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """How to pick a token. Raises UserError."""
+    given = {f.name: getattr(args, f.name) for f in fields(SamplingParams)}
+    return SamplingParams(**given | {"logit_bias": dict(args.logit_bias)})
