@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from teal.checkpoint.loading import Described
+    from teal.model import Projection
     from teal.plan import Histogram, SparsityPlan
 
 
@@ -118,7 +119,7 @@ def write_plans(args: argparse.Namespace, settings: Settings, text: str, paths: 
         measured.save(path)
         if warning := measured.warning(measured.achieved, checked.numel(), "held-out text"):
             print(warning, file=sys.stderr)
-    draw(plans, args.plot, seen)
+    draw(plans, args.plot, seen, loaded.model.config.projections())
 
 
 def calibrated_paths(args: argparse.Namespace) -> list[Path]:
@@ -184,9 +185,12 @@ def print_plan(plan: "SparsityPlan") -> None:
 
 
 def draw(
-    plans: "list[SparsityPlan]", folder: Path | None, seen: "list[list[dict[str, Histogram]]] | None" = None
+    plans: "list[SparsityPlan]",
+    folder: Path | None,
+    seen: "list[list[dict[str, Histogram]]] | None" = None,
+    projections: "tuple[Projection, ...]" = (),
 ) -> None:
-    """PNGs of the plans in folder, if one is given."""
+    """PNGs of the plans in folder, if one is given; seen: histograms [block][plan] of the inputs of projections."""
     if folder is None:
         return
     from teal.evaluation.plots import plot_inputs, plot_sparsities
@@ -195,7 +199,7 @@ def draw(
     for j, plan in enumerate(plans):
         plot_sparsities(plan, folder / f"sparsity-{plan.target:g}.png")
         if seen:
-            plot_inputs([block[j] for block in seen], plan, folder / f"inputs-{plan.target:g}.png")
+            plot_inputs([block[j] for block in seen], plan, projections, folder / f"inputs-{plan.target:g}.png")
     print(f"figures in {folder}", file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ H query heads, K key/value heads, G = H/K query heads per key/value head, D head
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,38 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"rope scaling kind {self.kind!r}: expected 'linear' or 'llama3'")
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A linear layer of a block, which may stack several projections of one input along its output.
+
+    Whatever reads, replaces, measures or cuts a block's weights loops over these; see ModelConfig.projections.
+    """
+
+    name: str
+    module: str  # its place: block.get_submodule(module)
+    norm: str  # place of the norm that its sublayer begins with
+    input: Literal["normed", "attended", "activated"]  # what makes its input; a kernel may make it, too
+    in_features: int
+    names: tuple[str, ...]  # of what it stacks, in this order
+    sizes: tuple[int, ...]  # output channels of each
+    hf_names: tuple[str, ...]  # of each, in a layer of a Hugging Face checkpoint
+    bias: bool = False
+    unit: int = 1  # neighbouring channels that stay together when it is cut: those of a head
+
+    @property
+    def ends_sublayer(self) -> bool:
+        """Whether its result is added to the residual stream."""
+        return self.input != "normed"
+
+    @property
+    def cut(self) -> Literal["output", "input"]:
+        """The dimension to cut over devices, in whole units: the outputs of each of names, or the inputs.
+
+        A device's outputs of a sublayer's first layers are its inputs of the last one. The last one's results add up.
+        """
+        return "input" if self.ends_sublayer else "output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +106,33 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def projections(self) -> tuple[Projection, ...]:
+        """The linear layers of each block, in the order of its forward pass.
+
+        x ─ norm ─ [q k v] ─ attention ─ [o] ─ + ─ norm ─ [gate up] ─ silu(gate) * up ─ [down] ─ +
+               normed             attended          normed                        activated
+        """
+        C, D, q, kv = self.hidden_size, self.head_dim, self.q_size, self.kv_size
+        return (
+            Projection(
+                name="qkv", module="attention.wqkv", norm="attention_norm", input="normed", in_features=C,
+                names=("q", "k", "v"), sizes=(q, kv, kv), bias=self.qkv_bias, unit=D,
+                hf_names=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ),
+            Projection(
+                name="o", module="attention.wo", norm="attention_norm", input="attended", in_features=q,
+                names=("o",), sizes=(C,), bias=self.o_bias, unit=D, hf_names=("self_attn.o_proj",),
+            ),
+            Projection(
+                name="gate_up", module="feed_forward.gate_up", norm="ffn_norm", input="normed", in_features=C,
+                names=("gate", "up"), sizes=(self.intermediate_size,) * 2, hf_names=("mlp.gate_proj", "mlp.up_proj"),
+            ),
+            Projection(
+                name="down", module="feed_forward.down", norm="ffn_norm", input="activated",
+                in_features=self.intermediate_size, names=("down",), sizes=(C,), hf_names=("mlp.down_proj",),
+            ),
+        )  # fmt: skip
 
 
 class KVCache:
@@ -120,7 +179,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019, eq. 4), in weight's dtype."""
+    """x / rms(x) * weight over the last dimension, in fp32, returned in weight's dtype (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -236,6 +295,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -246,6 +306,16 @@ class Block(nn.Module):
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, positions, k_cache, v_cache)
         return x + self.feed_forward(self.ffn_norm(x))
+
+    def projections(self) -> tuple[Projection, ...]:
+        """The description of its linear layers: get_submodule(projection.module) is one of them."""
+        return self.config.projections()
+
+    def norms(self) -> dict[str, nn.Module]:
+        """Its norms by their names in a layer of a Hugging Face checkpoint; one without parameters is in no file."""
+        q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
+        heads = {"self_attn.q_norm": q_norm, "self_attn.k_norm": k_norm}
+        return heads | {"input_layernorm": self.attention_norm, "post_attention_layernorm": self.ffn_norm}
 
 
 class OutputHead(nn.Linear):
@@ -305,8 +375,8 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first block reads, fp32 [B, T, C].
 
-        The residual stream stays fp32: rounded to bf16 at each of its 60 sums it moved the default model's logits by 0.1,
-        and near ties with them.
+        The residual stream stays fp32. Rounded to bf16 at each of its 60 sums it moved the default model's logits by
+        0.1, and near ties with them.
         """
         return self.embedding(tokens).float()
 

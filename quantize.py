@@ -260,7 +260,8 @@ def _write_shards(
     """A shard for each layer and one for the rest, skipping those that are there, and their index."""
     from safetensors.torch import save_file
 
-    from teal.checkpoint.weights import open_shard
+    from teal.checkpoint.config import load_config
+    from teal.checkpoint.weights import hf_projection_names, open_shard
     from teal.files import atomic_file
     from teal.layers.quantized_linear import round_to_nearest
     from teal.progress import progress
@@ -268,6 +269,7 @@ def _write_shards(
 
     rounding = {"rtn": round_to_nearest, "hqq": half_quadratic, "gptq": None}[method]
     jobs = _jobs(source, scheme)
+    projections = hf_projection_names(load_config(source))
     gptq = None
     if sequences is not None:
         from teal.hardware import pick_device
@@ -281,7 +283,7 @@ def _write_shards(
         path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
         is_layer = i + 1 < len(jobs)
         if not path.exists():
-            tensors = _quantized_tensors(names, scheme, rounding)
+            tensors = _quantized_tensors(names, projections, scheme, rounding)
             if gptq is not None and is_layer:
                 tensors |= gptq.layer(i)
             with atomic_file(path) as temporary:
@@ -315,9 +317,11 @@ def _jobs(source: Path, scheme: "QuantConfig") -> list[dict[str, Path]]:
 
 
 def _quantized_tensors(
-    names: dict[str, Path], scheme: "QuantConfig", rounding: "Rounding | None"
+    names: dict[str, Path], projections: set[str], scheme: "QuantConfig", rounding: "Rounding | None"
 ) -> dict[str, "Tensor"]:  # fmt: skip
-    """What a shard holds of these tensors: projections rounded, or left out, the rest as it is. Raises UserError.
+    """What a shard holds of these tensors: weights of projections rounded, or left out, the rest as it is.
+
+    Raises UserError.
 
     The head is rounded to nearest, of 8 bits.
     """
@@ -333,7 +337,8 @@ def _quantized_tensors(
         head = name == "lm_head.weight" and scheme.lm_head
         if tensor.is_floating_point() and not is_finite(tensor):
             raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
-        if not head and not name.endswith("_proj.weight"):
+        prefix, _, part = name.rpartition(".")
+        if not head and not (prefix in projections and part == "weight"):
             result[name] = tensor.contiguous()
             continue
         dtypes.setdefault(tensor.dtype, name)
@@ -347,8 +352,9 @@ def _quantized_tensors(
             parts = round_input_groups(tensor, bits, scheme.group_size, rounded)
         else:
             parts = rounded(tensor.t().contiguous(), bits, scheme.group_size)
-        prefix = name.removesuffix("weight")
-        result |= {prefix + n: t for n, t in zip(("qweight", "scales", "zeros"), parts, strict=True) if t is not None}
+        result |= {
+            f"{prefix}.{n}": t for n, t in zip(("qweight", "scales", "zeros"), parts, strict=True) if t is not None
+        }
     return result
 
 

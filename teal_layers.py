@@ -17,7 +17,7 @@ from teal.kernels.formats.packing import dequantize
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.quantized_linear import QuantizedLinear
-from teal.model import Block, ModelConfig, Transformer
+from teal.model import Block, Transformer
 from teal.plan import SparsityPlan
 
 
@@ -137,27 +137,23 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
             for module in modules:
                 module.set_thresholds([thresholds[name] for name in module.names], plan.criterion)
         else:
-            sparsify_block(block, model.config, thresholds, plan.criterion)
+            sparsify_block(block, thresholds, plan.criterion)
     return model
 
 
-def sparsify_block(block: Block, c: ModelConfig, thresholds: dict[str, float], criterion: str = "magnitude") -> None:
+def sparsify_block(block: Block, thresholds: dict[str, float], criterion: str = "magnitude") -> None:
     """As sparsify, for one block and a threshold for each projection."""
-    for parent, attribute, sizes in (
-        (block.attention, "wqkv", {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}),
-        (block.attention, "wo", {"o": c.hidden_size}),
-        (block.feed_forward, "gate_up", {"gate": c.intermediate_size, "up": c.intermediate_size}),
-        (block.feed_forward, "down", {"down": c.hidden_size}),
-    ):
-        module = getattr(parent, attribute)
+    for p in block.projections():
+        module = block.get_submodule(p.module)
         if not isinstance(module, SparseLinear):
-            module = SparseLinear(module, tuple(sizes), list(sizes.values()))
-            setattr(parent, attribute, module)
-        module.set_thresholds([thresholds[name] for name in sizes], criterion)
+            assert isinstance(module, (nn.Linear, QuantizedLinear))
+            module = SparseLinear(module, p.names, list(p.sizes))
+            block.set_submodule(p.module, module)
+        module.set_thresholds([thresholds[name] for name in p.names], criterion)
 
 
 def sparse_layers(model: Transformer) -> list[list[SparseLinear]]:
-    """The SparseLinear modules of each block, in the order wqkv, wo, gate_up, down; empty lists if dense."""
+    """The SparseLinear modules of each block, in the order of its projections; empty lists if dense."""
     return [[m for m in block.modules() if isinstance(m, SparseLinear)] for block in model.layers]
 
 

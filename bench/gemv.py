@@ -66,12 +66,7 @@ def shapes_of(model: str, parameter: str = "models") -> dict[str, tuple[int, lis
 
 def projection_shapes(c: ModelConfig) -> dict[str, tuple[int, list[int]]]:
     """(K, segments) of each projection of an architecture."""
-    return {
-        "qkv": (c.hidden_size, [c.q_size, c.kv_size, c.kv_size]),
-        "o": (c.q_size, [c.hidden_size]),
-        "gate_up": (c.hidden_size, [c.intermediate_size, c.intermediate_size]),
-        "down": (c.intermediate_size, [c.hidden_size]),
-    }
+    return {p.name: (p.in_features, list(p.sizes)) for p in c.projections()}
 
 
 class ColdWeights:

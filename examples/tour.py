@@ -40,7 +40,8 @@ targets = (0.25, 0.4, 0.5)
 plans = calibrate(
     loaded.model, token_sequences(encode, calibrating, args.sequences, 512), Settings(targets), {}, seen=seen
 )
-plot_inputs([block[-1] for block in seen], plans[-1], args.output / "inputs.png")
+projections = loaded.model.config.projections()
+plot_inputs([block[-1] for block in seen], plans[-1], projections, args.output / "inputs.png")
 
 # %% What it costs: perplexity, and how far the predictions move from the dense model's
 cases = [Case("dense", 0.0, None)] + [Case("uniform", plan.target, plan) for plan in plans]

@@ -18,7 +18,6 @@ from teal.files import FileKind, atomic_file, cache_folder
 from teal.model import ModelConfig
 from teal.user_text import is_number, parse_json
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 PLAN_FORMAT = "teal-plan"
 PLAN_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
@@ -103,7 +102,7 @@ class ProjectionPlan:
 class Weights:
     """Which weights a plan is for: a name for people, and what their content hashes to (checkpoint.weights_identity).
 
-    Rounded weights count as those they were rounded from: thresholds depend on activations, which rounding hardly moves.
+    Rounded weights count as those they were rounded from: rounding hardly moves activations, nor so thresholds.
     """
 
     name: str
@@ -119,7 +118,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class SparsityPlan:
-    """Thresholds for every projection of a model: layers[i][projection].
+    """Thresholds for every projection of a model: layers[i][projection], the same projections in each layer.
 
     model holds fields of the ModelConfig the plan is for (all of them, or those known). criterion says what
     the threshold is compared with: "magnitude" |x_i|, or "wina" |x_i| times the norm of the weights x_i meets
@@ -146,11 +145,11 @@ class SparsityPlan:
         if self.criterion not in CRITERIA:
             raise UserError(f"criterion {self.criterion!r} is unknown; expected one of {', '.join(CRITERIA)}")
         for i, layer in enumerate(self.layers):
-            if set(layer) != set(PROJECTIONS):
-                raise UserError(f"plan layer {i} lists {sorted(layer)}; expected {sorted(PROJECTIONS)}")
+            if not layer or set(layer) != set(self.layers[0]):
+                raise UserError(f"plan layer {i} lists {sorted(layer)}; expected the same projections in each layer")
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raise UserError, naming the fields that differ, unless the plan is for a model with this config."""
+        """Raise UserError, naming what differs, unless the plan is for a model with this config and its projections."""
         own = config_fields(config)
         differing = [
             f"{name} {value!r} (this model: {own.get(name)!r})"
@@ -159,6 +158,9 @@ class SparsityPlan:
         ]
         if len(self.layers) != config.num_layers:
             differing.append(f"{len(self.layers)} layers (this model: {config.num_layers})")
+        names = projection_names(config)
+        if set(self.layers[0]) != set(names):
+            differing.append(f"layer 0 lists {sorted(self.layers[0])} (this model: {sorted(names)})")
         if differing:
             raise UserError(f"plan is for another model: {', '.join(differing)}; calibrate for this model")
 
@@ -180,7 +182,7 @@ class SparsityPlan:
         return [{n: p.achieved for n, p in layer.items() if p.achieved is not None} for layer in self.layers]
 
     def warning(self, achieved: list[dict[str, float]], tokens: int, text: str) -> str | None:
-        """A line for the user if achieved sparsities [layer][projection] on a text of so many tokens miss the planned ones.
+        """A line for the user if achieved sparsities [layer][projection] on a text of so many tokens miss the plan's.
 
         The average may miss by MAX_MISS, and so may each projection, where the tokens are enough to tell.
         """
@@ -196,8 +198,9 @@ class SparsityPlan:
         if abs(mean) <= MAX_MISS and (abs(gaps[worst]) <= MAX_MISS or tokens < ENOUGH_TOKENS):
             return None
         return (
-            f"warning: on {text} the plan for sparsity {self.target:g} misses its target, by {100 * mean:+.1f} points on "
-            f"average and {100 * gaps[worst]:+.1f} in {worst}; calibrate on more text of this kind (calibrate.py --text)"
+            f"warning: on {text} the plan for sparsity {self.target:g} misses its target, by {100 * mean:+.1f} points "
+            f"on average and {100 * gaps[worst]:+.1f} in {worst}; "
+            "calibrate on more text of this kind (calibrate.py --text)"
         )
 
     def save(self, path: Path) -> None:
@@ -259,8 +262,13 @@ def plan_file(folder: Path | None, sparsity: float, plan: str | None) -> Path | 
 
 def keep_all_plan(config: ModelConfig) -> SparsityPlan:
     """The plan that drops nothing: dense decoding by the sparse kernels."""
-    layer = dict.fromkeys(PROJECTIONS, ProjectionPlan(0.0, 0.0))
+    layer = dict.fromkeys(projection_names(config), ProjectionPlan(0.0, 0.0))
     return SparsityPlan(config_fields(config), "none", 0.0, (layer,) * config.num_layers)
+
+
+def projection_names(config: ModelConfig) -> list[str]:
+    """What a plan for a model with this config lists for each layer."""
+    return [name for p in config.projections() for name in p.names]
 
 
 def plan_name(target: float) -> str:

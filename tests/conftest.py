@@ -39,6 +39,9 @@ TEXT = (
 )
 
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of the families here
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="test_faults.py, test_untrusted.py: all that they can try")
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from teal.checkpoint.config import SIZELESS
 from teal.errors import ParameterError, UserError
-from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan
+from teal.plan import ProjectionPlan, SparsityPlan
 
-# Projection -> (folder of its histograms, name of its input there).
+# Projection -> (folder of its histograms, name of its input there). Folders are called as Hugging Face's modules are.
 SOURCES = {
-    **dict.fromkeys(("q", "k", "v"), ("self_attn", "h1")),
-    "o": ("self_attn", "h2"),
-    **dict.fromkeys(("gate", "up"), ("mlp", "h1")),
-    "down": ("mlp", "h2"),
+    name: (hf_name.partition(".")[0], "h1" if p.input == "normed" else "h2")
+    for p in SIZELESS.projections()
+    for name, hf_name in zip(p.names, p.hf_names, strict=True)
 }
 
 
@@ -34,7 +34,7 @@ def import_teal(folder: Path, target: float, method: str) -> SparsityPlan:
     layers = _layer_folders(folder / "histograms")
     plans = []
     for i, path in enumerate(layers):
-        sparsities = dict.fromkeys(PROJECTIONS, target) if method == "uniform" else _lookup(folder, i, target)
+        sparsities = dict.fromkeys(SOURCES, target) if method == "uniform" else _lookup(folder, i, target)
         cuts = {name: _threshold(*_histogram(path, *SOURCES[name]), p) for name, p in sparsities.items()}
         plans.append({name: ProjectionPlan(round(p, 6), cuts[name]) for name, p in sparsities.items()})
     facts = {"imported": "TEAL", "model": folder.name}
@@ -85,7 +85,7 @@ def _lookup(folder: Path, layer: int, target: float) -> dict[str, float]:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         for row in rows:
             if row["Effective Sparsity"] >= target - 1e-6:
-                return {name: row[name] for name in PROJECTIONS}
+                return {name: row[name] for name in SOURCES}
     except FileNotFoundError:
         raise ParameterError("{}: missing; use {method} uniform, which needs histograms only", path) from None
     except (ValueError, KeyError, TypeError, csv.Error) as error:

@@ -1,9 +1,9 @@
 """Thresholds from text, one block at a time (TEAL, sections 4 and 5).
 
 All sequences pass through block i before block i + 1 sees any, so what is held is one block's worth of
-activations. Within a block the thresholds of q, k, v are set first, then those of o from what the sparse q, k, v
-give, then gate and up, then down: every threshold is the quantile of the inputs that the sparse model really
-has. With each target comes its own stream of activations.
+activations. Within a block the thresholds are set in the order of its projections, each from what the sparse ones
+before it give: every threshold is the quantile of the inputs that the sparse model really has. With each target
+comes its own stream of activations.
 
 The greedy method first chooses the sparsity of each projection on the dense stream (greedy.py).
 """
@@ -22,9 +22,9 @@ from teal.calibration.greedy import greedy_sparsities
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
 from teal.files import atomic_file
-from teal.model import Block, Transformer
+from teal.model import Block, Projection, Transformer
 from teal.options import Settings
-from teal.plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
+from teal.plan import Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
 from teal.progress import progress
 from teal.teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from teal.user_text import parse_json
@@ -46,34 +46,36 @@ class BlockStages:
 
     def __init__(self, model: Transformer, index: int, length: int, batch: int = 1) -> None:
         weight = model.embedding.weight
-        self.block = model.blocks[index]
+        self.model, self.index, self.block = model, index, model.blocks[index]
         self.device = weight.device
         positions = torch.arange(length, device=weight.device).expand(batch, length)
         cos, sin, masks = model.position_tensors(positions, length)
         cache = model.new_cache(batch, length, layers=1)
         self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, cache.k[0], cache.v[0])
-        c = model.config
-        self.sizes = {"q": c.q_size * c.hidden_size, "k": c.kv_size * c.hidden_size, "v": c.kv_size * c.hidden_size}
-        self.sizes |= {"o": c.q_size * c.hidden_size}
-        self.sizes |= dict.fromkeys(("gate", "up", "down"), c.intermediate_size * c.hidden_size)
+        self.projections = self.block.projections()
+        # Weights of each, by which the greedy method counts a block's sparsity.
+        self.sizes = {
+            n: size * p.in_features for p in self.projections for n, size in zip(p.names, p.sizes, strict=True)
+        }
 
-    def attention_output(self, x: Tensor) -> Tensor:
-        """The input of o for block input x [B, L, C]."""
-        with _identity(self.block.attention, "wo"):
-            return self.block.attention(self.block.attention_norm(x), *self.context)
+    def inputs(self, p: Projection, x: "Stream") -> "Stream":
+        """The inputs of p for x, the residual stream [B, L, C] where p's sublayer begins."""
+        return x.map(lambda part: self._input(p, part))
 
-    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The residual stream after attention."""
-        return x + self.block.attention.wo(mixed)
+    def _input(self, p: Projection, x: Tensor) -> Tensor:
+        normed = self.block.get_submodule(p.norm)(x)
+        if p.input == "normed":
+            return normed
+        sublayer = self.block.get_submodule(p.module.rpartition(".")[0])
+        with _identity(self.block, p.module):
+            return sublayer(normed, *self.context) if p.input == "attended" else sublayer(normed)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """The input of down for the residual stream after attention."""
-        with _identity(self.block.feed_forward, "down"):
-            return self.block.feed_forward(self.block.ffn_norm(x))
-
-    def output(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """The block's output."""
-        return x + self.block.feed_forward.down(hidden)
+    def after(self, p: Projection, x: "Stream", inputs: "Stream") -> "Stream":
+        """The residual stream where the next projection's sublayer begins; inputs are those of p for x."""
+        if not p.ends_sublayer:
+            return x
+        module = self.block.get_submodule(p.module)
+        return x.map(lambda part, own: part + module(own), inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole block."""
@@ -81,13 +83,13 @@ class BlockStages:
 
 
 @contextmanager
-def _identity(parent: nn.Module, attribute: str) -> Iterator[None]:
-    module = getattr(parent, attribute)
-    setattr(parent, attribute, nn.Identity())
+def _identity(block: Block, place: str) -> Iterator[None]:
+    module = block.get_submodule(place)
+    block.set_submodule(place, nn.Identity())
     try:
         yield
     finally:
-        setattr(parent, attribute, module)
+        block.set_submodule(place, module)
 
 
 class Stream:
@@ -127,32 +129,23 @@ def calibrate(
     key = _progress_key(model, sequences, settings, facts)
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
     device = model.embedding.weight.device
-    embedded = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
-    dense = embedded
-    streams = [embedded for _ in settings.targets]
-    greedy = settings.method == "greedy"
+    dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
+    streams = [dense for _ in settings.targets]
     blocks: list[list[Layer]] = []
     for i in progress(range(len(model.blocks)), "calibrating", "block"):
         stages = BlockStages(model, i, sequences.shape[1])
-        sparsify_block(stages.block, model.config, dict.fromkeys(PROJECTIONS, 0.0))
+        sparsify_block(stages.block, dict.fromkeys(stages.sizes, 0.0))
         if i < len(done):
             blocks.append(done[i])
+            pass_on(stages, streams, done[i], settings.criterion)
         else:
-            wanted = [dict.fromkeys(PROJECTIONS, target) for target in settings.targets]
-            if greedy:
-                wanted = allocate(model, stages, dense, settings)
-            pairs = [set_thresholds(model, stages, s, w, settings) for s, w in zip(streams, wanted, strict=True)]
-            blocks.append([layer for layer, _ in pairs])
+            layers, found = calibrate_block(stages, streams, dense, settings)
+            blocks.append(layers)
             if seen is not None:
-                seen.append([found for _, found in pairs])
+                seen.append(found)
             _write_progress(progress_file, key, blocks)
-        last = i + 1 == len(model.blocks)
-        if greedy and not last:
+        if settings.method == "greedy" and i + 1 < len(model.blocks):
             dense = dense.map(stages.forward)
-        for j, layer in enumerate(blocks[i]):
-            use_layer(stages.block, model, layer, settings.criterion)
-            with sparse_prefill(model):
-                streams[j] = streams[j] if last else streams[j].map(stages.forward)
     fields = config_fields(model.config)
     plans = [
         SparsityPlan(fields, settings.method, t, tuple(b[j] for b in blocks), settings.criterion, facts, weights)
@@ -165,38 +158,61 @@ def calibrate(
     return plans
 
 
-def use_layer(block: Block, model: Transformer, layer: Layer, criterion: str) -> None:
+def use_layer(block: Block, layer: Layer, criterion: str) -> None:
     """Give a block the thresholds of a plan's layer."""
-    sparsify_block(block, model.config, {n: p.threshold for n, p in layer.items()}, criterion)
+    sparsify_block(block, {n: p.threshold for n, p in layer.items()}, criterion)
+
+
+def pass_on(stages: BlockStages, streams: list[Stream], layers: list[Layer], criterion: str) -> None:
+    """Replace each stream, one a target, by what the block makes of it with the thresholds of that target."""
+    for j, layer in enumerate(layers):
+        use_layer(stages.block, layer, criterion)
+        with sparse_prefill(stages.model):
+            streams[j] = streams[j].map(stages.forward)
+
+
+def calibrate_block(
+    stages: BlockStages, streams: list[Stream], dense: Stream, settings: Settings
+) -> tuple[list[Layer], list[dict[str, Histogram]]]:
+    """Thresholds of the block for each target, with their histograms; streams are replaced as by pass_on.
+
+    dense: what the greedy method measures errors on.
+    """
+    wanted = [dict.fromkeys(stages.sizes, target) for target in settings.targets]
+    if settings.method == "greedy":
+        wanted = allocate(stages, dense, settings)
+    layers, seen = [], []
+    for j, sparsities in enumerate(wanted):
+        layer, found, streams[j] = set_thresholds(stages, streams[j], sparsities, settings)
+        layers.append(layer)
+        seen.append(found)
+    return layers, seen
 
 
 def set_thresholds(
-    model: Transformer, stages: BlockStages, x: Stream, wanted: dict[str, float], settings: Settings
-) -> tuple[Layer, dict[str, Histogram]]:
+    stages: BlockStages, x: Stream, wanted: dict[str, float], settings: Settings
+) -> tuple[Layer, dict[str, Histogram], Stream]:
     """Thresholds that give the block's projections the wanted sparsities on stream x, set stage by stage.
 
-    With them come the histograms they were read from.
+    With them come the histograms they were read from, and the block's output.
     """
     seen: dict[str, Histogram] = {}
     layer = {name: ProjectionPlan(p, 0.0) for name, p in wanted.items()}
-    block = stages.block
+    use_layer(stages.block, layer, settings.criterion)
 
-    def fix(module: nn.Module, inputs: Stream) -> None:
-        found = histograms(module, inputs, settings.criterion)
+    def fix(p: Projection, x: Stream) -> Stream:
+        inputs = stages.inputs(p, x)
+        found = histograms(stages.block.get_submodule(p.module), inputs, settings.criterion)
         seen.update(found)
         for name, histogram in found.items():
             layer[name] = ProjectionPlan(wanted[name], histogram.quantile(wanted[name]))
-        use_layer(block, model, layer, settings.criterion)
+        use_layer(stages.block, layer, settings.criterion)
+        return stages.after(p, x, inputs)
 
-    use_layer(block, model, layer, settings.criterion)
-    with sparse_prefill(model):
-        fix(block.attention.wqkv, x.map(block.attention_norm))
-        mixed = x.map(stages.attention_output)
-        fix(block.attention.wo, mixed)
-        x = x.map(stages.after_attention, mixed)
-        fix(block.feed_forward.gate_up, x.map(block.ffn_norm))
-        fix(block.feed_forward.down, x.map(stages.hidden))
-    return layer, seen
+    with sparse_prefill(stages.model):
+        for p in stages.projections:
+            x = fix(p, x)
+    return layer, seen, x
 
 
 def histograms(module: nn.Module, inputs: Stream, criterion: str) -> dict[str, Histogram]:
@@ -215,33 +231,28 @@ def histograms(module: nn.Module, inputs: Stream, criterion: str) -> dict[str, H
     return result
 
 
-def allocate(model: Transformer, stages: BlockStages, dense: Stream, settings: Settings) -> list[dict[str, float]]:
+def allocate(stages: BlockStages, dense: Stream, settings: Settings) -> list[dict[str, float]]:
     """The sparsities the greedy method gives the block's projections, for each target."""
-    block = stages.block
-    mixed = dense.map(stages.attention_output)
-    middle = dense.map(stages.after_attention, mixed)
+    block, model = stages.block, stages.model
     seen: dict[str, Histogram] = {}
-    for module, inputs in (
-        (block.attention.wqkv, dense.map(block.attention_norm)),
-        (block.attention.wo, mixed),
-        (block.feed_forward.gate_up, middle.map(block.ffn_norm)),
-        (block.feed_forward.down, middle.map(stages.hidden)),
-    ):
-        seen |= histograms(module, inputs, settings.criterion)
+    x = dense
+    for p in stages.projections:
+        inputs = stages.inputs(p, x)
+        seen |= histograms(block.get_submodule(p.module), inputs, settings.criterion)
+        x = stages.after(p, x, inputs)
     length = min(GREEDY_LENGTH, dense.parts[0].shape[1])
-    index = next(i for i, b in enumerate(model.blocks) if b is block)
-    x = torch.cat([part[:, :length] for part in dense.parts[:GREEDY_SEQUENCES]]).to(stages.device)
-    short = BlockStages(model, index, length, batch=len(x))
-    expected = short.forward(x)
+    short_x = torch.cat([part[:, :length] for part in dense.parts[:GREEDY_SEQUENCES]]).to(stages.device)
+    short = BlockStages(model, stages.index, length, batch=len(short_x))
+    expected = short.forward(short_x)
 
     def error(sparsities: dict[str, float]) -> float:
         layer = {n: ProjectionPlan(p, seen[n].quantile(p)) for n, p in sparsities.items()}
-        use_layer(block, model, layer, settings.criterion)
+        use_layer(block, layer, settings.criterion)
         with sparse_prefill(model):
-            return float((short.forward(x) - expected).float().norm())
+            return float((short.forward(short_x) - expected).float().norm())
 
     found = greedy_sparsities(error, stages.sizes, list(settings.targets), settings.step)
-    sparsify_block(block, model.config, dict.fromkeys(PROJECTIONS, 0.0))
+    sparsify_block(block, dict.fromkeys(stages.sizes, 0.0))
     return [{name: round(p, 6) for name, p in sparsities.items()} for sparsities in found]
 
 
@@ -288,7 +299,7 @@ def calibrate_uniform(
 ) -> SparsityPlan:
     """Sparsify model, in place, at one sparsity for every projection, quickly; the plan has measured sparsities.
 
-    encode turns text into token ids; weights is kept in the plan. save gets the plan before the sparsities are measured.
+    encode turns text into token ids; weights is kept in the plan. save gets the plan before sparsities are measured.
     Raises UserError if the text is too short or sparsity is out of range.
     """
     length = min(QUICK_LENGTH, model.config.max_seq_len)

@@ -33,6 +33,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# A model of a plain family, where only the names of its projections matter: they do not depend on its sizes.
+SIZELESS = ModelConfig(
+    vocab_size=1, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
+    max_seq_len=1,
+)  # fmt: skip
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError naming the file if it is missing, unreadable or holds no object."""
     try:

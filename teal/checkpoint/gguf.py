@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from teal.checkpoint.awq_gptq import as_awq, as_gptq
+from teal.checkpoint.config import SIZELESS
 from teal.checkpoint.gguf_header import check_architecture
 from teal.checkpoint.gguf_parts import read_parts
 from teal.checkpoint.weights import is_finite
 from teal.errors import UserError
-from teal.model import ModelConfig, RopeScaling, rope_frequencies
+from teal.model import RopeScaling, rope_frequencies
 from teal.progress import progress
 
 READABLE_TYPES = frozenset(
@@ -36,28 +37,34 @@ READABLE_TYPES = frozenset(
 KEPT: dict[GGMLQuantizationType, dict[str, Any]] = {
     GGMLQuantizationType.Q4_0: {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
     GGMLQuantizationType.Q8_0: {
-        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq_v2",
+        "quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq_v2",
     },
 }  # fmt: skip
 SHARD_BYTES = 2 << 30  # bounds host memory: one shard is held while it is written
 
+# GGUF's names of projections, by ours.
+PROJECTION_NAMES = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
+    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+} | {
+    PROJECTION_NAMES[name]: hf_name
+    for p in SIZELESS.projections()
+    for name, hf_name in zip(p.names, p.hf_names, strict=True)
 }
 
 # Regular expressions that split text before byte-level BPE, by the name GGUF gives the scheme.
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BOS_SCHEMES = ("llama-bpe",)  # with a beginning-of-text token unless the file says otherwise
 NORMAL_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 1, 3, 4, 6
 # Ends of a turn, a message or a text, which llama.cpp knows by name, too: a file may declare one of several. Not </s>,
@@ -85,7 +92,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
                 f"supported are {', '.join(sorted(t.name for t in READABLE_TYPES))}"
             )
     config = _hf_config(path, meta, tensors)
-    kinds = {tensor.tensor_type for tensor in tensors if (_hf_name(tensor.name) or "").endswith("_proj.weight")}
+    kinds = {tensor.tensor_type for tensor in tensors if _hf_name(tensor.name) and _is_projection(tensor)}
     if len(kinds) == 1 and (kind := kinds.pop()) in KEPT:
         config["quantization_config"] = KEPT[kind]
     _write_json(folder / "config.json", config)
@@ -170,8 +177,7 @@ def _rope_scaling(
     # Llama 3.1+ files hold the divisor of each frequency instead of the four numbers it came from.
     # The largest divisor is the scaling factor; the other three are the same in every published model.
     scaling = RopeScaling("llama3", factor=float(factors.max()))
-    sizes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": config["head_dim"]}  # the others do not matter here
-    plain_config = ModelConfig(1, 1, 1, 1, **sizes, max_seq_len=1, rope_theta=config["rope_theta"])
+    plain_config = replace(SIZELESS, head_dim=config["head_dim"], rope_theta=config["rope_theta"])
     cpu = torch.device("cpu")
     plain = rope_frequencies(plain_config, cpu)
     scaled = rope_frequencies(replace(plain_config, rope_scaling=scaling), cpu)
@@ -186,8 +192,14 @@ def _rope_scaling(
     }
 
 
+def _is_projection(tensor: ReaderTensor) -> bool:
+    """Whether it is the weight of one, and no bias or norm."""
+    *_, stem, suffix = tensor.name.split(".")
+    return stem in PROJECTION_NAMES.values() and suffix == "weight"
+
+
 def _hf_name(name: str) -> str | None:
-    """model.layers.0.mlp.up_proj.weight for blk.0.ffn_up.weight; None for tensors the config already covers."""
+    """The Hugging Face name of a GGUF tensor, as blk.0.attn_norm.weight; None for those the config covers already."""
     if name == "rope_freqs.weight":
         return None
     prefix = ""
@@ -204,13 +216,14 @@ def _tensors(
     path: Path, tensors: list[ReaderTensor], config: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
     """(HF name, CPU tensor) for each tensor of the file, one at a time. Raises UserError if one is not finite."""
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}  # whose channels rotate
+    counts = {PROJECTION_NAMES[name]: count for name, count in heads.items()}
     for tensor in progress(tensors, "converting GGUF", "tensor"):
         name = _hf_name(tensor.name)
         if name is None:
             continue
-        count = heads.get(name.split(".")[-2])
-        if "quantization_config" in config and name.endswith("_proj.weight"):
+        count = counts.get(tensor.name.split(".")[-2])
+        if "quantization_config" in config and _is_projection(tensor):
             values, scales = (_in_order(part, count).t() for part in _integers(tensor.data, tensor.tensor_type))
             if not is_finite(scales):
                 raise _not_finite(path, tensor)

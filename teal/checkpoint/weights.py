@@ -1,7 +1,7 @@
 """Hugging Face folder -> Transformer on a device: safetensors read by mmap, one tensor at a time.
 
 Nothing is converted on disk. Each tensor goes straight from the mapped file into its place in the
-model (q, k, v into rows of wqkv; gate, up into rows of gate_up), so host memory holds at most the
+model (a projection into its rows of a stacked weight), so host memory holds at most the
 pages of one shard beside the model itself. All names, shapes and dtypes are checked before the
 first byte is copied. Pickle files are never read: loading one can run code.
 """
@@ -67,10 +67,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
 
 def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) -> bool:
     """Whether all projections of an AWQ or GPTQ checkpoint can be held in its own integers."""
-    with torch.device("meta"):
-        block = Block(config)
-    shapes = (target.shape for name, target in block_targets(block, config).items() if name.endswith("_proj.weight"))
-    if not all(packing.can_be_repacked(N, K) for N, K in shapes):
+    if not all(packing.can_be_repacked(N, p.in_features) for p in config.projections() for N in p.sizes):
         return False
     for shard in shards:
         with open_shard(shard) as tensors:
@@ -93,9 +90,10 @@ class Targets:
         self.stored: dict[str, Tensor] = {}  # tensor name -> its shape and dtype, of all that the files must hold
         self.waiting: dict[str, dict[str, Tensor]] = {}
         self.parts: dict[str, int] = {}  # how many of each weight
+        projections = hf_projection_names(model.config)
         for name, target in self.targets.items():
             prefix, _, part = name.rpartition(".")
-            if packing is None or not prefix.endswith("_proj") or part == "bias":
+            if packing is None or prefix not in projections or part == "bias":
                 self.stored[name] = target
             elif part in ("weight", "qweight"):
                 scales = self.targets.get(f"{prefix}.scales")  # of a weight that is held in integers
@@ -105,7 +103,10 @@ class Targets:
                 self.stored |= {f"{prefix}.{part}": like for part, like in parts.items()}
 
     def take(self, name: str, tensor: Tensor, shard: Path) -> None:
-        """Set what this tensor stands for, if it is the last part. Raises UserError, naming the file, if it is not finite."""
+        """Set what this tensor stands for, if it is the last part.
+
+        Raises UserError, naming the file, if it is not finite.
+        """
         prefix, _, part = name.rpartition(".")
         if self.packing is None or prefix not in self.parts or part == "bias":
             self._set(name, tensor, shard)
@@ -177,7 +178,10 @@ def _has_own_head(shards: list[Path]) -> bool:
 def empty_model(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, quantize: Callable[[Transformer], None] | None = None
 ) -> Transformer:
-    """A Transformer whose weights are allocated on device but not set. quantize: puts modules for quantized ones in place."""
+    """A Transformer whose weights are allocated on device but not set.
+
+    quantize: puts modules for quantized weights in place.
+    """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
         if quantize is not None:
@@ -198,24 +202,28 @@ def weight_targets(model: Transformer) -> dict[str, Tensor]:
     if not c.tie_embeddings or isinstance(model.lm_head, QuantizedLinear):
         targets |= projection_targets(model.lm_head, {"lm_head": c.vocab_size})
     for i, block in enumerate(model.blocks):
-        targets |= {f"model.layers.{i}.{name}": tensor for name, tensor in block_targets(block, c).items()}
+        targets |= {f"{layer_prefix(i)}{name}": tensor for name, tensor in block_targets(block).items()}
     return targets
 
 
-def block_targets(block: Block, c: ModelConfig) -> dict[str, Tensor]:
-    """As weight_targets, for one block; names without its prefix model.layers.N."""
-    attention, feed_forward = block.attention, block.feed_forward
-    sizes = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}
-    targets = projection_targets(attention.wqkv, {f"self_attn.{n}_proj": size for n, size in sizes.items()})
-    targets |= projection_targets(attention.wo, {"self_attn.o_proj": c.hidden_size})
-    targets |= projection_targets(
-        feed_forward.gate_up, {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
-    )
-    targets |= projection_targets(feed_forward.down, {"mlp.down_proj": c.hidden_size})
-    targets |= {f"self_attn.q_norm.{n}": p for n, p in attention.q_norm.named_parameters()}
-    targets |= {f"self_attn.k_norm.{n}": p for n, p in attention.k_norm.named_parameters()}
-    targets["input_layernorm.weight"] = block.attention_norm.weight
-    targets["post_attention_layernorm.weight"] = block.ffn_norm.weight
+def layer_prefix(i: int) -> str:
+    """What the names of layer i's tensors begin with."""
+    return f"model.layers.{i}."
+
+
+def hf_projection_names(config: ModelConfig) -> set[str]:
+    """The Hugging Face names of all layers' projections: those of their tensors less the last part, as .weight."""
+    names = [name for p in config.projections() for name in p.hf_names]
+    return {layer_prefix(i) + name for i in range(config.num_layers) for name in names}
+
+
+def block_targets(block: Block) -> dict[str, Tensor]:
+    """As weight_targets, for one block; names without its layer_prefix."""
+    targets: dict[str, Tensor] = {}
+    for p in block.projections():
+        targets |= projection_targets(block.get_submodule(p.module), dict(zip(p.hf_names, p.sizes, strict=True)))
+    for name, norm in block.norms().items():
+        targets |= {f"{name}.{suffix}": parameter for suffix, parameter in norm.named_parameters()}
     return targets
 
 

@@ -1,6 +1,6 @@
 """PNG figures, as in the paper's: input distributions with their thresholds, sparsity by layer, quality by sparsity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ import numpy as np
 
 from teal.errors import UserError
 from teal.files import FileKind, atomic_file
-from teal.plan import PROJECTIONS, Histogram, SparsityPlan, bin_edges
+from teal.model import Projection
+from teal.plan import Histogram, SparsityPlan, bin_edges
 
 DRAWN_BINS = 80
 # Figures of older releases have no mark of their own: 1080 x 600 pixels, by matplotlib.
@@ -24,9 +25,10 @@ def plot_sparsities(plan: SparsityPlan, path: Path) -> None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        values = [[layer[name].sparsity for layer in plan.layers] for name in PROJECTIONS]
+        names = list(plan.layers[0])
+        values = [[layer[name].sparsity for layer in plan.layers] for name in names]
         image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        axes.set_yticks(range(len(PROJECTIONS)), PROJECTIONS)
+        axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("layer")
         axes.set_title(f"{plan.method}, {plan.criterion}, target {plan.target:g}")
         figure.colorbar(image, label="sparsity")
@@ -34,10 +36,12 @@ def plot_sparsities(plan: SparsityPlan, path: Path) -> None:
     _save(draw, path)
 
 
-def plot_inputs(histograms: list[dict[str, Histogram]], plan: SparsityPlan, path: Path) -> None:
+def plot_inputs(
+    histograms: list[dict[str, Histogram]], plan: SparsityPlan, projections: Sequence[Projection], path: Path
+) -> None:  # fmt: skip
     """Distribution of |x| for each projection's input, with the threshold, in the first, middle and last layer."""
     chosen = sorted({0, len(histograms) // 2, len(histograms) - 1})[:MAX_PANELS]
-    names = ("q", "o", "gate", "down")  # q, k, v share their input; so do gate and up
+    names = [p.names[0] for p in projections]  # what is stacked in a linear layer shares its input
     edges = bin_edges()
 
     def draw(figure: Any) -> None:

@@ -7,6 +7,8 @@ outlier channel keeps to itself (AdaDim, ICLR 2024, arXiv 2309.15531, groups thi
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -80,8 +82,11 @@ def pick_group_size(config: ModelConfig, asked: int | None, lm_head: bool = Fals
 
     lm_head: whether the head is quantized, too.
     """
-    widths = {"q": config.q_size, "k and v": config.kv_size, "hidden": config.hidden_size}
-    widths["intermediate"] = config.intermediate_size
+    widths: dict[str, int] = {}
+    for p in config.projections():
+        for width, parts in groupby(zip(p.names, p.sizes, strict=True), key=itemgetter(1)):
+            widths[" and ".join(name for name, _ in parts)] = width
+        widths[f"{p.name} input"] = p.in_features
     if lm_head:
         widths["vocabulary ({quant_lm_head})"] = config.vocab_size
     usable = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
@@ -107,7 +112,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
 def round_input_groups(
     weight: Tensor, bits: int, group_size: int, rounding: Callable[[Tensor, int, int], Packed] = round_to_nearest
 ) -> Packed:
-    """As round_to_nearest, or another function like it, of weight [N, K] with groups of the usual kind, along the input."""
+    """As round_to_nearest, or another function like it, of weight [N, K] with groups along the input."""
     values, scales, zeros = rounding(weight, bits, group_size)
     if zeros is None:
         return values.t().contiguous(), scales.t().contiguous(), None
@@ -115,7 +120,7 @@ def round_input_groups(
 
 
 def pack(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Packed:
-    """Integers [K, N] of any dtype, with scales and zeros of either kind -> values, scales, zeros (kernels/packing.py)."""
+    """Integers [K, N] of any dtype, with scales and zeros of either grouping -> values, scales, zeros as packed."""
     N, integers = integers.shape[1], integers.contiguous()
     if bits == 8:
         return integers.to(torch.int8), scales, None
@@ -190,7 +195,7 @@ class QuantizedLinear(nn.Module):
 def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = False) -> None:
     """Replace the projections, and the head if config says so, in place by QuantizedLinear modules.
 
-    fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's is.
+    fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's.
     """
 
     def quantized(
@@ -223,9 +228,10 @@ def use_input_groups(model: Transformer, bits: int, group_size: int) -> None:
 def replace_projections(model: Transformer, replacement: Callable[[nn.Linear], nn.Module]) -> None:
     """Put what replacement makes of each projection of every block in its place."""
     for block in model.blocks:
-        for parent, names in ((block.attention, ("wqkv", "wo")), (block.feed_forward, ("gate_up", "down"))):
-            for name in names:
-                setattr(parent, name, replacement(getattr(parent, name)))
+        for p in block.projections():
+            linear = block.get_submodule(p.module)
+            assert isinstance(linear, nn.Linear)
+            block.set_submodule(p.module, replacement(linear))
 
 
 def is_quantized(model: Transformer) -> bool:

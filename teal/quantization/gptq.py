@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from teal.calibration.thresholds import BlockStages, Stream
 from teal.checkpoint.config import load_config
-from teal.checkpoint.weights import block_targets, open_shard, projection_targets
+from teal.checkpoint.weights import block_targets, hf_projection_names, layer_prefix, open_shard, projection_targets
 from teal.kernels.formats.packing import dequantize
 from teal.layers.quantized_linear import Packed, QuantConfig, QuantizedLinear, group_scales, pack, round_groups
-from teal.model import Transformer
+from teal.model import Projection, Transformer
 
 LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as one matrix product
 DAMPING = 0.01  # of the mean of the diagonal, the paper's value
@@ -74,7 +74,7 @@ def _importance(hessian: Tensor) -> Tensor:
 def _round_in_order(
     weight: Tensor, hessian: Tensor, order: Tensor, round_row: Callable[[Tensor, int], Tensor]
 ) -> None:  # fmt: skip
-    """Round channels in order, each as rounding those before it has left it (the paper's algorithm 1).
+    """Round channels in order, each as rounding those before it has changed it (the paper's algorithm 1).
 
     round_row(rows, k): what row k of rows fp32 [K, N], the weight's in that order, is rounded to.
     """
@@ -98,8 +98,8 @@ def _round_in_order(
 class BlockwiseGptq:
     """Quantizes a folder's model block by block, each on what the quantized ones before it make of a text.
 
-    Holds the activations of the text and one block's weights, in fp32 on device.
-    sequences: token ids [S, L]. where: the file that holds each tensor.
+    Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L].
+    where: the file that holds each tensor.
     """
 
     def __init__(
@@ -121,15 +121,15 @@ class BlockwiseGptq:
     def _load(self, i: int, quantized: Path | None = None) -> torch.dtype:
         """Fill block i, in fp32, projections from the shard quantized if given; returns the projections' dtype."""
         block = self.model.blocks[i].to_empty(device=self.device)
-        prefix = f"model.layers.{i}."
-        for name, target in block_targets(block, self.model.config).items():
-            projection = name.endswith("_proj.weight")
-            if projection and quantized is not None:
-                values = self._read_quantized(quantized, prefix + name.removesuffix("weight"))
+        projections = {f"{name}.weight" for name in hf_projection_names(self.model.config)}
+        for part, target in block_targets(block).items():
+            name = layer_prefix(i) + part
+            if name in projections and quantized is not None:
+                values = self._read_quantized(quantized, name.removesuffix("weight"))
             else:
-                values = self._read(prefix + name)
+                values = self._read(name)
             target.copy_(values)
-            if projection:
+            if name in projections:
                 dtype = values.dtype
         return dtype
 
@@ -144,11 +144,11 @@ class BlockwiseGptq:
         """The quantized tensors of block i's projections, by name; the text moves on through the quantized block."""
         dtype = self._load(i)
         block, stages = self.model.blocks[i], BlockStages(self.model, i, self.length)
-        attention, feed_forward = block.attention, block.feed_forward
-        c = self.model.config
         found: dict[str, Tensor] = {}
 
-        def quantize(module: nn.Linear, inputs: Stream, sizes: dict[str, int]) -> None:
+        def quantize(p: Projection) -> None:
+            inputs, module = stages.inputs(p, self.stream), block.get_submodule(p.module)
+            assert isinstance(module, nn.Linear)
             hessian = torch.zeros(module.in_features, module.in_features, device=self.device)
             for part in inputs.parts:
                 hessian += part[0].t() @ part[0]
@@ -159,19 +159,12 @@ class BlockwiseGptq:
             like = nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
             holder = QuantizedLinear(like, bits, size, self.scheme.by_input).to_empty(device=self.device)
             holder.set_weight(*packed)
-            for name, part in projection_targets(holder, sizes).items():
-                found[f"model.layers.{i}.{name}"] = part.contiguous().cpu()
+            for name, part in projection_targets(holder, dict(zip(p.hf_names, p.sizes, strict=True))).items():
+                found[layer_prefix(i) + name] = part.contiguous().cpu()
+            self.stream = stages.after(p, self.stream, inputs)
 
-        sizes = {"self_attn.q_proj": c.q_size, "self_attn.k_proj": c.kv_size, "self_attn.v_proj": c.kv_size}
-        quantize(attention.wqkv, self.stream.map(block.attention_norm), sizes)
-        mixed = self.stream.map(stages.attention_output)
-        quantize(attention.wo, mixed, {"self_attn.o_proj": c.hidden_size})
-        self.stream = self.stream.map(stages.after_attention, mixed)
-        sizes = {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
-        quantize(feed_forward.gate_up, self.stream.map(block.ffn_norm), sizes)
-        hidden = self.stream.map(stages.hidden)
-        quantize(feed_forward.down, hidden, {"mlp.down_proj": c.hidden_size})
-        self.stream = self.stream.map(stages.output, hidden)
+        for p in block.projections():
+            quantize(p)
         block.to_empty(device="meta")
         return found
 

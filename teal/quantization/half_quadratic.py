@@ -1,9 +1,8 @@
 """Half-quadratic quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog) for scales and whole zeros.
 
-It needs no data. A group's scale and zero minimize sum |w - rounded w|^p with p < 1. That lets a few weights be far off
-where it brings the others near. The fit alternates between the outliers (a generalized soft threshold) and least
-squares over the rest. The published method keeps the scale and fits a fractional zero. Ours are whole numbers, so both
-are fitted.
+No data: a group's scale and zero minimize sum |w - rounded w|^p with p < 1. That lets a few weights be far off where
+it brings the others near. The outliers (a generalized soft threshold) and a least-squares fit of the rest alternate.
+The published method keeps the scale and fits a fractional zero; ours are whole numbers, so both are fitted.
 """
 
 import torch

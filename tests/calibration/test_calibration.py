@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from teal.calibration import thresholds as calibration
-from teal.calibration.thresholds import BlockStages, Settings, calibrate, measure_sparsity, use_layer, with_achieved
+from teal.calibration.thresholds import (
+    BlockStages,
+    Settings,
+    Stream,
+    calibrate,
+    measure_sparsity,
+    use_layer,
+    with_achieved,
+)
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.model import KVCache, Transformer
-from teal.plan import PROJECTIONS, SparsityPlan
+from teal.plan import SparsityPlan
 from teal.teal_layers import (
     SparseLinear,
     achieved_sparsity,
@@ -21,7 +29,7 @@ from teal.teal_layers import (
     sparsify,
     sparsify_block,
 )
-from tests.conftest import relative_error
+from tests.conftest import PROJECTIONS, relative_error
 
 CPU = torch.device("cpu")
 FACTS = {"text": "t"}
@@ -60,12 +68,14 @@ def test_achieved_sparsity_is_the_planned_one(
 
 
 def test_stages_make_up_the_block(model: Transformer, sequences: Tensor) -> None:
-    sparsify_block(model.blocks[1], model.config, dict.fromkeys(PROJECTIONS, 0.3))
+    sparsify_block(model.blocks[1], dict.fromkeys(PROJECTIONS, 0.3))
     stages = BlockStages(model, 1, sequences.shape[1])
     with torch.inference_mode(), sparse_prefill(model):
         x = model.embedding(sequences[:1])
-        middle = stages.after_attention(x, stages.attention_output(x))
-        assert relative_error(stages.output(middle, stages.hidden(middle)), stages.forward(x)) <= 1e-6
+        stream = Stream([x], CPU, offload=False)
+        for p in stages.projections:
+            stream = stages.after(p, stream, stages.inputs(p, stream))
+        assert relative_error(stream.parts[0], stages.forward(x)) <= 1e-6
 
 
 def test_several_targets_at_once_equal_one_at_a_time(tiny_folder: Path, sequences: Tensor) -> None:
@@ -145,7 +155,7 @@ def load_dense_errors(model: Transformer, sequences: Tensor, plans: dict[str, Sp
         stages = BlockStages(model, i, sequences.shape[1])
         expected = stages.forward(x)
         for name, plan in plans.items():
-            use_layer(block, model, plan.layers[i], plan.criterion)
+            use_layer(block, plan.layers[i], plan.criterion)
             with sparse_prefill(model):
                 errors[name].append(relative_error(stages.forward(x), expected))
         x = expected

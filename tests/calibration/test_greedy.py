@@ -22,19 +22,41 @@ def separable(seed: int) -> Callable[[dict[str, float]], float]:
     return lambda p: sum(costs[n] * p[n] ** 2.5 for n in p) ** 0.5
 
 
-@pytest.mark.parametrize("lazy", [True, False])
-def test_targets_are_met_exactly_by_memory(lazy: bool) -> None:
+def algorithm_1(
+    error: Callable[[dict[str, float]], float], sizes: dict[str, int], targets: list[float], step: float
+) -> list[dict[str, float]]:  # fmt: skip
+    """As greedy_sparsities, as the paper writes it: each step computes the errors of all projections."""
+    total = sum(sizes.values())
+    steps = {name: step / len(sizes) * total / size for name, size in sizes.items()}
+    current = dict.fromkeys(sizes, 0.0)
+    found: dict[float, dict[str, float]] = {}
+    while len(found) < len(targets):
+        reached = sum(current[name] * size for name, size in sizes.items()) / total
+        raised = {name: min(p + steps[name], MAX_SPARSITY) for name, p in current.items() if p < MAX_SPARSITY}
+        best = min(raised, key=lambda name: error(current | {name: raised[name]}))
+        gain = (raised[best] - current[best]) * sizes[best] / total
+        for target in set(targets) - set(found):
+            if reached >= target - 1e-9:
+                found[target] = dict(current)
+            elif reached + gain > target:  # it ends within the step
+                found[target] = current | {best: current[best] + (target - reached) * total / sizes[best]}
+        current[best] = raised[best]
+    return [found[target] for target in targets]
+
+
+@pytest.mark.parametrize("allocate", [greedy_sparsities, algorithm_1])
+def test_targets_are_met_exactly_by_memory(allocate: Callable[..., list[dict[str, float]]]) -> None:
     targets = [0.5, 0.25, 0.65]
-    for target, found in zip(targets, greedy_sparsities(separable(0), SIZES, targets, 0.05, lazy), strict=True):
+    for target, found in zip(targets, allocate(separable(0), SIZES, targets, 0.05), strict=True):
         assert block_sparsity(found) == pytest.approx(target, abs=1e-9)
         assert all(0 <= p <= MAX_SPARSITY for p in found.values())
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_lazy_finds_what_algorithm_1_finds(seed: int) -> None:
+def test_lazy_evaluation_finds_what_algorithm_1_finds(seed: int) -> None:
     evaluations = {}
     results = {}
-    for lazy in (True, False):
+    for allocate in (greedy_sparsities, algorithm_1):
         count = 0
         error = separable(seed)
 
@@ -43,10 +65,10 @@ def test_lazy_finds_what_algorithm_1_finds(seed: int) -> None:
             count += 1
             return error(p)
 
-        results[lazy] = greedy_sparsities(counted, SIZES, [0.4, 0.6], 0.05, lazy)
-        evaluations[lazy] = count
-    assert results[True] == results[False]
-    assert evaluations[True] < 0.5 * evaluations[False]
+        results[allocate] = allocate(counted, SIZES, [0.4, 0.6], 0.05)
+        evaluations[allocate] = count
+    assert results[greedy_sparsities] == results[algorithm_1]
+    assert evaluations[greedy_sparsities] < 0.5 * evaluations[algorithm_1]
 
 
 def test_the_sensitive_projection_stays_denser() -> None:

@@ -10,7 +10,16 @@ import torch
 
 from teal.errors import UserError
 from teal.model import ModelConfig
-from teal.plan import PROJECTIONS, Histogram, ProjectionPlan, SparsityPlan, bin_edges, config_fields, plan_name
+from teal.plan import (
+    Histogram,
+    ProjectionPlan,
+    SparsityPlan,
+    bin_edges,
+    config_fields,
+    load_fitting_plan,
+    plan_name,
+)
+from tests.conftest import PROJECTIONS
 
 CONFIG = ModelConfig(100, 32, 64, 2, 4, 2, 8, 128)
 P = (0.01, 0.25, 0.4, 0.5, 0.65, 0.9, 0.99)
@@ -90,7 +99,7 @@ def test_bad_plans_are_refused(edit: dict, fragment: str, plan: SparsityPlan, tm
     plan.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
     with pytest.raises(UserError, match=r"plan .*plan\.json") as error:
-        SparsityPlan.load(path)
+        load_fitting_plan(path, CONFIG)
     assert fragment in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""A plan fits the weights it was made for, known by content across dtypes, files and rounding; others are refused."""
+"""A plan fits the weights it was made for, known by content across dtypes and files; others need --force-plan."""
 
 import json
 import shutil

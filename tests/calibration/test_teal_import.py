@@ -10,7 +10,7 @@ import torch
 
 from teal.calibration.published import import_teal
 from teal.errors import UserError
-from teal.plan import PROJECTIONS
+from tests.conftest import PROJECTIONS
 
 HEADER = ["Effective Sparsity", "Activation Error", "Baseline Error", *PROJECTIONS]
 

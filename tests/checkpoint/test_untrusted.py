@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from teal.cli import calibrate, evaluate, generate, quantize, serve
-from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan
-from tests.conftest import assert_one_line_error, changed
+from teal.plan import ProjectionPlan, SparsityPlan
+from tests.conftest import PROJECTIONS, assert_one_line_error, changed
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -14,9 +14,9 @@ from teal.decoding.fused_block import FusedBlock, fuse_blocks
 from teal.layers.int8_cache import use_int8_cache
 from teal.model import Transformer
 from teal.options import SamplingParams
-from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan
+from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import set_counting, sparsify
-from tests.conftest import relative_error, save_tiny_model, tiny_config
+from tests.conftest import PROJECTIONS, relative_error, save_tiny_model, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, STEPS = 6, 3

@@ -11,8 +11,8 @@ import pytest
 from teal.calibration.texts import default_text
 from teal.cli import calibrate, evaluate, generate
 from teal.decoding.engine import Engine
-from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan, plan_name
-from tests.conftest import assert_one_line_error
+from teal.plan import ProjectionPlan, SparsityPlan, plan_name
+from tests.conftest import PROJECTIONS, assert_one_line_error
 
 Command = Callable[..., tuple[int, str, str]]
 

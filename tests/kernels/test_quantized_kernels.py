@@ -22,10 +22,10 @@ from teal.kernels.silu_gemv import silu_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from teal.layers.quantized_linear import QuantConfig, round_to_nearest
 from teal.model import KVCache, Transformer
-from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan, config_fields
+from teal.plan import ProjectionPlan, SparsityPlan, config_fields
 from teal.teal_layers import sparsify
 from tests import lanes
-from tests.conftest import QUANTIZABLE, relative_error, save_tiny_model, tiny_config
+from tests.conftest import PROJECTIONS, QUANTIZABLE, relative_error, save_tiny_model, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")

@@ -15,9 +15,9 @@ from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.model import KVCache, Transformer
-from teal.plan import PROJECTIONS, ProjectionPlan, SparsityPlan, config_fields
+from teal.plan import ProjectionPlan, SparsityPlan, config_fields
 from teal.teal_layers import achieved_sparsity, set_counting, sparse_layers, sparse_prefill, sparsify
-from tests.conftest import relative_error, save_tiny_model, tiny_config
+from tests.conftest import PROJECTIONS, relative_error, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(24)[None]

@@ -1,4 +1,4 @@
-"""Quantized weights: layout, rounding, products against plain fp32, and the way from quantize.py to text."""
+"""Quantized checkpoints: the way from quantize.py to text, interrupted, damaged and refused ones."""
 
 import json
 import math
@@ -21,11 +21,11 @@ from teal.layers.quantized_linear import (
     BITS,
     QuantConfig,
     QuantizedLinear,
-    pick_group_size,
     round_to_nearest,
     use_quantized_linears,
 )
 from teal.model import KVCache, Transformer
+from teal.quantization.gptq import BlockwiseGptq
 from tests.conftest import (
     ROOT,
     assert_one_line_error,
@@ -155,6 +155,44 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, tmp_path: P
         assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("grouping", ["output", "input"])
+def test_gptq_folder(folder: Path, tmp_path: Path, call_main: Command, grouping: str) -> None:
+    """Nearer to the dense model than rounding on the text it saw, and the same after an interruption."""
+    options = ("--sequences", "3", "--length", "100", "--text", ROOT / "README.md", "--grouping", grouping)
+    for method in ("rtn", "hqq", "gptq"):
+        arguments = ("--checkpoint", folder, "--mode", "int4", "--method", method, *options, "-o", tmp_path / method)
+        code, _, err = call_main(quantize.main, *arguments)
+        assert code == 0 and f"int4 by {method}" in err, err
+    args = quantize.build_parser().parse_args(["--mode", "int4", *map(str, options), "-o", "x"])
+    sequences = quantize.calibration_sequences(args, folder, 400)
+    positions = torch.arange(100)[None]
+
+    def on_text(path: Path) -> torch.Tensor:
+        model = load_model(path, torch.device("cpu"), torch.float32)
+        cache = KVCache(model.config, 1, 100, torch.device("cpu"), torch.float32)
+        with torch.inference_mode():
+            return torch.cat([model(ids[None], positions, cache) for ids in sequences])
+
+    dense = on_text(folder)
+    assert relative_error(on_text(tmp_path / "gptq"), dense) < 0.9 * relative_error(on_text(tmp_path / "rtn"), dense)
+
+    original = BlockwiseGptq.layer
+
+    def failing(self: BlockwiseGptq, i: int) -> Any:
+        if i == 2:
+            raise KeyboardInterrupt
+        return original(self, i)
+
+    again, how = tmp_path / "again", (QuantConfig("int4", 32, grouping=grouping), "gptq", sequences, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockwiseGptq, "layer", failing)
+        with pytest.raises(KeyboardInterrupt):
+            quantize.quantize_folder(folder, again, *how)
+    quantize.quantize_folder(folder, again, *how)
+    for path in (tmp_path / "gptq").iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
 def test_leftovers_of_another_job_are_not_used(folder: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     quantize.quantize_folder(folder, other, QuantConfig("int8", 32))
@@ -222,16 +260,6 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert_one_line_error(code, err, "int3")
     assert call_main(quantize.main, "--checkpoint", folder, "--mode", "int4", "--force", "-o", done)[0] == 0
     assert json.loads((done / "config.json").read_text())["quantization_config"]["mode"] == "int4"
-
-
-def test_group_sizes() -> None:
-    from teal.checkpoint.presets import PRESETS
-
-    assert pick_group_size(PRESETS["Llama-3-8B"], None) == 128
-    assert pick_group_size(PRESETS["SmolLM2-135M"], None) == 64
-    assert pick_group_size(PRESETS["SmolLM2-135M"], 32) == 32
-    with pytest.raises(UserError, match="128 does not fit the q width 576"):
-        pick_group_size(PRESETS["SmolLM2-135M"], 128)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,20 @@
-"""Quantized weights in memory: the packed layout, rounding, and products beside those of plain fp32."""
+"""Quantized weights in memory: layout, rounding by each method, and products against plain fp32."""
 
 import math
 
 import pytest
 import torch
 
+from teal.checkpoint.presets import PRESETS
+from teal.errors import UserError
 from teal.kernels.formats.packing import dequantize, pack_int4, unpack_int4
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.reference import sparse_linear_reference
 from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
-from teal.layers.quantized_linear import (
-    round_to_nearest,
-)
-from tests.conftest import (
-    relative_error,
-)
+from teal.layers.quantized_linear import pick_group_size, round_to_nearest
+from teal.quantization.gptq import gptq, gptq_input_groups
+from teal.quantization.half_quadratic import half_quadratic
+from tests.conftest import relative_error
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -118,3 +118,57 @@ def test_bad_quantized_arguments_are_refused() -> None:
 def test_opcheck() -> None:
     values, scales, zeros = round_to_nearest(torch.randn(16, 64), 4, 32)
     torch.library.opcheck(sparse_linear_op, (torch.randn(1, 16), values, torch.zeros(1), [64], scales, zeros))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gptq_changes_the_product_less_than_rounding(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)  # correlated channels
+    x[:, 7] = 0  # a channel that no token uses
+    weight = torch.randn(96, 128, generator=generator)
+    nearest, better = (
+        dequantize(*packed) for packed in (round_to_nearest(weight, bits, 32), gptq(weight, x.t() @ x, bits, 32))
+    )
+    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight)
+    assert relative_error(better[7], nearest[7]) <= 0.2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gptq_with_groups_along_the_input(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    weight = torch.randn(96, 128, generator=generator)
+    nearest = dequantize(*round_to_nearest(weight.t().contiguous(), bits, 32)).t()
+    better = dequantize(*gptq_input_groups(weight, x.t() @ x, bits, 32))
+    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight)
+    of_independent_channels = dequantize(*gptq_input_groups(weight, torch.eye(96), bits, 32))
+    assert torch.equal(of_independent_channels, nearest)  # rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_hqq_lowers_the_norm_it_is_for_in_every_group(bits: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.distributions.StudentT(3.0).sample((24, 192)).to(dtype)
+    weight[5, 64:128], weight[6, :64] = 0.0, torch.rand(64, generator=generator).to(dtype) + 3.0
+
+    def norms(packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        exact = dequantize(packed[0], packed[1].float(), packed[2])
+        return ((exact - weight.float()).abs() ** 0.7).view(24, 3, 64).sum(-1)
+
+    found, rounded = norms(half_quadratic(weight, bits, 64)), norms(round_to_nearest(weight, bits, 64))
+    assert (found <= rounded * (1 + 1e-6)).all() and found.sum() <= (0.98 if bits == 4 else 1.0) * rounded.sum()
+
+
+def test_gptq_of_independent_channels_is_rounding() -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(gptq(weight, torch.eye(64), 4, 32), round_to_nearest(weight, 4, 32), strict=True):
+        assert found is not None and expected is not None and torch.equal(found, expected)
+
+
+def test_group_sizes() -> None:
+    assert pick_group_size(PRESETS["Llama-3-8B"], None) == 128
+    assert pick_group_size(PRESETS["SmolLM2-135M"], None) == 64
+    assert pick_group_size(PRESETS["SmolLM2-135M"], 32) == 32
+    with pytest.raises(UserError, match="128 does not fit the q width 576"):
+        pick_group_size(PRESETS["SmolLM2-135M"], 128)
