@@ -119,6 +119,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def assert_near(name: str, actual: Tensor, expected: Tensor, limit: float) -> None:
+    """Fail, naming the tensor, unless its relative_error is at most limit."""
+    error = relative_error(actual, expected)
+    assert error <= limit, f"{name}: relative error {error:.1e}, at most {limit:.0e} was expected"
+
+
 @pytest.fixture(scope="session")
 def byte_level_tokenizer_json() -> str:
     """A byte-level BPE tokenizer.json trained on TEXT, 199 words long at most."""

@@ -30,9 +30,9 @@ from teal.model import KVCache
 from tests.conftest import (
     ROOT,
     TEXT,
+    assert_near,
     assert_one_line_error,
     file_size_limit,
-    relative_error,
     run_command,
     save_tiny_model,
     tiny_config,
@@ -58,7 +58,7 @@ def test_every_type_gives_the_model_transformers_would_run(
     cache = KVCache(ours.config, 1, 40, CPU, torch.float32)
     with torch.inference_mode():
         logits = ours(tokens, torch.arange(40)[None], cache)
-        assert relative_error(logits, model(tokens).logits) <= 1e-5
+        assert_near("logits", logits, model(tokens).logits, 1e-5)
     assert is_quantized(ours) == (kind in (Type.Q4_0, Type.Q8_0))
 
 
