@@ -1,6 +1,7 @@
 """docs/ tells the truth: its commands run, its excerpts are the code, every page is listed."""
 
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.project.pages import DOCS, blocks, commands, run_example, stories
 
-STORIES = [(page.name, story) for page in DOCS for story in commands(page)]
+ALL = [(page.name, story) for page in DOCS for story in commands(page)]
+STORIES = [(name, story) for name, story in ALL if "pytest" not in story[0]]
+TESTS = [(name, line) for name, story in ALL for line in story if "pytest" in line]
 PYTHON = [(page.name, body) for page in DOCS for body in blocks(page, "python")]
 EXCERPTS = [(name, body) for name, body in PYTHON if body.startswith("# ")]
 PROGRAMS = [(name, body) for name, body in PYTHON if not body.startswith("# ")]
@@ -22,6 +25,23 @@ PROGRAMS = [(name, body) for name, body in PYTHON if not body.startswith("# ")]
 def test_commands_run(name: str, story: list[str], tmp_path: Path) -> None:
     for line in story:
         run_example(line, tmp_path)
+
+
+class Collected:
+    """A plugin of pytest that keeps how many tests a command would run."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.count = len(session.items)
+
+
+@pytest.mark.parametrize("name,line", TESTS, ids=[f"{name}: {line}" for name, line in TESTS])
+def test_tests_named_exist(name: str, line: str) -> None:
+    """They run as all others do; here they are only found, by the command's own words."""
+    program, module, runner, *arguments = shlex.split(line)
+    assert (program, module, runner) == ("python", "-m", "pytest")
+    found = Collected()
+    options = ("-n", "0", "--collect-only", "-p", "no:cacheprovider")
+    assert pytest.main([*arguments, *options], plugins=[found]) == 0 and found.count > 0
 
 
 def test_commands_that_share_a_file_stay_together() -> None:
