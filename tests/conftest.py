@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -250,15 +249,6 @@ def file_size_limit(count: int) -> Callable[[], None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
     return limit
-
-
-def run_line(line: str, timeout: float) -> "subprocess.CompletedProcess[str]":
-    """Run a line of documentation as a user types it in the repository root, by this Python."""
-    command = line.replace("python ", f"{shlex.quote(sys.executable)} ")
-    environment = os.environ | {"PYTEST_ADDOPTS": "-n 0"}  # a pytest within this one needs no workers
-    return subprocess.run(
-        command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=environment
-    )
 
 
 def run_command(

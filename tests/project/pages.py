@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from tests.conftest import ROOT, run_line
+from tests.conftest import ROOT
 
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -42,8 +42,13 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def run_example(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run a command with folder in the place of /tmp. It must succeed and say something."""
-    done = run_line(line.replace(FOLDER, f"{shlex.quote(str(folder))}/"), timeout=600)
+    """Run a command in the repository root by this Python, with folder in the place of /tmp.
+
+    It must succeed and say something.
+    """
+    command = line.replace("python ", f"{shlex.quote(sys.executable)} ")
+    command = command.replace(FOLDER, f"{shlex.quote(str(folder))}/")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert (done.stdout + done.stderr).strip(), line
     return done
