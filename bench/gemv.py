@@ -1,8 +1,8 @@
 """Sparse GEMV by shape, sparsity and dtype, beside cuBLAS: python -m bench.gemv --models Llama-3-8B
 
-A figure is the median of replays of a CUDA graph that runs over several copies of the weights, so that each product
-finds them outside the L2 cache. It covers the comparison with the threshold, the compaction, the product and the
-sum of the partial sums; x and the result are vectors of the dtype, as for cuBLAS. Each result is checked against fp64.
+A figure is the median of replays of a CUDA graph. It takes several copies of the weights in turn, so that each product
+finds them outside the L2 cache. It covers the comparison with the threshold, the compaction, the product and the sum
+of the partial sums. x and the result are vectors of the dtype, as for cuBLAS. Each result is checked against fp64.
 With --device cpu the product is the CPU's, beside torch's own, by the host's clock.
 """
 

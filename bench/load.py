@@ -1,8 +1,8 @@
 """Many clients at once against a running server: python -m bench.load --url http://127.0.0.1:8000 --requests 1000
 
 First every prompt alone, then all of them from many clients, some of which hang up midway. An answer that is lost or is
-not the one that the prompt got alone is an error, and so are a slot that stays taken and figures of /metrics that
-differ from what the clients measured. Needs the openai package.
+not the one that the prompt got alone is an error. So are a slot that stays taken and figures of /metrics that differ
+from what the clients measured. Needs the openai package.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """One page about this machine and a model: python -m bench.report --checkpoint DIR -o report.html
 
-Read bandwidth, the sparse product of each projection beside torch's own, and decode speed by sparsity: an HTML file
-that needs no other, and a JSON file with the same figures beside it.
+Read bandwidth, the sparse product of each projection beside torch's own, and decode speed by sparsity. The page is one
+HTML file that needs no other; a JSON file beside it has the same figures.
 """
 
 import argparse

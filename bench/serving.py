@@ -1,7 +1,7 @@
 """Tokens/s through a running server while so many clients read streams: python -m bench.serving --clients 1,4,8
 
-Counted by the server's /metrics within a window in which every stream runs, from first token to before the last: the
-figure to hold beside a step's time by bench.decode --batch. Needs the openai package.
+Counted by the server's /metrics within a window in which every stream runs, from first token to before the last. It is
+the figure to hold beside a step's time by bench.decode --batch. Needs the openai package.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """A server under load for hours: python -m bench.soak --minutes 120 -- --sparsity 0.5
 
-Starts serve.py with the options after --, attacks it in rounds as bench.load does, with broken requests in between, and
-looks at it after each round: no answer lost or other than its prompt's alone, no slot taken, and no more memory than
-after the warm-up. At last the server gets SIGTERM and must end by itself. Needs the openai package.
+Starts serve.py with the options after --, and attacks it in rounds as bench.load does, with broken requests in between.
+After each round no answer may be lost or other than its prompt's alone, and no slot may be taken. Nor may memory have
+grown since the warm-up. At last the server gets SIGTERM and must end by itself. Needs the openai package.
 """
 
 import argparse

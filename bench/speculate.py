@@ -1,10 +1,11 @@
 """Speculative decoding by draft and length: python -m bench.speculate --drafts 0.5,int4:0.5,lookup --lengths 1,2,4
 
-For each draft and number of drafted tokens: how many of them the dense model takes, the tokens and milliseconds of a
-round, the speed over plain dense decoding of the same prompts in the same process, and how many texts are the dense
-ones; of the others, by how little the dense model preferred its token to the draft's where they part. Random weights
-tell the time of a round only; --acceptances then says what that gives for a draft whose tokens are taken so often,
-(1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, eq. 1).
+For each draft and number of drafted tokens: how many of them the dense model takes, and the tokens and milliseconds of
+a round. Also the speed over plain dense decoding of the same prompts in the same process, and how many texts are the
+dense ones. Of the others, by how little the dense model preferred its token to the draft's where they part.
+
+Random weights tell the time of a round only. --acceptances then says what that gives for a draft whose tokens are
+taken so often. That is (1 - a^(k+1)) / (1 - a) tokens a round (Leviathan et al. 2023, equation 1).
 """
 
 import argparse

@@ -74,7 +74,7 @@ def fitted_plan(
 ) -> SparsityPlan:
     """plan with the thresholds that drop its targets from what decoding after prompt meets.
 
-    For random weights: their attention averages values that have nothing in common, so what reaches the o projection
+    For random weights: their attention averages values that have nothing in common. So what reaches the o projection
     shrinks with the length of the text, and thresholds of calibration text would drop too much. Each pass changes what
     later projections meet, hence several.
     """
@@ -105,7 +105,7 @@ def fitted_plan(
 def batched_step_s(backend: Backend, batch: int, context: int) -> float:
     """Seconds of one greedy step of batch rows, each after context tokens of its own, captured in a CUDA graph.
 
-    The prompts are random and go through the model: rows that shared a text, or a cache of noise, would keep other
+    The prompts are random and go through the model. Rows that shared a text, or a cache of noise, would keep other
     channels than the rows of a server do.
     """
     model = backend.model
@@ -129,7 +129,7 @@ def batched_step_s(backend: Backend, batch: int, context: int) -> float:
 def profile_step(engine: Engine, prompt: list[int], tokens: int = 16) -> dict[str, float]:
     """Microseconds a token spends in each kernel, longest first, by torch.profiler over a stretch of decoding.
 
-    A kernel is charged the time from the end of the one before to its own: launches overlap (programmatic dependent
+    A kernel is charged the time from the end of the one before to its own. Launches overlap (programmatic dependent
     launch), and only so do the figures add up to the step.
     """
     engine.cached_ids = []

@@ -1,7 +1,7 @@
 """What sparsity does to one model, step by step: python -m examples.tour -o tour
 
 Run it whole, or cell by cell in an editor that knows the # %% marks. Draws the distributions of the inputs with their
-thresholds and the trade of quality for sparsity; prints a text at each sparsity with its speed.
+thresholds, and the trade of quality for sparsity. Prints a text at each sparsity with its speed.
 """
 
 # %%

@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from teal.decoding.scheduler import generate_batch
     from teal.options import SamplingParams
     from teal.plan import SparsityPlan
+    from teal.quantization.rounding import quantize
     from teal.teal_layers import sparsify
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
-_HOME = {  # where each name comes from; torch takes a second to import, which --help must not
+_HOME = {  # where each name comes from; importing torch takes a second, which --help must not wait for
     "Engine": "teal.decoding.engine",
     "SamplingParams": "teal.options",
     "SparsityPlan": "teal.plan",
     "generate_batch": "teal.decoding.scheduler",
+    "quantize": "teal.quantization.rounding",
     "sparsify": "teal.teal_layers",
 }
-__all__ = ["Engine", "SamplingParams", "SparsityPlan", "generate_batch", "sparsify"]
+__all__ = ["Engine", "SamplingParams", "SparsityPlan", "generate_batch", "quantize", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,17 @@ from typing import Any
 
 
 def _llama(*sizes: int, **more: Any) -> dict[str, Any]:
-    """Fields of model.ModelConfig; sizes: vocabulary, hidden, intermediate, layers, heads, kv heads, head dim, context."""
+    """Fields of model.ModelConfig, the sizes in the order of names."""
     names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
         "max_seq_len",
-    )  # fmt: skip
+    )
     return dict(zip(names, sizes, strict=True)) | more
 
 

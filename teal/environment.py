@@ -1,7 +1,7 @@
 """What OpenMP must know before torch loads it. Importing teal prepares it; imports nothing heavy.
 
 By default threads spin for milliseconds while they wait for work. Beside another busy process they spend their share
-of a core on that, and are paused when work comes: an elementwise operation then took 157 ms instead of 0.1. And OpenMP
+of a core on that, and are paused when work comes. An elementwise operation then took 157 ms instead of 0.1. And OpenMP
 counts the cores that it may use, but not how much of them a container's CPU quota leaves.
 """
 
@@ -64,7 +64,7 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
 
 
 def _quota(folder: Path) -> Iterator[float]:
-    """The limit that a group's files state, if any: cpu.max ("quota period" or "max period"), or version 1's two files."""
+    """The limit that a group states, if any: cpu.max ("quota period" or "max period") or version 1's two files."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()

@@ -1,7 +1,7 @@
 """Files a crash cannot leave half-written, and the folder and keys under which things made once are kept.
 
 A temporary is a folder .NAME-TOKEN.part beside its target. Its process holds a lock in it, which the system releases
-when the process dies, however it dies: so sweep() can tell the left-overs of the dead from the work of the living.
+when the process dies, however it dies. So sweep() can tell the left-overs of the dead from the work of the living.
 """
 
 import errno
@@ -61,8 +61,8 @@ def cpu_name() -> str:
 def fingerprint(*paths: Path) -> str:
     """16 hex digits that name the content of files: sizes, first megabytes, and samples at even distances.
 
-    Whole models take too long to hash. A change of a few rows of one tensor may go unseen, one of all weights or of some
-    layers will not: distances are smaller than a layer.
+    Whole models take too long to hash. A change of a few rows of one tensor may go unseen. One of all weights or of
+    some layers will not: distances are smaller than a layer.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -171,8 +171,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path | None]:
     """A temporary folder to fill; renamed to path if the block succeeds, removed if it fails.
 
-    Yields None if path exists. Processes that ask for the same path wait for the first one, under a
-    lock file beside it that the system releases if its holder dies; what a dead one left is removed.
+    Yields None if path exists. Processes that ask for the same path wait for the first one, under a lock file beside
+    it. The system releases the lock if its holder dies; what a dead one left is removed.
     """
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():

@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # of torch.cpu.get_capabilities(); the last is Arm's
 PROBE_SIZE = 2048  # a bf16 matrix of 8 MiB: larger than a core's own cache
 PROBE_ROWS = 16  # of the product that stands for prefill
-# A round is the least of so many turns of each dtype; fp32 is chosen if bf16 takes longer by MARGIN in each of ROUNDS.
+# A round is the least of so many turns of each dtype. fp32 is chosen if bf16 takes longer by MARGIN in each of ROUNDS.
 TURNS, ROUNDS, MAX_ROUNDS, MARGIN = 5, 3, 8, 1.25
 READ_PROBE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # several times any last-level cache
 
@@ -55,9 +55,9 @@ def pick_dtype(name: str, device: torch.device, sparse: bool) -> DtypeChoice:
 def faster_cpu_dtype(sparse: bool) -> DtypeChoice:
     """bf16 where the processor multiplies it; else what timing products of a dense or sparse model finds faster.
 
-    bf16 is half the bytes to read. But prefill is torch's, which emulates bf16 on CPUs without instructions for it: on
-    an EPYC with AVX2 at a thirtieth of the speed of fp32. What was measured is kept for each CPU, number of threads and
-    version of torch, so that the choice, and with it the text, does not change from run to run.
+    bf16 is half the bytes to read. But prefill is torch's, which emulates bf16 on CPUs without instructions for it. On
+    an EPYC with AVX2 that has a thirtieth of the speed of fp32. What was measured is kept for each CPU, number of
+    threads and version of torch. So the choice, and with it the text, does not change from run to run.
     """
     if feature := bf16_feature():
         return DtypeChoice(torch.bfloat16, f"this processor multiplies bf16 ({feature})")
@@ -91,7 +91,7 @@ def _is_ratios(value: object) -> bool:
 
 
 def _measure_ratios(sparse: bool) -> list[float]:
-    """Times of bf16 over those of fp32, in the last ROUNDS rounds. They go on until so many agree, for MAX_ROUNDS.
+    """Times of bf16 over those of fp32, in the last ROUNDS rounds. They go on until so many agree, MAX_ROUNDS at most.
 
     Both take turns within a round, and the least time of each counts: other load only ever adds to it.
     """

@@ -1,8 +1,9 @@
 """Ctrl-C ends a command within a second, whatever it is doing, with exit code 130 and without a traceback.
 
-The first Ctrl-C raises KeyboardInterrupt, so that temporary files are removed on the way out; further ones change nothing.
-A call into C may go on for long, and a library may swallow the exception: then a thread ends the process GRACE_S after
-the signal. Code that handles SIGINT itself, as the server does, installs its own handler, and the thread keeps still.
+The first Ctrl-C raises KeyboardInterrupt, so that temporary files are removed on the way out. Further ones change
+nothing. A call into C may go on for long, and a library may swallow the exception. Then a thread ends the process
+GRACE_S after the signal. Code that handles SIGINT itself, as the server does, installs its own handler; then the
+thread keeps still.
 """
 
 import functools
@@ -39,7 +40,8 @@ def pending() -> bool:
 def work_is_done() -> None:
     """From now on a Ctrl-C interrupts nothing; a process that does not end by itself is still ended by the thread.
 
-    Python sets a handler of its own back to the system's while it shuts down, but not SIG_IGN: a second Ctrl-C would kill.
+    Python sets a handler of its own back to the system's while it shuts down, but not SIG_IGN. A second Ctrl-C would
+    kill.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN if pending() else _ignore)
 

@@ -110,7 +110,9 @@ MISTRAL = """
 {%- set ns = namespace() %}{%- set ns.index = 0 %}
 {%- for message in loop_messages %}
     {%- if not (message.role == "tool" or (message.tool_calls is defined and message.tool_calls is not none)) %}
-        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}{{- raise_exception("roles must alternate") }}{%- endif %}
+        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+            {{- raise_exception("roles must alternate") }}
+        {%- endif %}
         {%- set ns.index = ns.index + 1 %}
     {%- endif %}
 {%- endfor %}
@@ -131,7 +133,8 @@ MISTRAL = """
             {%- endfor %}
             {{- "[/AVAILABLE_TOOLS]" }}
         {%- endif %}
-        {%- if loop.last and system_message is defined %}{{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
         {%- else %}{{- "[INST] " + message["content"] + "[/INST]" }}{%- endif %}
     {%- elif message.tool_calls is defined and message.tool_calls is not none %}
         {{- "[TOOL_CALLS] [" }}
@@ -153,7 +156,8 @@ SMOLLM3 = """
     {%- set instructions = messages[0].content.replace("/no_think", "").rstrip() %}
     {%- if "/no_think" in messages[0].content %}{%- set mode = "/no_think" %}{%- endif %}
 {%- endif %}
-{{- "<|im_start|>system\\n## Metadata\\nToday Date: " ~ strftime_now("%d %B %Y") ~ "\\nReasoning Mode: " + mode + "\\n\\n" }}
+{{- "<|im_start|>system\\n## Metadata\\nToday Date: " ~ strftime_now("%d %B %Y") }}
+{{- "\\nReasoning Mode: " + mode + "\\n\\n" }}
 {%- if instructions %}{{- instructions + "\\n\\n" -}}{%- endif %}
 {%- if xml_tools or tools %}
     {%- set ns = namespace(xml="") %}
@@ -167,7 +171,8 @@ SMOLLM3 = """
     {%- elif message.role == "assistant" %}
         {% generation %}
         {%- if mode == "/think" %}{{ "<|im_start|>assistant\\n" + content.lstrip("\\n") + "<|im_end|>\\n" }}
-        {%- else %}{{ "<|im_start|>assistant\\n<think>\\n\\n</think>\\n" + content.lstrip("\\n") + "<|im_end|>\\n" }}{%- endif %}
+        {%- else %}{{ "<|im_start|>assistant\\n<think>\\n\\n</think>\\n" + content.lstrip("\\n") + "<|im_end|>\\n" }}
+        {%- endif %}
         {% endgeneration %}
     {%- elif message.role == "tool" %}{{ "<|im_start|>user\\n" + content + "<|im_end|>\\n" }}{%- endif %}
 {%- endfor %}
@@ -203,8 +208,8 @@ HERMES_TOOLS = """
 """
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + (message['content'] or '') + '<|im_end|>' "
-    "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + (message['content'] or '') "
+    "+ '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 GEMMA = """
@@ -215,7 +220,9 @@ GEMMA = """
     {%- set loop_messages = messages[1:] -%}
 {%- else -%}{%- set prefix = "" -%}{%- set loop_messages = messages -%}{%- endif -%}
 {%- for message in loop_messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception("roles must alternate") }}{%- endif -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("roles must alternate") }}
+    {%- endif -%}
     {%- if (message['role'] == 'assistant') -%}{%- set role = "model" -%}
     {%- else -%}{%- set role = message['role'] -%}{%- endif -%}
     {{ '<|im_start|>' + role + '\\n' + (prefix if loop.first else "") }}

@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -119,6 +118,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def assert_near(name: str, actual: Tensor, expected: Tensor, limit: float) -> None:
+    """Fail, naming the tensor, unless its relative_error is at most limit."""
+    error = relative_error(actual, expected)
+    assert error <= limit, f"{name}: relative error {error:.1e}, at most {limit:.0e} was expected"
+
+
 @pytest.fixture(scope="session")
 def byte_level_tokenizer_json() -> str:
     """A byte-level BPE tokenizer.json trained on TEXT, 199 words long at most."""
@@ -151,6 +156,12 @@ def train_sentencepiece(text: str, **options: Any) -> bytes:
         **options,
     )
     return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model() -> bytes:
+    """A SentencePiece model trained on TEXT."""
+    return train_sentencepiece(8 * TEXT, vocab_size=420, character_coverage=0.98, split_digits=True)
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +200,7 @@ def default_folder() -> Path:
 def call_main(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:  # fmt: skip
-    """Call main() of a command line with arguments in this process: (exit code, stdout, stderr), torch imported once."""
+    """Call main() of a command line in this process, where torch is imported: (exit code, stdout, stderr)."""
 
     def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
@@ -238,15 +249,6 @@ def file_size_limit(count: int) -> Callable[[], None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
     return limit
-
-
-def run_line(line: str, timeout: float) -> "subprocess.CompletedProcess[str]":
-    """Run a line of documentation as a user types it in the repository root, by this Python."""
-    command = line.replace("python ", f"{shlex.quote(sys.executable)} ")
-    environment = os.environ | {"PYTEST_ADDOPTS": "-n 0"}  # a pytest within this one needs no workers
-    return subprocess.run(
-        command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=environment
-    )
 
 
 def run_command(

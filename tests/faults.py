@@ -1,7 +1,7 @@
 """Make a chosen file operation of a command fail: the disk is full, a folder cannot be written, or the process dies.
 
-As a program (python -m tests.faults N FOLDER script.py arguments ...) it runs a script and kills it, as kill -9 does, just
-before its N-th operation that writes something under FOLDER.
+As a program it runs a script and kills it, as kill -9 does: python -m tests.faults N FOLDER script.py arguments.
+That happens just before the script's N-th operation that writes something under FOLDER.
 """
 
 import os

@@ -1,6 +1,6 @@
 """What the inline assembly of gather_tensor_core.py does, in numpy, so that the interpreter can run it on a CPU.
 
-Each function is written from the PTX manual's description of the instructions and not from the assembly: what a lane
+Each function is written from the PTX manual's description of the instructions and not from the assembly. What a lane
 of mma.m16n8k16 holds is spelled out, so the test sees a wrong mapping of lanes to rows, columns and groups.
 """
 

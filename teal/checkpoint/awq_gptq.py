@@ -1,8 +1,9 @@
-"""AWQ and GPTQ checkpoints in Hugging Face layout: their integers as kernels/packing.py has them, or the floats they stand for.
+"""AWQ and GPTQ checkpoints in Hugging Face layout: their integers repacked, or the floats they stand for.
 
-Both have groups along the input dimension, a scale for each group and output. Where the kernels take such weights (groups of
-neighbouring channels, of 8 bits with a zero in the middle) they are repacked, all else becomes floats; both
-are exact but for the dtype of scales and floats. Layouts: those AutoAWQ ("gemm") and AutoGPTQ write.
+Both have groups along the input dimension, and a scale for each group and output. The kernels take groups of
+neighbouring channels, in 8 bits only with a zero in the middle (kernels/formats/packing.py). Such weights are
+repacked; all others become floats. Both ways are exact but for the dtype of scales and floats.
+Layouts: those that AutoAWQ ("gemm") and AutoGPTQ write.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ LAYOUTS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}  # the first is meant 
 class Packing:
     """How the projections of a checkpoint are packed.
 
-    zero_offset is added to stored zero points, within bits: of gptq's first layout 15 stands for 0 (sym: false).
+    zero_offset is added to stored zero points, within bits. In gptq's first layout 15 stands for 0 (sym: false).
     symmetric: all zero points are the middle of the range.
     """
 
@@ -161,7 +162,7 @@ def as_awq(values: Tensor, scales: Tensor) -> dict[str, Tensor]:
 
 
 def _unpacked(words: Tensor, bits: int, columns: Tensor) -> Tensor:
-    """Words int32 [R, C] -> integers int32 [R, C * 32/bits]; columns says which of a word's columns each place holds."""
+    """Words int32 [R, C] -> integers int32 [R, C * 32/bits]; columns: which of a word's columns a place holds."""
     shifts = bits * torch.arange(32 // bits, dtype=torch.int32)
     places = words[:, :, None] >> shifts & (1 << bits) - 1
     result = torch.empty_like(places)

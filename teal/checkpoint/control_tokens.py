@@ -14,7 +14,11 @@ MARK = PRIVATE
 
 
 class ControlTokens:
-    """control: names and ids of tokens that no content may become; special: those of them that a model never writes as text."""
+    """The control tokens of a vocabulary.
+
+    control: names and ids of tokens that no content may become.
+    special: those of them that a model never writes as text.
+    """
 
     def __init__(self, control: dict[str, int], special: dict[str, int]) -> None:
         self.ids = control

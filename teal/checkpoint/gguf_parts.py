@@ -1,7 +1,7 @@
-"""A GGUF model in several files, NAME-00001-of-0000N.gguf as llama.cpp's gguf-split writes them, found from any of them.
+"""A GGUF model in several files, NAME-00001-of-0000N.gguf as gguf-split of llama.cpp writes them, found from any one.
 
-Only the first file has the model's metadata; each says which part it is (split.no), of how many (split.count), and how
-many tensors all of them hold (split.tensors.count).
+Only the first file has the model's metadata. Each says which part it is (split.no) and of how many (split.count), and
+how many tensors all of them hold (split.tensors.count).
 """
 
 import re

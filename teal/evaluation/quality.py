@@ -75,8 +75,8 @@ class Result:
 def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, first scored, end) of windows over count tokens; every token but the first is scored exactly once.
 
-    Windows have at most length tokens and begin stride < length apart; a window scores the tokens that the one before did
-    not reach, each with at least length - stride tokens of context after the first window.
+    Windows have at most length tokens and begin stride < length apart. A window scores the tokens that the one before
+    did not reach. After the first window each has at least length - stride tokens of context.
     """
     scored = 1
     for begin in range(0, count, stride):
@@ -108,8 +108,8 @@ def evaluate(
 ) -> list[Result]:
     """Score every case on tokens [T], window by window; the dense model's logits of a window serve all cases.
 
-    KL divergence and agreement are with reference, by default the dense model itself. model must be sparse already if any case has a plan (thresholds change in place). Raises UserError if there are
-    too few tokens.
+    KL divergence and agreement are with reference, by default the dense model itself. model must be sparse already if
+    any case has a plan (thresholds change in place). Raises UserError if there are too few tokens.
     """
     check_tokens(len(tokens))
     results = [Result(case) for case in cases]

@@ -7,8 +7,8 @@ from teal.kernels.cpu.native import native_kernels
 from teal.model import OutputHead, Transformer
 
 MAX_CALL_ROWS = 8  # of the kernel
-# With more rows a matrix product of parts in fp32 is as fast: 49,152 x 576 in bf16 and 17 rows, 18.6 and 15 ms of one
-# Zen 5 core. For one row it takes 4.5 ms and the kernel 3.3, as torch's product with a bf16 result does.
+# With more rows a matrix product of parts in fp32 is as fast. 49,152 x 576 in bf16 and 17 rows take 18.6 and 15 ms of
+# one Zen 5 core. For one row it takes 4.5 ms and the kernel 3.3, as torch's product with a bf16 result does.
 MAX_KERNEL_ROWS = 16
 
 

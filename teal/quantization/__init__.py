@@ -1,4 +1,4 @@
-"""Rounding weights with care: GPTQ, half-quadratic fits, and the folders that hold the result.
+"""Rounding weights: to nearest in memory, with care by GPTQ or half-quadratic fits.
 
-Used by quantize.py; the layers that compute with the result are in teal/layers.
+Import `rounding` for a model in memory, `gptq` and `half_quadratic` to write a folder. Its layers are in teal/layers.
 """

@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323) for groups along the output dimension, one block of a model at a time.
 
-Input channels are rounded one after the other, and what rounding one changes in the layer's output is made up for by
-those that remain. With scales of an input channel in its own row, each channel's scales follow from the row as it then
-is, and channels can go in the order of their importance (the paper's act-order) without regard to groups.
+Input channels are rounded one after the other. What rounding one changes in the layer's output is made up for by those
+that remain. The scales of an input channel lie in its own row, and follow from the row as it then is. So channels can
+go in the order of their importance (the paper's act-order) without regard to groups.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
 def gptq_input_groups(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
     """As gptq with groups of the usual kind, along the input dimension.
 
-    A group's scales are those of its channels at first (the paper's static groups): channels go in the order of their
-    importance here, too, and those of a group do not follow each other.
+    A group's scales are those of its channels at first (the paper's static groups). For channels go in the order of
+    their importance here, too, and those of a group do not follow each other.
     """
     order = _importance(hessian)
     values = torch.empty(weight.shape, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
@@ -96,7 +96,7 @@ def _round_in_order(
 
 
 class BlockwiseGptq:
-    """Quantizes the blocks of the model in a folder in order, each on what the quantized ones before it make of a text.
+    """Quantizes a folder's model block by block, each on what the quantized ones before it make of a text.
 
     Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L].
     where: the file that holds each tensor.

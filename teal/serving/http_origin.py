@@ -1,7 +1,7 @@
 """Who may call: the names a browser may reach this server by, and the pages that may use it.
 
-A page of another site can make a browser send requests here, even under a name of that site which now points at this
-machine (DNS rebinding). Two headers that a page cannot forge tell: Host and Origin.
+A page of another site can make a browser send requests here. The name may be that site's own, which now points at
+this machine (DNS rebinding). Two headers that a page cannot forge tell: Host and Origin.
 """
 
 import ipaddress
@@ -44,7 +44,7 @@ def check_origin(origin: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Callers:
-    """host: what the server listens on. names: further ones of it, or ANY. origins: of pages that may use it, or ANY."""
+    """Who may call. host: what the server listens on. names: further ones, or ANY. origins: of pages, or ANY."""
 
     host: str
     names: tuple[str, ...] = ()

@@ -95,8 +95,10 @@ class LimitedProtocol(H11Protocol):
             content = json.dumps(error_body(message, status)).encode()
             headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
             response = h11.Response(
-                status_code=status, headers=list({**headers, **error_headers(status)}.items()), reason=STATUS_PHRASES[status]
-            )  # fmt: skip
+                status_code=status,
+                headers=list({**headers, **error_headers(status)}.items()),
+                reason=STATUS_PHRASES[status],
+            )
             events = (response, h11.Data(data=content), h11.EndOfMessage())
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()

@@ -53,7 +53,10 @@ class TextOffsets:
 
 
 class Service:
-    """A model behind the API. names: it answers to all and calls itself the first. plans: by sparsity, beside its own."""
+    """A model behind the API.
+
+    names: it answers to all and calls itself the first. plans: by sparsity, beside its own.
+    """
 
     def __init__(
         self, engine: Engine, scheduler: Scheduler, names: tuple[str, ...], plans: dict[float, SparsityPlan]

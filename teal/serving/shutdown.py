@@ -18,7 +18,10 @@ POLL_S = 0.05
 
 
 class Shutdown:
-    """Hears the signals from now on. drain: what lets answers end, called in a thread; None while there is no server."""
+    """Hears the signals from now on.
+
+    drain: what lets answers end, called in a thread; None while there is no server.
+    """
 
     def __init__(self) -> None:
         self.drain: Callable[[], None] | None = None

@@ -1,9 +1,9 @@
 """Calls of tools in a text that comes in pieces: what of it is content, and what a call's name and arguments.
 
-A call is <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>, anywhere outside <think>…</think>, or the bare
-object where an answer begins, or what follows its thoughts or another call. "parameters" may stand for "arguments", as
-Llama 3 has it. White space beside a call is dropped. Held back is what may still become a call: a marker's first
-characters, an object until its name is known, and a tagged call with its fields in another order.
+A call is <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>, anywhere outside <think>…</think>. It may also be
+the bare object where an answer begins, or after its thoughts or another call. "parameters" may stand for "arguments",
+as Llama 3 has it. White space beside a call is dropped. Held back is what may still become a call: a marker's first
+characters, and an object until its name is known. So is a tagged call with its fields in another order.
 """
 
 import json

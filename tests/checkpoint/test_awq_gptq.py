@@ -17,7 +17,7 @@ from teal.layers.phase import decoding
 from teal.layers.quantized_linear import QuantizedLinear, is_quantized
 from teal.model import Transformer
 from teal.teal_layers import achieved_sparsity, set_counting, sparsify
-from tests.conftest import QUANTIZABLE, relative_error, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, assert_near, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
@@ -107,7 +107,8 @@ def logits(model: Transformer, one_by_one: bool = False) -> Tensor:
         GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1},
     ],
     ids=lambda c: (
-        f"{c['quant_method']}{c['bits']}{'-act' * bool(c.get('desc_act'))}{c.get('checkpoint_format', '')}{c['group_size']}"
+        f"{c['quant_method']}{c['bits']}{'-act' * bool(c.get('desc_act'))}"
+        f"{c.get('checkpoint_format', '')}{c['group_size']}"
     ),
 )
 def test_logits_are_those_of_the_dequantized_weights(config: dict[str, Any], tmp_path: Path) -> None:
@@ -130,8 +131,10 @@ def test_integers_are_kept(device: torch.device, config: dict[str, Any], dtype: 
             module = modules[name]
             assert isinstance(module, QuantizedLinear) and module.bits == config["bits"]
             # In bf16 the scales are rounded in one model, and the weights in the other.
-            assert relative_error(module.dequantized().t(), linear.weight) <= (0 if dtype == torch.float32 else 4e-3)
-    assert relative_error(logits(kept), logits(twin)) <= (1e-6 if dtype == torch.float32 else 2e-2)
+            assert_near(
+                f"{name}.weight", module.dequantized().t(), linear.weight, 0 if dtype == torch.float32 else 4e-3
+            )
+    assert_near("logits", logits(kept), logits(twin), 1e-6 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_sparse_decoding_of_kept_integers(device: torch.device, tmp_path: Path) 
         sparsify(model, plan)
         set_counting(model, True)
     found, expected = (logits(model, one_by_one=True) for model in (kept, twin))
-    assert relative_error(found, expected) <= 1e-5
+    assert_near("logits", found, expected, 1e-5)
     [shares, others] = [[s for layer in achieved_sparsity(m) for s in layer.values()] for m in (kept, twin)]
     assert shares == others and 0.1 < sum(shares) / len(shares) < 0.7
 

@@ -116,7 +116,10 @@ def test_json_is_neither_escaped_for_html_nor_sorted(load: Any) -> None:
 def test_arguments_are_an_object_and_where_the_template_adds_strings_json(load: Any) -> None:
     call: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": '{"ü": "<"}'}}
     messages: list[dict[str, Any]] = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    template = "{% set a = messages[1].tool_calls[0].function.arguments %}{{ a['ü'] }} {{ a|tojson }} {{ '=' + a + ';' }}{{ a }}"
+    template = (
+        "{% set a = messages[1].tool_calls[0].function.arguments %}"
+        "{{ a['ü'] }} {{ a|tojson }} {{ '=' + a + ';' }}{{ a }}"
+    )
     as_json = '{"ü": "<"}'
     assert load(template).render_chat(messages) == f"< {as_json} ={as_json};{as_json}"
     assert messages[1]["tool_calls"] == [call]  # the caller's own are as they were

@@ -117,9 +117,11 @@ def test_no_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 SAID = {
     "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n": "disk of",
     "error: Failed to extract archive\n  cause: I/O operation failed: File too large (os error 27)\n": "disk of",
-    "error: Request failed\n  cause: client error (Connect)\n  cause: dns error\n": "cannot be reached (cause: dns error)",
+    "error: Request failed\n  cause: client error (Connect)\n  cause: dns error\n": (
+        "cannot be reached (cause: dns error)"
+    ),
     "WARNING: a\nERROR: No matching distribution found\n": "No matching distribution found; pass --checkpoint",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("said,reason", SAID.items())

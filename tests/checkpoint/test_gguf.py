@@ -1,6 +1,5 @@
 """GGUF files -> folders: every readable type, the undone q/k permutation, rope factors, both tokenizers, atomicity."""
 
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from gguf import GGMLQuantizationType as Type
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from teal.checkpoint import source
-from teal.checkpoint.gguf import TENSOR_NAMES, convert_gguf
+from teal.checkpoint.gguf import convert_gguf
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
@@ -31,135 +30,14 @@ from teal.model import KVCache
 from tests.conftest import (
     ROOT,
     TEXT,
+    assert_near,
     assert_one_line_error,
     file_size_limit,
-    relative_error,
     run_command,
     save_tiny_model,
     tiny_config,
-    train_sentencepiece,
 )
-
-CPU = torch.device("cpu")
-# K-quants come in blocks of 256 weights, so every row is a multiple of that.
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
-# Step of the coarsest value a type can hold, over the largest weight of its block.
-ROUNDING = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 8e-3, Type.Q5_0: 0.07, Type.Q5_1: 0.07}
-ROUNDING |= {Type.Q4_0: 0.14, Type.Q4_1: 0.14}
-K_QUANTS = (Type.Q4_K, Type.Q5_K, Type.Q6_K)  # the gguf package reads these but does not write them
-
-
-def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k weight as llama.cpp orders them: channel i of a head next to channel i + D/2."""
-    rows = weight.reshape(heads, 2, -1, weight.shape[1])
-    return np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(weight.shape)
-
-
-def random_k_quant(rng: np.random.Generator, shape: tuple[int, ...], kind: Type) -> np.ndarray:
-    """Valid blocks of a K-quant with random content: bytes at random, fp16 scales small."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = rng.integers(0, 256, (int(np.prod(shape)) // block, size), dtype=np.uint8)
-    scales = rng.uniform(1e-5, 1e-4, (raw.shape[0], 2)).astype(np.float16).view(np.uint8)
-    if kind == Type.Q6_K:
-        raw[:, -2:] = scales[:, :2]
-    else:
-        raw[:, :4] = scales
-    return raw.reshape(*shape[:-1], -1)
-
-
-def write_gguf(
-    path: Path,
-    model: transformers.PreTrainedModel,
-    kind: Type,
-    tokenizer: Callable[[gguf.GGUFWriter], None],
-    **options: Any,
-) -> dict[str, torch.Tensor]:
-    """Write model's weights in a GGUF file as kind; returns what a reader should get: HF layout, quantized as fp16 or kept.
-
-    options: of gguf.GGUFWriter.
-    """
-    c = model.config
-    writer = gguf.GGUFWriter(path, "llama", **options)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    tokenizer(writer)
-    back = {hf.split(".")[-1]: name for name, hf in TENSOR_NAMES.items()}
-    rng = np.random.default_rng(0)
-    expected = {}
-    for name, weight in model.state_dict().items():
-        *prefix, stem, suffix = name.split(".")
-        block = f"blk.{name.split('.')[2]}." if "layers" in prefix else ""
-        values = weight.numpy()
-        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(stem)
-        if values.ndim == 1:
-            writer.add_tensor(f"{block}{back[stem]}.{suffix}", values)
-            expected[name] = weight
-            continue
-        if kind in K_QUANTS:
-            stored = random_k_quant(rng, values.shape, kind)
-        else:
-            stored = gguf.quantize(interleave(values, heads) if heads else values, kind)
-        writer.add_tensor(f"{block}{back[stem]}.{suffix}", stored, raw_dtype=kind)
-        read = torch.from_numpy(np.array(gguf.dequantize(stored, kind)))
-        if heads:
-            read = read.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        exact = kind in (Type.F32, Type.BF16) or (kind in (Type.Q4_0, Type.Q8_0) and stem.endswith("_proj"))
-        expected[name] = read if exact else read.half().float()
-    write_and_close(writer)
-    return expected
-
-
-def write_and_close(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def byte_level_vocabulary(path_json: str) -> Callable[[gguf.GGUFWriter], None]:
-    """Writes a tokenizer.json's byte-level BPE as GGUF metadata."""
-    inner = tokenizers.Tokenizer.from_str(path_json)
-    tokens = [str(inner.id_to_token(i)) for i in range(inner.get_vocab_size())]
-    special = {t.content for t in inner.get_added_tokens_decoder().values()}
-    merges = json.loads(path_json)["model"]["merges"]
-
-    def write(writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3 if t in special else 1 for t in tokens])
-        writer.add_token_merges([" ".join(m) for m in merges])
-        writer.add_eos_token_id(tokens.index("</s>"))
-        writer.add_chat_template("{{ messages[0]['content'] }}")
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def sentencepiece_model() -> bytes:
-    return train_sentencepiece(8 * TEXT, vocab_size=420, character_coverage=0.98, split_digits=True)
-
-
-def sentencepiece_vocabulary(content: bytes) -> Callable[[gguf.GGUFWriter], None]:
-    sp = sentencepiece.SentencePieceProcessor(model_proto=content)
-    ids = range(sp.get_piece_size())
-
-    def write(writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list([sp.id_to_piece(i) for i in ids])
-        writer.add_token_scores([sp.get_score(i) for i in ids])
-        kinds = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in ids]
-        writer.add_token_types(kinds)
-        writer.add_bos_token_id(sp.bos_id())
-        writer.add_eos_token_id(sp.eos_id())
-
-    return write
+from tests.gguf_files import CPU, K_QUANTS, ROUNDING, SIZES, byte_level_vocabulary, sentencepiece_vocabulary, write_gguf
 
 
 @pytest.mark.parametrize("kind", [*ROUNDING, *K_QUANTS], ids=lambda kind: kind.name)
@@ -180,7 +58,7 @@ def test_every_type_gives_the_model_transformers_would_run(
     cache = KVCache(ours.config, 1, 40, CPU, torch.float32)
     with torch.inference_mode():
         logits = ours(tokens, torch.arange(40)[None], cache)
-        assert relative_error(logits, model(tokens).logits) <= 1e-5
+        assert_near("logits", logits, model(tokens).logits, 1e-5)
     assert is_quantized(ours) == (kind in (Type.Q4_0, Type.Q8_0))
 
 

@@ -21,9 +21,8 @@ from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.files import fingerprint
-from tests.checkpoint.test_gguf import byte_level_vocabulary, sentencepiece_vocabulary, write_gguf
-from tests.checkpoint.test_gguf import sentencepiece_model as sentencepiece_model  # a fixture
 from tests.conftest import assert_one_line_error, save_tiny_model, tiny_config
+from tests.gguf_files import byte_level_vocabulary, sentencepiece_vocabulary, write_gguf
 
 CPU = torch.device("cpu")
 
@@ -84,7 +83,7 @@ def test_a_changed_part_is_converted_anew(parts: list[Path]) -> None:
 
 
 def test_fingerprints_follow_layers_of_large_files(tmp_path: Path) -> None:
-    """64 MB of which 64 kB in the second quarter, as of one small layer, differ: none of the three places once sampled."""
+    """Of 64 MB, 64 kB in the second quarter differ, as of one small layer: none of the three places once sampled."""
     path = tmp_path / "large"
     content = np.zeros(64 << 20, np.uint8)
     content.tofile(path)

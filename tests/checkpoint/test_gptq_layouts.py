@@ -41,7 +41,7 @@ def defined_weight(q: np.ndarray, stored: np.ndarray, scales: np.ndarray, bits: 
 def write(
     folder: Path, config: dict[str, Any], stored: int | None, less: int, sizes: dict[str, int]
 ) -> dict[str, torch.Tensor]:
-    """A GPTQ checkpoint with random integers and zero points, or all the one stored: the weights it defines, by name."""
+    """A GPTQ checkpoint with random integers and zero points, or all as given: the weights it defines, by name."""
     bits = config["bits"]
     save_tiny_model(tiny_config("qwen2", **sizes, num_hidden_layers=1), folder)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Whatever a file or a command line holds, a command answers, or says in one line what is wrong; never with a traceback.
+"""Whatever a file or a command line holds, a command answers or says in one line what is wrong, without a traceback.
 
 CI tries a few dozen examples of each kind; pytest tests/test_untrusted.py --full tries thousands, for ten minutes.
 """

@@ -135,7 +135,12 @@ def test_first_come_first_served_and_the_queue_has_an_end(tiny_folder: Path) -> 
     engine = Engine.load(str(tiny_folder), device="cpu", dtype="fp32", sparsity=0.4)
     scheduler, order = Scheduler(engine, rows=2, queue=5), []
     requests = [
-        Request(ids, lambda event, i=i: order.append(i) if isinstance(event, Done) else None, max_new_tokens=4, ignore_eos=True)  # type: ignore[misc]
+        Request(
+            ids,
+            lambda event, i=i: order.append(i) if isinstance(event, Done) else None,  # type: ignore[misc]
+            max_new_tokens=4,
+            ignore_eos=True,
+        )
         for i, ids in enumerate(prompts(engine, 6))
     ]  # fmt: skip
     for request in requests[:5]:

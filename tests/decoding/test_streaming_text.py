@@ -1,4 +1,4 @@
-"""Text of tokens, streamed and whole, and their bytes: transformers' on every kind of tokenizer, wherever the prompt ends."""
+"""Text of tokens, streamed and whole, and their bytes: transformers' on every kind of tokenizer and prompt."""
 
 import json
 from pathlib import Path

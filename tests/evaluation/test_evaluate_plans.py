@@ -1,4 +1,4 @@
-"""Which plan a figure is of: the one that generate.py would take, named on stderr; and a word if it misses its target."""
+"""Which plan a figure is of: the one generate.py would take, named on stderr, with a word if it misses its target."""
 
 import json
 import re

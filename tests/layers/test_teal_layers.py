@@ -65,7 +65,7 @@ def test_threshold_zero_is_the_dense_model(folder: Path) -> None:
 def test_projections_equal_the_definition(folder: Path, thresholds: dict[str, float]) -> None:
     """Each projection's output is W (x masked at its own threshold) + b, in decoding and in sparse prefill.
 
-    Compared module by module on inputs recorded from the dense model: over a whole model, an entry
+    Compared module by module on inputs recorded from the dense model. Over a whole model, an entry
     within rounding of its threshold may fall on either side.
     """
     dense, sparse = (load_model(folder, CPU, torch.float32) for _ in range(2))

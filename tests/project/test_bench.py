@@ -1,5 +1,6 @@
 """The GPU benchmarks' own logic, as far as it needs no GPU."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from teal.kernels.gemv.tuning import GemvTile, user_tiles, user_tiles_path
 from teal.options import SamplingParams
 from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity, set_counting
-from tests.conftest import assert_one_line_error
+from tests.conftest import assert_one_line_error, save_tiny_model, tiny_config
 
 
 class FakeWeights:
@@ -90,9 +91,17 @@ def test_mistakes_are_one_line(
     assert_one_line_error(code, err, fragment)
 
 
-def test_options_have_help() -> None:
-    for module in (gemv, tune):
-        assert all(action.help for action in module.build_parser()._actions)
+def test_decoding_is_timed_dense_and_sparse(
+    tmp_path: Path, byte_level_tokenizer_json: str, call_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    save_tiny_model(tiny_config("llama", vocab_size=2048), tmp_path)  # the bench's prompt has tokens up to 2000
+    (tmp_path / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
+    small = ("--context", "32", "--tokens", "8", "--rounds", "1", "--device", "cpu")
+    code, out, err = call_main(decode.main, "--checkpoint", tmp_path, "--sparsities", "0,0.5", *small)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert [row["label"] for row in result["rows"]] == ["dense", "50% sparse"]
+    assert all(row["tokens_per_s"] > 0 and row["gb_per_s"] > 0 for row in result["rows"])
 
 
 def test_fitted_thresholds_drop_their_targets(tiny_folder: Path) -> None:

@@ -1,6 +1,7 @@
-"""docs/ tells the truth: its commands run, its excerpts are the code, its links lead somewhere."""
+"""docs/ tells the truth: its commands run, its excerpts are the code, every page is listed."""
 
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -8,27 +9,47 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_line
+from tests.conftest import ROOT
+from tests.project.pages import DOCS, blocks, commands, run_example, stories
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-BLOCKS = [
-    (path.name, kind, textwrap.dedent(body))
-    for path in DOCS
-    for _, kind, body in FENCE.findall(path.read_text(encoding="utf-8"))
-]
-COMMANDS = [(name, line) for name, kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
-PYTHON = [(name, body) for name, kind, body in BLOCKS if kind == "python"]
+ALL = [(page.name, story) for page in DOCS for story in commands(page)]
+STORIES = [(name, story) for name, story in ALL if "pytest" not in story[0]]
+TESTS = [(name, line) for name, story in ALL for line in story if "pytest" in line]
+PYTHON = [(page.name, body) for page in DOCS for body in blocks(page, "python")]
 EXCERPTS = [(name, body) for name, body in PYTHON if body.startswith("# ")]
 PROGRAMS = [(name, body) for name, body in PYTHON if not body.startswith("# ")]
 
 
-@pytest.mark.parametrize("name,line", COMMANDS, ids=[f"{n}: {c[:60]}" for n, c in COMMANDS])
+@pytest.mark.parametrize("name,story", STORIES, ids=[f"{name}: {story[0][:60]}" for name, story in STORIES])
 @pytest.mark.usefixtures("default_folder")
-def test_commands_run(name: str, line: str) -> None:
-    done = run_line(line, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert (done.stdout + done.stderr).strip()
+def test_commands_run(name: str, story: list[str], tmp_path: Path) -> None:
+    for line in story:
+        run_example(line, tmp_path)
+
+
+class Collected:
+    """A plugin of pytest that keeps how many tests a command would run."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.count = len(session.items)
+
+
+@pytest.mark.parametrize("name,line", TESTS, ids=[f"{name}: {line}" for name, line in TESTS])
+def test_tests_named_exist(name: str, line: str) -> None:
+    """They run as all others do; here they are only found, by the command's own words."""
+    program, module, runner, *arguments = shlex.split(line)
+    assert (program, module, runner) == ("python", "-m", "pytest")
+    found = Collected()
+    options = ("-n", "0", "--collect-only", "-p", "no:cacheprovider")
+    assert pytest.main([*arguments, *options], plugins=[found]) == 0 and found.count > 0
+
+
+def test_commands_that_share_a_file_stay_together() -> None:
+    assert stories(["a -o /tmp/x", "b", "c /tmp/x/y -o /tmp/z", "d /tmp/z.json /tmp/z", "e -o /tmp/w"]) == [
+        ["a -o /tmp/x", "c /tmp/x/y -o /tmp/z", "d /tmp/z.json /tmp/z"],
+        ["b"],
+        ["e -o /tmp/w"],
+    ]
 
 
 @pytest.mark.parametrize("name,body", EXCERPTS, ids=[f"{n} {i}" for i, (n, _) in enumerate(EXCERPTS)])
@@ -44,12 +65,6 @@ def test_programs_run(name: str, body: str) -> None:
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\d+ splits, \d+ of 64 rows read, error \de-0[5-9]\n", done.stdout), done.stdout
-
-
-@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 def test_every_page_is_listed() -> None:

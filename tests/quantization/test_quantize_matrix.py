@@ -1,6 +1,8 @@
 """quantize.py on every kind of checkpoint: methods, dtypes, biases, tied heads, groupings, widths of many factors."""
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
+def matrix() -> Iterator[Any]:
+    """All combinations of method, dtype, family and tied head. Every second one, of each three values all, in CI."""
+    levels = [[*enumerate(values)] for values in (("rtn", "hqq", "gptq"), DTYPES, FAMILIES, ("untied", "tied"))]
+    for combination in itertools.product(*levels):
+        method, dtype, family, head = (str(value) for _, value in combination)
+        marks = pytest.mark.slow if sum(i for i, _ in combination) % 2 else ()
+        yield pytest.param(method, dtype, family, head == "tied", id=f"{method}-{dtype}-{family}-{head}", marks=marks)
+
+
+@pytest.mark.parametrize("method,dtype,family,tied", matrix())
 def test_the_result_decodes_and_is_near_the_model(
     method: str, dtype: str, family: str, tied: bool, tmp_path: Path
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""The event loop is free while others' requests are worked on: /health answers, streams go on, and length is checked first."""
+"""The event loop is free while requests are worked on: /health answers, streams go on, length is checked first."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from teal.errors import UserError
 from teal.serving.http_limits import MAX_NODES, check_nodes
 from teal.serving.openai_schema import BadRequest
 from tests.conftest import TEXT, save_tiny_model, tiny_config, train_sentencepiece
-from tests.serving.test_serve import QUESTION, Server, serving
+from tests.server_process import QUESTION, Server, serving
 
 CONTEXT = 400_000  # so large that a text of 4 MB may fit for all its length tells, and is tokenized
 UNDECLARED = Declared({}, frozenset(), "", legacy=True)  # no file says more of a tokenizer

@@ -10,7 +10,7 @@ from teal.decoding.engine import Engine
 from teal.decoding.requests import Done, Piece, Request, TokenLogprob
 from teal.decoding.scheduler import Scheduler
 from tests.scripted import Script
-from tests.serving.test_serve import QUESTION, Server, serving
+from tests.server_process import QUESTION, Server, serving
 
 TEXTS = ["The lobster lives.", "Größe, 東京の天気, 👩‍🚀🙂 end", "é"]
 

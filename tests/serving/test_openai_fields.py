@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teal.serving.openai_schema import BadRequest, ChatRequest, CompletionRequest, parse
-from tests.serving.test_serve import QUESTION, Server, serving
+from tests.server_process import QUESTION, Server, serving
 
 USER = {"role": "user", "content": "x"}
 FOUR_KINDS = "a string, a list of strings, a list of token ids or a list of such lists"
@@ -59,22 +59,41 @@ MISTAKES: list[tuple[tuple[Any, dict[str, Any]], str]] = [
     (plain(suffix="x"), "suffix: is not supported here; texts are continued at their end only"),
     (chat(messages=[]), "messages: at least 1 message, got 0"),
     (chat(messages=[USER, 5]), "messages.1: expected an object, got 5"),
-    (chat(messages=[USER, USER, {"role": "king"}]), "messages.2.role: expected 'system', 'developer', 'user', 'assistant' or 'tool', got \"king\""),
-    (chat(messages=[USER, {"role": "user", "content": 5}]), "messages.1.content: expected a string or a list of text parts, got 5"),
-    (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages.0.content.0.type: expected 'text', got \"image_url\""),
-    (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages.0.content.0.text: is missing; it is required"),
+    (
+        chat(messages=[USER, USER, {"role": "king"}]),
+        "messages.2.role: expected 'system', 'developer', 'user', 'assistant' or 'tool', got \"king\"",
+    ),
+    (
+        chat(messages=[USER, {"role": "user", "content": 5}]),
+        "messages.1.content: expected a string or a list of text parts, got 5",
+    ),
+    (
+        chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+        "messages.0.content.0.type: expected 'text', got \"image_url\"",
+    ),
+    (
+        chat(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+        "messages.0.content.0.text: is missing; it is required",
+    ),
     (chat(tools=[{"type": "function"}]), "tools.0.function: is missing; it is required"),
-    (chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]),
-     "tools.0.function.parameters: expected a schema of type 'object', got 'string'"),
+    (
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]),
+        "tools.0.function.parameters: expected a schema of type 'object', got 'string'",
+    ),
     (chat(tool_choice="some"), "tool_choice: expected 'none', 'auto' or 'required', got \"some\""),
     (chat(tool_choice=5), "tool_choice: expected 'none', 'auto', 'required' or an object, got 5"),
     (chat(tool_choice={"type": "function"}), "tool_choice.function: is missing; it is required"),
     (chat(tool_choice="required"), "tool_choice: needs tools"),
     (chat(response_format={"type": "json_schema"}), "response_format: type json_schema needs json_schema.schema"),
     (chat(top_logprobs=3), "top_logprobs: needs logprobs true"),
-    (chat(add_generation_prompt=True, continue_final_message=True),
-     "continue_final_message: a final message that is continued takes no generation prompt; send one of the two"),
-    (chat(continue_final_message=True), "continue_final_message: the last message is the user's; expected the assistant's"),
+    (
+        chat(add_generation_prompt=True, continue_final_message=True),
+        "continue_final_message: a final message that is continued takes no generation prompt; send one of the two",
+    ),
+    (
+        chat(continue_final_message=True),
+        "continue_final_message: the last message is the user's; expected the assistant's",
+    ),
     (chat(documents=["a"]), 'documents.0: expected an object, got "a"'),
     (chat(functions=[{"name": "f"}]), "functions: is not supported here; use tools"),
     (chat(function_call="auto"), "function_call: is not supported here; use tool_choice"),
@@ -82,9 +101,12 @@ MISTAKES: list[tuple[tuple[Any, dict[str, Any]], str]] = [
     (chat(audio={"voice": "ash"}), "audio: is not supported here; answers are text"),
     (chat(prediction={"type": "content", "content": "x"}), "prediction: is not supported here; leave it out"),
     (chat(web_search_options={}), "web_search_options: is not supported here; describe a search of your own in tools"),
-    (chat(reasoning_effort="high"), "reasoning_effort: is not supported here; chat_template_kwargs passes what the model's chat template knows"),
+    (
+        chat(reasoning_effort="high"),
+        "reasoning_effort: is not supported here; chat_template_kwargs passes what the model's chat template knows",
+    ),
     (chat(verbosity="low"), "verbosity: is not supported here; say it in a message"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("request_of,message", MISTAKES, ids=[message for _, message in MISTAKES])
@@ -97,11 +119,16 @@ def test_a_mistake_is_told_in_the_clients_words(request_of: tuple[Any, dict[str,
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 200) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["type", "text", "role", "content", "function", "name", "schema", "json_schema", "5"]), inner, max_size=3
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "text", "role", "content", "function", "name", "schema", "json_schema", "5"]),
+            inner,
+            max_size=3,
+        )
     ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=400, deadline=None)
@@ -223,13 +250,23 @@ def test_logit_bias_of_unknown_tokens_is_refused(server: Server) -> None:
 
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
-    "itself-in-itself": {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}}},
-    "lists-without-end": {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 1}}},
+    "itself-in-itself": {
+        "$ref": "#/$defs/a",
+        "$defs": {"a": {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"]}},
+    },
+    "lists-without-end": {
+        "$ref": "#/$defs/a",
+        "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 1}},
+    },
     "nothing": {"enum": []},
-    "contradiction": {"type": "object", "properties": {"a": {"type": "integer", "minimum": 5, "maximum": 2}}, "required": ["a"]},
+    "contradiction": {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 5, "maximum": 2}},
+        "required": ["a"],
+    },
     "look-ahead": {"type": "string", "pattern": "^(?=x)y$"},
     "unknown-keyword": {"not": {"type": "string"}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
@@ -246,8 +283,13 @@ def test_a_schema_without_an_answer_is_refused(server: Server, name: str) -> Non
 def test_a_schema_that_ends_nowhere_is_an_error_later(server: Server, stream: bool) -> None:
     """Where the dead end comes after a choice, only the answer finds it."""
     endless = IMPOSSIBLE["itself-in-itself"]
-    schema = {"type": "object", "properties": {"k": {"enum": ["p", "q"]}, "q": {"$ref": "#/$defs/a"}}, "$defs": endless["$defs"],
-              "required": ["k", "q"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"k": {"enum": ["p", "q"]}, "q": {"$ref": "#/$defs/a"}},
+        "$defs": endless["$defs"],
+        "required": ["k", "q"],
+        "additionalProperties": False,
+    }
     kind = {"type": "json_schema", "json_schema": {"schema": schema}}
     error = openai.APIError if stream else openai.BadRequestError
     with pytest.raises(error, match="cannot be followed to an end"):

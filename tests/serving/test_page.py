@@ -1,6 +1,7 @@
 """The chat page in a real browser: chat, sparsity, comparison, heat map, keyboard, no request to another host.
 
-Answers that no model here would give (Markdown, hostile HTML, a connection that breaks) come from a route of the browser.
+Answers that no model here would give (Markdown, hostile HTML, a connection that breaks) come from a route of the
+browser.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.test_serve import Server, serving
+from tests.server_process import Server, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -42,7 +43,7 @@ def page(browser: Any, server: Server) -> Any:
 
 @pytest.fixture
 def fresh(browser: Any, server: Server) -> Iterator[Any]:
-    """A page in a browser that keeps nothing of other tests. Its content security policy is off, for playwright's sake."""
+    """A page in a browser that keeps nothing of other tests. Playwright needs its content security policy off."""
     context = browser.new_context(bypass_csp=True)
     page = context.new_page()
     open_page(page, server)
@@ -229,7 +230,8 @@ def test_a_dead_server_says_so(fresh: Any) -> None:
 def test_markdown_is_rendered(fresh: Any) -> None:
     answer_with(
         fresh,
-        "# Fish\n\n- **cod**\n- [hake](https://example.org)\n\n```python\nif a < b:\n    pass\n```\n\n|a|b|\n|-|-|\n|1|2|\n",
+        "# Fish\n\n- **cod**\n- [hake](https://example.org)\n\n"
+        "```python\nif a < b:\n    pass\n```\n\n|a|b|\n|-|-|\n|1|2|\n",
     )
     ask(fresh, "x")
     answer = fresh.locator(".answer")

@@ -2,18 +2,12 @@
 
 import http.client
 import json
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,86 +15,15 @@ import openai
 import pytest
 
 from teal.bench import soak
-from tests.conftest import ROOT, assert_one_line_error
+from tests.conftest import ROOT
+from tests.server_process import QUESTION, WEATHER, Server, serving
 
-QUESTION = [{"role": "user", "content": "The European lobster"}]
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
-    "type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
-    "additionalProperties": False}}}  # fmt: skip
-
-
-@dataclass
-class Server:
-    """A running server process."""
-
-    process: "subprocess.Popen[str]"
-    port: int
-
-    @property
-    def client(self) -> Any:  # an openai.OpenAI, whose overloads take no dictionaries
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="k", max_retries=0, timeout=60)
-
-    def send(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes, dict[str, str]]:
-        """Status, body and headers of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            content = {} if body is None else {"Content-Type": "application/json"}
-            connection.request(method, path, body, {**content, **(headers or {})})
-            answer = connection.getresponse()
-            return answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
-        finally:
-            connection.close()
-
-    def health(self) -> dict[str, Any]:
-        return json.loads(self.send("GET", "/health")[1])
-
-    def wait_until(self, **wanted: int) -> float:
-        """Seconds until /health says so; fails after ten."""
-        start = time.monotonic()
-        while time.monotonic() - start < 10:
-            if wanted.items() <= self.health().items():
-                return time.monotonic() - start
-            time.sleep(0.01)
-        raise AssertionError(f"{self.health()} instead of {wanted}")
-
-
-@contextmanager
-def serving(folder: Path, *options: str, program: tuple[str, ...] = ("serve.py",)) -> Iterator[Server]:
-    """A server of this checkpoint."""
-    command = [sys.executable, *program, "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if found := re.search(r"at http://127\.0\.0\.1:(\d+)/", line):
-            break
-    else:
-        raise AssertionError("".join(lines))
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    server = Server(process, int(found[1]))
-    try:
-        server.wait_until(running=0)
-        yield server
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder: Path) -> Iterator[Server]:
-    with serving(
-        tiny_folder, "--sparsity", "0.3", "--sparsities", "0.5", "--name", "tiny", "--max-body-mb", "1"
-    ) as running:
-        yield running
 
 
 def test_chat_with_the_stock_client(server: Server) -> None:
@@ -130,10 +53,17 @@ def test_choices_seeds_and_penalties(server: Server) -> None:
     assert one == two != other and len(set(one)) == 3
     plain, changed = (
         server.client.chat.completions.create(
-            model="tiny", messages=QUESTION, max_tokens=30, temperature=0, frequency_penalty=p, extra_body={"ignore_eos": True}
-        ).choices[0].message.content
+            model="tiny",
+            messages=QUESTION,
+            max_tokens=30,
+            temperature=0,
+            frequency_penalty=p,
+            extra_body={"ignore_eos": True},
+        )
+        .choices[0]
+        .message.content
         for p in (0, 2)
-    )  # fmt: skip
+    )
     assert plain != changed
 
 
@@ -186,9 +116,15 @@ def test_answers_follow_a_schema(server: Server) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools(server: Server, stream: bool) -> None:
     answer: Any = server.client.chat.completions.create(
-        model="tiny", messages=QUESTION, max_tokens=60, temperature=1.0, seed=1, tools=[WEATHER], tool_choice="required",
+        model="tiny",
+        messages=QUESTION,
+        max_tokens=60,
+        temperature=1.0,
+        seed=1,
+        tools=[WEATHER],
+        tool_choice="required",
         stream=stream,
-    )  # fmt: skip
+    )
     if stream:
         choices = [choice for chunk in answer for choice in chunk.choices]
         assert choices[-1].finish_reason == "tool_calls"
@@ -273,79 +209,6 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
         assert server.wait_until(running=0, waiting=0) < 2.0
 
 
-def random_value(chance: random.Random, depth: int = 0) -> Any:
-    kinds: list[Any] = [None, True, -1, 0, 1, 1e308, -1e308, 10**30, "", "x" * 50, "\ud800", "🙂", [], {}, 0.5]
-    if depth < 3 and chance.random() < 0.3:
-        inner = [random_value(chance, depth + 1) for _ in range(chance.randint(0, 3))]
-        return inner if chance.random() < 0.5 else {str(i): value for i, value in enumerate(inner)}
-    return chance.choice(kinds)
-
-
-def malformed_bodies(count: int) -> Iterator[tuple[str, bytes]]:
-    """(path, body) that no server should accept, each for another reason or at another place."""
-    chance = random.Random(0)
-    chat = {"messages": QUESTION, "max_tokens": 2}
-    plain: dict[str, Any] = {"prompt": "The", "max_tokens": 2}
-    wrong: dict[str, list[Any]] = {
-        "temperature": ["1", -1, 3, [], {}, True], "top_p": [-0.1, 1.1, "x"], "n": [0, 9, 1.5, "2", True], "max_tokens": [0, -5, "9", 1.5],
-        "stop": [5, [5], ["a"] * 17, {}], "seed": ["s", 1.5, 2**63], "stream": ["yes", 1], "top_k": [-2, 0.5], "min_p": [1, -0.1],
-        "presence_penalty": [-3, "1"], "frequency_penalty": [2.5, []], "sparsity": [1, -0.1, 0.77, "0.5"], "model": [5, "gpt-9"],
-        "logit_bias": [5, {"x": 1}, {"1": 101}, {"1": "1"}, {"-1": 1}, {"99999": 1}],
-        "stream_options": [5, {"include_usage": "y"}], "repetition_penalty": [0, -1],
-    }  # fmt: skip
-    for field, values in wrong.items():
-        for value in values:
-            for path, good in (("/v1/chat/completions", chat), ("/v1/completions", plain)):
-                yield path, json.dumps({**good, field: value}).encode()
-    for value in (5, [], "x", [5], [{}], [{"role": "user"}] * 5000, [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}],
-                  [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]):  # fmt: skip
-        yield "/v1/chat/completions", json.dumps({**chat, "messages": value}).encode()
-    for value in (5, [], {}, [[]], [-1], [10**9], [1.5], "", "x" * 5000, [["a"]]):
-        yield "/v1/completions", json.dumps({**plain, "prompt": value}).encode()
-    extras: tuple[dict[str, Any], ...] = ({"tools": 5}, {"tools": [{}]}, {"tool_choice": "required"}, {"response_format": {"type": "json_schema"}},
-                  {"response_format": {"type": "xml"}}, {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21},
-                  {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}})  # fmt: skip
-    for extra in extras:
-        yield "/v1/chat/completions", json.dumps({**chat, **extra}).encode()
-    yield "/v1/completions", b"[" * 100_000
-    yield "/v1/completions", b'{"a":' * 200 + b"1" + b"}" * 200
-    yield "/v1/completions", b"\xff\xfe\x00"
-    yield "/v1/completions", b'{"prompt": "\\ud800"}'
-    yield "/v1/completions", b'{"prompt": "x", "temperature": NaN}'
-    yield "/v1/completions", b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}"
-    yield "/v1/completions", b"x" * 1_500_000
-    whole = json.dumps(chat).encode()
-    for i in range(count):
-        cut = chance.randrange(len(whole))
-        yield "/v1/chat/completions", whole[:cut]
-        body = {**chat, "messages": random_value(chance)}
-        if not isinstance(body["messages"], list) or not body["messages"]:
-            yield "/v1/chat/completions", json.dumps(body).encode()
-        yield "/v1/completions", json.dumps([random_value(chance)] if i % 2 else chance.choice(["x", 5, None])).encode()
-
-
-def test_malformed_bodies_get_an_error_and_the_server_stays_up(server: Server) -> None:
-    bodies = list(malformed_bodies(180))
-    assert len(bodies) >= 500
-    for path, body in bodies:
-        status, text, _ = server.send("POST", path, body)
-        assert 400 <= status < 500, (path, body[:300], status, text)
-        error = json.loads(text)["error"]
-        assert set(error) == {"message", "type", "param", "code"} and error["message"], (body[:300], text)
-    assert server.health() == {"status": "ok", "waiting": 0, "running": 0}
-    assert server.client.completions.create(model="tiny", prompt="The", max_tokens=2).usage.completion_tokens
-
-
-def test_unknown_paths_and_methods(server: Server) -> None:
-    for method, path, expected in (
-        ("GET", "/v1/nothing", 404),
-        ("GET", "/v1/completions", 405),
-        ("PUT", "/health", 405),
-    ):
-        status, text, _ = server.send(method, path)
-        assert status == expected and json.loads(text)["error"]["message"]
-
-
 def test_key_and_full_queue(tiny_folder: Path) -> None:
     with serving(tiny_folder, "--api-key", "secret", "--rows", "1", "--queue", "1") as server:
         status, text, _ = server.send("GET", "/v1/models")
@@ -401,21 +264,3 @@ def test_speculation_is_counted(tiny_folder: Path) -> None:
             for name in ("drafted", "accepted")
         )
         assert 0 < accepted <= min(drafted, 29)
-
-
-def test_mistakes_at_the_start_are_one_line(tiny_folder: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        for options, fragments in (
-            (["--port", str(taken.getsockname()[1])], ("--port", "in use")),
-            (["--port", "70000"], ("--port 70000", "65535")),
-            (["--rows", "9", "--port", "0"], ("--rows 9", "1 to 8")),
-            (["--sparsities", "1.5"], ("1.5",)),
-            (["--speculate", "99"], ("--speculate 99", "1 to 16")),
-            (["--speculate", "4", "--sparsity", "0.5"], ("--sparsity", "dense model's")),
-            (["--draft-quant", "int4"], ("--draft-quant", "--speculate K")),
-        ):
-            command = [sys.executable, "serve.py", "--checkpoint", str(tiny_folder), *options]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-            assert_one_line_error(done.returncode, done.stderr, *fragments)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, assert_one_line_error
-from tests.serving.test_serve import Server, serving
+from tests.server_process import Server, serving
 
 PLAIN = "/v1/completions"
 BODY = json.dumps({"prompt": "The", "max_tokens": 2}).encode()

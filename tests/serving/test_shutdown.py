@@ -1,4 +1,4 @@
-"""The end of the server: answers end well, whoever waits is told, nothing is printed, and a second signal ends at once."""
+"""The end of the server: answers end well, whoever waits is told, and a second signal ends it at once."""
 
 import http.client
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.serving.test_serve import Server
+from tests.server_process import Server
 
 JSON = {"Content-Type": "application/json"}
 LONG = {"prompt": "The", "max_tokens": 390, "ignore_eos": True}

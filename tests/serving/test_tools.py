@@ -17,8 +17,8 @@ from teal.decoding.scheduler import Scheduler
 from teal.serving.openai_api import Service
 from teal.serving.openai_schema import ChatRequest, parse
 from teal.serving.tool_calls import Arguments, CallStart, Content, Delta, ToolCallParser
+from tests.server_process import QUESTION, WEATHER, Server, serving
 from tests.serving.test_openai_fields import IMPOSSIBLE
-from tests.serving.test_serve import QUESTION, WEATHER, Server, serving
 
 NAMES = ["weather", "now"]
 ROME = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -59,7 +59,11 @@ ANSWERS: dict[str, tuple[str, str, list[Any]]] = {
     "plain": ("The sky is blue.\n\n", "The sky is blue.\n\n", []),
     "tagged": (tagged(ROME), "", [CALL["Rome"]]),
     "untagged": (f" {ROME}\n", "", [CALL["Rome"]]),
-    "after-thoughts": (f"<think>\n{tagged(OSLO)}? No.</think>\n\n{tagged(ROME)}", f"<think>\n{tagged(OSLO)}? No.</think>", [CALL["Rome"]]),
+    "after-thoughts": (
+        f"<think>\n{tagged(OSLO)}? No.</think>\n\n{tagged(ROME)}",
+        f"<think>\n{tagged(OSLO)}? No.</think>",
+        [CALL["Rome"]],
+    ),
     "untagged-after-thoughts": (f"<think>Hm.</think>\n{ROME}", "<think>Hm.</think>", [CALL["Rome"]]),
     "two": (f"{tagged(ROME)}\n{tagged(OSLO)}\n", "", [CALL["Rome"], CALL["Oslo"]]),
     "text-before": (f"Let me look.\n\n{tagged(ROME)}", "Let me look.", [CALL["Rome"]]),
@@ -75,7 +79,7 @@ ANSWERS: dict[str, tuple[str, str, list[Any]]] = {
     "nearly-tags": ("a <tool> < b <tool_cal> <think", "a <tool> < b <tool_cal> <think", []),
     "later-thoughts-are-text": (f"So <think> {tagged(ROME)}", "So <think>", [CALL["Rome"]]),
     "unclosed-thoughts": (f"<think>{tagged(ROME)} ", f"<think>{tagged(ROME)} ", []),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -92,17 +96,36 @@ def test_an_answer_is_read_alike_in_any_chunking(name: str, sizes: list[int]) ->
 
 @settings(max_examples=300, deadline=None)
 @given(
-    text=st.lists(st.sampled_from([*"{} \n\"<>:,", "<tool_call>", "</tool_call>", "<think>", "</think>", ROME, OSLO, '"name"',
-                                   '"weather"', '"arguments"', "hello"]), max_size=12).map("".join),
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), cut=st.booleans(), limit=st.sampled_from([None, 1]),
-)  # fmt: skip
+    text=st.lists(
+        st.sampled_from(
+            [
+                *'{} \n"<>:,',
+                "<tool_call>",
+                "</tool_call>",
+                "<think>",
+                "</think>",
+                ROME,
+                OSLO,
+                '"name"',
+                '"weather"',
+                '"arguments"',
+                "hello",
+            ]
+        ),
+        max_size=12,
+    ).map("".join),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    cut=st.booleans(),
+    limit=st.sampled_from([None, 1]),
+)
 def test_any_text_is_read_alike_in_any_chunking(text: str, sizes: list[int], cut: bool, limit: int | None) -> None:
     whole, piecewise = (put_together(read(text, some, cut, limit=limit)[0]) for some in ([len(text) or 1], sizes))
     assert whole == piecewise
 
 
 @pytest.mark.parametrize("call,before", [
-    (ROME, ""), (ROME, "<think>\nHm.\n</think>"), (tagged(ROME), ""), (tagged(ROME), "Let me look."), (tagged(ROME), "<think>Hm.</think>"),
+    (ROME, ""), (ROME, "<think>\nHm.\n</think>"),
+    (tagged(ROME), ""), (tagged(ROME), "Let me look."), (tagged(ROME), "<think>Hm.</think>"),
 ])  # fmt: skip
 def test_a_call_that_is_cut_off_is_no_content(call: str, before: str) -> None:
     text = f"{before}\n{call}" if before else call

@@ -1,0 +1,62 @@
+"""The README and the pages of docs/: their blocks of code, and their commands run as a reader types them."""
+
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+FOLDER = "/tmp/"  # where examples write; tests put a folder of their own in its place
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """The fenced blocks of a kind ("sh", "python") on a page."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(body) for _, language, body in found if language == kind]
+
+
+def stories(lines: list[str]) -> list[list[str]]:
+    """Commands, in order, grouped so that those which name the same file under /tmp/ stay together."""
+    found: list[tuple[set[str], list[str]]] = []
+    for line in lines:
+        files = set(re.findall(rf"{FOLDER}([\w-]+)", line))
+        for known, story in found:
+            if known & files:
+                known |= files
+                story.append(line)
+                break
+        else:
+            found.append((files, [line]))
+    return [story for _, story in found]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands on a page, as stories. Those that make an environment are left to a fresh machine."""
+    return stories([line for body in blocks(page, "sh") for line in body.splitlines() if "venv" not in line])
+
+
+def run_example(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a command in the repository root by this Python, with folder in the place of /tmp.
+
+    It must succeed and say something.
+    """
+    command = line.replace("python ", f"{shlex.quote(sys.executable)} ")
+    command = command.replace(FOLDER, f"{shlex.quote(str(folder))}/")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert (done.stdout + done.stderr).strip(), line
+    return done
+
+
+def run_readme_program(cwd: Path, python: str | Path = sys.executable) -> list[str]:
+    """The lines that the README's example in Python prints, run in a folder by a Python."""
+    [example] = [body for body in blocks(ROOT / "README.md", "python") if "Engine" in body]
+    done = subprocess.run([str(python), "-c", example], capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
