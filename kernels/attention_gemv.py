@@ -18,16 +18,18 @@ def attention_gemv_kernel(
     p_sum, p_max, p_exp_sum, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
     B, K, N, n_0, n_1, n_2, D: tl.constexpr, NUM_SPLITS: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_B: tl.constexpr = META.BLOCK_B
+    BLOCK_R: tl.constexpr = META.BLOCK_R
     channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
     wait_for_previous(PDL)
-    rows = tl.arange(0, META.BLOCK_B)[:, None]
+    rows = tl.arange(0, BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
     slot = (rows * (K // D) + (channels // D)[None, :]) * NUM_SPLITS  # [BLOCK_B, BLOCK_R]
-    largest = tl.full([META.BLOCK_B, META.BLOCK_R], float("-inf"), tl.float32)
+    largest = tl.full([BLOCK_B, BLOCK_R], float("-inf"), tl.float32)
     for s in tl.static_range(NUM_SPLITS):
         largest = tl.maximum(largest, tl.load(p_max + slot + s, mask=inside, other=0.0))
-    total = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
-    weight = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    weight = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
     for s in tl.static_range(NUM_SPLITS):
         factor = tl.exp(tl.load(p_max + slot + s, mask=inside, other=0.0) - largest)
         total += factor * tl.load(p_sum + (slot + s) * D + (channels % D)[None, :], mask=inside, other=0.0)

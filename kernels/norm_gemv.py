@@ -18,12 +18,13 @@ def norm_gemv_kernel(
     p_x, p_norm, eps, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
     B, K, N, n_0, n_1, n_2, CHUNK: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_B: tl.constexpr = META.BLOCK_B
     channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
     norm = tl.load(p_norm + channels, mask=channels < K, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
-    rows = tl.arange(0, META.BLOCK_B)[:, None]
+    rows = tl.arange(0, BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
-    squares = tl.zeros([META.BLOCK_B, CHUNK], tl.float32)
+    squares = tl.zeros([BLOCK_B, CHUNK], tl.float32)
     for i in range(0, K, CHUNK):
         k = (i + tl.arange(0, CHUNK))[None, :]
         part = tl.load(p_x + rows * K + k, mask=(rows < B) & (k < K), other=0.0).to(tl.float32)

@@ -17,12 +17,14 @@ def silu_gemv_kernel(
     p_gate_up, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
     B, K, N, n_0, n_1, n_2, SPLITS_IN: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_B: tl.constexpr = META.BLOCK_B
+    BLOCK_R: tl.constexpr = META.BLOCK_R
     channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
     wait_for_previous(PDL)
-    rows = tl.arange(0, META.BLOCK_B)[:, None]
+    rows = tl.arange(0, BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
-    gate = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
-    up = tl.zeros([META.BLOCK_B, META.BLOCK_R], tl.float32)
+    gate = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    up = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
     for s in tl.static_range(SPLITS_IN):
         p_row = p_gate_up + (s * B + rows) * (2 * K) + channels[None, :]
         gate += tl.load(p_row, mask=inside, other=0.0)

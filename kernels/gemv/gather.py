@@ -96,7 +96,8 @@ def threshold_and_compact(
     register move for every four bytes loaded, and the repeated row comes from the cache.
     """
     R: tl.constexpr = META.R
-    rows = tl.arange(0, META.BLOCK_B)[:, None]
+    BLOCK_B: tl.constexpr = META.BLOCK_B
+    rows = tl.arange(0, BLOCK_B)[:, None]
     dropped = tl.abs(x) < threshold
     keep = (~dropped) & (channels < K)[None, :] & (rows < B)
     listed = tl.max(keep.to(tl.int32), axis=0)  # [BLOCK_R]
@@ -108,7 +109,7 @@ def threshold_and_compact(
     tl.store(p_value + rows * R + position[None, :], tl.where(keep, x, 0.0), mask=(listed != 0)[None, :] & (rows < B))
     pad = count + tl.arange(0, PAD)
     tl.store(p_index + pad, tl.zeros([PAD], tl.int32) + last.to(tl.int32))
-    tl.store(p_value + rows * R + pad[None, :], tl.zeros([META.BLOCK_B, PAD], tl.float32), mask=rows < B)
+    tl.store(p_value + rows * R + pad[None, :], tl.zeros([BLOCK_B, PAD], tl.float32), mask=rows < B)
     tl.debug_barrier()  # the lists are read below by other threads of this program
     return count
 
@@ -135,10 +136,11 @@ def sum_one_row(
     LANES: tl.constexpr = META.LANES
     UNROLL: tl.constexpr = META.UNROLL
     STEP: tl.constexpr = LANES * UNROLL
-    columns = start + tl.arange(0, META.BLOCK_N)
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    columns = start + tl.arange(0, BLOCK_N)
     steps = tl.arange(0, LANES)[None, :] * UNROLL + tl.arange(0, UNROLL)[:, None]
     inside = None if META.EVEN_N else (columns < end)[None, None, :]
-    total = tl.zeros([LANES, META.BLOCK_N], tl.float32)
+    total = tl.zeros([LANES, BLOCK_N], tl.float32)
     p_columns = p_weight + columns[None, None, :]
     index = tl.load(p_index + steps)  # [UNROLL, LANES], a thread's entries side by side
     weight = tl.load(
@@ -170,11 +172,12 @@ def sum_rows(
     """As sum_one_row for several rows of x, on tensor cores: [16, BLOCK_N], their smallest tile."""
     R: tl.constexpr = META.R
     STEP: tl.constexpr = META.LANES * META.UNROLL
-    columns = start + tl.arange(0, META.BLOCK_N)
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    columns = start + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, 16)[:, None]
     lanes = tl.arange(0, STEP)
     inside = None if META.EVEN_N else (columns < end)[None, :]
-    total = tl.zeros([16, META.BLOCK_N], tl.float32)
+    total = tl.zeros([16, BLOCK_N], tl.float32)
     index = tl.load(p_index + lanes)
     weight = tl.load(
         p_weight + (index.to(tl.int64) * stride)[:, None] + columns[None, :], mask=inside,

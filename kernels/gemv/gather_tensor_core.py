@@ -338,7 +338,8 @@ def sum_tiles(
     GROUP_K: tl.constexpr = META.GROUP_K
     tl.static_assert(COLUMNS <= 4)  # B has eight, and each is needed twice
     dtype: tl.constexpr = p_scale.dtype.element_ty
-    lane = tl.arange(0, META.BLOCK_N * BITS // 32)
+    THREADS: tl.constexpr = META.BLOCK_N * BITS // 32
+    lane = tl.arange(0, THREADS)
     r, c = lane % 32 // 4, lane % 4
     column, words, scale, zero = lane_addresses(p_weight, p_scale, p_zero, lane, start, end, COLUMNS, META)
     own = r % COLUMNS  # r is B's column here
@@ -346,7 +347,7 @@ def sum_tiles(
     own_end = own_begin + GROUP_K
     is_low = (r >= COLUMNS) & (r < 2 * COLUMNS)
     policy = leave_first(lane)
-    nothing = tl.zeros([lane.shape[0]], tl.float32)
+    nothing = tl.zeros([THREADS], tl.float32)
     sums = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
             nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)  # fmt: skip
     sums_0, sums_1, sums_2, sums_3 = sums, sums, sums, sums

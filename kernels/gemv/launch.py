@@ -83,7 +83,8 @@ def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, 
 class GemvMeta:
     """What a sparse GEMV kernel is compiled for, passed as one tl.constexpr and read by attribute.
 
-    Fields only: Triton's cache key holds their values, and would not see a change of a property's code.
+    Fields only: Triton's cache key holds their values, and would not see a change of a property's code. Within a list
+    of sizes Triton 3.6 wants a constexpr: name the field first, BLOCK_N: tl.constexpr = META.BLOCK_N.
     """
 
     R: int  # entries a program can list, padding included

@@ -113,9 +113,8 @@ def test_without_a_compiler_the_result_is_the_same(
         x, weight = inputs(1, 77, 131, torch.float32, torch.device("cpu"))
         thresholds = torch.tensor([0.5])
         expected = sparse_linear_reference(x, weight, thresholds, [131])
-        assert relative_error(sparse_linear(x, weight, thresholds, [131]), expected) <= 2e-6, (
-            "product without compiled kernels"
-        )
+        found = sparse_linear(x, weight, thresholds, [131])
+        assert relative_error(found, expected) <= 2e-6, "product without compiled kernels"
         sparse_linear(x, weight, thresholds, [131])
         err = capsys.readouterr().err.splitlines()
         assert [line for line in err if line.startswith("note: ")] == err[1:] and len(err) == 2, err
