@@ -21,6 +21,8 @@ from teal.options import BACKENDS, MAX_ROWS, check_choice
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
 
+# What the inputs of a block's projections are, in the order of fused_block.py's kernels.
+FUSED_INPUTS = ("normed", "attended", "normed", "activated")
 PositionTensors = Callable[[Tensor, int], tuple[Tensor, Tensor, dict[int | None, Tensor]]]
 
 
@@ -149,10 +151,12 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     if (forced, compile) in (("eager", True), ("compiled", False)):
         raise ParameterError("{backend} {} contradicts compile={}; give one of them", forced, compile)
     device = model.embedding.weight.device
-    name, reason = forced, "asked for"
+    name, reason, obstacle = forced, "asked for", _fused_obstacle(model)
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
-    if name == "fused" and (obstacle := _fused_obstacle(device)):
+        if name == "fused" and obstacle:
+            name, reason = "eager" if compile is False else "compiled", f"fused cannot run: {obstacle}"
+    elif name == "fused" and obstacle:
         raise ParameterError("{backend} fused cannot run: {}", obstacle)
     if name == "fused":
         return FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
@@ -177,10 +181,16 @@ def has_kernel_layout(model: Transformer) -> bool:
     return any(isinstance(module, PhasedModule) for module in model.layers.modules())
 
 
-def _fused_obstacle(device: torch.device) -> str:
-    """Why the fused kernels cannot run on device; empty if they can."""
+def _fused_obstacle(model: Transformer) -> str:
+    """Why the fused kernels cannot run model; empty if they can."""
+    inputs = tuple(p.input for p in model.config.projections())
+    if inputs != FUSED_INPUTS:
+        return (
+            f"its kernels take a block of {', '.join(FUSED_INPUTS)} projections, and this one has {', '.join(inputs)}"
+        )
     if find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on
 
+    device = model.embedding.weight.device
     return "" if kernels_run_on(device) else f"its kernels need CUDA, and the model is on {device.type}"

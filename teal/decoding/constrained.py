@@ -86,7 +86,7 @@ class JsonMatcher:
         self.bits = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
 
     def mask(self, logits: Tensor) -> Tensor:
-        """logits [1, V] with -inf for tokens that the grammar does not allow next. Raises UserError if it allows none."""
+        """logits [1, V] with -inf for tokens that the grammar forbids next. Raises UserError if it allows none."""
         import llguidance.numpy
 
         llguidance.numpy.fill_next_token_bitmask(self.matcher, self.bits)

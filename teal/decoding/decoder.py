@@ -25,8 +25,8 @@ from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity
 
 PREFILL_CHUNK = 512  # prompt tokens of a prefill call; bounds the attention mask and the activations
-# Steps between two blocks of prompts, less after a shorter one. Of a 135M model a block takes as long as 5 to 8 steps of
-# one row, or 2 of eight: neither reading nor writing gets much more time than the other.
+# Steps between two blocks of prompts, less after a shorter one. Of a 135M model a block takes as long as 5 to 8 steps
+# of one row, or 2 of eight: neither reading nor writing gets much more time than the other.
 STEPS_A_BLOCK = 4
 
 
@@ -260,7 +260,7 @@ class Decoder:
         return Flight(requests, rows, self.rows.step(rows, length, self._params_of(group), eager=counting))
 
     def _choose(self, request: Request, logits: Tensor | None, chosen: int | None) -> None:
-        """Take the token that a step chose, or sample one from logits [1, V]; pass it on, end the request if it is over.
+        """Take the token that a step chose, or sample one from logits [1, V]; pass it on, and end a request that is over.
 
         A grammar without a way on ends this request and no other.
         """

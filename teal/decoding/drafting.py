@@ -119,7 +119,7 @@ class Drafter:
         row.position.add_(kept + 1)
 
     def _draft(self, row: "Row", params: SamplingParams, length: int) -> tuple[Tensor, Tensor | None]:
-        """Tokens [length], and the distributions [length, V] that they were drawn from; None where the argmax is taken."""
+        """Tokens [length] and the distributions [length, V] they were drawn from; None where the argmax is taken."""
         if self.backend is None or length == 0:
             drafted = self.drafted[:length]
             if params.is_argmax:
@@ -158,7 +158,7 @@ class Lookup:
             self.text.append(token)
 
     def continuation(self, length: int) -> list[int]:
-        """Up to length tokens that followed the longest of the text's ends that stood in it before, where it last did."""
+        """Up to length tokens that followed the longest of the text's ends that stood in it before, the last time."""
         for n in LOOKUP_TOKENS:
             if (at := self.after.get(tuple(self.text[-n:]))) is not None:
                 return self.text[at : at + length]
@@ -173,7 +173,7 @@ def seen_after(seen: Tensor, drafted: Tensor) -> Tensor:
 
 
 def verify_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the drafted tokens [k] are the likeliest by logits [k + 1, V], and the likeliest after them: int64 [1] each."""
+    """How many of the drafted tokens [k] are the argmax of logits [k + 1, V], and the argmax after them: int64 [1] each."""
     best, ignored = (torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device) for _ in range(2))
     argmax_step(logits, best, ignored)
     best = best[:, 0]
@@ -182,7 +182,7 @@ def verify_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def verify_sampled(drafted: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """How many of the drafted tokens [k] to keep, and the token after them, int64 [1] each; they follow p, whatever q is.
+    """How many of the drafted tokens [k] to keep, and the token after them, int64 [1] each: they follow p.
 
     q [k, V]: the distributions they were drawn from; p [k + 1, V]: the model's after each. Token d is kept with
     probability min(1, p(d) / q(d)), and the first refused one is replaced by a draw from what p has more than q

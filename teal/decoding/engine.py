@@ -92,7 +92,7 @@ class Engine(ModelRunner):
             self.switch_plan(plan)
 
     def use_sparsity(self, sparsity: float) -> None:
-        """As use_plan, with the plan that load takes for a sparsity. Raises UserError if it would have to be made now."""
+        """As use_plan, with the plan that load takes for a sparsity. Raises UserError if that has to be made now."""
         self.require_sparse()
         assert self.loaded is not None
         with self.use.taken():
@@ -105,7 +105,7 @@ class Engine(ModelRunner):
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Within the block sparse layers count what they keep (teal_layers.achieved_sparsity), off a GPU's fast path."""
+        """Within the block sparse layers count what they keep (achieved_sparsity), off a GPU's fast path."""
         with self.use.taken():  # no text is begun without and ended with counting
             graph, self.use_graph = self.use_graph, False
             set_counting(self.model, True)

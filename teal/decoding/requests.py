@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a request: finish_reason "stop" or "length"; or an error's text, "refused" where the request is to blame."""
+    """The end of a request: "stop" or "length"; or with an error's text "error", or "refused" if it is to blame."""
 
     finish_reason: str
     error: str | None = None

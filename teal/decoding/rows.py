@@ -45,8 +45,8 @@ class Step:
 def zeros(like: Tensor, length: int) -> Tensor:
     """Zeros for as many rows as like [layers, B, K, S, D] has, of length positions.
 
-    On a CPU the system hands out their memory as it is written: 8 rows of 8192 positions of a 135M model are 1.5 GB, and
-    filling them stopped everybody for 2 s.
+    On a CPU the system hands out their memory as it is written: 8 rows of 8192 positions of a 135M model are 1.5 GB,
+    and filling them stopped everybody for 2 s.
     """
     shape = (*like.shape[:3], length, like.shape[4])
     if like.device.type != "cpu":
@@ -116,7 +116,7 @@ class DecodeRows:
             tensor[:, to, :, :length] = tensor[:, source, :, :length]
 
     def _part(self, rows: slice, length: int) -> KVCache:
-        """These rows of the cache; of several, on a CPU, where attention takes time for all it is shown, as far as needed."""
+        """These rows of the cache; on a CPU, where attention takes time for all it sees, as far as several need it."""
         if self.single or self.device.type != "cpu":
             return self.cache.part(rows, None)
         return self.cache.part(rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
@@ -134,7 +134,7 @@ class DecodeRows:
             tensor[rows.start : rows.stop, 0] = torch.tensor(values, device=self.device)
 
     def step(self, rows: range, length: int, params: SamplingParams = GREEDY, eager: bool = False) -> Step:
-        """One token more for these rows, none of which gets longer than length, chosen by params. eager: not by a graph."""
+        """One token more for these rows, chosen by params; none gets longer than length. eager: not by a graph."""
         by_graph = self.runner.use_graph and not eager
         logits = self._replay(rows, params) if by_graph else self._run(rows, length, params)
         tokens = self.tokens[rows.start : rows.stop, 0]
@@ -202,7 +202,7 @@ class DecodeRows:
         self.graphs[key] = graph, found[-1]
 
     def warm(self) -> None:
-        """On CUDA compile and capture what greedy requests of the runner's plan need now, not in the middle of an answer."""
+        """On CUDA compile and capture now what greedy requests of the runner's plan need."""
         if not self.runner.use_graph:
             return
         layout, drafter = self.runner.layout, self.runner.drafter

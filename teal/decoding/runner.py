@@ -9,7 +9,7 @@ from teal.plan import SparsityPlan, Weights
 
 
 class ModelRunner:
-    """What a Decoder runs. use_graph: whether steps are CUDA graphs; layout: the number of the plan's (plan_switch.py)."""
+    """What a Decoder runs. use_graph: whether steps are CUDA graphs; layout: the plan's number in plan_switch.py."""
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         self.backend = backend

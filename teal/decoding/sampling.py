@@ -61,7 +61,7 @@ def penalize(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
 
 
 def penalize_counts(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
-    """logits [B, V] less presence for each generated token and frequency times its count [B, V] (OpenAI's penalties)."""
+    """logits [B, V] less presence for each generated token and frequency times its count (OpenAI's penalties)."""
     return logits - presence * (counts > 0) - frequency * counts
 
 

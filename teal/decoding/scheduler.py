@@ -35,7 +35,7 @@ class Scheduler:
         context: int | None = None,
         ahead: bool | None = None,
     ) -> None:
-        """queue requests may wait; ahead: a step starts before the host has read the one before, None where a GPU can."""
+        """queue requests may wait; ahead: a step starts before the host has read the one before, None on a GPU only."""
         if not 1 <= rows <= MAX_ROWS:
             raise ParameterError(f"{{rows}} {{}} is out of range; expected 1 to {MAX_ROWS}", rows)
         self.engine = engine

@@ -13,7 +13,7 @@ from teal.errors import UserError
 
 
 class Sequence:
-    """A request's state beside its row. In a single row's rows the generator and the seen tokens are those of its steps."""
+    """A request's state beside its row. Of a single row the generator and the seen tokens are those of its steps."""
 
     def __init__(self, request: Request, rows: DecodeRows, tokenizer: Tokenizer) -> None:
         self.request = request

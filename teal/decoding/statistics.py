@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class GenerationStats:
-    """What one generation did. Times in seconds, the first token from when it was asked for; token_s are the gaps between tokens after the first."""
+    """What one generation did. Times in seconds: to the first token, and token_s between the ones after it."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
