@@ -46,7 +46,7 @@ class Projection:
     name: str
     module: str  # its place: block.get_submodule(module)
     norm: str  # place of the norm that its sublayer begins with
-    input: Literal["normed", "attended", "activated"]  # what makes its input; a kernel may make it, too
+    input: Literal["normed", "attended", "activated"]  # what makes it: decides which fused kernel can take the product
     in_features: int
     names: tuple[str, ...]  # of what it stacks, in this order
     sizes: tuple[int, ...]  # output channels of each
@@ -179,7 +179,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32, returned in weight's dtype (Zhang & Sennrich 2019, eq. 4)."""
+    """x / rms(x) * weight over the last dimension, in weight's dtype; sums in fp32 (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

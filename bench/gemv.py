@@ -26,7 +26,7 @@ from teal.kernels.sparse_gemv import launch
 from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.quantized_linear import BITS, round_input_groups, round_to_nearest
 from teal.model import ModelConfig
-from teal.options import MAX_ROWS
+from teal.options import MAX_ROWS, QUANTS
 
 DEFAULT_MODELS = "Llama-2-7B,Llama-2-13B,Llama-2-70B,Llama-3-8B,Llama-3-70B,Mistral-7B,Qwen2.5-7B"
 COLD_BYTES = 600_000_000  # of weight copies: over ten times an H100's L2 cache
@@ -41,7 +41,7 @@ def build_parser() -> cli.Parser:
     sparsities = (0.0, 0.25, 0.4, 0.5, 0.65, 0.8)
     group.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
     group.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
-    group.add_argument("--quant", choices=("int8", "int4"), help="weights of 8 or 4 bits; dense stays in floats")
+    group.add_argument("--quant", choices=QUANTS, help="weights of 8 or 4 bits; dense stays in floats")
     add_input_groups(group)
     group.add_argument("--rows", type=cli.positive_int, default=1, help=f"rows of x, 1 to {MAX_ROWS}")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")

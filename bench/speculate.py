@@ -29,14 +29,6 @@ from teal.errors import UserError
 from teal.options import QUANTS, DraftOptions, SamplingParams, check_length
 
 
-class FixedLength(SpeculativeEngine):
-    """Drafts the same number of tokens every round."""
-
-    def best_length(self) -> int:
-        """The length asked for."""
-        return self.draft_length
-
-
 @torch.inference_mode()
 def preference(engine: Engine, prompt: list[int], text: list[int], other: list[int]) -> float:
     """How much likelier the dense model finds text's token than other's where they part, in steps of its dtype."""
@@ -144,17 +136,17 @@ def measure(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) 
     drafts = {text: parse_draft(text) for text in args.drafts.split(",")}
     for length in args.lengths:
         check_length(length)
-    dense = FixedLength.load(options)
+    dense = SpeculativeEngine.load(options)
     prompts = prompts_of(args, dense)
     rows = []
     for text, draft in drafts.items():
-        engine = dense if draft.lookup else FixedLength.load_with_draft(options, draft)
+        engine = dense if draft.lookup else SpeculativeEngine.load_with_draft(options, draft)
         for length in args.lengths:
             plain, drafted = Figures("dense", 0), Figures(text, length)
             set_length(engine, length)
             run(engine, prompts[0], args.tokens, Figures(text, length))  # compiles and captures
             for prompt in prompts:
-                dense.draft_length = 0  # a lookup drafts with the dense engine itself
+                dense.drafter = None  # a lookup drafts with the dense engine itself
                 run(dense, prompt, args.tokens, plain)
                 set_length(engine, length)
                 run(engine, prompt, args.tokens, drafted)
@@ -162,17 +154,17 @@ def measure(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) 
             row["dtype"] = str(dense.dtype).removeprefix("torch.")
             rows.append(row)
             report(row)
-        dense.draft_length = 0
+        dense.drafter = None
         del engine
     return dense, rows
 
 
 def set_length(engine: SpeculativeEngine, length: int) -> None:
-    """Draft length tokens a round."""
-    if engine.drafter is None:
+    """Draft length tokens in every round."""
+    if engine.drafter is None or engine.drafter.looks_up:
         engine.look_up(length)
-    else:
-        engine.draft_length = length
+    assert engine.drafter is not None
+    engine.drafter.length, engine.drafter.adapts = length, False
 
 
 def speed_at(row: dict[str, Any], acceptance: float) -> float:

@@ -18,6 +18,7 @@ from teal.files import atomic_file
 from teal.hardware import pick_device
 from teal.kernels.gemv.tuning import MAX_SPLITS, GemvTile, default_tile, user_tiles, user_tiles_path
 from teal.layers.quantized_linear import BITS
+from teal.options import QUANTS
 
 QUANTIZED_PROGRAMS_PER_MULTIPROCESSOR = (1, 1.5, 2, 3, 6)  # of four warps; no more than 3 run at once
 PROGRAMS_PER_MULTIPROCESSOR = (1, 2, 4)  # more cost more in starts and partial sums than they hide
@@ -31,7 +32,7 @@ def build_parser() -> cli.Parser:
         "--model", type=cli.architecture, default="Llama-3-8B", help="known architecture whose projections to tune"
     )
     group.add_argument("--sparsity", type=cli.sparsity, default=0.5, help="sparsity to tune for")
-    group.add_argument("--quant", choices=("int8", "int4"), help="tune for weights of 8 or 4 bits")
+    group.add_argument("--quant", choices=QUANTS, help="tune for weights of 8 or 4 bits")
     group.add_argument("--device", default="cuda", help="cuda or cuda:N")
     return parser
 

@@ -127,6 +127,7 @@ class Settings:
             check_sparsity(target)
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is unknown; expected one of {', '.join(METHODS)}")
+        check_choice("criterion", self.criterion, CRITERIA)
         if not 0 < self.step <= 0.5:
             raise ParameterError("{step} {} is out of range; expected 0 < step <= 0.5", self.step)
 
@@ -203,7 +204,7 @@ def check_prompt(prompt_ids: list[int], limit: int) -> None:
     if not prompt_ids:
         raise UserError("the prompt is empty; give at least one token of text")
     if len(prompt_ids) >= limit:
-        raise UserError(f"the prompt has {len(prompt_ids)} tokens; this model's context of {limit} must exceed it")
+        raise UserError(f"the prompt has {len(prompt_ids)} tokens; the context of {limit} must exceed it")
 
 
 def check_length(length: int) -> None:

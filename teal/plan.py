@@ -16,13 +16,13 @@ from torch import Tensor
 from teal.errors import ParameterError, UserError
 from teal.files import FileKind, atomic_file, cache_folder
 from teal.model import ModelConfig
+from teal.options import CRITERIA
 from teal.user_text import is_number, parse_json
 
 PLAN_FORMAT = "teal-plan"
 PLAN_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
 PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
-CRITERIA = ("magnitude", "wina")
 MAX_MISS = 0.05  # of a target, on some text, that is passed over in silence
 ENOUGH_TOKENS = 256  # to judge a projection by: in a short text single ones differ by 20 points, the average by 3
 

@@ -42,7 +42,10 @@ Layer = dict[str, ProjectionPlan]
 
 
 class BlockStages:
-    """One block of a model, run in stages over sequences of one length; its projections are SparseLinear modules."""
+    """One block of a model, run projection by projection over sequences of one length.
+
+    A block is a chain of sublayers. Each begins with a norm and adds the result of its last projection to its input.
+    """
 
     def __init__(self, model: Transformer, index: int, length: int, batch: int = 1) -> None:
         weight = model.embedding.weight

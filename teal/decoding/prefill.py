@@ -8,11 +8,12 @@ from teal.decoding.rows import DecodeRows
 
 
 class Prefill:
-    """Prompts that have rows of the cache and are not read to their ends."""
+    """Prompts that have rows of the cache and are not read to their ends. block: tokens of a call of the model."""
 
-    def __init__(self, rows: DecodeRows, table: RowTable) -> None:
+    def __init__(self, rows: DecodeRows, table: RowTable, block: int) -> None:
         self.rows = rows
         self.table = table
+        self.block = block
         self.requests: list[Request] = []  # first come first
         self.blocks = 0  # read so far
 
@@ -25,13 +26,12 @@ class Prefill:
     def read_block(self, request: Request) -> tuple[int, Tensor | None]:
         """Put the next part of a prompt into the cache: how many tokens, and after the last part fp32 logits [1, V].
 
-        What other rows have of the prompt is copied. The model must have the thresholds of the request's plan: a prompt
-        of one token is read like a generated one.
+        What other rows have of the prompt is copied. The model must have the thresholds of the request's plan.
         """
         self.blocks += 1
         self.table.borrow(request)
         ids, begin = request.prompt_ids, request.prefilled
-        end = begin + self.table.block
+        end = begin + self.block
         if end >= len(ids) - 1:  # one token that is left over joins the block before
             end = len(ids)
         logits = self.rows.prefill(self.table.owners.index(request), ids[:end], begin)

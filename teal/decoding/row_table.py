@@ -5,9 +5,9 @@ plan's thresholds:
 
     plan A: rows 0 1 2 | plan B: rows 3 4 | prompts being read, and rows that finished requests have left
 
-A prompt that begins as one before may start from its keys and values if they were made under the same plan. Only those
-of whole blocks are shared, which prefill always computes alike: a request's text then does not depend on what was
-served before, to the bit on a CPU.
+A prompt that begins as one before may start from its keys and values if they were made under the same plan. Where
+several requests are served, only those of whole blocks are shared, which prefill always computes alike: a request's
+text then does not depend on what was served before, to the bit on a CPU. A single row shares all that it holds.
 """
 
 from dataclasses import dataclass, field
@@ -24,12 +24,15 @@ class Contents:
 
     ids: list[int] = field(default_factory=list)
     shared: int = 0
-    made_under: object = None  # Engine.cache_key
+    made_under: object = None  # ModelRunner.cache_key
 
     def common(self, ids: list[int], made_under: object, block: int) -> int:
-        """How many tokens of a prompt may be taken from here instead of being computed under made_under."""
-        # At least two tokens are left for prefill: one alone would count as decoding and be sparse.
-        limit = min(self.shared, len(ids) - 2)
+        """How many tokens of a prompt may be taken from here instead of being computed under made_under.
+
+        They are whole blocks; of blocks of one token all tokens held are shared.
+        """
+        # At least two tokens are left for prefill: a call of one alone would be compiled for separately.
+        limit = min(self.shared if block > 1 else len(self.ids), len(ids) - 2)
         if limit < block or self.made_under != made_under:
             return 0
         same = 0
@@ -58,7 +61,7 @@ class Group:
 
 
 class RowTable:
-    """Gives rows to requests and keeps those of one plan together. block: tokens of a call of prefill."""
+    """Gives rows to requests and keeps those of one plan together. block: the tokens that are shared or not as one."""
 
     def __init__(self, rows: DecodeRows, count: int, block: int) -> None:
         self.rows = rows
@@ -105,7 +108,7 @@ class RowTable:
         reused = worth(row)[0]
         self.owners[row] = request
         self.contents[row] = Contents(ids[:reused], reused, made_under)
-        request.prefilled = request.reused_tokens = reused
+        request.prefilled = request.stats.reused_tokens = reused
 
     def borrow(self, request: Request) -> None:
         """Copy what another row has of request's prompt beyond what its own has by now."""
@@ -116,7 +119,7 @@ class RowTable:
         if held[source] > request.prefilled:
             self.rows.copy(source, row, held[source])
             own.ids, own.shared = ids[: held[source]], held[source]
-            request.reused_tokens += held[source] - request.prefilled
+            request.stats.reused_tokens += held[source] - request.prefilled
             request.prefilled = held[source]
 
     def filled(self, request: Request, end: int) -> None:

@@ -1,7 +1,7 @@
 """Rows of one KV cache that are decoded together: prefill of one, a step of neighbouring ones, moves between rows.
 
-On CUDA a step of some rows is a graph of its own, captured when they first occur, and it leaves the likeliest tokens
-where the next step reads them: the host may launch that one before it has looked at them.
+On CUDA a step of some rows is a graph of its own, captured when they first occur. It leaves the tokens it chose where
+the next step reads them: the host may launch that one before it has looked at them.
 """
 
 import math
@@ -12,26 +12,30 @@ import torch
 from torch import Tensor
 
 from teal.decoding.compilation import capture
-from teal.decoding.engine import Engine
-from teal.decoding.sampling import argmax_step
-from teal.decoding.speculation import Row, SpeculativeEngine
+from teal.decoding.drafting import Drafter, Row
+from teal.decoding.runner import ModelRunner
+from teal.decoding.sampling import argmax_step, sample
 from teal.model import KVCache
 from teal.options import SamplingParams
 
 # Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
 # altogether changes no bit, while a longer part of one would.
 LENGTH_STEP = 512
+CACHE_STEP = 256  # a single row's cache grows in multiples of this, so that few lengths are ever compiled
+GREEDY = SamplingParams()
+# Of a CUDA graph: layout of the plan, rows, sampling parameters; for a round the drafter and the number of drafts.
+Key = tuple[int, range, SamplingParams, Drafter | None, int]
 
 
 @dataclass(slots=True)
 class Step:
-    """What a step of n rows gives: fp32 logits [n, V], valid until the next step, and the likeliest tokens [n]."""
+    """What a step of n rows gives: fp32 logits [n, V], valid until the next step, and the tokens [n] that it chose."""
 
     logits: Tensor
     host: Tensor
     event: torch.cuda.Event | None
 
-    def likeliest(self) -> list[int]:
+    def tokens(self) -> list[int]:
         """Waits for the step."""
         if self.event is not None:
             self.event.synchronize()
@@ -53,49 +57,51 @@ def zeros(like: Tensor, length: int) -> Tensor:
 
 
 class DecodeRows:
-    """So many rows of a cache of up to context positions, for the model of an engine."""
+    """So many rows of a cache of up to context positions, for the model of a runner.
 
-    def __init__(self, engine: Engine, count: int, context: int) -> None:
-        self.engine, self.model, self.device, self.use_graph = engine, engine.model, engine.device, engine.use_graph
-        self.context = context
+    single: one request at a time, whose cache is as long as it may need and is read whole, and whose steps may sample
+    with the generator and the seen tokens bool [1, V] kept here. Otherwise steps choose the argmax.
+    """
+
+    def __init__(self, runner: ModelRunner, count: int, context: int, single: bool = False) -> None:
+        self.runner, self.device, self.context, self.single = runner, runner.device, context, single
         self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
-        # By layout of the engine's plan, and rows or drafted tokens.
-        self.graphs: dict[tuple[int, range], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.round_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.unread = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.seen = torch.zeros(1, runner.model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.generator = torch.Generator(self.device)
+        self.graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and what the step or round returns
         self.head_rows = 1 if self.device.type == "cpu" and not self._head_is_row_invariant(count) else count
-        self.cache = self.model.new_cache(count, min(LENGTH_STEP, context))
+        self.length_step = CACHE_STEP if single else LENGTH_STEP
+        self.cache = runner.model.new_cache(count, min(self.length_step, context))
 
     def _head_is_row_invariant(self, count: int) -> bool:
         """Whether the output head gives a row the same bits alone as beside others; fp32 products often do not."""
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(count, self.model.config.hidden_size, generator=generator)
-        hidden = hidden.to(self.model.embedding.weight.dtype)
-        return torch.equal(self.model.logits(hidden), torch.cat([self.model.logits(row) for row in hidden.split(1)]))
+        if count == 1:
+            return True
+        generator, logits = torch.Generator().manual_seed(0), self.runner.backend.logits
+        hidden = torch.randn(count, self.runner.model.config.hidden_size, generator=generator).to(self.runner.dtype)
+        return torch.equal(logits(hidden), torch.cat([logits(row) for row in hidden.split(1)]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [n, V] of hidden states [n, C]."""
-        parts = [self.model.logits(part).float() for part in hidden.split(self.head_rows)]
+        parts = [self.runner.backend.logits(part).float() for part in hidden.split(self.head_rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def reserve(self, length: int, held: list[int]) -> None:
         """Make room for so many positions, keeping the first held[row] of each row.
 
-        On CUDA for at least twice as many as there were, since graphs are captured anew.
+        On CUDA several rows get at least twice as many as there were, since graphs are captured anew.
         """
         if length <= self.cache.length:
             return
-        least = length if self.device.type == "cpu" else max(length, 2 * self.cache.length)
+        least = length if self.single or self.device.type == "cpu" else max(length, 2 * self.cache.length)
         grown = self.cache.part(slice(None), None)
-        grown.k, grown.v = (
-            zeros(old, min(-(-least // LENGTH_STEP) * LENGTH_STEP, self.context)) for old in (grown.k, grown.v)
-        )
+        new_length = min(-(-least // self.length_step) * self.length_step, self.context)
+        grown.k, grown.v = (zeros(old, new_length) for old in (grown.k, grown.v))
         for row, kept in enumerate(held):
             for old, new in ((self.cache.k, grown.k), (self.cache.v, grown.v)):
                 new[:, row, :, :kept] = old[:, row, :, :kept]
         self.cache = grown
         self.graphs.clear()
-        self.round_graphs.clear()
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first length positions of two rows."""
@@ -110,8 +116,8 @@ class DecodeRows:
             tensor[:, to, :, :length] = tensor[:, source, :, :length]
 
     def _part(self, rows: slice, length: int) -> KVCache:
-        """These rows of the cache; on a CPU, where attention takes time for all it is shown, as far as needed."""
-        if self.device.type != "cpu":
+        """These rows of the cache; of several, on a CPU, where attention takes time for all it is shown, as far as needed."""
+        if self.single or self.device.type != "cpu":
             return self.cache.part(rows, None)
         return self.cache.part(rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
 
@@ -119,24 +125,18 @@ class DecodeRows:
         """Put tokens ids[begin:] at their positions of a row; fp32 logits [1, V] after the last."""
         tokens = torch.tensor([ids[begin:]], device=self.device)
         positions = torch.arange(begin, len(ids), device=self.device)[None]
-        hidden = self.model.hidden_states(tokens, positions, self._part(slice(row, row + 1), len(ids)))
+        hidden = self.runner.backend.prefill(tokens, positions, self._part(slice(row, row + 1), len(ids)))
         return self._logits(hidden[:, -1])
 
     def feed(self, rows: range, tokens: list[int], positions: list[int]) -> None:
-        """Set what the next step of these rows reads, and where; after a step, that is its argmax at the next positions."""
+        """Set what the next step of these rows reads, and where; after a step, that is what it chose, one further."""
         for tensor, values in ((self.tokens, tokens), (self.positions, positions)):
             tensor[rows.start : rows.stop, 0] = torch.tensor(values, device=self.device)
 
-    def step(self, rows: range, length: int, eager: bool = False) -> Step:
-        """One token more for these rows, none of which gets longer than length. eager: not by a graph."""
-        if self.use_graph and not eager:
-            key = self.engine.layout, rows
-            if key not in self.graphs:
-                self._capture(rows)
-            graph, logits = self.graphs[key]
-            graph.replay()
-        else:
-            logits = self._run(rows, length)
+    def step(self, rows: range, length: int, params: SamplingParams = GREEDY, eager: bool = False) -> Step:
+        """One token more for these rows, none of which gets longer than length, chosen by params. eager: not by a graph."""
+        by_graph = self.runner.use_graph and not eager
+        logits = self._replay(rows, params) if by_graph else self._run(rows, length, params)
         tokens = self.tokens[rows.start : rows.stop, 0]
         if self.device.type == "cpu":
             return Step(logits, tokens.clone(), None)
@@ -146,49 +146,68 @@ class DecodeRows:
         event.record()
         return Step(logits, host, event)
 
-    def _run(self, rows: range, length: int) -> Tensor:
+    def _run(self, rows: range, length: int, params: SamplingParams) -> Tensor:
         part = slice(rows.start, rows.stop)
         tokens, positions = self.tokens[part], self.positions[part]
-        hidden = self.model.hidden_states(tokens, positions, self._part(part, length))
+        hidden = self.runner.backend.decode(tokens, positions, self._part(part, length))
         logits = self._logits(hidden[:, -1])
-        argmax_step(logits, tokens, positions)
+        if params.is_argmax:
+            argmax_step(logits, tokens, positions)
+        else:
+            positions += 1
+            tokens.copy_(sample(logits, params, self.seen, self.generator)[:, None])
+            self.seen.scatter_(1, tokens, True)
         return logits
 
-    def round(self, drafts: int, length: int) -> list[int]:
-        """Draft so many likeliest tokens for the first row and verify them: those accepted and one of the model's own.
+    def round(self, drafter: Drafter, params: SamplingParams, drafts: int, length: int) -> list[int]:
+        """Draft so many tokens for the first row and verify them: those accepted and one of the model's own.
 
-        The row does not get longer than length. Only for an engine that drafts.
+        The row does not get longer than length.
         """
-        assert isinstance(self.engine, SpeculativeEngine)
-        if self.use_graph:
-            key = self.engine.layout, drafts
-            if key not in self.round_graphs:
-                self._capture_round(self.engine, drafts)
-            self.round_graphs[key].replay()
+        if self.runner.use_graph:
+            self._replay(range(1), params, drafter, drafts)
         else:
-            self._run_round(self.engine, drafts, length)
-        return self.engine.verified(drafts)
+            self._run_round(length, params, drafter, drafts)
+        return drafter.verified(drafts)
 
-    def _run_round(self, engine: SpeculativeEngine, drafts: int, length: int) -> None:
-        row = Row(self.tokens[:1], self.positions[:1], self._part(slice(0, 1), length), self.unread, None)
-        engine.draft_and_verify(row, SamplingParams(), drafts)
+    def _run_round(self, length: int, params: SamplingParams, drafter: Drafter, drafts: int) -> Tensor:
+        row = Row(self.tokens[:1], self.positions[:1], self._part(slice(0, 1), length), self.seen, self.generator)
+        drafter.draft_and_verify(row, params, drafts)
+        return drafter.outcome
 
-    def _capture_round(self, engine: SpeculativeEngine, drafts: int) -> None:
-        self.round_graphs[engine.layout, drafts] = capture(
-            lambda: self._run_round(engine, drafts, self.cache.length), (self.tokens, self.positions)
-        )
+    def _replay(self, rows: range, params: SamplingParams, drafter: Drafter | None = None, drafts: int = 0) -> Tensor:
+        """Replay the CUDA graph of a step or a round, captured if need be; what the step or round returns."""
+        key = self.runner.layout, rows, params.without_seed(), drafter, drafts
+        if key not in self.graphs:
+            self._capture(key)
+        graph, result = self.graphs[key]
+        graph.replay()
+        return result
 
-    def _capture(self, rows: range) -> None:
-        """Record a step of these rows. What running it writes, the first replay writes again."""
+    def _capture(self, key: Key) -> None:
+        """Record a step or a round. Tensors and random state stay; keys and values are written again by a replay."""
+        _, rows, params, drafter, drafts = key
         found: list[Tensor] = []
-        graph = capture(lambda: found.append(self._run(rows, self.cache.length)), (self.tokens, self.positions))
-        self.graphs[self.engine.layout, rows] = (graph, found[-1])
+
+        def run() -> None:
+            length = self.cache.length
+            if drafter is None:
+                found.append(self._run(rows, length, params))
+            else:
+                found.append(self._run_round(length, params, drafter, drafts))
+
+        generator, state = (None if params.is_argmax else self.generator), self.generator.get_state()
+        graph = capture(run, (self.tokens, self.positions, self.seen), generator)
+        self.generator.set_state(state)
+        self.graphs[key] = graph, found[-1]
 
     def warm(self) -> None:
-        """On CUDA compile and capture what requests of the engine's own plan need now, not in the middle of an answer."""
-        if self.use_graph:
-            for count in range(1, len(self.tokens) + 1):
-                self._capture(range(count))
-            if isinstance(self.engine, SpeculativeEngine) and self.engine.drafts_under(self.engine.plan):
-                for drafts in range(1, self.engine.draft_length + 1):
-                    self._capture_round(self.engine, drafts)
+        """On CUDA compile and capture what greedy requests of the runner's plan need now, not in the middle of an answer."""
+        if not self.runner.use_graph:
+            return
+        layout, drafter = self.runner.layout, self.runner.drafter
+        for count in range(1, len(self.tokens) + 1):
+            self._capture((layout, range(count), GREEDY, None, 0))
+        if drafter is not None and self.runner.drafts_under(self.runner.plan):
+            for drafts in range(1, drafter.length + 1):
+                self._capture((layout, range(1), GREEDY, drafter, drafts))

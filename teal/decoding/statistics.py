@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class GenerationStats:
-    """What one call of generate did. Times in seconds; token_s are the gaps between tokens after the first."""
+    """What one generation did. Times in seconds, the first token from when it was asked for; token_s are the gaps between tokens after the first."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -13,7 +13,7 @@ class GenerationStats:
     first_token_s: float = 0.0
     token_s: list[float] = field(default_factory=list)
     finish_reason: str = ""
-    rounds: int = 0  # of drafting and verifying, by speculation.SpeculativeEngine
+    rounds: int = 0  # of drafting and verifying
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 

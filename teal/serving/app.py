@@ -82,7 +82,7 @@ class Api:
         self.service = service
         self.limits = limits
         self.metrics = Metrics(service)
-        service.scheduler.observer = self.metrics
+        service.scheduler.decoder.observer = self.metrics
 
     async def health(self, http: Request) -> Response:
         waiting, running = self.service.scheduler.load
@@ -97,8 +97,8 @@ class Api:
     async def sparsity(self, http: Request) -> Response:
         """The plans a request may name, and what the last counted generation dropped by layer and projection."""
         plans = sorted(self.service.plans)
-        own = self.service.scheduler.own_plan
-        achieved = self.service.scheduler.achieved
+        own = self.service.scheduler.decoder.own_plan
+        achieved = self.service.scheduler.decoder.achieved
         return JSONResponse({"plans": plans, "own": own.target if own else 0.0, "achieved": achieved})
 
     def guarded(self, endpoint: Endpoint) -> Endpoint:

@@ -131,8 +131,8 @@ class Ungated(ModelConfig):
 
     def projections(self) -> tuple[Projection, ...]:
         qkv, o, gate_up, down = ModelConfig.projections(self)
-        names = {"name": "up", "names": ("up",), "sizes": gate_up.sizes[1:], "hf_names": gate_up.hf_names[1:]}
-        return qkv, o, replace(gate_up, module="feed_forward.up", **names), down
+        up = replace(gate_up, name="up", module="feed_forward.up", names=("up",))
+        return qkv, o, replace(up, sizes=gate_up.sizes[1:], hf_names=gate_up.hf_names[1:]), down
 
 
 class UngatedFeedForward(FeedForward):

@@ -14,7 +14,7 @@ import pytest
 from teal.cli import command_line as cli
 from teal.cli import options
 from teal.errors import ParameterError, UserError
-from teal.options import DraftOptions, ModelOptions, SamplingParams, check_bias
+from teal.options import DTYPE_NAMES, QUANTS, DraftOptions, ModelOptions, SamplingParams, check_bias
 from tests.conftest import ROOT, assert_one_line_error
 
 COMMANDS = ("generate", "serve", "calibrate", "quantize", "evaluate")
@@ -128,6 +128,14 @@ def test_library_errors_name_no_options() -> None:
                 words = [w.strip("'\"") for w in ast.unparse(node).replace("(", " ").split()]
                 found += [f"{path.name}: {w}" for w in words if w.startswith("--") and "calibrate.py" not in words]
     assert [word for word in found if "--tasks" not in word] == []  # lm_eval's own
+
+
+def test_names_are_those_of_what_they_stand_for() -> None:
+    from teal.hardware import DTYPES
+    from teal.layers.quantized_linear import BITS
+
+    assert ("auto", *DTYPES) == DTYPE_NAMES
+    assert tuple(BITS) == QUANTS
 
 
 def test_no_command_imports_another() -> None:

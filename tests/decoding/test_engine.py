@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from teal.decoding import engine as engine_module
-from teal.decoding.engine import CACHE_STEP, Engine
+from teal.calibration import choose
+from teal.decoding.engine import Engine
+from teal.decoding.rows import CACHE_STEP
 from teal.errors import UserError
 from teal.model import KVCache
 from teal.options import SamplingParams
@@ -76,12 +77,13 @@ def test_cache_grows_and_keeps_its_contents(engine: Engine) -> None:
     assert second == fresh_greedy(engine, longer, 12)
 
 
-def test_long_prompts_go_in_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_go_in_blocks(engine: Engine) -> None:
     ids = [i % 290 + 5 for i in range(100)]
     whole = list(engine.generate(ids, max_new_tokens=5, ignore_eos=True))
     engine.cached_ids = []
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 7)
+    engine.decoder.prefill.block = 7
     assert list(engine.generate(ids, max_new_tokens=5, ignore_eos=True)) == whole
+    assert engine.decoder.prefill.blocks == 1 + 15  # the last of 14 and two tokens
 
 
 def test_stops_at_the_contexts_end(engine: Engine) -> None:
@@ -147,7 +149,7 @@ def test_sparsity_calibrates_once_and_keeps_the_plan(
     def unexpected(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(engine_module, "calibrate_uniform", unexpected)
+    monkeypatch.setattr(choose, "calibrate_uniform", unexpected)
     again = Engine.load(str(tiny_folder), sparsity=0.4, device="cpu", dtype="fp32")
     assert again.plan == engine.plan
     expected = list(engine.generate(PROMPT, max_new_tokens=9))

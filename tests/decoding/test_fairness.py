@@ -144,7 +144,7 @@ def test_each_plans_entries_are_counted_apart(engine: Engine, plans: list[Sparsi
 
     def at_the_end(event: Piece | Done, target: float) -> None:
         if isinstance(event, Done):  # right after its last counted token
-            found[target] = scheduler.achieved
+            found[target] = scheduler.decoder.achieved
 
     for target, plan in zip(TARGETS, plans, strict=True):
         emit = functools.partial(at_the_end, target=target)
@@ -221,7 +221,7 @@ def test_any_requests_beside_each_other_get_their_own_texts(tiny_folder: Path, d
         requests.clear()
         for text, (expected, cancelled) in zip(texts, wanted, strict=True):
             assert text == expected if cancelled is None else expected.startswith(text)
-        assert scheduler.load == (0, 0) and scheduler.table.owners == [None] * rows
+        assert scheduler.load == (0, 0) and scheduler.decoder.table.owners == [None] * rows
 
     requests: list[Request] = []
     check()

@@ -165,9 +165,9 @@ def test_another_plan_takes_effect_in_a_captured_step(tiny_folder: Path) -> None
     first = list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True))
     expected = list(other.generate(prompt, SamplingParams(), 40, ignore_eos=True))
     assert engine.plan is not None and other.plan is not None
-    keep, graphs = engine.plan, len(engine.graphs)
+    keep, graphs = engine.plan, len(engine.decoder.rows.graphs)
     engine.use_plan(other.plan)
     assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == expected != first
     engine.use_plan(keep)
     assert list(engine.generate(prompt, SamplingParams(), 40, ignore_eos=True)) == first
-    assert len(engine.graphs) == graphs
+    assert len(engine.decoder.rows.graphs) == graphs

@@ -158,7 +158,9 @@ def test_cancelled_and_late_requests_end_at_once(tiny_folder: Path) -> None:
     engine = Engine.load(str(tiny_folder), device="cpu", dtype="fp32", sparsity=0.4)
     scheduler = Scheduler(engine)
     ended: list[str] = []
-    scheduler.observer = type("Ends", (Observer,), {"finished": lambda self, request, reason: ended.append(reason)})()
+    scheduler.decoder.observer = type(
+        "Ends", (Observer,), {"finished": lambda self, request, reason: ended.append(reason)}
+    )()
     late, gone = Collected(), Collected()
     first = Request(prompts(engine, 1)[0], gone.take, max_new_tokens=10_000, ignore_eos=True)
     second = Request(
@@ -214,7 +216,7 @@ def test_the_first_tokens_are_counted_and_no_more(tiny_folder: Path) -> None:
     counted = [count for _, counting, count in seen if counting]
     assert 31 <= max(counted) <= 31 + 8  # steps of the first request, and rows beside it
     assert not module.counting and seen[-1] == (0, False, 0) and len(counted) < len(seen) - 20
-    assert all(0.2 < share < 0.7 for layer in scheduler.achieved for share in layer.values())
+    assert all(0.2 < share < 0.7 for layer in scheduler.decoder.achieved for share in layer.values())
 
 
 def test_prompts_that_cannot_run_are_refused(tiny_folder: Path) -> None:

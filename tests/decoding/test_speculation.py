@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from teal.decoding.drafting import Acceptance, Lookup, seen_after, verify_greedy, verify_sampled
 from teal.decoding.engine import Engine
 from teal.decoding.requests import Done, Observer, Piece, Request
 from teal.decoding.scheduler import Scheduler
-from teal.decoding.speculation import MAX_DRAFT, Lookup, SpeculativeEngine, seen_after, verify_greedy, verify_sampled
+from teal.decoding.speculation import SpeculativeEngine
 from teal.errors import UserError
 from teal.layers.quantized_linear import is_quantized
 from teal.model import KVCache
-from teal.options import DraftOptions, ModelOptions, SamplingParams
+from teal.options import MAX_DRAFT, DraftOptions, ModelOptions, SamplingParams
 from teal.teal_layers import sparse_layers
 from tests.conftest import relative_error
 
@@ -131,9 +132,9 @@ def test_sampled_text_follows_the_dense_models_distribution(tiny_folder: Path, m
     engine = speculative(tiny_folder, 2, 0.7)
     params = SamplingParams(temperature=0.5, top_k=8)
     dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
-    next(dense.generate(PROMPTS[0], max_new_tokens=1))
+    first = next(dense.generate(PROMPTS[0], max_new_tokens=1))
     logits = []
-    for text in (PROMPTS[0], [*PROMPTS[0], int(dense.token)]):
+    for text in (PROMPTS[0], [*PROMPTS[0], first]):
         ids = torch.tensor([text])
         with torch.inference_mode():
             logits.append(dense.model(ids, torch.arange(ids.shape[1])[None], dense.model.new_cache(1, 64))[0, -1])
@@ -153,14 +154,17 @@ def test_sampled_text_follows_the_dense_models_distribution(tiny_folder: Path, m
 
     monkeypatch.setattr(engine.model, "hidden_states", hidden_states)
     with torch.inference_mode():
-        engine._prefill(PROMPTS[0], params, 16)
-        at = int(engine.position)
+        rows, drafter = engine.decoder.rows, engine.drafter
+        assert drafter is not None
+        rows.prefill(0, PROMPTS[0], 0)
+        accepted = 0
         for _ in range(20_000):
-            engine.position.fill_(at)
-            engine.token.fill_(start)
-            counts[engine._round(params, Lookup([]), 2)[0]] += 1
+            rows.feed(range(1), [start], [len(PROMPTS[0])])
+            tokens = rows.round(drafter, params, 2, 16)
+            counts[tokens[0]] += 1
+            accepted += len(tokens) - 1
     assert chi_square_p(counts, expected) > 1e-3
-    assert engine.stats.accepted_tokens < 0.9 * engine.stats.drafted_tokens
+    assert accepted < 0.9 * 2 * 20_000
 
 
 class DraftCount(Observer):
@@ -180,7 +184,7 @@ def test_requests_alone_and_beside_each_other(tiny_folder: Path, sparsity: float
     engine = speculative(tiny_folder, 4, sparsity)
     for prompts, lengths in (([PROMPTS[3]], [60]), (PROMPTS, [9, 30, 1, 90])):
         scheduler, counted = Scheduler(engine), DraftCount()
-        scheduler.observer = counted
+        scheduler.decoder.observer = counted
         texts = [""] * len(prompts)
 
         def take(event: Piece | Done, i: int, texts: list[str] = texts) -> None:
@@ -202,7 +206,7 @@ def test_drafting_goes_on_after_a_step_without_where_steps_start_ahead(tiny_fold
     for ahead in (False, True):
         pieces: list[str] = []
         scheduler, counted = Scheduler(engine, ahead=ahead), DraftCount()
-        scheduler.observer = counted
+        scheduler.decoder.observer = counted
         engine.look_up(4)  # forgets what was accepted
         emit = functools.partial(lambda event, into: into.append(getattr(event, "text", "")), into=pieces)
         scheduler.submit(Request(PROMPTS[0], emit, max_new_tokens=90, ignore_eos=True))
@@ -215,11 +219,11 @@ def test_drafting_goes_on_after_a_step_without_where_steps_start_ahead(tiny_fold
 def test_sampled_requests_take_ordinary_steps(tiny_folder: Path) -> None:
     engine = speculative(tiny_folder)
     counted, texts = DraftCount(), []
-    for length in (4, 0):
-        engine.draft_length = length
+    for drafter in (engine.drafter, None):
+        engine.drafter = drafter
         pieces: list[str] = []
         scheduler = Scheduler(engine)
-        scheduler.observer = counted
+        scheduler.decoder.observer = counted
         emit = functools.partial(lambda event, into: into.append(getattr(event, "text", "")), into=pieces)
         scheduler.submit(Request(PROMPTS[0], emit, SamplingParams(temperature=0.9), max_new_tokens=20))
         scheduler.close_when_idle()
@@ -245,9 +249,10 @@ def test_penalties_count_what_was_drafted_before() -> None:
 
 def test_a_rounded_draft_shares_all_but_what_is_rounded(quantizable_folder: Path) -> None:
     engine = speculative(quantizable_folder, draft_quant="int4")
-    assert engine.drafter is not None and not is_quantized(engine.model)
-    target, draft = ({p.data_ptr() for p in m.parameters()} for m in (engine.model, engine.drafter))
-    rounded: list[Any] = [*itertools.chain(*sparse_layers(engine.drafter)), engine.drafter.lm_head]
+    assert engine.drafter is not None and engine.drafter.backend is not None and not is_quantized(engine.model)
+    drafting = engine.drafter.backend.model
+    target, draft = ({p.data_ptr() for p in m.parameters()} for m in (engine.model, drafting))
+    rounded: list[Any] = [*itertools.chain(*sparse_layers(drafting)), drafting.lm_head]
     own = {t.data_ptr() for m in rounded for t in (m.weight, m.scales, m.zeros) if t is not None}
     assert own and draft - own <= target and not own & target
 
@@ -263,11 +268,9 @@ def test_lookup() -> None:
 
 
 def test_the_draft_gets_longer_with_acceptance(tiny_folder: Path) -> None:
-    engine = speculative(tiny_folder, 8, 0.5)
-    lengths = []
-    for taken in (0.1, 0.6, 0.9, 0.99):
-        engine.tried, engine.taken = 1.0, taken
-        lengths.append(engine.best_length())
+    drafter = speculative(tiny_folder, 8, 0.5).drafter
+    assert drafter is not None
+    lengths = [drafter.best_length(Acceptance(1.0, taken)) for taken in (0.1, 0.6, 0.9, 0.99)]
     assert lengths[0] == 1 and lengths == sorted(lengths) and lengths[2] >= 2 and lengths[3] > lengths[1]
 
 

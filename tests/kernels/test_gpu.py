@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from teal.checkpoint.weights import load_model
-from teal.decoding.engine import CACHE_STEP, Engine
+from teal.decoding.engine import Engine
 from teal.decoding.requests import Done, Piece, Request
+from teal.decoding.rows import CACHE_STEP
 from teal.decoding.scheduler import Scheduler
 from teal.decoding.speculation import SpeculativeEngine
 from teal.model import KVCache, attend
@@ -71,7 +72,7 @@ def test_graph_equals_eager(tiny_folder: Path, sparsity: float, kv_cache: str) -
     assert graph.use_graph and not eager.use_graph
     for ids in (PROMPT, [i % 290 + 5 for i in range(CACHE_STEP - 10)]):  # the second grows the cache while decoding
         assert tokens(graph, ids) == tokens(eager, ids)
-    assert graph.graphs
+    assert graph.decoder.rows.graphs
 
 
 @pytest.mark.parametrize("how", ["sparse", "int4", "lookup"])
@@ -89,7 +90,7 @@ def test_speculative_rounds_in_graphs_give_the_dense_text(quantizable_folder: Pa
     for ids in (PROMPT, [i % 290 + 5 for i in range(CACHE_STEP - 10)]):
         assert tokens(engine, ids, 60) == tokens(dense, ids, 60)
         assert 0 < engine.stats.accepted_tokens <= engine.stats.drafted_tokens
-    assert engine.graphs
+    assert engine.decoder.rows.graphs
     texts = []
     for _ in range(2):
         engine.cached_ids = []
@@ -151,7 +152,7 @@ def answers_of(engine: Engine, ahead: bool) -> tuple[list[str], int]:
         scheduler.submit(Request(ids, emit, params, max_new_tokens=10 + 8 * i, ignore_eos=True))
     scheduler.close_when_idle()
     scheduler.run()
-    return texts, len(scheduler.rows.graphs)
+    return texts, len(scheduler.decoder.rows.graphs)
 
 
 def test_rows_by_graphs_started_ahead_equal_eager_ones(tiny_folder: Path) -> None:

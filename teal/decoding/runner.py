@@ -1,0 +1,52 @@
+"""A model ready to decode: beside its layers the backend that runs them, its plan, and what drafts for it."""
+
+from teal.checkpoint.tokenizer import Tokenizer
+from teal.decoding.backends import Backend
+from teal.decoding.drafting import Drafter
+from teal.decoding.plan_switch import PlanSwitch
+from teal.errors import UserError
+from teal.model import Transformer
+from teal.plan import SparsityPlan, Weights
+
+
+class ModelRunner:
+    """What a Decoder runs. use_graph: whether steps are CUDA graphs; layout: the number of the plan's (plan_switch.py)."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, backend: Backend, use_graph: bool) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.backend = backend
+        self.use_graph = use_graph
+        self.plan: SparsityPlan | None = None
+        self.plan_switch: PlanSwitch | None = None  # None: dense
+        self.weights: Weights | None = None  # what plans know the model by
+        self.layout = 0
+        self.drafter: Drafter | None = None
+        weight = model.embedding.weight
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def require_sparse(self) -> PlanSwitch:
+        """What switches plans. Raises UserError if the model is dense."""
+        if self.plan is None or self.plan_switch is None:
+            raise UserError("this engine was loaded dense; load it with a sparsity or a plan")
+        return self.plan_switch
+
+    def switch_plan(self, plan: SparsityPlan) -> None:
+        """Decode by plan from now on. Raises UserError if the model is dense or the plan is for another one."""
+        switch = self.require_sparse()
+        plan.check_weights(self.weights)
+        self.layout = switch.use(plan)
+        self.plan = plan
+
+    def cache_key(self, plan: SparsityPlan | None) -> object:
+        """What keys and values depend on beside their tokens: they may be reused where it is equal."""
+        return plan, 0.0 if self.plan_switch is None else self.plan_switch.sparse_share
+
+    def drafts_under(self, plan: SparsityPlan | None) -> bool:
+        """Whether it drafts: not under a plan that drops anything, whose text the verifying pass does not give."""
+        return self.drafter is not None and (plan is None or drops_nothing(plan))
+
+
+def drops_nothing(plan: SparsityPlan) -> bool:
+    """Whether the plan is dense decoding."""
+    return not any(projection.threshold for layer in plan.layers for projection in layer.values())
