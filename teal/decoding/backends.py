@@ -185,9 +185,8 @@ def _fused_obstacle(model: Transformer) -> str:
     """Why the fused kernels cannot run model; empty if they can."""
     inputs = tuple(p.input for p in model.config.projections())
     if inputs != FUSED_INPUTS:
-        return (
-            f"its kernels take a block of {', '.join(FUSED_INPUTS)} projections, and this one has {', '.join(inputs)}"
-        )
+        wanted, found = (", ".join(names) for names in (FUSED_INPUTS, inputs))
+        return f"its kernels take inputs {wanted}, and this model's block has {found}"
     if find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on

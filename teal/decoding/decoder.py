@@ -260,7 +260,7 @@ class Decoder:
         return Flight(requests, rows, self.rows.step(rows, length, self._params_of(group), eager=counting))
 
     def _choose(self, request: Request, logits: Tensor | None, chosen: int | None) -> None:
-        """Take the token that a step chose, or sample one from logits [1, V]; pass it on, and end a request that is over.
+        """Take the token that a step chose, or sample one from logits [1, V]; pass it on, and end what is over.
 
         A grammar without a way on ends this request and no other.
         """

@@ -173,7 +173,7 @@ def seen_after(seen: Tensor, drafted: Tensor) -> Tensor:
 
 
 def verify_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the drafted tokens [k] are the argmax of logits [k + 1, V], and the argmax after them: int64 [1] each."""
+    """How many of the drafted tokens [k] are argmax of logits [k + 1, V], and the argmax after them: int64 [1] each."""
     best, ignored = (torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device) for _ in range(2))
     argmax_step(logits, best, ignored)
     best = best[:, 0]

@@ -18,7 +18,7 @@ class Prefill:
         self.blocks = 0  # read so far
 
     def next(self) -> Request:
-        """By turns the prompt that came first and the one with the least left: no short one waits long, none forever."""
+        """By turns the prompt that came first and the one with the least left: no short one waits long."""
         if self.blocks % 2 == 0:
             return self.requests[0]
         return min(self.requests, key=lambda request: len(request.prompt_ids) - request.prefilled)

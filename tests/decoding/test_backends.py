@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from teal.checkpoint.loading import load_for_decoding
 from teal.checkpoint.weights import load_model
+from teal.decoding import backends
 from teal.decoding.backends import (
     Backend,
     CompiledBackend,
@@ -115,6 +116,16 @@ def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(UserError, match=message):
             choose_backend(model, *arguments)
+
+
+def test_a_block_of_other_projections_is_not_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(tmp_path, "sparse")
+    monkeypatch.setattr(backends, "FUSED_INPUTS", ("normed", "attended", "activated"))
+    with pytest.raises(UserError, match="backend fused cannot run: its kernels take inputs normed, attended, activ"):
+        choose_backend(model, forced="fused")
+    monkeypatch.setattr(backends, "best_backend", lambda *_: ("fused", "sparse weights on CUDA"))
+    chosen = choose_backend(model, compile=False)
+    assert chosen.name == "eager" and chosen.reason.startswith("fused cannot run: its kernels take inputs normed")
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "quantized", "int8-cache"])
