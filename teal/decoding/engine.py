@@ -26,6 +26,9 @@ from teal.plan import SparsityPlan
 from teal.progress import progress
 from teal.teal_layers import set_counting, sparsify
 
+# Of a prompt that compiles prefill for all lengths. Attention treats few rows otherwise (model.SMALL_ATTENTION_ROWS):
+# after one of 4 tokens the first longer prompt compiled anew, for 13 s on an H100.
+WARM_TOKENS = 32
 IN_USE = (
     "this engine is making another text: exhaust or close its generator first, load a second engine, or give several "
     "prompts to scheduler.generate_batch"
@@ -118,7 +121,8 @@ class Engine(ModelRunner):
     def _compile(self) -> None:
         """Compile prefill and decode now, by a few tokens, not at the user's first one."""
         start = time.perf_counter()
-        warm_ids = [i % self.model.config.vocab_size for i in range(4)]
+        config = self.model.config
+        warm_ids = [i % config.vocab_size for i in range(min(WARM_TOKENS, config.max_seq_len - 3))]
         for _ in self.generate(warm_ids, SamplingParams(), max_new_tokens=3, ignore_eos=True):
             pass
         self.cached_ids = []
