@@ -151,13 +151,13 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     if (forced, compile) in (("eager", True), ("compiled", False)):
         raise ParameterError("{backend} {} contradicts compile={}; give one of them", forced, compile)
     device = model.embedding.weight.device
-    name, reason, obstacle = forced, "asked for", _fused_obstacle(model)
+    name, reason = forced, "asked for"
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
-        if name == "fused" and obstacle:
-            name, reason = "eager" if compile is False else "compiled", f"fused cannot run: {obstacle}"
-    elif name == "fused" and obstacle:
-        raise ParameterError("{backend} fused cannot run: {}", obstacle)
+    if name == "fused" and (obstacle := _fused_obstacle(model)):
+        if forced == "fused":
+            raise ParameterError("{backend} fused cannot run: {}", obstacle)
+        name, reason = "eager" if compile is False else "compiled", f"fused cannot run: {obstacle}"
     if name == "fused":
         return FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
     return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)

@@ -120,7 +120,7 @@ SAID = {
     "error: Request failed\n  cause: client error (Connect)\n  cause: dns error\n": (
         "cannot be reached (cause: dns error)"
     ),
-    "WARNING: a\nERROR: No matching distribution found\n": "No matching distribution found; pass --checkpoint",
+    "WARNING: a\nERROR: No matching distribution found\n": "No matching distribution found; give a local model folder",
 }
 
 

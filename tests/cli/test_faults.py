@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(trial: Trial) -> None:
 
 
 def test_kill_9_leaves_nothing_half_written(trial: Trial, is_full: bool) -> None:
-    script = f"{trial.writer.main.__module__}.py"
+    script = f"{trial.writer.main.__module__.rpartition('.')[2]}.py"
     for number in range(trial.operations) if is_full else [trial.operations - 1]:
         folder = trial.fresh()
         arguments = trial.writer.arguments(trial.checkpoint, folder)

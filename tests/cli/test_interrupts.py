@@ -132,7 +132,7 @@ def test_at_any_moment(command: str, times: int, tmp_path: Path) -> None:
     process = start(*COMMANDS[command], PYTHONPROFILEIMPORTTIME="1", XDG_CACHE_HOME=str(tmp_path))
     assert process.stderr is not None
     for line in process.stderr:
-        if re.search(r"\| +(engine|calibration|evaluation)$", line):
+        if re.search(r"\| +teal\.(decoding\.engine|calibration\.thresholds|evaluation\.quality)$", line):
             break
     time.sleep({"generate": 0.3, "calibrate": 1, "evaluate": 3}[command] * times)
     interrupt(process, times)

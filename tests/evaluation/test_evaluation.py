@@ -189,7 +189,7 @@ def test_calibrate_then_evaluate_and_show(call: InvokeMain, model_options: tuple
     for name in ("sparsity-0.3.png", "inputs-0.5.png"):
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
     code, out, _ = call(calibrate.main, "--show", paths[0])
-    assert code == 0 and "greedy, magnitude, target 0.3" in out and len(out.splitlines()) == 3 + 3
+    assert code == 0 and "greedy, target 0.3" in out and len(out.splitlines()) == 3 + 3
     base = (*model_options[:8], "--tokens", "200", "--window", "100", "--stride", "50")
     code, out, err = call(evaluate_cli.main, *base, "--plan", paths[1], "--json", "--csv", tmp_path / "rows.csv",
                           "--plot", tmp_path / "q.png", "--decode-tokens", "20", "--continuations", "2")  # fmt: skip

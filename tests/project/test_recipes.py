@@ -18,7 +18,7 @@ EXAMPLES = {  # what gives away, in code, that a file knows of the recipe's exam
     "add-a-model.md": r"\"qwen3\"|qk_norm",
     "add-a-format.md": r"& 15\b|\bBITS == [48]|\bbits == [48]",
     "add-a-sampling-parameter.md": r"\bmin[_-]p\b",
-    "add-a-kernel.md": r"(import|def) reduce_partials\b",
+    "add-a-kernel.md": r"import reduce_partials\b|reduce_partials = make_op\b",
 }
 BESIDE = {  # files that know of it, too, but that a new one does without
     "add-a-model.md": {"teal/architectures.py"},  # shapes, to measure speed with
