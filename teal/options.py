@@ -27,7 +27,7 @@ KV_CACHES = ("float", "int8")  # how keys and values are kept
 BACKENDS = ("auto", "eager", "compiled", "fused")  # what runs a decode step
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 10, 2048  # of tokens: the paper's calibration set
-METHODS = ("uniform", "greedy")  # of calibration
+METHODS = ("uniform", "greedy", "global")  # of calibration
 # Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get; "half" is the
 # paper's evaluation (section 5.1), where the first half of each window is dense, like a prompt.
 POLICY_SHARES = {"decode": 1.0, "half": 0.5}
@@ -111,7 +111,7 @@ class DraftOptions:
 class Settings:
     """What to calibrate: sparsities to reach, and how to spread them. Raises UserError.
 
-    method "uniform" or "greedy"; step: of greedy, the average sparsity that a projection gains.
+    method "uniform", "greedy" or "global"; step: of greedy, the average sparsity that a projection gains.
     """
 
     targets: tuple[float, ...] = (0.5,)

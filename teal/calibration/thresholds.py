@@ -9,8 +9,7 @@ The greedy method first chooses the sparsity of each projection on the dense str
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teal.calibration.allocation import allocate
 from teal.calibration.greedy import greedy_sparsities
+from teal.calibration.sensitivity import GRID, sample_sensitivity
+from teal.calibration.stages import BlockStages, Stream
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
 from teal.files import atomic_file
@@ -41,75 +43,6 @@ GREEDY_LENGTH = 128
 Layer = dict[str, ProjectionPlan]
 
 
-class BlockStages:
-    """One block of a model, run projection by projection over sequences of one length.
-
-    A block is a chain of sublayers. Each begins with a norm and adds the result of its last projection to its input.
-    """
-
-    def __init__(self, model: Transformer, index: int, length: int, batch: int = 1) -> None:
-        weight = model.embedding.weight
-        self.model, self.index, self.block = model, index, model.blocks[index]
-        self.device = weight.device
-        positions = torch.arange(length, device=weight.device).expand(batch, length)
-        cos, sin, masks = model.position_tensors(positions, length)
-        cache = model.new_cache(batch, length, layers=1)
-        self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, cache.k[0], cache.v[0])
-        self.projections = self.block.projections()
-        # Weights of each, by which the greedy method counts a block's sparsity.
-        self.sizes = {
-            n: size * p.in_features for p in self.projections for n, size in zip(p.names, p.sizes, strict=True)
-        }
-
-    def inputs(self, p: Projection, x: "Stream") -> "Stream":
-        """The inputs of p for x, the residual stream [B, L, C] where p's sublayer begins."""
-        return x.map(lambda part: self._input(p, part))
-
-    def _input(self, p: Projection, x: Tensor) -> Tensor:
-        normed = self.block.get_submodule(p.norm)(x)
-        if p.input == "normed":
-            return normed
-        sublayer = self.block.get_submodule(p.module.rpartition(".")[0])
-        with _identity(self.block, p.module):
-            return sublayer(normed, *self.context) if p.input == "attended" else sublayer(normed)
-
-    def after(self, p: Projection, x: "Stream", inputs: "Stream") -> "Stream":
-        """The residual stream where the next projection's sublayer begins; inputs are those of p for x."""
-        if not p.ends_sublayer:
-            return x
-        module = self.block.get_submodule(p.module)
-        return x.map(lambda part, own: part + module(own), inputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The whole block."""
-        return self.block(x, *self.context)
-
-
-@contextmanager
-def _identity(block: Block, place: str) -> Iterator[None]:
-    module = block.get_submodule(place)
-    block.set_submodule(place, nn.Identity())
-    try:
-        yield
-    finally:
-        block.set_submodule(place, module)
-
-
-class Stream:
-    """Activations of all sequences, [1, L, C] each, on the device or, with offload, in host memory."""
-
-    def __init__(self, parts: list[Tensor], device: torch.device, offload: bool) -> None:
-        self.home = torch.device("cpu") if offload else device
-        self.device = device
-        self.parts = [part.to(self.home) for part in parts]
-
-    def map(self, function: Callable[..., Tensor], *others: "Stream") -> "Stream":
-        """A stream of function(own part, parts of the others)."""
-        rows = zip(self.parts, *(other.parts for other in others), strict=True)
-        results = [function(*(t.to(self.device) for t in row)).to(self.home) for row in rows]
-        return Stream(results, self.device, self.home != self.device)
-
-
 @torch.inference_mode()
 def calibrate(
     model: Transformer,
@@ -130,6 +63,7 @@ def calibrate(
     histograms behind the thresholds. Raises UserError.
     """
     key = _progress_key(model, sequences, settings, facts)
+    fixed = allocate_globally(model, sequences, settings) if settings.method == "global" else None
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
     device = model.embedding.weight.device
     dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
@@ -142,7 +76,7 @@ def calibrate(
             blocks.append(done[i])
             pass_on(stages, streams, done[i])
         else:
-            layers, found = calibrate_block(stages, streams, dense, settings)
+            layers, found = calibrate_block(stages, streams, dense, settings, fixed[i] if fixed else None)
             blocks.append(layers)
             if seen is not None:
                 seen.append(found)
@@ -175,15 +109,19 @@ def pass_on(stages: BlockStages, streams: list[Stream], layers: list[Layer]) -> 
 
 
 def calibrate_block(
-    stages: BlockStages, streams: list[Stream], dense: Stream, settings: Settings
+    stages: BlockStages,
+    streams: list[Stream],
+    dense: Stream,
+    settings: Settings,
+    fixed: list[dict[str, float]] | None = None,
 ) -> tuple[list[Layer], list[dict[str, Histogram]]]:
     """Thresholds of the block for each target, with their histograms; streams are replaced as by pass_on.
 
-    dense: what the greedy method measures errors on.
+    dense: what the greedy method measures errors on. fixed: the block's sparsities for each target, if known before.
     """
-    wanted = [dict.fromkeys(stages.sizes, target) for target in settings.targets]
+    wanted = fixed or [dict.fromkeys(stages.sizes, target) for target in settings.targets]
     if settings.method == "greedy":
-        wanted = allocate(stages, dense, settings)
+        wanted = allocate_greedily(stages, dense, settings)
     layers, seen = [], []
     for j, sparsities in enumerate(wanted):
         layer, found, streams[j] = set_thresholds(stages, streams[j], sparsities, settings)
@@ -227,7 +165,7 @@ def histograms(module: nn.Module, inputs: Stream) -> dict[str, Histogram]:
     return dict.fromkeys(module.names, shared)
 
 
-def allocate(stages: BlockStages, dense: Stream, settings: Settings) -> list[dict[str, float]]:
+def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) -> list[dict[str, float]]:
     """The sparsities the greedy method gives the block's projections, for each target."""
     block, model = stages.block, stages.model
     seen: dict[str, Histogram] = {}
@@ -250,6 +188,22 @@ def allocate(stages: BlockStages, dense: Stream, settings: Settings) -> list[dic
     found = greedy_sparsities(error, stages.sizes, list(settings.targets), settings.step)
     sparsify_block(block, dict.fromkeys(stages.sizes, 0.0))
     return [{name: round(p, 6) for name, p in sparsities.items()} for sparsities in found]
+
+
+def allocate_globally(model: Transformer, sequences: Tensor, settings: Settings) -> list[list[dict[str, float]]]:
+    """The sparsities [block][target][projection] at which the estimated divergences of all add up to the least."""
+    samples = sample_sensitivity(model, sequences)
+    names = [(i, name) for i, block in enumerate(samples) for name in block]
+    curves = [
+        list(zip(GRID, samples[i][name].errors(), strict=True))
+        for i, name in progress(names, "measuring errors", "projection")
+    ]
+    sizes = [BlockStages(model, i, 1).sizes[name] for i, name in names]
+    found: list[list[dict[str, float]]] = [[{} for _ in settings.targets] for _ in samples]
+    for j, target in enumerate(settings.targets):
+        for (i, name), sparsity in zip(names, allocate(curves, sizes, target), strict=True):
+            found[i][j][name] = round(sparsity, 6)
+    return found
 
 
 def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""What dropping entries of a projection's input costs the model: its divergence, estimated from gradients.
+
+Let d be the dropped part of an input and v = W g, with g the gradient of the log-likelihood at the projection's
+output. For labels drawn from the model itself, half the mean of (d . v)^2 is the KL divergence from the dense model
+to second order: E[v v^T] is the Fisher information of the input (Martens 2014, section 9). Samples of inputs and of v
+give that mean at every sparsity, without a matrix of in_features squared.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teal.calibration.stages import BlockStages
+from teal.kernels.formats.packing import dequantize
+from teal.layers.quantized_linear import QuantizedLinear
+from teal.model import Projection, Transformer
+from teal.progress import progress
+from teal.teal_layers import SparseLinear
+
+SAMPLES = 1024  # tokens of each projection that inputs and gradients are kept of
+GRADIENT_LENGTH = 512  # tokens of a sequence that gradients flow through at once
+HEAD_TOKENS = 128  # whose logits are there at once
+# Sparsities at which errors are computed; between them they count as linear.
+GRID = tuple(i / 40 for i in range(39))  # 0 to 0.95
+
+
+@dataclass(slots=True)
+class Samples:
+    """Of one projection: inputs and v, both fp32 [n, K], of the same tokens."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+    def errors(self) -> list[float]:
+        """The divergence in nats a token that each sparsity of GRID costs."""
+        magnitudes = self.inputs.abs()
+        ordered = magnitudes.flatten().sort().values
+        found = []
+        for sparsity in GRID:
+            threshold = ordered[int(sparsity * len(ordered))] if sparsity else 0.0
+            dropped = self.inputs.masked_fill(magnitudes >= threshold, 0.0)
+            found.append(float((dropped @ self.gradients.t()).square().mean()) / 2)
+        return found
+
+
+class Probe(nn.Module):
+    """A projection module of a block that notes inputs and v of some tokens on the way back."""
+
+    def __init__(self, module: nn.Module, projection: Projection) -> None:
+        super().__init__()
+        self.module, self.projection = module, projection
+        self.found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in projection.names}
+        self.picked = torch.zeros(0, dtype=torch.int64)  # tokens to note
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As module's, x [1, T, K]."""
+        return _Probed.apply(x, self)
+
+    def weight(self) -> Tensor:
+        """In floats [K, N]."""
+        module = self.module
+        if isinstance(module, nn.Linear):
+            return module.weight.t()
+        assert isinstance(module, (QuantizedLinear, SparseLinear))
+        return module.weight if module.scales is None else dequantize(module.weight, module.scales, module.zeros)
+
+    def samples(self) -> dict[str, Samples]:
+        """What was noted, by projection."""
+        pairs = {name: zip(*found, strict=True) for name, found in self.found.items()}
+        return {name: Samples(*(torch.cat(parts).float() for parts in columns)) for name, columns in pairs.items()}
+
+
+class _Probed(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, probe: Probe) -> Tensor:
+        context.probe = probe
+        context.save_for_backward(x)
+        return probe.module(x)
+
+    @staticmethod
+    def backward(context: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        probe, [x], [gradient] = context.probe, context.saved_tensors, grads
+        p = probe.projection
+        total = torch.zeros_like(x)
+        parts = zip(p.names, gradient.split(p.sizes, dim=-1), probe.weight().split(p.sizes, dim=1), strict=True)
+        for name, part, weight in parts:
+            v = part @ weight.t()
+            probe.found[name].append((x[0, probe.picked], v[0, probe.picked]))
+            total += v
+        return total, None
+
+
+@contextmanager
+def probes(model: Transformer) -> Iterator[list[Probe]]:
+    """Within the block every projection is a Probe."""
+    found = []
+    for block in model.blocks:
+        for p in block.projections():
+            found.append(Probe(block.get_submodule(p.module), p))
+            block.set_submodule(p.module, found[-1])
+    try:
+        yield found
+    finally:
+        owners = (block for block in model.blocks for _ in block.projections())
+        for probe, block in zip(found, owners, strict=True):
+            block.set_submodule(probe.projection.module, probe.module)
+
+
+def sample_sensitivity(model: Transformer, sequences: Tensor) -> list[dict[str, Samples]]:
+    """Samples of every projection of a dense model [layer][projection], from sequences int64 [N, L] of token ids."""
+    length = min(GRADIENT_LENGTH, sequences.shape[1])
+    pieces = sequences[:, : sequences.shape[1] // length * length].reshape(-1, length)
+    count = min(len(pieces), -(-SAMPLES // max(1, length // 4)))  # a quarter of each piece's tokens is kept
+    chosen = pieces[torch.linspace(0, len(pieces) - 1, count).round().long()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad(), probes(model) as found:
+        for ids in progress(list(chosen), "estimating sensitivity", "sequence"):
+            picked = torch.randperm(length, generator=generator)[: max(1, length // 4)]
+            for probe in found:
+                probe.picked = picked
+            _backward(model, ids.clone(), generator)
+    samples = iter(probe.samples() for probe in found)
+    per_block = len(found) // len(model.blocks)
+    return [{k: s for _ in range(per_block) for k, s in next(samples).items()} for _ in model.blocks]
+
+
+def _backward(model: Transformer, ids: Tensor, generator: torch.Generator) -> None:
+    """Send the gradient of the log-likelihood of labels drawn from the model back through all blocks."""
+    device = model.embedding.weight.device
+    x = start = model.embed(ids[None].to(device)).requires_grad_()
+    for i, block in enumerate(model.blocks):
+        x = block(x, *BlockStages(model, i, len(ids)).context)
+    hidden = x.detach().requires_grad_()
+    for part in hidden.split(HEAD_TOKENS, dim=1):
+        logits = model.logits(part)[0].float()
+        probabilities = logits.detach().softmax(-1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+    torch.autograd.backward(x, hidden.grad, inputs=[start])

@@ -1,0 +1,78 @@
+"""One block of a model, run projection by projection over the activations of all sequences."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from teal.model import Block, Projection, Transformer
+
+
+class BlockStages:
+    """One block of a model, run projection by projection over sequences of one length.
+
+    A block is a chain of sublayers. Each begins with a norm and adds the result of its last projection to its input.
+    """
+
+    def __init__(self, model: Transformer, index: int, length: int, batch: int = 1) -> None:
+        weight = model.embedding.weight
+        self.model, self.index, self.block = model, index, model.blocks[index]
+        self.device = weight.device
+        positions = torch.arange(length, device=weight.device).expand(batch, length)
+        cos, sin, masks = model.position_tensors(positions, length)
+        cache = model.new_cache(batch, length, layers=1)
+        self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, cache.k[0], cache.v[0])
+        self.projections = self.block.projections()
+        # Weights of each, by which the greedy method counts a block's sparsity.
+        self.sizes = {
+            n: size * p.in_features for p in self.projections for n, size in zip(p.names, p.sizes, strict=True)
+        }
+
+    def inputs(self, p: Projection, x: "Stream") -> "Stream":
+        """The inputs of p for x, the residual stream [B, L, C] where p's sublayer begins."""
+        return x.map(lambda part: self._input(p, part))
+
+    def _input(self, p: Projection, x: Tensor) -> Tensor:
+        normed = self.block.get_submodule(p.norm)(x)
+        if p.input == "normed":
+            return normed
+        sublayer = self.block.get_submodule(p.module.rpartition(".")[0])
+        with _identity(self.block, p.module):
+            return sublayer(normed, *self.context) if p.input == "attended" else sublayer(normed)
+
+    def after(self, p: Projection, x: "Stream", inputs: "Stream") -> "Stream":
+        """The residual stream where the next projection's sublayer begins; inputs are those of p for x."""
+        if not p.ends_sublayer:
+            return x
+        module = self.block.get_submodule(p.module)
+        return x.map(lambda part, own: part + module(own), inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole block."""
+        return self.block(x, *self.context)
+
+
+@contextmanager
+def _identity(block: Block, place: str) -> Iterator[None]:
+    module = block.get_submodule(place)
+    block.set_submodule(place, nn.Identity())
+    try:
+        yield
+    finally:
+        block.set_submodule(place, module)
+
+
+class Stream:
+    """Activations of all sequences, [1, L, C] each, on the device or, with offload, in host memory."""
+
+    def __init__(self, parts: list[Tensor], device: torch.device, offload: bool) -> None:
+        self.home = torch.device("cpu") if offload else device
+        self.device = device
+        self.parts = [part.to(self.home) for part in parts]
+
+    def map(self, function: Callable[..., Tensor], *others: "Stream") -> "Stream":
+        """A stream of function(own part, parts of the others)."""
+        rows = zip(self.parts, *(other.parts for other in others), strict=True)
+        results = [function(*(t.to(self.device) for t in row)).to(self.home) for row in rows]
+        return Stream(results, self.device, self.home != self.device)
