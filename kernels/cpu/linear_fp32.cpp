@@ -1,5 +1,5 @@
 // y = x @ W^T in fp32 on a CPU, for a few rows of x and a weight [V, K] of any float dtype: torch's own product rounds
-// sums to the weight's dtype. linear_fp32.py describes the op.
+// sums to the weight's dtype. output_head.py calls the op.
 //
 // A sum is kept as LANES partial sums, each over every LANES-th channel, added up at the end in a fixed order by one
 // thread. A row of x then has the same bits alone and beside others, for any number of threads.

@@ -2,7 +2,7 @@
 
 All sequences pass through block i before block i + 1 sees any, so what is held is one block's worth of
 activations. Within a block the thresholds are set in the order of its projections, each from what the sparse ones
-before it give: every threshold is the quantile of the inputs that the sparse model really has. With each target
+before it give. So every threshold is the quantile of the inputs that the sparse model really has. With each target
 comes its own stream of activations.
 
 The greedy method first chooses the sparsity of each projection on the dense stream (greedy.py).
@@ -29,8 +29,8 @@ from teal.progress import progress
 from teal.teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from teal.user_text import parse_json
 
-# Quick calibration, on the default model: the worst projection misses its target by 1.7 points on held-out text of
-# the same kind; with half of the sequences by 2.1, with twice as many by no less.
+# Quick calibration, on the default model: the worst projection misses its target by 1.7 points on held-out text of the
+# same kind. With half of the sequences it is 2.1, with twice as many no less.
 QUICK_SEQUENCES = 16
 QUICK_LENGTH = 512
 HELD_OUT_SEQUENCES = 16
