@@ -51,6 +51,27 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     compiled.append(self.fn.__name__)
 
 
+def compile_quantized(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor, t2: Tensor) -> None:
+    """Products with weights of 8 and 4 bits, for x [B, C] of a dtype, and these weights in floats."""
+    from teal.kernels.dequantize import launch as floats
+    from teal.kernels.norm_gemv import norm_gemv
+    from teal.kernels.sparse_gemv import sparse_gemv
+
+    C, dtype = x.shape[1], x.dtype
+    scales, zeros = torch.zeros(C, 4, dtype=dtype), torch.zeros(C, 4, dtype=torch.uint8)
+    sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
+    norm_gemv(residual, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
+    sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
+    floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
+    floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+    if dtype == torch.bfloat16:  # groups along the input
+        scales, zeros = (torch.zeros(C // 8, 512, dtype=kind) for kind in (dtype, torch.uint8))
+        sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
+        sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
+        floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
+        floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+
+
 def main() -> None:
     """Go through a decode step's kernels for each dtype and one or several rows."""
     from teal.kernels.gemv import launch
@@ -59,7 +80,6 @@ def main() -> None:
     launch.has_dependent_launch = lambda device: True
     from teal.kernels.argmax import argmax_step
     from teal.kernels.attention_gemv import attention_gemv
-    from teal.kernels.dequantize import launch as floats
     from teal.kernels.formats.kv_int8 import packed_width
     from teal.kernels.norm_gemv import norm_gemv
     from teal.kernels.reduce_partials import reduce_partials
@@ -86,18 +106,7 @@ def main() -> None:
             gate_up = norm_gemv(residual, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
             silu_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
             sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
-            scales, zeros = torch.zeros(C, 4, dtype=dtype), torch.zeros(C, 4, dtype=torch.uint8)
-            sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
-            norm_gemv(residual, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
-            sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
-            floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
-            floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
-            if dtype == torch.bfloat16:  # groups along the input
-                scales, zeros = (torch.zeros(C // 8, 512, dtype=kind) for kind in (dtype, torch.uint8))
-                sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
-                sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
-                floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
-                floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+            compile_quantized(x, residual, norm, t1, t2)
             argmax_step(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 

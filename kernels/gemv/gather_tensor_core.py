@@ -216,10 +216,7 @@ def load_step(
 
 @triton.jit
 def in_b(value, s, begin, end, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """A column of B for an entry of x, given as bits: x times its scale s.
-
-    With groups along the input s is the channel: x if the column's group has it, else 0.
-    """
+    """B's column for an entry of x, as bits: times scale s. By input s is a channel: 0 unless begin <= s < end."""
     x = value.to(tl.float32, bitcast=True)
     if GROUP_K == 0:
         y = x * s
