@@ -18,7 +18,7 @@ from teal.layers.quantized_linear import is_quantized
 from teal.model import KVCache
 from teal.options import MAX_DRAFT, DraftOptions, ModelOptions, SamplingParams
 from teal.teal_layers import sparse_layers
-from tests.conftest import relative_error
+from tests.conftest import assert_near
 
 PROMPTS = [[5, 9, 33, 120, 7, 250, 61], [8, 8], [i * 7 % 190 + 5 for i in range(40)], [11, 12, 13] * 6]
 
@@ -87,7 +87,7 @@ def test_the_cache_is_that_of_a_fresh_run(
     n = len(text) - 1
     for name in ("k", "v"):
         actual, expected = (getattr(e.cache, name)[:, :, :, :n] for e in (engine, fresh))
-        assert relative_error(actual, expected) <= 1e-5
+        assert_near(name, actual, expected, 1e-5)
 
 
 def test_to_the_end_of_the_context(tiny_folder: Path) -> None:
