@@ -1,8 +1,8 @@
 """A plain decoder-only transformer (Llama, Mistral, Qwen2, Qwen3 families), to be read top to bottom.
 
 Nothing here knows about sparsity, quantization, compilation or files: those replace modules or
-wrap calls from outside. Shapes use B batch, T tokens of this call, S cache length, C hidden_size,
-H query heads, K key/value heads, G = H/K query heads per key/value head, D head_dim, V vocabulary.
+wrap calls from outside. Shapes use B batch, T tokens of this call, S cache length, C hidden_size, V vocabulary.
+Attention has H query heads, K key/value heads, G = H/K query heads per key/value head, D head_dim.
 """
 
 import math
@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# With this few query rows (decode) torch's fused attention fills a fraction of a GPU's cores; two
-# batched products and a softmax spread the cache over all: 5.86 against 6.30 ms a step on an H100,
-# Llama-3-8B shapes, context 512.
+# With this few query rows (decode) torch's fused attention fills a fraction of a GPU's cores. Two batched products and
+# a softmax spread the cache over all: 5.86 against 6.30 ms a step on an H100, Llama-3-8B shapes, context 512.
 SMALL_ATTENTION_ROWS = 16
 # Weights of the output head that become fp32 at once on a CPU: 2 MB, which stay in a core's own cache.
 HEAD_PART = 1 << 19
@@ -325,7 +324,7 @@ class Block(nn.Module):
 class OutputHead(nn.Linear):
     """nn.Linear of any float dtype whose products are summed and returned in fp32.
 
-    Rounded to bf16, logits near 25 are multiples of 1/8: the likeliest tokens tie, and argmax takes the wrong one.
+    Rounded to bf16, logits near 25 are multiples of 1/8: the largest logits tie, and argmax takes the wrong one.
     """
 
     def forward(self, x: Tensor) -> Tensor:

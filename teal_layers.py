@@ -1,9 +1,8 @@
 """Modules that replace a Transformer's projections from outside: `sparsify(model, plan)`.
 
 A SparseLinear stores its weight input-channel-major, [in_features, out_features], so that an input
-entry below the threshold skips one contiguous row. Decode goes through the sparse product; prefill
-uses the same storage as a dense matrix, since it is bound by arithmetic and not by memory (TEAL,
-section 5.4).
+entry below the threshold skips one contiguous row. Decode goes through the sparse product. Prefill uses the same
+storage as a dense matrix, since it is bound by arithmetic and not by memory (TEAL, section 5.4).
 """
 
 from collections.abc import Iterator
@@ -55,8 +54,8 @@ class SparseLinear(PhasedModule):
         device = self.weight.device
         merged = [(self.sizes[0], thresholds[0])]
         for size, threshold in zip(self.sizes[1:], thresholds[1:], strict=True):
-            # On a CPU neighbours that share a threshold share one pass over x; on a GPU a captured step keeps its
-            # shapes when the plan changes.
+            # On a CPU neighbours of one threshold take one pass over x. On a GPU a captured step keeps its shapes when
+            # the plan changes.
             if threshold == merged[-1][1] and device.type == "cpu":
                 merged[-1] = (merged[-1][0] + size, threshold)
             else:

@@ -31,7 +31,7 @@ from teal.options import QUANTS, DraftOptions, SamplingParams, check_length
 
 @torch.inference_mode()
 def preference(engine: Engine, prompt: list[int], text: list[int], other: list[int]) -> float:
-    """How much likelier the dense model finds text's token than other's where they part, in steps of its dtype."""
+    """By how much the dense model's logits of two texts' tokens differ where they part, in steps of its dtype."""
     at = next(i for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b)
     ids = torch.tensor([prompt + text[:at]], device=engine.device)
     positions = torch.arange(ids.shape[1], device=engine.device)[None]

@@ -1,7 +1,7 @@
 """Find the fastest tile of each projection on this GPU and keep it: python -m bench.tune --model Llama-3-8B
 
 Times are those of bench.gemv: compaction, product and sum, with cold weights. The winners go to the user's
-configuration folder (kernels/tuning.py), beside those of other shapes and devices that are there already.
+configuration folder (kernels/gemv/tuning.py), beside those of other shapes and devices that are there already.
 """
 
 import json

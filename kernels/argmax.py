@@ -52,7 +52,7 @@ def launch(logits: Tensor, token: Tensor, position: Tensor) -> None:
     """Write the index of each row's largest logit, the first of several, into token and add 1 to position.
 
     logits contiguous [B, V] of 16 or 32 bits; token and position contiguous int64 with B values. Torch's argmax gives
-    one row of 128,256 to few of a GPU's cores, 37 us on an H100, and the rest is four more kernels. Raises ValueError
+    one row of 128,256 to few of a GPU's cores: 37 us on an H100. The rest would be four more kernels. Raises ValueError
     on a mismatch.
     """
     if logits.dim() != 2 or logits.dtype not in DTYPES or not logits.is_contiguous():

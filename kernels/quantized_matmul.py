@@ -7,7 +7,7 @@ from teal.kernels.cpu.native import native_kernels
 from teal.kernels.formats.packing import Weight, check_quantized, dequantize
 
 # Whole groups, of weights in floats: 16,384 x 4096 in bf16 are 134 MB. On an H100 blocks of 4096, which its L2 cache
-# can hold, took 5% longer for gate,up of Llama-3-8B and 512 tokens, and each block costs the host 0.1 ms.
+# can hold, took 5% longer for gate,up of Llama-3-8B and 512 tokens. Each block costs the host 0.1 ms.
 COLUMNS_AT_ONCE = 16384
 
 

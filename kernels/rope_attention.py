@@ -276,14 +276,14 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """softmax(q k^T / sqrt(D)) v over positions 0 to positions[b], in splits; the last window of them if window > 0.
 
-    q, k and v come from partial sums fp32 [splits, B, (H + 2 KV) D]; k and v go into the caches at positions. bias
-    [(H + 2 KV) D]; q_norm and k_norm [D], RMSNorm weights of each head (Qwen3); cos and sin fp32 with B * D/2 values;
-    positions int64 with B values, below S; k_cache and v_cache [B, KV, S, D] of dtype, which bias and norms have
-    too, or int8 [B, KV, S, packed_width(D)] (kv_int8.py), of one layout. All rounding is that of the unfused layers.
-    Returns fp32 sums [B, H, splits, D], max_logits and exp_sums [B, H, splits]. Attention's output is the sum over
-    splits of exp(max - max_all) sums, over that of exp(max - max_all) exp_sums. A split without positions has max -inf.
-    cos, sin, positions and the caches must be older than the stream's last kernel (see gather.wait_for_previous).
-    Raises ValueError on a mismatch.
+    q, k and v come from partial sums fp32 [splits, B, (H + 2 KV) D]; k and v go into the caches at positions. bias is
+    [(H + 2 KV) D]; q_norm and k_norm are [D], RMSNorm weights of each head (Qwen3). cos and sin are fp32 with B * D/2
+    values; positions int64 with B values, below S. k_cache and v_cache are [B, KV, S, D] of dtype, or int8 [B, KV, S,
+    packed_width(D)] (kv_int8.py), and of one layout. bias and norms are of dtype, too. All rounding is that of the
+    unfused layers. Returns fp32 sums [B, H, splits, D], max_logits and exp_sums [B, H, splits]. Attention's output is
+    the sum over splits of exp(max - max_all) sums, over that of exp(max - max_all) exp_sums. A split without positions
+    has max -inf. cos, sin, positions and the caches must be older than the stream's last kernel (see
+    gather.wait_for_previous). Raises ValueError on a mismatch.
     """
     _check(partials, bias, q_norm, k_norm, cos, sin, positions, k_cache, v_cache, heads, dtype)
     splits, B, N = partials.shape

@@ -33,10 +33,10 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Partial sums of x @ weight over channels whose |x| reaches the threshold of their column segment.
 
-    x [B, K] contiguous, B from 1 to 8; weight [K, N] with contiguous rows, of x's dtype, or with
-    scales and zeros a quantized weight (packing.py) whose scales are; thresholds fp32 [J]; segments: J widths, at most
-    3, that add up to N. Returns fp32 [splits, B, N], to be summed over the first dimension (reduce_partials). Raises
-    ValueError on a mismatch.
+    x is [B, K], contiguous, B from 1 to 8. weight is [K, N] with contiguous rows, of x's dtype. With scales and zeros
+    it is a quantized weight (packing.py), whose scales have x's dtype. thresholds are fp32 [J]; segments: J widths, at
+    most 3, that add up to N. Returns fp32 [splits, B, N], to be summed over the first dimension (reduce_partials).
+    Raises ValueError on a mismatch.
     """
     matrix = Weight(weight, scales, zeros)
     check_rows(x, matrix)

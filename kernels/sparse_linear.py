@@ -1,8 +1,7 @@
 """x @ weight where small |x| count as zero, and the weight rows they would meet are never read.
 
-Layout: weight is input-channel-major [K, N], so one dropped entry of x skips one contiguous row. For a
-few rows of x the product is row_gather.cpp's on a CPU and sparse_gemv.py's on CUDA; for more, x is masked and
-multiplied densely.
+Layout: weight is input-channel-major [K, N], so one dropped entry of x skips one contiguous row. For a few rows of x
+row_gather.cpp computes the product on a CPU, and sparse_gemv.py on CUDA. For more, x is masked and multiplied densely.
 """
 
 import torch
@@ -14,8 +13,8 @@ from teal.kernels.gemv.op import make_op
 from teal.kernels.quantized_matmul import floats
 from teal.options import MAX_ROWS
 
-# With more rows of x nearly every weight row is kept by one of them, and a dense product is faster: 1536 x 3072
-# bf16 at 50% on 2 Xeon cores (AVX-512), gather / dense: 2 rows 533 / 1247 us, 3 868 / 1607, 4 1043 / 1454.
+# With more rows of x nearly every weight row is kept by one of them, and a dense product is faster. On 2 Xeon cores
+# (AVX-512), 1536 x 3072 bf16 at 50%, gather / dense: 2 rows 533 / 1247 us, 3 868 / 1607, 4 1043 / 1454.
 MAX_GATHER_ROWS = 4
 
 
@@ -30,13 +29,13 @@ def sparse_linear(
 ) -> Tensor:
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
-    x [B, K] and weight [K, N] of one dtype (bf16, fp16 or fp32) and device, or weight, scales and zeros a quantized
-    weight [K, N] (packing.py) whose scales have x's dtype; thresholds fp32 [J], rounded to x's dtype
+    x [B, K] and weight [K, N] are of one dtype (bf16, fp16 or fp32) and device. Or weight, scales and zeros are a
+    quantized weight [K, N] (packing.py), whose scales have x's dtype. thresholds are fp32 [J], rounded to x's dtype
     before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns [B, N] in out_dtype,
     by default x's. Raises ValueError on a mismatch.
 
-    Only torch.compile needs an op: the first call of one imports Dynamo, 0.75 s on 2 Xeon cores before the first sparse
-    token, and each takes 5 us more than this function.
+    Only torch.compile needs an op. The first call of one imports Dynamo: 0.75 s on 2 Xeon cores before the first sparse
+    token. Each call takes 5 us more than this function.
     """
     if torch.compiler.is_compiling():
         return sparse_linear_op(x, weight, thresholds, segments, scales, zeros, out_dtype)

@@ -28,8 +28,8 @@ BACKENDS = ("auto", "eager", "compiled", "fused")  # what runs a decode step
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 10, 2048  # of tokens: the paper's calibration set
 METHODS = ("uniform", "greedy", "global")  # of calibration
-# Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get; "half" is the
-# paper's evaluation (section 5.1), where the first half of each window is dense, like a prompt.
+# Share of the tokens of a call that are sparse. "decode" is what a user's generated tokens get. "half" is the paper's
+# evaluation (section 5.1), where the first half of each window is dense, like a prompt.
 POLICY_SHARES = {"decode": 1.0, "half": 0.5}
 
 
@@ -40,7 +40,7 @@ class ModelOptions:
     checkpoint: a folder, a .gguf file or a hub id (source.resolve_checkpoint), None for the default model;
     random_weights: a known architecture instead. sparsity: the share of activations to drop, plan: a plan file instead.
     compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
-    the weights at load, quant_lm_head those of the output head to 8 bits; kv_cache "int8" keeps keys and values in 8
+    the weights at load, quant_lm_head those of the output head to 8 bits. kv_cache "int8" keeps keys and values in 8
     bits. force_plan takes plans that were made for other weights.
     """
 
@@ -138,9 +138,9 @@ class SamplingParams:
 
     Off are: top_k 0 or -1, top_p and repetition_penalty 1, min_p, presence_penalty and frequency_penalty 0.
     presence_penalty is taken once from the logit of each generated token, frequency_penalty for each time that it was
-    generated. logit_bias maps token ids to what is added to their logits: -100 bans a token, 100 leaves only tokens
-    at 100 (OpenAI's meaning of these three); it is kept as sorted pairs.
-    They apply in the order presence, frequency, bias, repetition penalty, temperature, top-k, top-p, min-p.
+    generated. logit_bias maps token ids to what is added to their logits: -100 bans a token, 100 leaves only tokens at
+    100. It is kept as sorted pairs. These three mean what OpenAI's do. All apply in the order presence, frequency,
+    bias, repetition penalty, temperature, top-k, top-p, min-p.
     """
 
     temperature: float = _described(0.0, "0 is greedy")

@@ -1,7 +1,7 @@
 """Which activations to drop: histograms of |x|, thresholds from them, and the plan that lists one per projection.
 
-TEAL (arXiv 2408.14690, section 4): the inputs of a projection are zero-mean and unimodal, so dropping
-entries with |x| below the p-quantile of |x| over calibration tokens gives sparsity p.
+TEAL (arXiv 2408.14690, section 4): the inputs of a projection are zero-mean and unimodal. So dropping entries with |x|
+below the p-quantile of |x| over calibration tokens gives sparsity p.
 """
 
 import json
@@ -23,10 +23,10 @@ PLAN_VERSION = 3
 READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
 PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
 MAX_MISS = 0.05  # of a target, on some text, that is passed over in silence
-ENOUGH_TOKENS = 256  # to judge a projection by: in a short text single ones differ by 20 points, the average by 3
+ENOUGH_TOKENS = 256  # to measure a projection on: in a short text single ones differ by 20 points, the average by 3
 
-# Bins are the top bits of |x| as fp32: 128 to an octave, so neighbouring edges differ by under 0.8%
-# at every scale, and no first pass over the data is needed to find its range.
+# Bins are the top bits of |x| as fp32: 128 to an octave, so neighbouring edges differ by under 0.8% at every scale. No
+# first pass over the data is needed to find its range.
 BITS_DROPPED = 16
 LOWEST_BIN = (127 - 24) << 7  # 2^-24: smaller magnitudes share the first bin
 NUM_BINS = 40 << 7  # up to 2^16: larger ones share the last

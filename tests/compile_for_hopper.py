@@ -51,6 +51,27 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
     compiled.append(self.fn.__name__)
 
 
+def compile_quantized(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor, t2: Tensor) -> None:
+    """Products with weights of 8 and 4 bits, for x [B, C] of a dtype, and these weights in floats."""
+    from teal.kernels.dequantize import launch as floats
+    from teal.kernels.norm_gemv import norm_gemv
+    from teal.kernels.sparse_gemv import sparse_gemv
+
+    C, dtype = x.shape[1], x.dtype
+    scales, zeros = torch.zeros(C, 4, dtype=dtype), torch.zeros(C, 4, dtype=torch.uint8)
+    sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
+    norm_gemv(residual, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
+    sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
+    floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
+    floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+    if dtype == torch.bfloat16:  # groups along the input
+        scales, zeros = (torch.zeros(C // 8, 512, dtype=kind) for kind in (dtype, torch.uint8))
+        sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
+        sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
+        floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
+        floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+
+
 def main() -> None:
     """Go through a decode step's kernels for each dtype and one or several rows."""
     from teal.kernels.gemv import launch
@@ -59,7 +80,6 @@ def main() -> None:
     launch.has_dependent_launch = lambda device: True
     from teal.kernels.argmax import argmax_step
     from teal.kernels.attention_gemv import attention_gemv
-    from teal.kernels.dequantize import launch as floats
     from teal.kernels.formats.kv_int8 import packed_width
     from teal.kernels.norm_gemv import norm_gemv
     from teal.kernels.reduce_partials import reduce_partials
@@ -78,26 +98,15 @@ def main() -> None:
             k, v = (torch.zeros(B, KV, 64, D, dtype=dtype) for _ in range(2))
             head = torch.zeros(D, dtype=dtype)
             bias = torch.zeros(sum(sizes), dtype=dtype)
-            shares = rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 16, dtype)
+            splits = rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 16, dtype)
             k, v = (torch.zeros(B, KV, 64, packed_width(D), dtype=torch.int8) for _ in range(2))
             rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 0, dtype)
-            o = attention_gemv(*shares, torch.zeros(H * D, C, dtype=dtype), t1)
+            o = attention_gemv(*splits, torch.zeros(H * D, C, dtype=dtype), t1)
             residual = reduce_partials(o, torch.float32, norm, residual)
             gate_up = norm_gemv(residual, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
             silu_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
             sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
-            scales, zeros = torch.zeros(C, 4, dtype=dtype), torch.zeros(C, 4, dtype=torch.uint8)
-            sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
-            norm_gemv(residual, norm, 1e-5, torch.zeros(C, 64, dtype=torch.int32), t2, [256, 256], scales, zeros)
-            sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
-            floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
-            floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
-            if dtype == torch.bfloat16:  # groups along the input
-                scales, zeros = (torch.zeros(C // 8, 512, dtype=kind) for kind in (dtype, torch.uint8))
-                sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
-                sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
-                floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
-                floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+            compile_quantized(x, residual, norm, t1, t2)
             argmax_step(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 

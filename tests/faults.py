@@ -1,6 +1,6 @@
 """Make a chosen file operation of a command fail: the disk is full, a folder cannot be written, or the process dies.
 
-As a program it runs a script and kills it, as kill -9 does: python -m tests.faults N FOLDER script.py arguments.
+As a program it runs a script and kills it, as kill -9 does: python -m tests.faults N FOLDER SCRIPT arguments.
 That happens just before the script's N-th operation that writes something under FOLDER.
 """
 

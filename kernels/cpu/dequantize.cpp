@@ -1,5 +1,5 @@
-// Weights of 8 and 4 bits (packing.py) to floats on a CPU, in one pass over memory: for products with many rows of x,
-// which take a dense weight. quantized_matmul.py describes the op.
+// Weights of 8 and 4 bits (packing.py) to floats on a CPU, in one pass over memory. Products with many rows of x take
+// such a dense weight. quantized_matmul.py describes the op.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

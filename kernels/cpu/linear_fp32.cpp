@@ -1,8 +1,8 @@
-// y = x @ W^T in fp32 on a CPU, for a few rows of x and a weight [V, K] of any float dtype: torch's own product rounds
-// sums to the weight's dtype. linear_fp32.py describes the op.
+// y = x @ W^T in fp32 on a CPU, for a few rows of x and a weight [V, K] of any float dtype. Torch's own product rounds
+// sums to the weight's dtype. output_head.py calls the op.
 //
-// A sum is kept as LANES partial sums, each over every LANES-th channel, added up at the end in a fixed order by one
-// thread. A row of x then has the same bits alone and beside others, for any number of threads.
+// A sum is kept as LANES partial sums, each over every LANES-th channel. One thread adds them up at the end in a fixed
+// order. A row of x then has the same bits alone and beside others, for any number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -68,8 +68,8 @@ inline float total(const Lanes& sums) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-// y[r][c] = x[r] . w[c] for ROWS rows of x, each followed by zeros to whole vectors, and COLUMNS rows of the weight:
-// enough sums at once to hide the latency of an addition.
+// y[r][c] = dot(x[r], w[c]) for ROWS rows of x, each followed by zeros to whole vectors, and COLUMNS rows of the weight.
+// So many sums at once hide the latency of an addition.
 template <typename T, int ROWS, int COLUMNS>
 void dot(const float* x, const T* w, int64_t stride, int64_t K, float* y, int64_t y_stride) {
   const int64_t whole = K / LANES * LANES, x_stride = padded(K);

@@ -2,10 +2,10 @@
 // skips one contiguous row. Compiled at first use by native.py; sparse_linear.py describes the op and checks
 // its arguments.
 //
-// The kept channels of all rows of x are listed once (their union: a weight row is read once for up to
-// MAX_ROWS rows of x), then threads take disjoint blocks of columns. Every column is summed in fp32 in channel
-// order by one thread, so the bits do not depend on the number of threads. Weights of 8 and 4 bits (packing.py) become
-// floats in registers; the scale of a group multiplies the entry of x that all its weights meet.
+// The kept channels of all rows of x are listed once. It is their union: a weight row is read once for up to MAX_ROWS
+// rows of x. Then threads take disjoint blocks of columns. Every column is summed in fp32 in channel order by one thread, so
+// the bits do not depend on the number of threads. Weights of 8 and 4 bits (packing.py) become floats in registers. The
+// scale of a group multiplies the entry of x that all its weights meet.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,7 +31,7 @@ inline float widen(at::BFloat16 value) { return static_cast<float>(value); }
 // at::Half's own conversion may be one scalar instruction, which keeps the loop from being vectorized.
 inline float widen(at::Half value) { return c10::detail::fp16_ieee_to_fp32_value(value.x); }
 
-// sum + a b in one rounding where the processor can. Channels are added to a sum one by one, in their order: a row of x
+// sum + a b in one rounding where the processor can. Channels are added to a sum one by one, in their order. A row of x
 // then has the same bits alone and beside other rows, whose channels add 0.
 inline float add_product(float sum, float a, float b) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -106,8 +106,8 @@ void sum_columns(const Kept& kept, const T* weight, int64_t stride, int64_t widt
     const T* w1 = weight + channels[i + 1] * stride;
     const T* w2 = weight + channels[i + 2] * stride;
     const T* w3 = weight + channels[i + 3] * stride;
-    // The next rows are at no fixed distance, so the hardware does not prefetch them: 9.8 -> 6.8 ms for all
-    // projections of a 135M model in bf16 at 50%, 2 Xeon cores.
+    // The next rows are at no fixed distance, so the hardware does not prefetch them. This took all projections of a
+    // 135M model in bf16 at 50% from 9.8 to 6.8 ms, on 2 Xeon cores.
     const int32_t* ahead = channels + std::min(i + UNROLL, count - UNROLL);
     for (int64_t n = 0; n < width; n += 64 / sizeof(T))
       for (int64_t u = 0; u < UNROLL; ++u) __builtin_prefetch(weight + ahead[u] * stride + n);
@@ -189,7 +189,7 @@ void sum_groups(const Kept& kept, const Quantized& weight, int64_t first_group, 
 }
 
 // As sum_columns, for weights with groups along the input dimension (packing.py). Within a group of channels the
-// integers are summed as they are, those of 4 bits in the order of words and nibbles; scales and zero points come after.
+// integers are summed as they are, those of 4 bits in the order of words and nibbles. Scales and zero points come after.
 template <typename T, int ROWS, int BITS>
 void sum_input_groups(const Kept& kept, const Quantized& weight, int64_t begin, int64_t width, int64_t rows,
                       const Output& y) {

@@ -1,13 +1,13 @@
 """Device functions the sparse GEMV kernels share: which channels a program owns, compaction, gather and sum.
 
-A program owns every SPLITS-th run of RUN neighbouring input channels and one block of output columns. It computes
-its x, lists the channels that survive the threshold in its own scratch row (a prefix sum and one barrier,
-nothing crosses programs), then reads only those weight rows. Runs are dealt out round-robin so that a
-cluster of large activations does not leave one program with most of the work; of a quantized weight with groups along
-the input a program owns a single run, of few groups.
+A program owns every SPLITS-th run of RUN neighbouring input channels and one block of output columns. It computes its x
+and lists the channels that reach the threshold in its own scratch row. That takes a prefix sum and one barrier; nothing
+crosses programs. Then it reads only those weight rows. Runs are dealt out round-robin, so that a cluster of large
+activations does not leave one program with most of the work. If the weight is quantized with groups along the input, a
+program owns a single run, of few groups.
 
-Layouts: weight [K, N] with contiguous rows, partials fp32 [SPLITS, B, N], scratch index int32 [programs, R]
-and value fp32 [programs, B, R], where R is the most entries a program can list, padding included.
+Layouts: weight [K, N] with contiguous rows, partials fp32 [SPLITS, B, N], scratch index int32 [programs, R] and value
+fp32 [programs, B, R]. R is the most entries a program can list, padding included.
 """
 
 import os
@@ -46,8 +46,8 @@ def wait_for_previous(PDL: tl.constexpr):
 def let_next_start(PDL: tl.constexpr):
     """Let the stream's next kernel take its place on the multiprocessors; it waits there for this one's end.
 
-    Called after wait_for_previous, and by a GEMV when it is nearly done: called at the start, kernels that wait took
-    the places unevenly, and one layer of Llama-3-8B at 50% took 123 us on an H100 instead of 106.
+    Called after wait_for_previous, and by a GEMV when it is nearly done. Called at its start, waiting kernels spread
+    over the multiprocessors unevenly. One layer of Llama-3-8B at 50% then took 123 us on an H100 instead of 106.
     """
     if PDL:
         gdc_launch_dependents()
@@ -76,7 +76,7 @@ def owned_work(p_threshold, n_0, n_1, n_2, META: tl.constexpr):
     """This program's channels [BLOCK_R], its segment's threshold, its first column and the end of its segment.
 
     Channels past the owned ones are >= K. Nothing here depends on the kernels before, so it comes before the wait for
-    them: the threshold is a read from memory that nothing else hides.
+    them. The threshold is a read from memory that nothing else hides.
     """
     segment, start, end = column_block(tl.program_id(0), n_0, n_1, n_2, META.BLOCK_N, META.ALIGNED)
     r = tl.arange(0, META.BLOCK_R)
@@ -91,9 +91,9 @@ def threshold_and_compact(
 ):  # fmt: skip
     """List the channels of x [BLOCK_B, BLOCK_R] that any row keeps, and their values; returns how many there are.
 
-    Values of rows that drop a listed channel are 0. A NaN is never below a threshold, so it is kept. PAD more
-    entries repeat one listed channel with value 0: the loop over the list then needs no masks, which cost it a
-    register move for every four bytes loaded, and the repeated row comes from the cache.
+    Values of rows that drop a listed channel are 0. A NaN is never below a threshold, so it is kept. PAD more entries
+    repeat one listed channel with value 0. The loop over the list then needs no masks, which cost it a register move
+    for every four bytes loaded. The repeated row comes from the cache.
     """
     R: tl.constexpr = META.R
     BLOCK_B: tl.constexpr = META.BLOCK_B
@@ -127,11 +127,11 @@ def sum_one_row(
 ):  # fmt: skip
     """Sum over the listed channels of value times weight row, for one row of x: [1, BLOCK_N].
 
-    Weights are read once and leave the L2 cache first, so that what the kernels hand each other stays there: 98 us
-    instead of 103 for one layer of Llama-3-8B at 50% on an H100.
+    Weights are read once and leave the L2 cache first, so that what the kernels hand each other stays there. One layer
+    of Llama-3-8B at 50% takes 98 us instead of 103 on an H100.
 
-    A step covers LANES * UNROLL weight rows. The UNROLL axis stays within a thread, so that UNROLL 16-byte loads are in
-    flight while it holds only the sums of its own columns; the next step's loads start before this step's arithmetic.
+    A step covers LANES * UNROLL weight rows. The UNROLL axis stays within a thread: UNROLL 16-byte loads are in flight
+    while it holds only the sums of its own columns. The next step's loads start before this step's arithmetic.
     """
     LANES: tl.constexpr = META.LANES
     UNROLL: tl.constexpr = META.UNROLL

@@ -10,9 +10,9 @@ float, exactly:
 The zero-point correction, the sum of a m, is the same for all weights of a group and row. It is summed once beside and
 taken off at the end. That leaves a shift, a logical operation and a multiply-add for each weight.
 
-One row of 16-bit x goes to gather_tensor_core.py instead, and several of bf16 to gather_tensor_core_rows.py, where the
-GPU has tensor cores and the groups fit. What is here takes everything else: fp32, the smallest groups along the output,
-several rows of fp16, and Triton's interpreter.
+Where the GPU has tensor cores and the groups fit, one row of 16-bit x goes to gather_tensor_core.py instead. Several
+rows of bf16 go to gather_tensor_core_rows.py. What is here takes everything else: fp32, the smallest groups along the
+output, several rows of fp16, and Triton's interpreter.
 """
 
 import triton

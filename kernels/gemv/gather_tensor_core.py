@@ -18,11 +18,11 @@
    1e-3, so x times scale is the sum of two bf16, high and low, in two columns.
 5. The zero-point correction, the sum of x scale (128 + zero), is added up beside and taken off at the end.
 
-Of groups along the input B has a column for each group that the program's channels touch: x where the channel is of
-that group, 0 elsewhere. The sums of the groups stay apart and meet their scales at the end, once.
+With groups along the input B has a column for each group that the program's channels touch. It holds x where the
+channel is of that group, and 0 elsewhere. The sums of the groups stay apart and meet their scales at the end, once.
 
-The code is written lane by lane. A tensor has one element for each thread of the program, in order, and an instruction
-of inline assembly works on one register of each.
+The code is written lane by lane. A tensor has one element for each thread of the program, in order. An instruction of
+inline assembly works on one register of each.
 """
 
 import triton
@@ -216,7 +216,7 @@ def load_step(
 
 @triton.jit
 def in_b(value, s, begin, end, GROUP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """A column of B for an entry of x, given as bits: times scale s, or x itself if its channel s is the column's."""
+    """B's column for an entry of x, as bits: times scale s. By input s is a channel: 0 unless begin <= s < end."""
     x = value.to(tl.float32, bitcast=True)
     if GROUP_K == 0:
         y = x * s

@@ -1,13 +1,13 @@
 """The sums of gather_tensor_core.py for 2 to 8 rows of bf16 x: each row has columns of its own in the tensor cores' B.
 
-The integers are made bf16 once for all rows of a pass, and that is most of the work: four rows take about the time of
-one. B has eight columns, and a row needs one for each group in a warp's columns, or of channels:
+The integers are made bf16 once for all rows of a pass. That is most of the work: four rows take about the time of one.
+B has eight columns, and a row needs one for each group in a warp's columns, or of channels:
 
     groups              1                    2                          4
     columns 0..7 of B   rows 0 1 .. 7        rows 0 0 1 1 2 2 3 3       rows 0 0 0 0 1 1 1 1
     rows a pass         8                    4                          2
 
-There is no column left for what bf16 leaves of x times scale: with groups along the output the error is that of weights
+There is no column left for what bf16 leaves of x times scale. With groups along the output the error is that of weights
 rounded to bf16, 1e-3. With groups along the input B has x itself, exactly.
 """
 

@@ -37,11 +37,11 @@ class GemvTile:
 
 
 H100 = "NVIDIA H100 80GB HBM3"
-# (device name, bits of a weight, K, N) -> tile for one row of 16-bit x, fastest at 50% sparsity with cold weights on
-# that device. For floats lanes 1 everywhere: threads side by side over columns need no sum across warps at the end,
-# which cost 1.5 us. Wider blocks need fewer programs, whose start and end cost about 1 us each on a multiprocessor.
-# For integers the times are those of a layer of Llama-3-8B: programs that just fill the places there are, three for
-# each of 132 multiprocessors, win (14 splits of gate and up 49.1 us, 19 splits 54.5); fewer where the next kernel adds.
+# (device name, bits of a weight, K, N) -> tile for one row of 16-bit x: the fastest there at 50% sparsity with cold
+# weights. For floats lanes 1 everywhere: threads side by side over columns need no sum across warps at the end, which
+# cost 1.5 us. Wider blocks need fewer programs, whose start and end cost about 1 us each on a multiprocessor. For
+# integers the times are those of a layer of Llama-3-8B. Programs that just fill the GPU win, three for each of 132
+# multiprocessors. 14 splits of gate and up take 49.1 us, 19 splits 54.5. Where the next kernel adds, fewer win.
 TILES: dict[tuple[str, int, int, int], GemvTile] = {
     (H100, 16, 4096, 6144): GemvTile(1024, 1, 8, 44, 4),  # 12.6 us; 88 splits 12.4, but a slower sum
     (H100, 16, 4096, 4096): GemvTile(1024, 1, 8, 66, 4),  # 9.1 us; 33 splits 11.0
@@ -53,7 +53,7 @@ TILES: dict[tuple[str, int, int, int], GemvTile] = {
 INTERPRETED_MULTIPROCESSORS = 4  # programs run one after the other there: few suffice
 QUANTIZED_PROGRAMS = 3  # for each multiprocessor: what the registers of gather_tensor_core.py leave room for
 # With groups along the input a few registers less are enough for a fourth. More programs than three a multiprocessor
-# then run at once: gate and up of Llama-3-8B at 50% 19.0 us with this limit, 23.6 without; down 11.5 and 14.6.
+# then run at once. Of Llama-3-8B at 50%, gate and up take 19.0 us with this limit and 23.6 without, down 11.5 and 14.6.
 FOUR_PROGRAMS_REGISTERS = 128
 # For several rows and groups along the output three programs need a limit: four rows of gate and up 35.9 us, not 49.2.
 THREE_PROGRAMS_REGISTERS = 168
@@ -104,7 +104,7 @@ def default_tile(K: int, N: int, B: int, multiprocessors: int, bits: int = 16) -
 
 
 def _filling_splits(blocks: int, places: int) -> int:
-    """Splits whose programs fill the places on all multiprocessors once, or twice if that leaves many empty."""
+    """Splits whose programs fill all multiprocessors once, or twice if once leaves many places empty."""
     once = places // blocks
     return once if once * blocks >= FULL_ENOUGH * places else max(1, 2 * places // blocks)
 

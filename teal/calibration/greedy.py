@@ -1,8 +1,8 @@
 """TEAL's block-wise greedy allocation (Algorithm 1 of arXiv 2408.14690): which projections of a block to make sparser.
 
-Starting dense, one projection at a time is made sparser: always the one whose step adds least to the error of
-the block's output, until the block as a whole, weighted by memory, reaches the target. Steps are of equal memory:
-a projection with twice the weights moves half as far.
+Starting dense, one projection at a time is made sparser: always the one whose step adds least to the error of the
+block's output. It ends when the block as a whole, weighted by memory, reaches the target. Steps are of equal memory: a
+projection with twice the weights moves half as far.
 """
 
 import heapq

@@ -1,9 +1,9 @@
 """TEAL's published calibration -> a plan: `models/<Model>/histograms` and greedy lookup tables of its repository.
 
-Layout: histograms/layer-N/{self_attn,mlp}/histograms.pt hold, for the inputs h1 (after the norm) and h2 (of o, of
-down), counts and bin centers of the signed activations; lookup/layer-N/results.csv lists the greedy method's path,
-one row a step, with the block's sparsity and that of each projection. The pickles are read with weights_only, which
-refuses anything but tensors.
+Layout: histograms/layer-N/{self_attn,mlp}/histograms.pt hold counts and bin centers of the signed inputs h1 (after the
+norm) and h2 (of o, of down). lookup/layer-N/results.csv lists the greedy method's path, one row a step, with the
+block's sparsity and that of each projection. The pickles are read with weights_only, which refuses anything but
+tensors.
 """
 
 import csv

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal.calibration.stages import BlockStages
+from teal.errors import ParameterError
 from teal.kernels.formats.packing import dequantize
+from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Projection, Transformer
 from teal.progress import progress
@@ -31,20 +32,21 @@ GRID = tuple(i / 40 for i in range(39))  # 0 to 0.95
 
 @dataclass(slots=True)
 class Samples:
-    """Of one projection: inputs and v, both fp32 [n, K], of the same tokens."""
+    """Of one projection: inputs and v, both [n, K] in host memory, of the same tokens."""
 
     inputs: Tensor
     gradients: Tensor
 
-    def errors(self) -> list[float]:
-        """The divergence in nats a token that each sparsity of GRID costs."""
-        magnitudes = self.inputs.abs()
+    def errors(self, device: torch.device) -> list[float]:
+        """The divergence in nats a token that each sparsity of GRID costs, computed on device in fp32."""
+        inputs, gradients = self.inputs.to(device).float(), self.gradients.to(device).float()
+        magnitudes = inputs.abs()
         ordered = magnitudes.flatten().sort().values
         found = []
         for sparsity in GRID:
             threshold = ordered[int(sparsity * len(ordered))] if sparsity else 0.0
-            dropped = self.inputs.masked_fill(magnitudes >= threshold, 0.0)
-            found.append(float((dropped @ self.gradients.t()).square().mean()) / 2)
+            dropped = inputs.masked_fill(magnitudes >= threshold, 0.0)
+            found.append(float((dropped @ gradients.t()).square().mean()) / 2)
         return found
 
 
@@ -54,7 +56,8 @@ class Probe(nn.Module):
     def __init__(self, module: nn.Module, projection: Projection) -> None:
         super().__init__()
         self.module, self.projection = module, projection
-        self.found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in projection.names}
+        self.inputs: list[Tensor] = []
+        self.gradients: dict[str, list[Tensor]] = {name: [] for name in projection.names}
         self.picked = torch.zeros(0, dtype=torch.int64)  # tokens to note
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,8 +74,8 @@ class Probe(nn.Module):
 
     def samples(self) -> dict[str, Samples]:
         """What was noted, by projection."""
-        pairs = {name: zip(*found, strict=True) for name, found in self.found.items()}
-        return {name: Samples(*(torch.cat(parts).float() for parts in columns)) for name, columns in pairs.items()}
+        inputs = torch.cat(self.inputs)
+        return {name: Samples(inputs, torch.cat(parts)) for name, parts in self.gradients.items()}
 
 
 class _Probed(torch.autograd.Function):
@@ -87,10 +90,11 @@ class _Probed(torch.autograd.Function):
         probe, [x], [gradient] = context.probe, context.saved_tensors, grads
         p = probe.projection
         total = torch.zeros_like(x)
+        probe.inputs.append(x[0, probe.picked].cpu())
         parts = zip(p.names, gradient.split(p.sizes, dim=-1), probe.weight().split(p.sizes, dim=1), strict=True)
         for name, part, weight in parts:
             v = part @ weight.t()
-            probe.found[name].append((x[0, probe.picked], v[0, probe.picked]))
+            probe.gradients[name].append(v[0, probe.picked].cpu())
             total += v
         return total, None
 
@@ -112,7 +116,12 @@ def probes(model: Transformer) -> Iterator[list[Probe]]:
 
 
 def sample_sensitivity(model: Transformer, sequences: Tensor) -> list[dict[str, Samples]]:
-    """Samples of every projection of a dense model [layer][projection], from sequences int64 [N, L] of token ids."""
+    """Samples of every projection of a dense model [layer][projection], from sequences int64 [N, L] of token ids.
+
+    Raises UserError if keys and values are rounded, which no gradient passes.
+    """
+    if has_int8_cache(model):
+        raise ParameterError("{method} global needs keys and values in floats to calibrate; leave {kv_cache} out")
     length = min(GRADIENT_LENGTH, sequences.shape[1])
     pieces = sequences[:, : sequences.shape[1] // length * length].reshape(-1, length)
     count = min(len(pieces), -(-SAMPLES // max(1, length // 4)))  # a quarter of each piece's tokens is kept
@@ -131,14 +140,20 @@ def sample_sensitivity(model: Transformer, sequences: Tensor) -> list[dict[str, 
 
 def _backward(model: Transformer, ids: Tensor, generator: torch.Generator) -> None:
     """Send the gradient of the log-likelihood of labels drawn from the model back through all blocks."""
-    device = model.embedding.weight.device
-    x = start = model.embed(ids[None].to(device)).requires_grad_()
+    x = start = model.embed(ids[None].to(model.embedding.weight.device)).requires_grad_()
     for i, block in enumerate(model.blocks):
         x = block(x, *BlockStages(model, i, len(ids)).context)
-    hidden = x.detach().requires_grad_()
-    for part in hidden.split(HEAD_TOKENS, dim=1):
-        logits = model.logits(part)[0].float()
-        probabilities = logits.detach().softmax(-1).cpu()
-        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
-        F.cross_entropy(logits, labels, reduction="sum").backward()
-    torch.autograd.backward(x, hidden.grad, inputs=[start])
+    normed = model.norm(x)
+    parts = [_head_gradient(model, part, generator) for part in normed.detach().split(HEAD_TOKENS, dim=1)]
+    torch.autograd.backward(normed, torch.cat(parts, dim=1), inputs=[start])
+
+
+@torch.no_grad()
+def _head_gradient(model: Transformer, normed: Tensor, generator: torch.Generator) -> Tensor:
+    """Of -log p of labels drawn from p, the model's own distribution, for inputs of the output head [1, T, C]."""
+    head: nn.Module = model.lm_head
+    probabilities = head(normed)[0].float().softmax(-1)  # the kernels of a head have no gradients of their own
+    labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(normed.device)
+    gradient = probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32))
+    weight = head.dequantized().t() if isinstance(head, QuantizedLinear) else model.lm_head.weight
+    return (gradient.to(weight.dtype) @ weight)[None].to(normed.dtype)

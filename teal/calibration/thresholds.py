@@ -2,7 +2,7 @@
 
 All sequences pass through block i before block i + 1 sees any, so what is held is one block's worth of
 activations. Within a block the thresholds are set in the order of its projections, each from what the sparse ones
-before it give: every threshold is the quantile of the inputs that the sparse model really has. With each target
+before it give. So every threshold is the quantile of the inputs that the sparse model really has. With each target
 comes its own stream of activations.
 
 The greedy method first chooses the sparsity of each projection on the dense stream (greedy.py).
@@ -31,8 +31,8 @@ from teal.progress import progress
 from teal.teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from teal.user_text import parse_json
 
-# Quick calibration, on the default model: the worst projection misses its target by 1.7 points on held-out text of
-# the same kind; with half of the sequences by 2.1, with twice as many by no less.
+# Quick calibration, on the default model: the worst projection misses its target by 1.7 points on held-out text of the
+# same kind. With half of the sequences it is 2.1, with twice as many no less.
 QUICK_SEQUENCES = 16
 QUICK_LENGTH = 512
 HELD_OUT_SEQUENCES = 16
@@ -192,10 +192,12 @@ def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) ->
 
 def allocate_globally(model: Transformer, sequences: Tensor, settings: Settings) -> list[list[dict[str, float]]]:
     """The sparsities [block][target][projection] at which the estimated divergences of all add up to the least."""
-    samples = sample_sensitivity(model, sequences)
+    if max(settings.targets) > GRID[-1]:
+        raise UserError(f"sparsity {max(settings.targets)} cannot be reached: no projection goes beyond {GRID[-1]}")
+    samples, device = sample_sensitivity(model, sequences), model.embedding.weight.device
     names = [(i, name) for i, block in enumerate(samples) for name in block]
     curves = [
-        list(zip(GRID, samples[i][name].errors(), strict=True))
+        list(zip(GRID, samples[i][name].errors(device), strict=True))
         for i, name in progress(names, "measuring errors", "projection")
     ]
     sizes = [BlockStages(model, i, 1).sizes[name] for i, name in names]

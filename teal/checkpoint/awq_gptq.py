@@ -90,7 +90,7 @@ class Packing:
         return torch.equal(tensor.long(), torch.arange(len(tensor)) // self.channels(len(tensor)))
 
     def repacked(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """values, scales, zeros of a weight [K, N] with groups along the input (kernels/packing.py)."""
+        """values, scales, zeros of a weight [K, N] with groups along the input (kernels/formats/packing.py)."""
         values, zeros = self._integers(parts)
         if self.bits == 8:
             return (values - MIDDLE).to(torch.int8), parts["scales"], None

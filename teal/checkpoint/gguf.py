@@ -1,11 +1,10 @@
 """GGUF file (llama architecture) -> an ordinary Hugging Face folder: config, safetensors, tokenizer.
 
-The `gguf` package reads and dequantizes the tensors; this module only renames them, undoes the
-row permutation llama.cpp applies to q and k for its interleaved rotary embedding, and rebuilds
-`tokenizer.json` from the vocabulary in the metadata. Values are stored as F16, the precision of
-the scales in every quantized GGUF type, except where the source itself is BF16 or F32. If all projections
-are Q4_0 or all are Q8_0, which is integers (less 8) with a scale for 32 input channels, they stay so: in the
-layouts of AWQ and GPTQ.
+The `gguf` package reads and dequantizes the tensors. This module only renames them, undoes the row permutation of q and
+k, and rebuilds `tokenizer.json` from the vocabulary in the metadata. llama.cpp permutes those rows for its interleaved
+rotary embedding. Values are stored as F16, the precision of the scales in every quantized GGUF type, except where the
+source itself is BF16 or F32. Q4_0 and Q8_0 are integers (less 8) with a scale for 32 input channels. If all projections
+are of one of them, they stay so: in the layouts of AWQ and GPTQ.
 """
 
 import json
@@ -78,10 +77,10 @@ END_TOKENS = frozenset(
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the model in the GGUF file at path, or that it is a part of, as a Hugging Face folder into an empty one.
+    """Write the model in the GGUF file at path, which may be one part of several, as a Hugging Face folder.
 
-    Raises UserError if the file is unreadable, of another architecture, or holds an unsupported type or a NaN, or if a
-    part is missing.
+    folder is empty before. Raises UserError if the file is unreadable, of another architecture, or holds an unsupported
+    type or a NaN, or if a part is missing.
     """
     meta, tensors = read_parts(path)
     check_architecture(path, meta.get("general.architecture"))

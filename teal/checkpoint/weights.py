@@ -1,9 +1,9 @@
 """Hugging Face folder -> Transformer on a device: safetensors read by mmap, one tensor at a time.
 
-Nothing is converted on disk. Each tensor goes straight from the mapped file into its place in the
-model (a projection into its rows of a stacked weight), so host memory holds at most the
-pages of one shard beside the model itself. All names, shapes and dtypes are checked before the
-first byte is copied. Pickle files are never read: loading one can run code.
+Nothing is converted on disk. Each tensor goes straight from the mapped file into its place in the model, a projection
+into its rows of a stacked weight. So host memory holds at most the pages of one shard beside the model itself. All
+names, shapes and dtypes are checked before the first byte is copied. Pickle files are never read: loading one can run
+code.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model in a Hugging Face folder, in eval mode, with its weights on device as dtype.
 
-    Raises UserError for a folder that is incomplete, damaged, or holds another architecture, and for a weight that is
+    Raises UserError for a folder that is incomplete, damaged, or holds another architecture. Also for a weight that is
     NaN or infinite, in the file or as dtype.
     """
     config = stored_config(folder)
@@ -318,7 +318,7 @@ def weights_identity(folder: Path) -> str:
     """16 hex digits that name the weights in folder by content, however they are split into files.
 
     A few rows of each tensor are hashed, and all of a vector: whole models take too long. A fine-tune, also one that
-    was merged into some projections only, changes all rows of a tensor; a change of single rows may go unseen.
+    was merged into some projections only, changes all rows of a tensor. A change of single rows may go unseen.
     """
     digests: dict[str, bytes] = {}
     for shard in find_shards(folder):

@@ -1,8 +1,8 @@
 """torch.compile, one transformer block at a time, and CUDA graphs.
 
-All blocks share one compiled graph, so compile time does not grow with depth, and nothing is lost at
-the seams: a block ends in a matrix product whose epilogue takes the residual add, and the next one
-begins with a norm that needs the whole row anyway.
+All blocks share one compiled graph, so compile time does not grow with depth. Nothing is lost at the seams: a block
+ends in a matrix product whose epilogue takes the residual add. The next one begins with a norm that needs the whole row
+anyway.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def run_block(
 
 def compile_blocks(device: torch.device) -> Callable[..., Tensor]:
     """run_block for torch.compile, which compiles at the first calls: once for decode, once for prefill."""
-    # All blocks of all models in a process share one compiled function: each model, prefill and decode,
-    # and each grown cache may add an entry.
+    # All blocks of all models in a process share one compiled function. Each model, prefill and decode, and each grown
+    # cache may add an entry.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     # Lets Inductor tune the tiles of the matrix-vector products it generates at batch 1.
     options: dict[str, Any] = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
@@ -51,7 +51,7 @@ def capture(
 ) -> torch.cuda.CUDAGraph:
     """Record step as a CUDA graph; the tensors that it changed get back what they held.
 
-    It runs once before, outside the graph, which compiles it and fills workspaces; the key and value it writes are
+    It runs once before, outside the graph, which compiles it and fills workspaces. The key and value it writes are
     those the first replay writes again.
     """
     saved, device = [t.clone() for t in changed], changed[0].device

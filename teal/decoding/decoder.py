@@ -1,10 +1,10 @@
 """The one loop that makes texts: blocks of prompts and decode steps in turns, for one request or several.
 
-Prompts are read in blocks, between which the running requests take steps: neither a long prompt nor another's plan
+Prompts are read in blocks, between which the running requests take steps. Neither a long prompt nor another's plan
 keeps anybody waiting for more than a block and a few steps. Blocks go in turn to the prompt with the least left and to
-the one that came first, so short ones begin soon and long ones get half at least. Requests of one plan share a step;
-plans take turns. A request's text does not depend on what is beside it, to the bit on a CPU: its kernels sum each row
-as if it were alone.
+the one that came first. So short ones begin soon, and long ones get half at least. Requests of one plan share a step;
+plans take turns. A request's text does not depend on what is beside it. On a CPU this holds to the bit: its kernels sum
+each row as if it were alone.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +26,7 @@ from teal.teal_layers import achieved_sparsity
 
 PREFILL_CHUNK = 512  # prompt tokens of a prefill call; bounds the attention mask and the activations
 # Steps between two blocks of prompts, less after a shorter one. Of a 135M model a block takes as long as 5 to 8 steps
-# of one row, or 2 of eight: neither reading nor writing gets much more time than the other.
+# of one row, or 2 of eight. So neither reading nor writing gets much more time than the other.
 STEPS_A_BLOCK = 4
 
 

@@ -1,9 +1,9 @@
 """Drafts and their verification: several tokens a pass (Leviathan et al. 2023, Chen et al. 2023).
 
 A draft proposes tokens and the target model verifies them in one pass, which reads its weights once for all. The draft
-is sparse steps of the same model on the same KV cache, or what followed the last few tokens where they stood before
-(prompt lookup, Saxena 2023). Keys and values that the draft writes are overwritten by the pass that verifies; those of
-refused tokens lie behind the position reached, where nothing is read before it is written.
+is sparse steps of the same model on the same KV cache. Or it is what followed the last few tokens where they stood
+before (prompt lookup, Saxena 2023). Keys and values that the draft writes are overwritten by the pass that verifies.
+Those of refused tokens lie behind the position reached, where nothing is read before it is written.
 """
 
 from dataclasses import dataclass
@@ -185,8 +185,8 @@ def verify_sampled(drafted: Tensor, q: Tensor, p: Tensor, generator: torch.Gener
     """How many of the drafted tokens [k] to keep, and the token after them, int64 [1] each: they follow p.
 
     q [k, V]: the distributions they were drawn from; p [k + 1, V]: the model's after each. Token d is kept with
-    probability min(1, p(d) / q(d)), and the first refused one is replaced by a draw from what p has more than q
-    (Leviathan et al., algorithm 1).
+    probability min(1, p(d) / q(d)). The first refused one is replaced by a draw from what p has more than q (Leviathan
+    et al., algorithm 1).
     """
     k = len(drafted)
     at = drafted[:, None]

@@ -31,16 +31,17 @@ from teal.teal_layers import set_counting, sparsify
 WARM_TOKENS = 32
 IN_USE = (
     "this engine is making another text: exhaust or close its generator first, load a second engine, or give several "
-    "prompts to scheduler.generate_batch"
+    "prompts to teal.generate_batch"
 )
 
 
 class Engine(ModelRunner):
     """Generates tokens with one model at batch size one. Build with Engine.load; then call generate.
 
-    It makes one text at a time, from whatever threads: as long as a generator of generate or stream is unfinished, or a
-    Scheduler runs on the engine, another generation and a change of its settings raise RuntimeError. A generator is
-    finished when it is exhausted, closed, or nothing refers to it any more, as after a break out of a for loop over it.
+    It makes one text at a time, from whatever threads. As long as a generator of generate or stream is unfinished, or a
+    Scheduler runs on the engine, it is in use. Another generation and a change of its settings then raise RuntimeError.
+    A generator is finished when it is exhausted, closed, or nothing refers to it any more. A break out of a for loop
+    over it leaves no reference.
     """
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer, name: str) -> None:
@@ -152,8 +153,8 @@ class Engine(ModelRunner):
         """Yield tokens that continue prompt_ids, ending before an end-of-text token; fills self.stats.
 
         Keys and values of a prefix shared with the previous call are reused if the plan is the same. Raises UserError
-        for an empty prompt, one that leaves no room in the model's context, or a count below 1; RuntimeError if the
-        engine is in use. All this happens when the first token is asked for.
+        for an empty prompt, one that leaves no room in the model's context, or a count below 1. Raises RuntimeError if
+        the engine is in use. All this happens when the first token is asked for.
         """
         events: deque[Piece | Done] = deque()
         request = Request(prompt_ids, events.append, params, max_new_tokens, ignore_eos=ignore_eos, detokenize=False)

@@ -1,8 +1,8 @@
 """Decode step of a transformer block in seven kernels, on the tensors of the block's own modules.
 
 norm + q,k,v -> rotation, cache, attention -> o -> residual -> norm + gate,up -> silu + down -> residual. Each
-projection is a sparse GEMV that makes its own input, drops what is below the threshold and leaves partial sums, which
-the next kernel adds up.
+projection is a sparse GEMV that makes its own input and drops what is below the threshold. It leaves partial sums,
+which the next kernel adds up.
 """
 
 from torch import Tensor

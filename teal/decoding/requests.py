@@ -22,7 +22,7 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's log probability under the model, before sampling parameters, and the likeliest tokens' beside it."""
+    """Log probabilities under the model, before sampling parameters: a token's, and those of the most probable ones."""
 
     token: int
     logprob: float

@@ -6,7 +6,7 @@ plan's thresholds:
     plan A: rows 0 1 2 | plan B: rows 3 4 | prompts being read, and rows that finished requests have left
 
 A prompt that begins as one before may start from its keys and values if they were made under the same plan. Where
-several requests are served, only those of whole blocks are shared, which prefill always computes alike: a request's
+several requests are served, only those of whole blocks are shared, which prefill always computes alike. A request's
 text then does not depend on what was served before, to the bit on a CPU. A single row shares all that it holds.
 """
 

@@ -18,7 +18,7 @@ from teal.decoding.sampling import argmax_step, sample
 from teal.model import KVCache
 from teal.options import SamplingParams
 
-# Attention sees whole multiples of this: torch's on a CPU goes by blocks of 512 positions, and a block that is masked
+# Attention sees whole multiples of this. Torch's on a CPU goes by blocks of 512 positions. A block that is masked
 # altogether changes no bit, while a longer part of one would.
 LENGTH_STEP = 512
 CACHE_STEP = 256  # a single row's cache grows in multiples of this, so that few lengths are ever compiled
@@ -45,7 +45,7 @@ class Step:
 def zeros(like: Tensor, length: int) -> Tensor:
     """Zeros for as many rows as like [layers, B, K, S, D] has, of length positions.
 
-    On a CPU the system hands out their memory as it is written: 8 rows of 8192 positions of a 135M model are 1.5 GB,
+    On a CPU the system hands out their memory as it is written. 8 rows of 8192 positions of a 135M model are 1.5 GB,
     and filling them stopped everybody for 2 s.
     """
     shape = (*like.shape[:3], length, like.shape[4])
@@ -59,8 +59,8 @@ def zeros(like: Tensor, length: int) -> Tensor:
 class DecodeRows:
     """So many rows of a cache of up to context positions, for the model of a runner.
 
-    single: one request at a time, whose cache is as long as it may need and is read whole, and whose steps may sample
-    with the generator and the seen tokens bool [1, V] kept here. Otherwise steps choose the argmax.
+    single: one request at a time, whose cache is as long as it may need and is read whole. Its steps may sample, with
+    the generator and the seen tokens bool [1, V] kept here. Otherwise steps choose the argmax.
     """
 
     def __init__(self, runner: ModelRunner, count: int, context: int, single: bool = False) -> None:

@@ -23,7 +23,7 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
 
 
 def probabilities(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tensor:
-    """What sample draws from: fp32 [B, V]; all of it on one token where the likeliest is taken."""
+    """What sample draws from: fp32 [B, V]; all of it on the argmax where params are greedy."""
     logits = _penalized(logits, params, seen)
     if params.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
@@ -45,7 +45,7 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def argmax_step(logits: Tensor, token: Tensor, position: Tensor) -> None:
-    """Write each row's likeliest token of logits [B, V] into token [B, 1] and add 1 to position [B, 1]."""
+    """Write the argmax of each row of logits [B, V] into token [B, 1] and add 1 to position [B, 1]."""
     if logits.is_cuda:
         from teal.kernels.argmax import argmax_step as kernel  # needs Triton, which a CPU does not
 

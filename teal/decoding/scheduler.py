@@ -91,8 +91,8 @@ class Scheduler:
         return len(self.waiting), len(self.decoder.admitted)
 
     def run(self) -> None:
-        """Serve until close. Raises RuntimeError if the engine is in use. On a CPU in the thread that loaded the model:
-        OpenMP's teams of two threads of a program get in each other's way, and a token took 21 ms instead of 13.
+        """Serve until close. Raises RuntimeError if the engine is in use. On a CPU call it in the thread that loaded
+        the model. OpenMP's teams of two threads of a program get in each other's way: a token took 21 ms instead of 13.
         """
         self.engine.use.take()
         self._run()

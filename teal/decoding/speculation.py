@@ -1,6 +1,6 @@
 """Engines that draft: the dense model's own text, several tokens a pass (drafting.py).
 
-The draft is the same model with sparse activations, whose tensors and KV cache it shares; with weights rounded to 8 or
+The draft is the same model with sparse activations, whose tensors and KV cache it shares. With weights rounded to 8 or
 4 bits for it, it has those of its own and shares the rest. Or it looks up what followed the last few tokens before.
 """
 

@@ -11,8 +11,8 @@ LONGEST_CHARACTER = 4  # bytes of UTF-8
 class StreamDecoder:
     """Turns ids that arrive one by one into text, never splitting a UTF-8 character.
 
-    prompt_ids: what they continue. The text is decode(prompt + ids) without decode(prompt), so that a word keeps the
-    space before it, and a character that the prompt begins is finished.
+    prompt_ids: what they continue. The text is decode(prompt + ids) without decode(prompt). So a word keeps the space
+    before it, and a character that the prompt begins is finished.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:

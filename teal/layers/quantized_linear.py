@@ -2,7 +2,7 @@
 
 int8 is symmetric, int4 has a zero point; both have a scale for each group of weights (kernels/formats/packing.py).
 Groups lie along the output dimension, within an input channel: activation sparsity skips scales with their weights, and
-an outlier channel keeps to itself (AdaDim, ICLR 2024, arXiv 2309.15531, groups this way too).
+an outlier channel keeps to itself. AdaDim (ICLR 2024, arXiv 2309.15531) groups this way too.
 """
 
 from collections.abc import Callable

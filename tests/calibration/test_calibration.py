@@ -29,7 +29,7 @@ from teal.teal_layers import (
     sparsify,
     sparsify_block,
 )
-from tests.conftest import PROJECTIONS, relative_error
+from tests.conftest import PROJECTIONS, assert_near, relative_error
 
 CPU = torch.device("cpu")
 FACTS = {"text": "t"}
@@ -72,7 +72,7 @@ def test_stages_make_up_the_block(model: Transformer, sequences: Tensor) -> None
         stream = Stream([x], CPU, offload=False)
         for p in stages.projections:
             stream = stages.after(p, stream, stages.inputs(p, stream))
-        assert relative_error(stream.parts[0], stages.forward(x)) <= 1e-6
+        assert_near("output of the block", stream.parts[0], stages.forward(x), 1e-6)
 
 
 def test_several_targets_at_once_equal_one_at_a_time(tiny_folder: Path, sequences: Tensor) -> None:
@@ -198,8 +198,9 @@ def test_share_of_sparse_tokens(model: Transformer, sequences: Tensor) -> None:
     sparsify(model, plan)
     with sparse_prefill(model, 0.5):
         half = logits()
-    assert relative_error(half[:32], dense[:32]) <= 1e-5 and relative_error(half[32:], dense[32:]) > 1e-2
-    assert relative_error(logits(), dense) <= 1e-5
+    assert_near("logits of the first half", half[:32], dense[:32], 1e-5)
+    assert relative_error(half[32:], dense[32:]) > 1e-2, "logits of the second half"
+    assert_near("logits of a dense prefill", logits(), dense, 1e-5)
 
 
 @pytest.mark.parametrize("arguments", [((1.0,),), ((0.5,), "best"), ((0.5,), "uniform", 0.0)])

@@ -10,7 +10,7 @@ import transformers
 
 from teal.checkpoint.weights import load_model
 from teal.model import KVCache, Transformer
-from tests.conftest import relative_error, save_tiny_model, tiny_config
+from tests.conftest import assert_near, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 PROMPT, STEPS = 20, 32
@@ -77,11 +77,9 @@ def test_matches_transformers(name: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = expected_model(tokens).logits[0]
     actual = decode_with_cache(model, tokens, PROMPT)
-    assert relative_error(actual[:PROMPT], expected[:PROMPT]) <= TOLERANCE, f"{name}: prefill logits"
+    assert_near(f"{name}: prefill logits", actual[:PROMPT], expected[:PROMPT], TOLERANCE)
     for step in range(PROMPT, PROMPT + STEPS):
-        assert relative_error(actual[step], expected[step]) <= TOLERANCE, (
-            f"{name}: logits of decode step {step - PROMPT}"
-        )
+        assert_near(f"{name}: logits of decode step {step - PROMPT}", actual[step], expected[step], TOLERANCE)
     text = expected_model.generate(tokens[:, :PROMPT], do_sample=False, max_new_tokens=STEPS, pad_token_id=0)
     assert greedy(model, tokens[:, :PROMPT], STEPS) == text[0, PROMPT:].tolist(), f"{name}: greedy text"
 
@@ -97,7 +95,8 @@ def test_older_config_fields(tmp_path: Path) -> None:
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
         expected = expected_model(tokens).logits[0]
-    assert relative_error(decode_with_cache(load_model(tmp_path, CPU, torch.float32), tokens, 8), expected) <= TOLERANCE
+    actual = decode_with_cache(load_model(tmp_path, CPU, torch.float32), tokens, 8)
+    assert_near("logits", actual, expected, TOLERANCE)
 
 
 def test_batch_rows_with_their_own_positions(tmp_path: Path) -> None:
@@ -115,8 +114,8 @@ def test_batch_rows_with_their_own_positions(tmp_path: Path) -> None:
         together = model(tokens, torch.arange(12)[None] + offsets, cache)
         second = model(tokens[1:], torch.arange(6, 18)[None], alone)
         first = model(tokens[:1], torch.arange(12)[None], KVCache(model.config, 1, 64, CPU, torch.float32))
-    assert relative_error(together[0], first[0]) <= TOLERANCE
-    assert relative_error(together[1], second[0]) <= TOLERANCE
+    assert_near("logits of row 0", together[0], first[0], TOLERANCE)
+    assert_near("logits of row 1", together[1], second[0], TOLERANCE)
 
 
 def test_default_model_matches_transformers(default_folder: Path) -> None:
@@ -128,7 +127,7 @@ def test_default_model_matches_transformers(default_folder: Path) -> None:
     model = load_model(default_folder, CPU, torch.float32)
     with torch.inference_mode():
         expected = expected_model(prompt).logits[0]
-    assert relative_error(decode_with_cache(model, prompt, prompt.shape[1] - 3), expected) <= TOLERANCE
+    assert_near("logits", decode_with_cache(model, prompt, prompt.shape[1] - 3), expected, TOLERANCE)
     text = expected_model.generate(prompt, do_sample=False, max_new_tokens=12)[0, prompt.shape[1] :].tolist()
     ours = greedy(model, prompt, len(text))
     assert ours == text

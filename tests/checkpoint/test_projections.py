@@ -17,7 +17,7 @@ from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, pick_grou
 from teal.model import Attention, Block, FeedForward, ModelConfig, Projection, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan, config_fields, keep_all_plan
 from teal.teal_layers import sparse_layers, sparsify
-from tests.conftest import PROJECTIONS, relative_error
+from tests.conftest import PROJECTIONS, assert_near
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(100, 64, 96, 2, num_heads=4, num_kv_heads=2, head_dim=16, max_seq_len=128)
@@ -123,7 +123,7 @@ def test_a_block_can_be_cut_by_its_description(config: ModelConfig) -> None:
             getattr(own, name)(x, *(c if name == "attention" else ()))
             for own, c in zip(sublayers, contexts, strict=True)
         )
-        assert relative_error(found, expected) <= 1e-6, name
+        assert_near(name, found, expected, 1e-6)
 
 
 class Ungated(ModelConfig):
@@ -175,7 +175,7 @@ def test_another_familys_plans(ungated: Transformer) -> None:
     with pytest.raises(UserError, match="layer 0 lists"):
         keep_all_plan(config).check_fits(CONFIG)
     expected = run(ungated, torch.arange(8)[None])
-    assert relative_error(run(sparsify(ungated, plan), torch.arange(8)[None]), expected) <= 1e-6
+    assert_near("output", run(sparsify(ungated, plan), torch.arange(8)[None]), expected, 1e-6)
     assert [[module.names for module in modules] for modules in sparse_layers(ungated)] == [
         [("q", "k", "v"), ("o",), ("up",), ("down",)]
     ] * 2
@@ -196,7 +196,7 @@ def test_another_family_is_quantized(ungated: Transformer) -> None:
     use_quantized_linears(ungated, QuantConfig("int8", pick_group_size(ungated.config, None)), fill=True)
     for block in ungated.blocks:
         assert all(isinstance(block.get_submodule(p.module), QuantizedLinear) for p in block.projections())
-    assert relative_error(run(ungated, tokens), expected) <= 0.02
+    assert_near("output", run(ungated, tokens), expected, 0.02)
 
 
 # What only the model, what replaces its attention, and what computes one block by kernels may name.

@@ -1,6 +1,7 @@
 """Whatever a file or a command line holds, a command answers or says in one line what is wrong, without a traceback.
 
-CI tries a few dozen examples of each kind; pytest tests/test_untrusted.py --full tries thousands, for ten minutes.
+CI tries a few dozen examples of each kind. pytest tests/checkpoint/test_untrusted.py --full tries thousands, for ten
+minutes.
 """
 
 import json

@@ -18,7 +18,7 @@ from teal.errors import UserError
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Transformer
 from tests.checkpoint.test_awq_gptq import AWQ, GPTQ, write
-from tests.conftest import QUANTIZABLE, assert_one_line_error, relative_error, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, assert_near, assert_one_line_error, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -62,7 +62,7 @@ def test_a_head_unlike_the_embedding_is_the_head(tied: Path) -> None:
     assert torch.equal(model.lm_head.weight, load_file(tied / "model.safetensors")[HEAD])
     assert not model.config.tie_embeddings
     with torch.inference_mode():
-        assert relative_error(logits(model), theirs(torch.arange(9)[None] + 3).logits) <= 1e-5
+        assert_near("logits", logits(model), theirs(torch.arange(9)[None] + 3).logits, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -99,7 +99,7 @@ def test_quantize_keeps_a_head_of_its_own(lm_head: str, tied: Path, call_main: C
     assert code == 0, err
     model = load_model(out, CPU, torch.float32)
     head = model.lm_head.dequantized().t() if isinstance(model.lm_head, QuantizedLinear) else model.lm_head.weight
-    assert relative_error(head, expected) <= 0.01
+    assert_near("output head", head, expected, 0.01)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 

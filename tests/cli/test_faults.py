@@ -1,6 +1,6 @@
 """Whatever fails, nothing half-written is left and the next run succeeds; whatever is typed, there is no traceback.
 
-CI runs a part of each; pytest tests/test_faults.py --full runs all file operations and 400 bad command lines.
+CI runs a part of each; pytest tests/cli/test_faults.py --full runs all file operations and 400 bad command lines.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from teal.model import Block, Transformer
 from teal.options import SamplingParams
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import set_counting, sparse_layers, sparsify
-from tests.conftest import PROJECTIONS, relative_error, save_tiny_model, tiny_config
+from tests.conftest import PROJECTIONS, assert_near, relative_error, save_tiny_model, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, STEPS = 6, 3
@@ -85,10 +85,11 @@ def test_logits_equal_the_unfused_layers(
     model = sparse_model(tmp_path, torch.float32)
     expected = decode_logits(eager(model), batch)
     backend, calls = fused(model), count_block_calls(monkeypatch)
-    assert relative_error(decode_logits(backend, batch), expected) <= 2e-6
+    assert_near("logits", decode_logits(backend, batch), expected, 2e-6)
     assert calls == {"prefill": 2}, "only the prompt goes through the modules"
     assert all(type(block) is Block for block in model.layers)
-    assert relative_error(decode_logits(eager(sparse_model(tmp_path, torch.float32, 0.0)), batch), expected) > 1e-2
+    dense = decode_logits(eager(sparse_model(tmp_path, torch.float32, 0.0)), batch)
+    assert relative_error(dense, expected) > 1e-2, "logits of the dense model"
 
 
 @pytest.mark.parametrize("name,batch", [("mistral-sliding", 1), ("qwen3-head-norms", 3)])
@@ -99,8 +100,8 @@ def test_a_cache_in_8_bits(name: str, batch: int, tmp_path: Path) -> None:
     exact = decode_logits(eager(model), batch)
     use_int8_cache(model)
     expected = decode_logits(eager(model), batch)
-    assert relative_error(decode_logits(fused(model), batch), expected) <= 1e-3  # a byte may be rounded the other way
-    assert relative_error(expected, exact) > 2e-3
+    assert_near("logits", decode_logits(fused(model), batch), expected, 1e-3)  # a byte may be rounded the other way
+    assert relative_error(expected, exact) > 2e-3, "logits of a cache in 8 bits"
 
 
 def default_model(folder: Path, dtype: torch.dtype) -> Transformer:
@@ -115,7 +116,7 @@ def default_model(folder: Path, dtype: torch.dtype) -> Transformer:
 def test_default_models_logits(default_folder: Path) -> None:
     model = default_model(default_folder, torch.float32)
     expected = decode_logits(eager(model), 1, 1)
-    assert relative_error(decode_logits(fused(model), 1, 1), expected) <= 1e-5
+    assert_near("logits", decode_logits(fused(model), 1, 1), expected, 1e-5)
 
 
 @pytest.mark.gpu
@@ -124,7 +125,7 @@ def test_default_models_logits_in_16_bits(default_folder: Path) -> None:
     exact = decode_logits(eager(default_model(default_folder, torch.float32)), 4, 1)
     model = default_model(default_folder, torch.bfloat16)
     unfused = relative_error(decode_logits(eager(model), 4, 1), exact)
-    assert relative_error(decode_logits(fused(model), 4, 1), exact) <= 1.3 * unfused < 0.2
+    assert relative_error(decode_logits(fused(model), 4, 1), exact) <= 1.3 * unfused < 0.2, f"logits, unfused {unfused}"
 
 
 def test_counting_and_wide_batches_take_the_unfused_path(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_counting_and_wide_batches_take_the_unfused_path(tmp_path: Path) -> None
     assert int(sparse_layers(model)[0][0].seen) > 0
     set_counting(model, False)
     expected = decode_logits(eager(sparse_model(tmp_path, torch.float32)), 9)
-    assert relative_error(decode_logits(backend, 9), expected) <= 2e-6
+    assert_near("logits", decode_logits(backend, 9), expected, 2e-6)
 
 
 def test_weights_are_shared_with_prefill(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_fullgraph_compile_of_a_step(tmp_path: Path) -> None:
     backend = fused(sparse_model(tmp_path, torch.bfloat16))
     expected = decode_logits(backend, 1)
     backend._decode = torch.compile(backend._decode, fullgraph=True)  # type: ignore[method-assign]
-    assert relative_error(decode_logits(backend, 1), expected) <= 1e-2
+    assert_near("logits", decode_logits(backend, 1), expected, 1e-2)
 
 
 @pytest.mark.gpu

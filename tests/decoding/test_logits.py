@@ -33,7 +33,7 @@ from teal.model import OutputHead
 from teal.options import DraftOptions, ModelOptions
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
-from tests.conftest import QUANTIZABLE, relative_error, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, assert_near, save_tiny_model, tiny_config
 
 SECOND, FIRST = 100, 120  # in one group of weights, whose scale is 1/64; argmax takes the first of equal logits
 LOGITS = {FIRST: 64 * 127 / 64, SECOND: (63 * 127 + 126) / 64}  # neighbours in bf16 are 1/2 apart, in fp16 1/16
@@ -176,8 +176,8 @@ def test_the_native_head_against_fp64(rows: int, V: int, C: int, dtype: torch.dt
     x = torch.randn(rows, C, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = native(x)
     assert y.dtype == torch.float32
-    assert relative_error(y, x.double() @ native.weight.double().t()) <= 1e-6
-    assert relative_error(OutputHead.forward(native, x), y) <= 1e-6
+    assert_near("native logits", y, x.double() @ native.weight.double().t(), 1e-6)
+    assert_near("logits of the plain head", OutputHead.forward(native, x), y, 1e-6)
     if rows <= 13:
         assert torch.equal(y, torch.cat([native(row) for row in x.split(1)])), "a row alone has other bits"
         assert torch.equal(native(x[None])[0], y)
@@ -237,12 +237,13 @@ def test_sparse_products_can_be_fp32(
     y = sparse_linear(*arguments, torch.float32)
     assert y.dtype == torch.float32 and sparse_linear(*arguments).dtype == dtype
     if compiler and rows <= 8:  # otherwise weights are rounded to x's dtype first
-        assert relative_error(y, kept) <= 1e-6
+        assert_near("sparse product of one rounding", y, kept, 1e-6)
         assert torch.equal(sparse_linear(*arguments), y.to(dtype))
         torch.library.opcheck(sparse_linear_op, (*arguments, torch.float32))
-    assert relative_error(y, kept) <= 4 * torch.finfo(dtype).eps
+    assert_near("sparse product", y, kept, 4 * torch.finfo(dtype).eps)
     if scales is not None:
-        assert relative_error(quantized_matmul(x, weight, scales, zeros, torch.float32), x.double() @ exact) <= 1e-6
+        dense = quantized_matmul(x, weight, scales, zeros, torch.float32)
+        assert_near("dense product", dense, x.double() @ exact, 1e-6)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -88,7 +88,7 @@ def test_steps_started_ahead_change_no_text(engine: Engine, monkeypatch: pytest.
     assert steps[True] > steps[False]  # some were for nothing, as their requests had ended
 
 
-def test_sampled_requests_beside_likeliest_ones_and_steps_ahead(engine: Engine) -> None:
+def test_sampled_requests_beside_greedy_ones_and_steps_ahead(engine: Engine) -> None:
     batch, texts = prompts(engine, 8), []
     for ahead in (False, True):
         scheduler, found = Scheduler(engine, rows=4, ahead=ahead), [Collected() for _ in batch]

@@ -18,7 +18,7 @@ from teal.layers.quantized_linear import is_quantized
 from teal.model import KVCache
 from teal.options import MAX_DRAFT, DraftOptions, ModelOptions, SamplingParams
 from teal.teal_layers import sparse_layers
-from tests.conftest import relative_error
+from tests.conftest import assert_near
 
 PROMPTS = [[5, 9, 33, 120, 7, 250, 61], [8, 8], [i * 7 % 190 + 5 for i in range(40)], [11, 12, 13] * 6]
 
@@ -87,7 +87,7 @@ def test_the_cache_is_that_of_a_fresh_run(
     n = len(text) - 1
     for name in ("k", "v"):
         actual, expected = (getattr(e.cache, name)[:, :, :, :n] for e in (engine, fresh))
-        assert relative_error(actual, expected) <= 1e-5
+        assert_near(name, actual, expected, 1e-5)
 
 
 def test_to_the_end_of_the_context(tiny_folder: Path) -> None:
@@ -128,7 +128,7 @@ def test_verified_tokens_follow_the_models_distribution(lookup: bool) -> None:
 
 
 def test_sampled_text_follows_the_dense_models_distribution(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """20,000 rounds from the same place: the first token of each, after the prompt and its likeliest continuation."""
+    """20,000 rounds from the same place: the first token of each, after the prompt and its greedy continuation."""
     engine = speculative(tiny_folder, 2, 0.7)
     params = SamplingParams(temperature=0.5, top_k=8)
     dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
@@ -232,7 +232,7 @@ def test_sampled_requests_take_ordinary_steps(tiny_folder: Path) -> None:
     assert texts[0] == texts[1] != "" and counted.tokens == 0
 
 
-def test_verified_by_the_likeliest() -> None:
+def test_verified_by_the_argmax() -> None:
     logits = torch.zeros(4, 9)
     logits[range(4), [3, 5, 2, 7]] = 1.0
     for drafted, kept, last in (([3, 5, 2], 3, 7), ([3, 5, 1], 2, 2), ([4, 5, 2], 0, 3), ([3, 1, 2], 1, 5)):

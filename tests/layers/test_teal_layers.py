@@ -18,7 +18,7 @@ from teal.layers.phase import decoding
 from teal.model import KVCache, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan, config_fields
 from teal.teal_layers import achieved_sparsity, set_counting, sparse_layers, sparse_prefill, sparsify
-from tests.conftest import PROJECTIONS, relative_error, save_tiny_model, tiny_config
+from tests.conftest import PROJECTIONS, assert_near, relative_error, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(24)[None]
@@ -49,7 +49,7 @@ def logits(model: Transformer, prompt: int = 8) -> torch.Tensor:
 def test_threshold_zero_is_the_dense_model(folder: Path) -> None:
     dense = load_model(folder, CPU, torch.float32)
     sparse = sparsify(load_model(folder, CPU, torch.float32), plan_with(dense, {}))
-    assert relative_error(logits(sparse), logits(dense)) <= 1e-6
+    assert_near("logits", logits(sparse), logits(dense), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_prefill_is_dense(folder: Path) -> None:
     dense = load_model(folder, CPU, torch.float32)
     sparse = load_model(folder, CPU, torch.float32)
     sparsify(sparse, plan_with(sparse, dict.fromkeys(PROJECTIONS, 0.3)))
-    assert relative_error(logits(sparse)[:8], logits(dense)[:8]) <= 1e-6
-    assert relative_error(logits(sparse)[8:], logits(dense)[8:]) > 1e-3
+    assert_near("logits of prefill", logits(sparse)[:8], logits(dense)[:8], 1e-6)
+    assert relative_error(logits(sparse)[8:], logits(dense)[8:]) > 1e-3, "logits of decode steps"
 
 
 def test_new_thresholds_on_a_sparse_model(folder: Path) -> None:

@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(
+    path
+    for path in ROOT.rglob("*")
+    if path.suffix in (".py", ".cpp") and not path.is_symlink()
+    if not any(part.startswith((".", "__py")) for part in path.relative_to(ROOT).parts)
+)
 LONGEST = 24  # words
 # A full stop, question or exclamation mark, perhaps followed by quotes or brackets, before white space.
 END = re.compile(r"(?<=[^.…][.!?])[\"')\]`]*\s+|(?<=[^.…][.!?][\"')\]`])\s+")
@@ -59,17 +65,39 @@ def prose_of(source: str) -> Iterator[tuple[int, str]]:
         yield start, textwrap.dedent("\n".join(block))
 
 
+def comments_of_cpp(source: str) -> Iterator[tuple[int, str]]:
+    """As prose_of, for C++: comments that begin with two slashes; one that follows code stands alone."""
+    block: list[str] = []
+    lines = [*source.splitlines(), ""]
+    for row, line in enumerate(lines, 1):
+        code, slashes, comment = line.partition("//")
+        if slashes and not code.strip():
+            block.append(comment.removeprefix(" "))
+            continue
+        if block:
+            yield row - len(block), "\n".join(block)
+            block = []
+        if slashes:
+            yield row, comment.strip()
+
+
+def prose_in(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of a file's comments and, in Python, docstrings."""
+    source = path.read_text(encoding="utf-8")
+    return list(comments_of_cpp(source) if path.suffix == ".cpp" else prose_of(source))
+
+
 def long_sentences(path: Path) -> list[tuple[int, int, str]]:
-    """(line where its text begins, words, sentence) of each that is too long in a Python file."""
+    """(line where its text begins, words, sentence) of each that is too long in a file."""
     return [
         (line, words(sentence), sentence)
-        for line, prose in prose_of(path.read_text(encoding="utf-8"))
+        for line, prose in prose_in(path)
         for sentence in sentences(prose)
         if words(sentence) > LONGEST
     ]
 
 
 if __name__ == "__main__":
-    for path in sorted(p for p in ROOT.rglob("*.py") if not any(s.startswith(".") for s in p.relative_to(ROOT).parts)):
+    for path in SOURCES:
         for line, count, sentence in long_sentences(path):
             print(f"{path.relative_to(ROOT)}:{line}: {count} words: {sentence}")

@@ -11,42 +11,13 @@ import pytest
 from tests.conftest import ROOT
 from tests.project import architecture
 from tests.project.architecture import FLOOR, MARKS, PAGE, Module, arrows, height, modules, room_arrows, room_of
-from tests.project.prose import long_sentences
+from tests.project.prose import SOURCES
 
 MODULES = list(modules().values())
 MOST_LINES = 400
 MOST_LINES_OF = {"main": 40}  # of a function; all others:
 MOST_LINES_OF_A_FUNCTION = 50
-# What is still longer than that, or has longer sentences. To be emptied.
-LONG_FILES = ("tests/kernels/test_decode_kernels.py",)
-LONG_FUNCTIONS = {
-    "teal/cli/evaluate.py": "build_parser",
-    "kernels/gemv/gather_quantized.py": "store_one_row_quantized",
-    "kernels/gemv/gather_tensor_core.py": "sum_tiles",
-    "kernels/gemv/gather_tensor_core_rows.py": "store_rows_tensor_core",
-    "kernels/gemv/launch.py": "plan_gemv",
-    "kernels/gemv/sparse_product.py": "sparse_product",
-    "kernels/rope_attention.py": "rope_attention_kernel",
-    "teal/calibration/thresholds.py": "calibrate",
-    "tests/compile_for_hopper.py": "main",
-}
-LONG_SENTENCES = (
-    *(
-        "kernels/",
-        "model.py",
-        "teal_layers.py",
-        "teal/calibration/",
-        "teal/decoding/",
-        "teal/layers/quantized_linear.py",
-    ),
-    *("teal/checkpoint/gguf.py", "teal/checkpoint/loading.py", "teal/checkpoint/weights.py"),
-    *("teal/options.py", "teal/plan.py"),
-)
-CODE = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if not path.is_symlink() and not any(part.startswith((".", "__py")) for part in path.relative_to(ROOT).parts)
-)
+CODE = [path for path in SOURCES if path.suffix == ".py"]
 by_path = pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 by_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.path))
 
@@ -125,12 +96,10 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 @by_path
 def test_files_and_functions_are_short(path: Path) -> None:
-    text, where = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
-    assert len(text.splitlines()) <= MOST_LINES or where in LONG_FILES
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
     for name, lines in functions(ast.parse(text)):
-        assert LONG_FUNCTIONS.get(where) == name or lines <= MOST_LINES_OF.get(name, MOST_LINES_OF_A_FUNCTION), (
-            f"{name} has {lines} lines"
-        )
+        assert lines <= MOST_LINES_OF.get(name, MOST_LINES_OF_A_FUNCTION), f"{name} has {lines} lines"
 
 
 @by_path
@@ -146,12 +115,6 @@ def test_files_are_safe(path: Path) -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             assert "weights_only=True" in ast.unparse(node), "a pickle can run code"
     assert "import pickle" not in text
-
-
-@by_path
-def test_sentences_are_short(path: Path) -> None:
-    if not path.relative_to(ROOT).as_posix().startswith(LONG_SENTENCES):
-        assert long_sentences(path) == []
 
 
 def test_help_does_not_import_torch() -> None:

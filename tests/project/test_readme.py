@@ -69,7 +69,7 @@ def options_of(command: str) -> set[str]:
 
 
 def option_tables() -> dict[str, set[str]]:
-    """What the first column of each table "option of `COMMAND.py`" names, by command, wherever the table is."""
+    """What the first column of each table "option of `<command>.py`" names, by command, wherever the table is."""
     found = {}
     for page in PAGES:
         _, *tables = re.split(r"^\| option of `(\w+)\.py` \|", page.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -14,7 +14,7 @@ from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
 from teal.layers.quantized_linear import pick_group_size, round_to_nearest
 from teal.quantization.gptq import gptq, gptq_input_groups
 from teal.quantization.half_quadratic import half_quadratic
-from tests.conftest import relative_error
+from tests.conftest import assert_near, relative_error
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -41,7 +41,7 @@ def test_rounding_errs_by_half_a_step(bits: int, dtype: torch.dtype) -> None:
     steps = scales.float().repeat_interleave(32, dim=1)
     # int4: the zero point is rounded as well, which can cut off half a step at one end
     assert ((exact - weight.float()).abs() <= steps * (0.51 if bits == 8 else 1.01)).all()
-    assert relative_error(exact, weight.float()) <= (0.01 if bits == 8 else 0.11)
+    assert_near("weight", exact, weight.float(), 0.01 if bits == 8 else 0.11)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -67,9 +67,10 @@ def test_products_equal_those_of_the_dequantized_weight(
     thresholds, segments = torch.tensor([0.3, 0.9, 0.0]), [640, 384, 128]
     actual = sparse_linear(x, values, thresholds, segments, scales, zeros)
     expected = sparse_linear_reference(x, exact, thresholds, segments)
-    assert actual.dtype == dtype and relative_error(actual, expected) <= TOLERANCE[dtype]
+    assert actual.dtype == dtype
+    assert_near("sparse product", actual, expected, TOLERANCE[dtype])
     dense = quantized_matmul(x, *weight)
-    assert relative_error(dense, x.float() @ exact) <= 2 * TOLERANCE[dtype]
+    assert_near("dense product", dense, x.float() @ exact, 2 * TOLERANCE[dtype])
 
 
 def test_a_product_in_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,14 +78,14 @@ def test_a_product_in_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch)
     packed = round_to_nearest(weight, 4, 32)
     whole = quantized_matmul(x, *packed)
     monkeypatch.setattr("teal.kernels.quantized_matmul.COLUMNS_AT_ONCE", 96)
-    assert relative_error(quantized_matmul(x, *packed), whole) <= 1e-6
+    assert_near("product in blocks", quantized_matmul(x, *packed), whole, 1e-6)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_compiled_product_with_many_rows(bits: int) -> None:
     x, packed = torch.randn(3, 16), round_to_nearest(torch.randn(16, 320), bits, 32)
     compiled = torch.compile(quantized_matmul, fullgraph=True)(x, *packed)
-    assert relative_error(compiled, x @ dequantize(*packed)) <= 1e-6
+    assert_near("compiled product", compiled, x @ dequantize(*packed), 1e-6)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -94,7 +95,8 @@ def test_rows_that_x_drops_are_never_read(bits: int) -> None:
     limits = torch.tensor([0.7])
     expected = sparse_linear_reference(x, dequantize(values, scales, zeros), limits, [96])
     scales[(x.abs() < limits)[0]] = math.nan
-    assert relative_error(sparse_linear(x, values, limits, [96], scales, zeros), expected) <= 2e-6
+    found = sparse_linear(x, values, limits, [96], scales, zeros)
+    assert_near("product beside poisoned scales", found, expected, 2e-6)
 
 
 def test_bad_quantized_arguments_are_refused() -> None:
@@ -129,8 +131,8 @@ def test_gptq_changes_the_product_less_than_rounding(bits: int) -> None:
     nearest, better = (
         dequantize(*packed) for packed in (round_to_nearest(weight, bits, 32), gptq(weight, x.t() @ x, bits, 32))
     )
-    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight)
-    assert relative_error(better[7], nearest[7]) <= 0.2
+    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight), "product"
+    assert_near("weights of the unused channel", better[7], nearest[7], 0.2)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -140,7 +142,7 @@ def test_gptq_with_groups_along_the_input(bits: int) -> None:
     weight = torch.randn(96, 128, generator=generator)
     nearest = dequantize(*round_to_nearest(weight.t().contiguous(), bits, 32)).t()
     better = dequantize(*gptq_input_groups(weight, x.t() @ x, bits, 32))
-    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight)
+    assert relative_error(x @ better, x @ weight) <= 0.8 * relative_error(x @ nearest, x @ weight), "product"
     of_independent_channels = dequantize(*gptq_input_groups(weight, torch.eye(96), bits, 32))
     assert torch.equal(of_independent_channels, nearest)  # rounding
 
