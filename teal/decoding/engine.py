@@ -31,7 +31,7 @@ from teal.teal_layers import set_counting, sparsify
 WARM_TOKENS = 32
 IN_USE = (
     "this engine is making another text: exhaust or close its generator first, load a second engine, or give several "
-    "prompts to scheduler.generate_batch"
+    "prompts to teal.generate_batch"
 )
 
 
