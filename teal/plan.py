@@ -205,10 +205,10 @@ class SparsityPlan:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "SparsityPlan":
+    def load(cls, path: str | Path) -> "SparsityPlan":
         """Read a plan. Raises UserError if the file is missing, not a plan, or holds impossible values."""
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
+            content = parse_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"plan {path}: not readable ({error}); expected a JSON plan") from error
         if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT:
