@@ -3,8 +3,8 @@
 Prompts are read in blocks, between which the running requests take steps. Neither a long prompt nor another's plan
 keeps anybody waiting for more than a block and a few steps. Blocks go in turn to the prompt with the least left and to
 the one that came first. So short ones begin soon, and long ones get half at least. Requests of one plan share a step;
-plans take turns. A request's text does not depend on what is beside it. On a CPU this holds to the bit: its kernels sum
-each row as if it were alone.
+plans take turns. A request's text does not depend on what is beside it. On a CPU this holds to the bit for sparse and
+quantized models, whose kernels sum each row as if it were alone.
 """
 
 from contextlib import AbstractContextManager, nullcontext
