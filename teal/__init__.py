@@ -1,9 +1,19 @@
 """Training-free activation sparsity for decoding at batch size one: `from teal import Engine`.
 
-Everything a program needs is named here and imported when first used; each room's own page says what it is for.
+Everything a program needs is named here and imported when first used; help(teal.Engine) and the like tell the rest.
+
+    Engine            a model ready to generate: Engine.load() is the default one, engine.model its Transformer
+    SamplingParams    how to pick a token
+    generate_batch    several prompts through one engine, up to eight in a step
+    SparsityPlan      a threshold for each projection: SparsityPlan.load(file)
+    sparsify          makes a model sparse in place, by a plan
+    quantize          rounds a model's weights in place; before sparsify
+
+A mistake that the caller can mend is a teal.errors.UserError.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal import environment
@@ -35,4 +45,9 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME[name]), name)
 
 
+if (Path(__file__).parent / "kernels").is_file():
+    raise ImportError(
+        f"{Path(__file__).parent}: links of this checkout are text files, as git leaves them on Windows without "
+        "'git config core.symlinks true'; clone it anew with -c core.symlinks=true"
+    )
 environment.prepare_process()

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from teal.architectures import ARCHITECTURES
@@ -167,12 +168,12 @@ class SamplingParams:
         require(0 <= self.seed < 2**63, "seed", "0 <= seed < 2^63")
         for name in ("presence_penalty", "frequency_penalty"):
             require(abs(getattr(self, name)) <= MAX_PENALTY, name, f"-{MAX_PENALTY:g} to {MAX_PENALTY:g} (0 is off)")
-        object.__setattr__(self, "logit_bias", tuple(sorted(self.biases.items())))
         for token, bias in self.biases.items():
-            if token < 0 or not abs(bias) <= MAX_BIAS:
+            if not isinstance(token, Integral) or token < 0 or not abs(bias) <= MAX_BIAS:
                 raise UserError(
                     f"logit_bias {token}: {bias} is out of range; expected token ids and -{MAX_BIAS:g} to {MAX_BIAS:g}"
                 )
+        object.__setattr__(self, "logit_bias", tuple(sorted(self.biases.items())))
 
     @property
     def biases(self) -> dict[int, float]:
@@ -201,6 +202,8 @@ class SamplingParams:
 
 def check_prompt(prompt_ids: list[int], limit: int) -> None:
     """Raise UserError unless a context of limit tokens has room for the prompt and one token more."""
+    if isinstance(prompt_ids, str):
+        raise UserError("the prompt is a text; give its token ids, as engine.tokenizer.encode(text) does")
     if not prompt_ids:
         raise UserError("the prompt is empty; give at least one token of text")
     if len(prompt_ids) >= limit:
@@ -211,6 +214,13 @@ def check_length(length: int) -> None:
     """Raise UserError unless so many tokens can be drafted in a round."""
     if not 1 <= length <= MAX_DRAFT:
         raise ParameterError(f"{{draft_length}} {{}} is out of range; expected 1 to {MAX_DRAFT}", length)
+
+
+def check_ids(prompt_ids: list[int], vocab_size: int) -> None:
+    """Raise UserError if a prompt has a token that the model does not have."""
+    for token in (min(prompt_ids), max(prompt_ids)):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"the prompt has token id {token}; expected 0 to {vocab_size - 1}")
 
 
 def check_bias(params: SamplingParams, vocab_size: int) -> None:

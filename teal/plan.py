@@ -19,8 +19,8 @@ from teal.model import ModelConfig
 from teal.user_text import is_number, parse_json
 
 PLAN_FORMAT = "teal-plan"
-PLAN_VERSION = 3
-READABLE_VERSIONS = (2, 3)  # 2 does not say for which weights a plan was made
+PLAN_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)  # 2 does not say for which weights a plan was made; 3 and older name a criterion
 PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
 MAX_MISS = 0.05  # of a target, on some text, that is passed over in silence
 ENOUGH_TOKENS = 256  # to measure a projection on: in a short text single ones differ by 20 points, the average by 3
@@ -205,10 +205,10 @@ class SparsityPlan:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "SparsityPlan":
+    def load(cls, path: str | Path) -> "SparsityPlan":
         """Read a plan. Raises UserError if the file is missing, not a plan, or holds impossible values."""
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
+            content = parse_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"plan {path}: not readable ({error}); expected a JSON plan") from error
         if not isinstance(content, dict) or content.get("format") != PLAN_FORMAT:
@@ -216,9 +216,9 @@ class SparsityPlan:
         if content.get("version") not in READABLE_VERSIONS:
             raise UserError(
                 f"plan {path}: version {content.get('version')!r}; this code reads "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}: calibrate again, or use the release that wrote it"
+                f"{', '.join(map(str, READABLE_VERSIONS))}: calibrate again, or use the release that wrote it"
             )
-        if (criterion := content.get("criterion", "magnitude")) != "magnitude":  # version 3 and older may name one
+        if (criterion := content.get("criterion", "magnitude")) != "magnitude":
             raise UserError(f"plan {path}: criterion {criterion!r} is not supported, only 'magnitude': calibrate again")
         try:
             layers = tuple({n: ProjectionPlan(**p) for n, p in layer.items()} for layer in content["layers"])

@@ -153,6 +153,8 @@ def draft_options(args: argparse.Namespace) -> DraftOptions | None:
         for option, value in (("--draft-plan", args.draft_plan), ("--draft-quant", args.draft_quant)):
             if value is not None:
                 raise UserError(f"{option} goes with --speculate K")
+        if args.draft_sparsity != DRAFT.sparsity:
+            raise UserError("--draft-sparsity goes with --speculate K")
         return None
     check_speculation(model_options(args))
     return DraftOptions(

@@ -3,8 +3,8 @@
 Prompts are read in blocks, between which the running requests take steps. Neither a long prompt nor another's plan
 keeps anybody waiting for more than a block and a few steps. Blocks go in turn to the prompt with the least left and to
 the one that came first. So short ones begin soon, and long ones get half at least. Requests of one plan share a step;
-plans take turns. A request's text does not depend on what is beside it. On a CPU this holds to the bit: its kernels sum
-each row as if it were alone.
+plans take turns. A request's text does not depend on what is beside it. On a CPU this holds to the bit for sparse and
+quantized models, whose kernels sum each row as if it were alone.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +20,7 @@ from teal.decoding.rows import GREEDY, DecodeRows
 from teal.decoding.runner import ModelRunner
 from teal.decoding.sequence import Sequence, token_logprob
 from teal.errors import ParameterError, UserError
-from teal.options import COUNTED_TOKENS, SamplingParams, check_prompt
+from teal.options import COUNTED_TOKENS, SamplingParams, check_bias, check_ids, check_prompt
 from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity
 
@@ -73,6 +73,8 @@ class Decoder:
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be run; cut its length to what the context has room for."""
         check_prompt(request.prompt_ids, self.context)
+        check_ids(request.prompt_ids, self.runner.model.config.vocab_size)
+        check_bias(request.params, self.runner.model.config.vocab_size)
         if request.max_new_tokens < 1:
             raise ParameterError("{max_new_tokens} {} is out of range; expected at least 1", request.max_new_tokens)
         if request.plan is not None and self.own_plan is None:

@@ -24,7 +24,7 @@ class Scheduler:
     """Runs requests on an engine's model, up to rows at once; submit and cancel from any thread.
 
     While it runs, the engine is in use: Engine.generate and another Scheduler raise RuntimeError. A request's text does
-    not depend on what was served before it or is beside it, to the bit on a CPU (decoder.py, row_table.py).
+    not depend on what was served before it or is beside it (decoder.py and row_table.py say how far).
     """
 
     def __init__(

@@ -165,3 +165,8 @@ def test_a_token_that_the_model_lacks_is_refused(tiny_folder: Path, invoke: Invo
     for value in ("5", "x:1", ":1", "5:much"):
         code, _, err = invoke(*given, "--logit-bias", value)
         assert_one_line_error(code, err, "--logit-bias", "TOKEN_ID:BIAS")
+
+
+def test_a_bias_for_something_else_than_a_token_id_is_refused() -> None:
+    with pytest.raises(UserError, match="logit_bias Paris: 1 is out of range; expected token ids"):
+        SamplingParams(logit_bias={"Paris": 1, 5: 1})  # type: ignore[dict-item]

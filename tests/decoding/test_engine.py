@@ -10,6 +10,7 @@ import torch
 from teal.calibration import choose
 from teal.decoding.engine import Engine
 from teal.decoding.rows import CACHE_STEP
+from teal.decoding.scheduler import generate_batch
 from teal.errors import UserError
 from teal.model import KVCache
 from teal.options import SamplingParams
@@ -189,6 +190,26 @@ def test_impossible_requests_are_refused(engine: Engine) -> None:
     ):
         with pytest.raises(UserError, match=message):
             list(engine.generate(ids, max_new_tokens=count))
+
+
+@pytest.mark.parametrize(
+    "prompt, params, words",
+    [
+        ([5, 300], SamplingParams(), "token id 300; expected 0 to 299"),
+        ([5, -1], SamplingParams(), "token id -1; expected 0 to 299"),
+        ("hello", SamplingParams(), r"is a text; give its token ids, as engine\.tokenizer\.encode"),
+        (PROMPT, SamplingParams(logit_bias={300: 1.0}), "logit_bias 300: no such token; this model has 300"),
+    ],
+    ids=["beyond", "negative", "text", "bias"],
+)
+def test_tokens_that_the_model_lacks_are_refused(
+    engine: Engine, prompt: Any, params: SamplingParams, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        next(engine.generate(prompt, params))
+    with pytest.raises(UserError, match=words):
+        generate_batch(engine, [prompt], params, max_new_tokens=2)
+    assert list(engine.generate(PROMPT, max_new_tokens=4, ignore_eos=True)) == fresh_greedy(engine, PROMPT, 4)
 
 
 def test_random_weights_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,7 @@ FLOORS = (
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 COMMANDS = ("generate", "calibrate", "quantize", "serve", "evaluate", "commands")
 LAYERS = ("teal_layers", "hardware")  # modules at the top of teal/ that belong to the layers
-BEFORE = "75, on 19 floors, with 319 arrows"  # of modules, when all lay in one folder
-COUNTED_AS_ONE = ("kernels", "bench", "examples")  # where modules are counted, as when most of them lay in one folder
+COUNTED_AS_ONE = ("kernels", "bench", "examples")  # where modules are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,7 @@ def draw() -> str:
     """The map as Markdown: each room with what it imports from and its files, from the ground up."""
     rooms = room_arrows()
     lines = [
-        f"Rooms: {size(rooms)}. Modules: {size(arrows())}. Before there were rooms, modules were {BEFORE}.",
+        f"Rooms: {size(rooms)}. Modules: {size(arrows())}.",
         "An arrow is a pair of which one imports from the other, anywhere in its files.",
         "`kernels`, `bench` and `examples` count as one module each.",
         "`python -m tests.project.architecture` writes this list anew.",

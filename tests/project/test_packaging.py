@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -45,6 +46,18 @@ def run(*command: str | Path, cwd: Path, timeout: float = 180) -> "subprocess.Co
     return subprocess.run(
         [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment
     )
+
+
+def test_links_that_became_text_files_are_named(source: Path, tmp_path: Path) -> None:
+    """As git leaves them where the system has no symbolic links."""
+    copy = Path(shutil.copytree(source, tmp_path / "copy", symlinks=True))
+    for link in [path for path in copy.rglob("*") if path.is_symlink()]:
+        text = os.readlink(link)
+        link.unlink()
+        link.write_text(text, encoding="utf-8")
+    done = run(sys.executable, copy / "generate.py", "--prompt", "a", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "links of this checkout are text files" in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="session")
