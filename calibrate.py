@@ -30,7 +30,10 @@ def build_parser() -> cli.Parser:
     what.add_argument(
         "--sparsity", type=cli.sparsities, default=default.targets, help="target, or several with commas between"
     )
-    what.add_argument("--method", choices=METHODS, default=default.method, help="same for all, or Algorithm 1")
+    what.add_argument(
+        "--method", choices=METHODS, default=default.method,
+        help="same for all; Algorithm 1, block by block; or over all layers, where gradients predict least divergence",
+    )  # fmt: skip
     what.add_argument(
         "--step", type=float, default=default.step, help="greedy: average sparsity added to a projection a step"
     )

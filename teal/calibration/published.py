@@ -31,6 +31,8 @@ def import_teal(folder: Path, target: float, method: str) -> SparsityPlan:
 
     Raises UserError if files are missing, hold anything but tensors, or do not reach the target.
     """
+    if method == "global":
+        raise ParameterError("{method} global needs the model's gradients; published plans are uniform or greedy")
     layers = _layer_folders(folder / "histograms")
     plans = []
     for i, path in enumerate(layers):

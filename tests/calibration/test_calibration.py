@@ -49,7 +49,7 @@ def all_plans(plan: SparsityPlan) -> list[float]:
     return [p.threshold for layer in plan.layers for p in layer.values()]
 
 
-@pytest.mark.parametrize("method", ["uniform", "greedy"])
+@pytest.mark.parametrize("method", ["uniform", "greedy", "global"])
 def test_achieved_sparsity_is_the_planned_one(method: str, model: Transformer, sequences: Tensor) -> None:
     """On the calibration tokens themselves, since thresholds are set on what the sparse model really computes."""
     targets = (0.3, 0.6)
@@ -76,13 +76,23 @@ def test_stages_make_up_the_block(model: Transformer, sequences: Tensor) -> None
 
 
 def test_several_targets_at_once_equal_one_at_a_time(tiny_folder: Path, sequences: Tensor) -> None:
-    for method in ("uniform", "greedy"):
+    for method in ("uniform", "greedy", "global"):
         together = calibrate(
             load_model(tiny_folder, CPU, torch.float32), sequences, Settings((0.2, 0.5), method), FACTS
         )
         for plan in together:
             model = load_model(tiny_folder, CPU, torch.float32)
             assert calibrate(model, sequences, Settings((plan.target,), method), FACTS) == [plan]
+
+
+def test_global_sparsities_meet_the_target_by_memory(model: Transformer, sequences: Tensor) -> None:
+    [plan] = calibrate(model, sequences, Settings((0.5,), "global"), FACTS)
+    sizes = BlockStages(model, 0, 4).sizes
+    shares = [[p.sparsity * sizes[name] for name, p in layer.items()] for layer in plan.layers]
+    assert sum(map(sum, shares)) / (len(shares) * sum(sizes.values())) == pytest.approx(0.5, abs=1e-5)
+    assert len({p.sparsity for layer in plan.layers for p in layer.values()}) > len(PROJECTIONS)
+    with pytest.raises(UserError, match=r"sparsity 0.97 cannot be reached: no projection goes beyond 0.95"):
+        calibrate(model, sequences, Settings((0.97,), "global"), FACTS)
 
 
 def test_offload_changes_nothing(tiny_folder: Path, model: Transformer, sequences: Tensor) -> None:
@@ -96,7 +106,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["uniform", "greedy"])
+@pytest.mark.parametrize("method", ["uniform", "greedy", "global"])
 def test_interrupted_work_is_resumed(
     method: str,
     tiny_folder: Path,

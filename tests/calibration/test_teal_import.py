@@ -85,6 +85,8 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     (tmp_path / "lookup" / "layer-0" / "results.csv").unlink()
     with pytest.raises(UserError, match="missing; use method uniform"):
         import_teal(tmp_path, 0.5, "greedy")
+    with pytest.raises(UserError, match="method global needs the model's gradients"):
+        import_teal(tmp_path, 0.5, "global")
     (tmp_path / "histograms" / "layer-0" / "self_attn" / "histograms.pt").unlink()
     with pytest.raises(UserError, match="missing"):
         import_teal(tmp_path, 0.5, "uniform")
