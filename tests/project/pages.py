@@ -46,8 +46,8 @@ def run_example(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
 
     It must succeed and say something.
     """
-    command = line.replace("python ", f"{shlex.quote(sys.executable)} ")
-    command = command.replace(FOLDER, f"{shlex.quote(str(folder))}/")
+    command = line.replace(FOLDER, f"{shlex.quote(str(folder))}/")  # before the interpreter, which may lie there
+    command = command.replace("python ", f"{shlex.quote(sys.executable)} ")
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert (done.stdout + done.stderr).strip(), line

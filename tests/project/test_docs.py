@@ -70,3 +70,10 @@ def test_programs_run(name: str, body: str) -> None:
 def test_every_page_is_listed() -> None:
     listed = set(re.findall(r"\]\((\w[\w-]*\.md)\)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8")))
     assert listed == {path.name for path in DOCS} - {"README.md"}
+
+
+def test_an_interpreter_under_tmp_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a clone there, with an environment of its own."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert run_example("python -c 'print(\"/tmp/x\")'", Path("/elsewhere")).stdout == "/elsewhere/x\n"
