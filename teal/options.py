@@ -157,7 +157,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
             if not ok:
-                raise UserError(f"{name} {getattr(self, name)} is out of range; expected {expected}")
+                raise ParameterError(f"{{{name}}} {{}} is out of range; expected {expected}", getattr(self, name))
 
         require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a number >= 0 (0 is greedy)")
         require(self.top_k >= -1, "top_k", "a whole number >= -1 (0 and -1 are off)")
@@ -170,9 +170,10 @@ class SamplingParams:
             require(abs(getattr(self, name)) <= MAX_PENALTY, name, f"-{MAX_PENALTY:g} to {MAX_PENALTY:g} (0 is off)")
         for token, bias in self.biases.items():
             if not isinstance(token, Integral) or token < 0 or not abs(bias) <= MAX_BIAS:
-                raise UserError(
-                    f"logit_bias {token}: {bias} is out of range; expected token ids and -{MAX_BIAS:g} to {MAX_BIAS:g}"
-                )
+                raise ParameterError(
+                    f"{{logit_bias}} {{}}: {{}} is out of range; expected token ids and -{MAX_BIAS:g} to {MAX_BIAS:g}",
+                    token, bias,
+                )  # fmt: skip
         object.__setattr__(self, "logit_bias", tuple(sorted(self.biases.items())))
 
     @property
