@@ -158,7 +158,7 @@ def test_options_import_nothing_heavy() -> None:
 def test_a_token_that_the_model_lacks_is_refused(tiny_folder: Path, invoke: Invoke) -> None:
     check_bias(SamplingParams(logit_bias={299: 1.0}), 300)
     given = ("--checkpoint", tiny_folder, "--device", "cpu", "--prompt", "a")
-    for value, words in (("300:1", "--logit-bias 300: no such token; this model has 300"), ("5:101", "logit_bias 5")):
+    for value, words in (("300:1", "--logit-bias 300: no such token; this model has 300"), ("5:101", "--logit-bias 5")):
         code, out, err = invoke(*given, "--logit-bias", value)
         assert out == ""
         assert_one_line_error(code, err, words)
