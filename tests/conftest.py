@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def save_tiny_model(
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder, **save_options)
     return model
+
+
+def link_files(source: Path, to: Path, without: str = "") -> Path:
+    """A folder, made if need be, with links to source's files, but for those whose names match a pattern."""
+    to.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if not fnmatch(file.name, without):
+            (to / file.name).symlink_to(file)
+    return to
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

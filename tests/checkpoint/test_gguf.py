@@ -40,25 +40,30 @@ from tests.conftest import (
 from tests.gguf_files import CPU, K_QUANTS, ROUNDING, SIZES, byte_level_vocabulary, sentencepiece_vocabulary, write_gguf
 
 
+@pytest.fixture
+def hf_model(tmp_path: Path) -> transformers.PreTrainedModel:
+    """A tiny Llama for the byte-level tokenizer, saved in tmp_path / "hf"."""
+    return save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+
+
 @pytest.mark.parametrize("kind", [*ROUNDING, *K_QUANTS], ids=lambda kind: kind.name)
 def test_every_type_gives_the_model_transformers_would_run(
-    kind: Type, tmp_path: Path, byte_level_tokenizer_json: str
+    kind: Type, tmp_path: Path, hf_model: transformers.PreTrainedModel, byte_level_tokenizer_json: str
 ) -> None:
-    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
-    expected = write_gguf(tmp_path / "m.gguf", model, kind, byte_level_vocabulary(byte_level_tokenizer_json))
+    expected = write_gguf(tmp_path / "m.gguf", hf_model, kind, byte_level_vocabulary(byte_level_tokenizer_json))
     for name, tensor in expected.items():
         if kind in ROUNDING:  # what the package wrote is this weight, rounded: the test's own layout is right
-            original = model.state_dict()[name]
+            original = hf_model.state_dict()[name]
             assert (tensor - original).abs().max() <= ROUNDING[kind] * original.abs().max(), name
     (tmp_path / "out").mkdir()
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
-    model.load_state_dict(expected)
+    hf_model.load_state_dict(expected)
     tokens = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(1))
     ours = load_model(tmp_path / "out", CPU, torch.float32)
     cache = KVCache(ours.config, 1, 40, CPU, torch.float32)
     with torch.inference_mode():
         logits = ours(tokens, torch.arange(40)[None], cache)
-        assert_near("logits", logits, model(tokens).logits, 1e-5)
+        assert_near("logits", logits, hf_model(tokens).logits, 1e-5)
     assert is_quantized(ours) == (kind in (Type.Q4_0, Type.Q8_0))
 
 
@@ -73,8 +78,9 @@ def rope_factors(head_dim: int, theta: float, scaling: dict[str, float]) -> torc
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_rope_factors_become_llama3_scaling(factor: float, tmp_path: Path, byte_level_tokenizer_json: str) -> None:
-    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
+def test_rope_factors_become_llama3_scaling(
+    factor: float, tmp_path: Path, hf_model: transformers.PreTrainedModel, byte_level_tokenizer_json: str
+) -> None:
     scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
     factors = rope_factors(32, 10000.0, scaling)
@@ -83,7 +89,7 @@ def test_rope_factors_become_llama3_scaling(factor: float, tmp_path: Path, byte_
         byte_level_vocabulary(byte_level_tokenizer_json)(writer)
         writer.add_tensor("rope_freqs.weight", factors.numpy().astype(np.float32))
 
-    write_gguf(tmp_path / "m.gguf", model, Type.F32, write)
+    write_gguf(tmp_path / "m.gguf", hf_model, Type.F32, write)
     (tmp_path / "out").mkdir()
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     loaded = load_model(tmp_path / "out", CPU, torch.float32).config.rope_scaling
@@ -91,9 +97,10 @@ def test_rope_factors_become_llama3_scaling(factor: float, tmp_path: Path, byte_
     assert (loaded.kind, loaded.factor, loaded.low_freq_factor, loaded.high_freq_factor) == ("llama3", factor, 1.0, 4.0)
 
 
-def test_byte_level_tokenizer_survives(tmp_path: Path, byte_level_tokenizer_json: str) -> None:
-    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
-    write_gguf(tmp_path / "m.gguf", model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
+def test_byte_level_tokenizer_survives(
+    tmp_path: Path, hf_model: transformers.PreTrainedModel, byte_level_tokenizer_json: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf", hf_model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
     (tmp_path / "out").mkdir()
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out")
@@ -118,13 +125,13 @@ def test_sentencepiece_tokenizer_survives(tmp_path: Path, sentencepiece_model: b
 
 def test_gguf_file_as_checkpoint(
     tmp_path: Path,
+    hf_model: transformers.PreTrainedModel,
     byte_level_tokenizer_json: str,
     invoke: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
-    write_gguf(tmp_path / "m.gguf", model, Type.Q8_0, byte_level_vocabulary(byte_level_tokenizer_json))
+    write_gguf(tmp_path / "m.gguf", hf_model, Type.Q8_0, byte_level_vocabulary(byte_level_tokenizer_json))
     arguments = ("--checkpoint", tmp_path / "m.gguf", "--prompt", "The", "--max-new-tokens", "4", "--dtype", "fp32")
     code, first, err = invoke(*arguments)
     assert code == 0 and "converting" in err
@@ -134,13 +141,13 @@ def test_gguf_file_as_checkpoint(
 
 def test_bad_gguf_is_refused(
     tmp_path: Path,
+    hf_model: transformers.PreTrainedModel,
     byte_level_tokenizer_json: str,
     invoke: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
-    write_gguf(tmp_path / "good.gguf", model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
+    write_gguf(tmp_path / "good.gguf", hf_model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
     good = (tmp_path / "good.gguf").read_bytes()
     cases: list[tuple[bytes, str]] = [
         (b"not a model", "not GGUF"),
@@ -211,10 +218,11 @@ def test_killed_conversion_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.split() == ["made", "20"]
 
 
-def test_disk_full_during_conversion(tmp_path: Path, byte_level_tokenizer_json: str) -> None:
+def test_disk_full_during_conversion(
+    tmp_path: Path, hf_model: transformers.PreTrainedModel, byte_level_tokenizer_json: str
+) -> None:
     """The kernel's file-size limit stands in for a full disk: the write fails midway with an OSError."""
-    model = save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
-    write_gguf(tmp_path / "m.gguf", model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
+    write_gguf(tmp_path / "m.gguf", hf_model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
 
     command = [sys.executable, "generate.py", "--checkpoint", str(tmp_path / "m.gguf"), "--prompt", "a"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}

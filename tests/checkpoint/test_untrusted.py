@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from teal.cli import calibrate, evaluate, generate, quantize, serve
 from teal.plan import ProjectionPlan, SparsityPlan
-from tests.conftest import PROJECTIONS, assert_one_line_error, changed
+from tests.conftest import PROJECTIONS, assert_one_line_error, changed, link_files
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -75,10 +75,7 @@ def call(call_main: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.fixture
 def folder(tmp_path: Path, tiny_folder: Path) -> Path:
     """A checkpoint whose configs are its own."""
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in tiny_folder.iterdir():
-        (copy / file.name).symlink_to(file)
+    copy = link_files(tiny_folder, tmp_path / "model")
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").unlink()
     tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}

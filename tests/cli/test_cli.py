@@ -15,7 +15,7 @@ import torch
 from teal.cli import command_line as cli
 from teal.cli import generate
 from teal.decoding import engine
-from tests.conftest import ROOT, assert_one_line_error, run_command
+from tests.conftest import ROOT, assert_one_line_error, link_files, run_command
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -194,9 +194,7 @@ def test_prompt_longer_than_the_context(tiny: tuple[str, ...], invoke: Invoke) -
 
 
 def test_chat_without_a_template(tmp_path: Path, tiny_folder: Path) -> None:
-    for file in tiny_folder.iterdir():
-        if file.suffix != ".jinja":
-            (tmp_path / file.name).symlink_to(file)
+    link_files(tiny_folder, tmp_path, without="*.jinja")
     done = run_command("--checkpoint", tmp_path, "--chat", stdin="hi\n")
     assert_one_line_error(done.returncode, done.stderr.decode(), "no chat template", "--prompt")
 
@@ -292,9 +290,7 @@ def test_bugs_keep_their_traceback() -> None:
 
 def unreadable_weights(tiny_folder: Path, folder: Path) -> Path:
     """A checkpoint all of which can be read but its weights: whoever gets that far says so."""
-    for file in tiny_folder.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).symlink_to(file)
+    link_files(tiny_folder, folder, without="*.safetensors")
     (folder / "model.safetensors").write_bytes(b"no weights")
     return folder
 

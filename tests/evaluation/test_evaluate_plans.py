@@ -12,7 +12,7 @@ from teal.calibration.texts import default_text
 from teal.cli import calibrate, evaluate, generate
 from teal.decoding.engine import Engine
 from teal.plan import ProjectionPlan, SparsityPlan, plan_name
-from tests.conftest import PROJECTIONS, assert_one_line_error
+from tests.conftest import PROJECTIONS, assert_one_line_error, link_files
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -27,12 +27,7 @@ def call(call_main: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """A checkpoint folder without plans, to put some in."""
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in tiny_folder.iterdir():
-        if file.suffix != ".json" or not file.name.startswith("teal"):
-            (copy / file.name).symlink_to(file)
-    return copy
+    return link_files(tiny_folder, tmp_path / "model", without="teal*.json")
 
 
 @pytest.fixture

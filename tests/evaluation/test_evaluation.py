@@ -35,7 +35,7 @@ from teal.evaluation.quality import (
 from teal.model import Transformer
 from teal.plan import SparsityPlan, keep_all_plan
 from teal.teal_layers import sparsify
-from tests.conftest import assert_one_line_error, file_size_limit, run_command
+from tests.conftest import assert_one_line_error, file_size_limit, link_files, run_command
 
 CPU = torch.device("cpu")
 InvokeMain = Callable[..., tuple[int, str, str]]
@@ -223,10 +223,7 @@ def test_plan_beside_the_checkpoint_is_used(
 ) -> None:
     from teal.decoding.engine import Engine
 
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in tiny_folder.iterdir():
-        (folder / file.name).symlink_to(file)
+    folder = link_files(tiny_folder, tmp_path / "model")
     options = ("--checkpoint", folder, *model_options[2:])
     code, out, err = call(calibrate.main, *options, "--sparsity", "0.4", "--method", "greedy")
     assert code == 0, err

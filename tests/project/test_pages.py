@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.project.prose import LONGEST
 
 README = ROOT / "README.md"
 PROSE = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*PROSE, ROOT / "BENCHMARKS.md", ROOT / "RESULTS.md"]
-LONGEST = 24  # words of a sentence
 FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 NO_PROSE = re.compile(r"<!--.*?-->|^[|#].*?$|^!\[.*?$", re.DOTALL | re.MULTILINE)  # comments to pictures
 
