@@ -165,17 +165,6 @@ class KVCache:
         view.k, view.v = self.k[:, rows, :, :length], self.v[:, rows, :, :length]
         return view
 
-    def resized(self, length: int) -> "KVCache":
-        """A cache of the given length that starts with this one's contents (cut if shorter)."""
-        grown = object.__new__(KVCache)
-        kept = min(length, self.length)
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:3], length, old.shape[4])
-            new[:, :, :, :kept] = old[:, :, :, :kept]
-            setattr(grown, name, new)
-        return grown
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in weight's dtype; sums in fp32 (Zhang & Sennrich 2019, eq. 4)."""

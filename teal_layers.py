@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from teal.kernels.formats.packing import dequantize
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.phase import Phase, PhasedModule, call_state
@@ -96,6 +97,10 @@ class SparseLinear(PhasedModule):
 
     def _dense(self, x: Tensor) -> Tensor:
         return x @ self.weight if self.scales is None else quantized_matmul(x, self.weight, self.scales, self.zeros)
+
+    def dequantized(self) -> Tensor:
+        """The weight [K, N] in floats."""
+        return self.weight if self.scales is None else dequantize(self.weight, self.scales, self.zeros)
 
     def bytes_read(self) -> float:
         """Bytes of weights that one token reads: less the rows skipped, if entries were counted."""

@@ -21,9 +21,9 @@ from teal import environment
 if TYPE_CHECKING:
     from teal.decoding.engine import Engine
     from teal.decoding.scheduler import generate_batch
+    from teal.layers.rounding import quantize
     from teal.options import SamplingParams
     from teal.plan import SparsityPlan
-    from teal.quantization.rounding import quantize
     from teal.teal_layers import sparsify
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
@@ -32,7 +32,7 @@ _HOME = {  # where each name comes from; importing torch takes a second, which -
     "SamplingParams": "teal.options",
     "SparsityPlan": "teal.plan",
     "generate_batch": "teal.decoding.scheduler",
-    "quantize": "teal.quantization.rounding",
+    "quantize": "teal.layers.rounding",
     "sparsify": "teal.teal_layers",
 }
 __all__ = ["Engine", "SamplingParams", "SparsityPlan", "generate_batch", "quantize", "sparsify"]

@@ -5,7 +5,7 @@ Imports nothing heavy, so that a command line can take its defaults and choices 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from numbers import Integral
 from typing import Any
@@ -217,18 +217,21 @@ def check_length(length: int) -> None:
         raise ParameterError(f"{{draft_length}} {{}} is out of range; expected 1 to {MAX_DRAFT}", length)
 
 
+def unknown_id(ids: Iterable[int], vocab_size: int) -> int | None:
+    """The first of ids that a model of so many tokens does not have; None if it has all."""
+    return next((i for i in ids if not 0 <= i < vocab_size), None)
+
+
 def check_ids(prompt_ids: list[int], vocab_size: int) -> None:
     """Raise UserError if a prompt has a token that the model does not have."""
-    for token in (min(prompt_ids), max(prompt_ids)):
-        if not 0 <= token < vocab_size:
-            raise UserError(f"the prompt has token id {token}; expected 0 to {vocab_size - 1}")
+    if (token := unknown_id(prompt_ids, vocab_size)) is not None:
+        raise UserError(f"the prompt has token id {token}; expected 0 to {vocab_size - 1}")
 
 
 def check_bias(params: SamplingParams, vocab_size: int) -> None:
     """Raise UserError if logit_bias names a token that the model does not have."""
-    for token in params.biases:
-        if token >= vocab_size:
-            raise ParameterError("{logit_bias} {}: no such token; this model has {}", token, vocab_size)
+    if (token := unknown_id(params.biases, vocab_size)) is not None:
+        raise ParameterError("{logit_bias} {}: no such token; this model has {}", token, vocab_size)
 
 
 def check_sparsity(sparsity: float) -> None:

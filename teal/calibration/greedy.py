@@ -6,7 +6,7 @@ projection with twice the weights moves half as far.
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from teal.errors import UserError
 
@@ -26,8 +26,7 @@ def greedy_sparsities(
     the least. Increases hardly shrink while others grow: this finds what Algorithm 1 finds, in a third of the
     evaluations. Raises UserError for a target that cannot be reached.
     """
-    if max(targets) > MAX_SPARSITY:
-        raise UserError(f"sparsity {max(targets)} cannot be reached: no projection goes beyond {MAX_SPARSITY}")
+    check_targets(targets)
     total = sum(sizes.values())
     share = step / len(sizes)  # of the block's memory that one step drops
     steps = {name: share * total / size for name, size in sizes.items()}
@@ -55,6 +54,12 @@ def greedy_sparsities(
                 heapq.heappush(queue, (increase(best), best))
         found.setdefault(target, dict(current))
     return [found[target] for target in targets]
+
+
+def check_targets(targets: Iterable[float]) -> None:
+    """Raise UserError for a target that cannot be reached, however sparsity is spread."""
+    if (most := max(targets)) > MAX_SPARSITY:
+        raise UserError(f"sparsity {most} cannot be reached: no projection goes beyond {MAX_SPARSITY}")
 
 
 def _raised(sparsity: float, step: float) -> float:

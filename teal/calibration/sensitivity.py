@@ -6,6 +6,7 @@ to second order: E[v v^T] is the Fisher information of the input (Martens 2014, 
 give that mean at every sparsity, without a matrix of in_features squared.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teal.calibration.greedy import MAX_SPARSITY
 from teal.calibration.stages import BlockStages
 from teal.errors import ParameterError
-from teal.kernels.formats.packing import dequantize
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Projection, Transformer
@@ -27,7 +28,7 @@ SAMPLES = 1024  # tokens of each projection that inputs and gradients are kept o
 GRADIENT_LENGTH = 512  # tokens of a sequence that gradients flow through at once
 HEAD_TOKENS = 128  # whose logits are there at once
 # Sparsities at which errors are computed; between them they count as linear.
-GRID = tuple(i / 40 for i in range(39))  # 0 to 0.95
+GRID = tuple(i / 40 for i in range(round(40 * MAX_SPARSITY) + 1))
 
 
 @dataclass(slots=True)
@@ -66,11 +67,10 @@ class Probe(nn.Module):
 
     def weight(self) -> Tensor:
         """In floats [K, N]."""
-        module = self.module
-        if isinstance(module, nn.Linear):
-            return module.weight.t()
-        assert isinstance(module, (QuantizedLinear, SparseLinear))
-        return module.weight if module.scales is None else dequantize(module.weight, module.scales, module.zeros)
+        if isinstance(self.module, nn.Linear):
+            return self.module.weight.t()
+        assert isinstance(self.module, (QuantizedLinear, SparseLinear))
+        return self.module.dequantized()
 
     def samples(self) -> dict[str, Samples]:
         """What was noted, by projection."""
@@ -100,18 +100,16 @@ class _Probed(torch.autograd.Function):
 
 
 @contextmanager
-def probes(model: Transformer) -> Iterator[list[Probe]]:
-    """Within the block every projection is a Probe."""
-    found = []
-    for block in model.blocks:
-        for p in block.projections():
-            found.append(Probe(block.get_submodule(p.module), p))
-            block.set_submodule(p.module, found[-1])
+def probes(model: Transformer) -> Iterator[list[list[Probe]]]:
+    """Within the block every projection is a Probe [layer][projection]."""
+    found = [[Probe(block.get_submodule(p.module), p) for p in block.projections()] for block in model.blocks]
+    pairs = [(block, probe) for block, own in zip(model.blocks, found, strict=True) for probe in own]
+    for block, probe in pairs:
+        block.set_submodule(probe.projection.module, probe)
     try:
         yield found
     finally:
-        owners = (block for block in model.blocks for _ in block.projections())
-        for probe, block in zip(found, owners, strict=True):
+        for block, probe in pairs:
             block.set_submodule(probe.projection.module, probe.module)
 
 
@@ -130,12 +128,10 @@ def sample_sensitivity(model: Transformer, sequences: Tensor) -> list[dict[str, 
     with torch.inference_mode(False), torch.enable_grad(), probes(model) as found:
         for ids in progress(list(chosen), "estimating sensitivity", "sequence"):
             picked = torch.randperm(length, generator=generator)[: max(1, length // 4)]
-            for probe in found:
+            for probe in itertools.chain(*found):
                 probe.picked = picked
             _backward(model, ids.clone(), generator)
-    samples = iter(probe.samples() for probe in found)
-    per_block = len(found) // len(model.blocks)
-    return [{k: s for _ in range(per_block) for k, s in next(samples).items()} for _ in model.blocks]
+    return [{name: samples for probe in own for name, samples in probe.samples().items()} for own in found]
 
 
 def _backward(model: Transformer, ids: Tensor, generator: torch.Generator) -> None:

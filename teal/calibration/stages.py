@@ -1,12 +1,17 @@
 """One block of a model, run projection by projection over the activations of all sequences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from teal.model import Block, Projection, Transformer
+
+
+def weight_counts(projections: Iterable[Projection]) -> dict[str, int]:
+    """How many weights each named projection has, by which a model's sparsity is counted."""
+    return {name: size * p.in_features for p in projections for name, size in zip(p.names, p.sizes, strict=True)}
 
 
 class BlockStages:
@@ -24,10 +29,7 @@ class BlockStages:
         cache = model.new_cache(batch, length, layers=1)
         self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, cache.k[0], cache.v[0])
         self.projections = self.block.projections()
-        # Weights of each, by which the greedy method counts a block's sparsity.
-        self.sizes = {
-            n: size * p.in_features for p in self.projections for n, size in zip(p.names, p.sizes, strict=True)
-        }
+        self.sizes = weight_counts(self.projections)
 
     def inputs(self, p: Projection, x: "Stream") -> "Stream":
         """The inputs of p for x, the residual stream [B, L, C] where p's sublayer begins."""

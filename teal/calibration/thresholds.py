@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from teal.calibration.allocation import allocate
-from teal.calibration.greedy import greedy_sparsities
+from teal.calibration.greedy import check_targets, greedy_sparsities
 from teal.calibration.sensitivity import GRID, sample_sensitivity
-from teal.calibration.stages import BlockStages, Stream
+from teal.calibration.stages import BlockStages, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
 from teal.files import atomic_file
@@ -63,8 +63,9 @@ def calibrate(
     histograms behind the thresholds. Raises UserError.
     """
     key = _progress_key(model, sequences, settings, facts)
-    fixed = allocate_globally(model, sequences, settings) if settings.method == "global" else None
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
+    missing = len(done) < len(model.blocks)
+    fixed = allocate_globally(model, sequences, settings) if settings.method == "global" and missing else None
     device = model.embedding.weight.device
     dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
     streams = [dense for _ in settings.targets]
@@ -124,14 +125,14 @@ def calibrate_block(
         wanted = allocate_greedily(stages, dense, settings)
     layers, seen = [], []
     for j, sparsities in enumerate(wanted):
-        layer, found, streams[j] = set_thresholds(stages, streams[j], sparsities, settings)
+        layer, found, streams[j] = set_thresholds(stages, streams[j], sparsities)
         layers.append(layer)
         seen.append(found)
     return layers, seen
 
 
 def set_thresholds(
-    stages: BlockStages, x: Stream, wanted: dict[str, float], settings: Settings
+    stages: BlockStages, x: Stream, wanted: dict[str, float]
 ) -> tuple[Layer, dict[str, Histogram], Stream]:
     """Thresholds that give the block's projections the wanted sparsities on stream x, set stage by stage.
 
@@ -192,15 +193,15 @@ def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) ->
 
 def allocate_globally(model: Transformer, sequences: Tensor, settings: Settings) -> list[list[dict[str, float]]]:
     """The sparsities [block][target][projection] at which the estimated divergences of all add up to the least."""
-    if max(settings.targets) > GRID[-1]:
-        raise UserError(f"sparsity {max(settings.targets)} cannot be reached: no projection goes beyond {GRID[-1]}")
+    check_targets(settings.targets)
     samples, device = sample_sensitivity(model, sequences), model.embedding.weight.device
     names = [(i, name) for i, block in enumerate(samples) for name in block]
     curves = [
         list(zip(GRID, samples[i][name].errors(device), strict=True))
         for i, name in progress(names, "measuring errors", "projection")
     ]
-    sizes = [BlockStages(model, i, 1).sizes[name] for i, name in names]
+    counts = [weight_counts(block.projections()) for block in model.blocks]
+    sizes = [counts[i][name] for i, name in names]
     found: list[list[dict[str, float]]] = [[{} for _ in settings.targets] for _ in samples]
     for j, target in enumerate(settings.targets):
         for (i, name), sparsity in zip(names, allocate(curves, sizes, target), strict=True):

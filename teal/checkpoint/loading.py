@@ -18,7 +18,8 @@ from teal.errors import ParameterError, UserError
 from teal.hardware import pick_device, pick_dtype
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.output_head import use_native_head
-from teal.layers.quantized_linear import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
+from teal.layers.quantized_linear import is_quantized, pick_group_size
+from teal.layers.rounding import quantize
 from teal.model import ModelConfig, Transformer
 from teal.options import DraftOptions, ModelOptions
 from teal.plan import SparsityPlan, Weights, load_fitting_plan, plan_file
@@ -93,9 +94,8 @@ def round_weights(
     """
     if is_quantized(loaded.model):
         raise _rounded_already(parameter, quant, loaded.name)
-    scheme = QuantConfig(quant, pick_group_size(loaded.model.config, None, quant_lm_head), quant_lm_head, grouping)
-    use_quantized_linears(loaded.model, scheme, fill=True)
-    loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if scheme.by_input else "")
+    quantize(loaded.model, quant, None, quant_lm_head, grouping)
+    loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if grouping == "input" else "")
 
 
 def check_fit(options: ModelOptions, model: Described) -> None:

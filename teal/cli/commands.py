@@ -5,21 +5,25 @@ from importlib import import_module
 from teal.cli import command_line
 
 
+def _run(command: str) -> None:
+    command_line.run(import_module(f"teal.cli.{command}").main)
+
+
 def generate() -> None:
-    command_line.run(import_module("teal.cli.generate").main)
+    _run("generate")
 
 
 def serve() -> None:
-    command_line.run(import_module("teal.cli.serve").main)
+    _run("serve")
 
 
 def calibrate() -> None:
-    command_line.run(import_module("teal.cli.calibrate").main)
+    _run("calibrate")
 
 
 def quantize() -> None:
-    command_line.run(import_module("teal.cli.quantize").main)
+    _run("quantize")
 
 
 def evaluate() -> None:
-    command_line.run(import_module("teal.cli.evaluate").main)
+    _run("evaluate")

@@ -5,7 +5,7 @@ eager one is the reference. Prefill and decode are methods of their own.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from teal.decoding.compilation import compile_blocks, mark_varying
 from teal.errors import ParameterError
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule, call_state
-from teal.model import KVCache, Transformer
+from teal.model import Block, KVCache, Transformer
 from teal.options import BACKENDS, MAX_ROWS, check_choice
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
@@ -51,6 +51,10 @@ class Backend(ABC):
     @abstractmethod
     def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """As decode, in that phase."""
+
+    def layers(self, kv_cache: KVCache) -> Iterator[tuple[Block, int | None, Tensor, Tensor]]:
+        """Each block with its attention window, and its keys and values in kv_cache."""
+        return zip(self.model.blocks, self.model.config.sliding_windows, kv_cache.k, kv_cache.v, strict=True)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits fp32 [..., V] of hidden states [..., C]."""
@@ -96,11 +100,9 @@ class CompiledBackend(Backend):
     def _through_blocks(
         self, tokens: Tensor, positions: Tensor, kv_cache: KVCache, position_tensors: PositionTensors
     ) -> Tensor:
-        model = self.model
-        x = model.embed(tokens)
+        x = self.model.embed(tokens)
         cos, sin, masks = position_tensors(positions, kv_cache.length)
-        windows = model.config.sliding_windows
-        for block, window, k, v in zip(model.blocks, windows, kv_cache.k, kv_cache.v, strict=True):
+        for block, window, k, v in self.layers(kv_cache):
             context = (cos, sin, masks[window], positions, k, v)
             mark_varying(self.state.phase, x, *context)
             x = self.run_block(block, x, *context)
@@ -131,13 +133,11 @@ class FusedBackend(Backend):
 
     def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """More rows than the kernels take go through the modules, and so does what is counted."""
-        model = self.model
         if tokens.shape[0] > MAX_ROWS or self.state.counting:
-            return model.hidden_states(tokens, positions, kv_cache)
-        x = model.embed(tokens)
+            return self.model.hidden_states(tokens, positions, kv_cache)
+        x = self.model.embed(tokens)
         cos, sin, _ = self.position_tensors(positions, kv_cache.length)
-        windows = model.config.sliding_windows
-        for block, window, k, v in zip(model.blocks, windows, kv_cache.k, kv_cache.v, strict=True):
+        for block, window, k, v in self.layers(kv_cache):
             x = self.block_decode(block, window, x, cos, sin, positions, k, v)
         return x
 

@@ -183,10 +183,13 @@ class Decoder:
         """Whether its steps choose by its own parameters, so that they need no host in between."""
         return request.matcher is None and self.rows.single and not request.params.counts_or_biases
 
+    def _is_chosen_by_step(self, request: Request) -> bool:
+        """Whether its token is the one that a step chooses."""
+        return request.is_plain or self._samples_on_device(request)
+
     def _needs_no_host(self, request: Request) -> bool:
-        """Whether the token that a step chooses is all that the request wants of it."""
-        chosen = request.is_plain or self._samples_on_device(request)
-        return chosen and request.top_logprobs is None and not request.counting
+        """Whether that token is all that the request wants of a step."""
+        return self._is_chosen_by_step(request) and request.top_logprobs is None and not request.counting
 
     def _params_of(self, group: Group) -> SamplingParams:
         """By what a step chooses: one request's own if its row is the only one, else the argmax."""
@@ -204,7 +207,7 @@ class Decoder:
                 self.table.contents_of(request).ids.append(request.token)
         for i, (request, token) in enumerate(zip(flight.requests, flight.step.tokens(), strict=True)):
             if request in group.requests:  # it has not ended meanwhile
-                chosen = token if request.is_plain or self._samples_on_device(request) else None
+                chosen = token if self._is_chosen_by_step(request) else None
                 self._choose(request, flight.step.logits[i : i + 1], chosen)
 
     def _goes_on(self, group: Group) -> bool:

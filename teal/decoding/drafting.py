@@ -120,7 +120,7 @@ class Drafter:
 
     def _draft(self, row: "Row", params: SamplingParams, length: int) -> tuple[Tensor, Tensor | None]:
         """Tokens [length] and the distributions [length, V] they were drawn from; None where the argmax is taken."""
-        if self.backend is None or length == 0:
+        if self.backend is None:
             drafted = self.drafted[:length]
             if params.is_argmax:
                 return drafted, None

@@ -26,8 +26,9 @@ class Sequence:
         self.generator.manual_seed(request.params.seed)
         self.seen = rows.seen.zero_() if rows.single else torch.zeros_like(rows.seen)  # bool [1, V], prompt and output
         self.seen[0, torch.tensor(request.prompt_ids, device=device)] = True
-        self.counts = torch.zeros(self.seen.shape, device=device)  # generated tokens [1, V]
-        biases = request.params.biases
+        params, biases = request.params, request.params.biases
+        penalized = params.presence_penalty or params.frequency_penalty
+        self.counts = torch.zeros(self.seen.shape, device=device) if penalized else None  # generated tokens [1, V]
         self.bias = bias_row(biases, self.seen.shape[1], device) if biases else None
         self.pending: list[tuple[int, TokenLogprob]] = []  # where the token's text begins, for those not emitted yet
         self.decoded = self.shown = 0  # characters: of all tokens, and of the text emitted
@@ -35,7 +36,7 @@ class Sequence:
     def sample(self, logits: Tensor) -> int:
         """A token by all that the request asks for, from its logits [1, V]. Raises UserError if that allows none."""
         request, params = self.request, self.request.params
-        if params.presence_penalty or params.frequency_penalty:
+        if self.counts is not None:
             logits = penalize_counts(logits, self.counts, params.presence_penalty, params.frequency_penalty)
         if self.bias is not None:
             logits = logits + self.bias
@@ -44,7 +45,8 @@ class Sequence:
         if self.bias is not None and not bool((logits > -torch.inf).any()):
             raise UserError("logit_bias bans every token that may come next")
         token = int(sample(logits, params, self.seen, self.generator))
-        self.counts[0, token] += 1
+        if self.counts is not None:
+            self.counts[0, token] += 1
         self.seen[0, token] = True
         return token
 

@@ -1,4 +1,4 @@
-"""Rounding weights: to nearest in memory, with care by GPTQ or half-quadratic fits.
+"""Rounding weights with care: GPTQ, and half-quadratic fits.
 
-Import `rounding` for a model in memory, `gptq` and `half_quadratic` to write a folder. Its layers are in teal/layers.
+Used by quantize.py to write a folder. Rounding to nearest in memory and the layers are in teal/layers.
 """

@@ -14,7 +14,7 @@ from teal.decoding.engine import Engine
 from teal.decoding.requests import Done, Piece, Request, TokenLogprob
 from teal.decoding.scheduler import Scheduler
 from teal.errors import UserError
-from teal.options import SamplingParams
+from teal.options import SamplingParams, unknown_id
 from teal.plan import SparsityPlan
 from teal.serving.openai_schema import BadRequest, ChatRequest, CompletionRequest, Sampling
 from teal.serving.tool_calls import THINK_OPEN, Arguments, CallStart, Content, Delta, ToolCallParser
@@ -101,7 +101,7 @@ class Service:
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:
         size = self.engine.model.config.vocab_size
-        if (wrong := next((i for i in ids if not 0 <= i < size), None)) is not None:
+        if (wrong := unknown_id(ids, size)) is not None:
             raise BadRequest(f"{field}: token id {wrong} is none of this model's; expected 0 to {size - 1}", field)
 
     def requests(
