@@ -13,7 +13,7 @@ COLUMNS_AT_ONCE = 16384
 
 def floats(weight: Weight, out: Tensor | None = None) -> Tensor:
     """A quantized weight [K, N] in the scales' dtype, by the fastest means of the device; in out, where given."""
-    values, scales, zeros = weight
+    values, scales, zeros, _ = weight
     assert scales is not None
     if values.is_cuda:
         from teal.kernels.dequantize import launch  # a CPU needs no Triton

@@ -27,6 +27,13 @@ A quantized weight [K, N] is three tensors; row k is input channel k, contiguous
 
        channels 0..group-1          row 0 of scales, one for each column
        channels group..2 group-1    row 1 of scales
+
+5. Refined channels, of 4 bits with groups along the output: further rows, one for each channel that refined int32 [E]
+   lists, in its order. Such a row holds what rounding left of the channel, rounded to 4 bits in its turn (residual
+   quantization, Chen et al. 2010). The channel's weight is the sum of its two rows: 8 bits. x's entry meets both.
+
+       row 0..K-1     channel 0..K-1             4 bits
+       row K + j      rest of channel refined[j]     4 bits more
 """
 
 from typing import NamedTuple
@@ -40,11 +47,20 @@ INPUT_GROUP_COLUMNS = 32  # whose nibbles are packed together, where groups lie 
 
 
 class Weight(NamedTuple):
-    """The weight [K, N] of a product: floats, or values with scales and zeros (packing.py)."""
+    """The weight [K, N] of a product: floats, or values with scales and zeros (packing.py).
+
+    refined: the channels that rows from K on belong to, int32 [E] in rising order; None if there are no such rows.
+    """
 
     values: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    refined: Tensor | None = None
+
+    @property
+    def K(self) -> int:
+        """Its channels: rows of values, less those that refine others."""
+        return self.values.shape[0] - (0 if self.refined is None else self.refined.shape[0])
 
     @property
     def N(self) -> int:
@@ -82,8 +98,8 @@ class Weight(NamedTuple):
     def columns(self, begin: int, end: int) -> "Weight":
         """A part of it, of whole groups."""
         N = self.N
-        parts = (None if t is None else t[:, begin * t.shape[1] // N : end * t.shape[1] // N] for t in self)
-        return Weight(*parts)  # type: ignore[arg-type]  # the values are there
+        parts = (None if t is None else t[:, begin * t.shape[1] // N : end * t.shape[1] // N] for t in self[:3])
+        return Weight(*parts, refined=self.refined)  # type: ignore[misc, arg-type]  # the values are there
 
 
 def packed_columns(values: Tensor) -> int:
@@ -109,28 +125,38 @@ def unpack_int4(words: Tensor, group_size: int) -> Tensor:
     return (grouped >> shifts & 15).to(torch.uint8).reshape(K, -1)
 
 
-def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """The weight [K, N] that values, scales and zeros stand for, in the scales' dtype, rounded once from fp32."""
+def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None, refined: Tensor | None = None) -> Tensor:
+    """The weight [K, N] that these tensors stand for, in the scales' dtype, rounded once from fp32."""
     weight = Weight(values, scales, zeros)
-    K, N, group_size = values.shape[0], weight.N, weight.group_size
+    rows, N, group_size = values.shape[0], weight.N, weight.group_size
     integers = values.float() if zeros is None else unpack_int4(values, group_size).float()
-    shape = (scales.shape[0], -1, N) if weight.by_input else (K, -1, group_size)
+    shape = (scales.shape[0], -1, N) if weight.by_input else (rows, -1, group_size)
     across = 1 if weight.by_input else 2
     integers = integers.view(shape)
     if zeros is not None:
         integers = integers - zeros.float().unsqueeze(across)
-    return (integers * scales.float().unsqueeze(across)).to(scales.dtype).view(K, N)
+    floats = (integers * scales.float().unsqueeze(across)).view(rows, N)
+    if refined is not None:
+        K = rows - len(refined)
+        floats = floats[:K].index_add(0, refined.long(), floats[K:])
+    return floats.to(scales.dtype)
 
 
 def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -> None:
     """Raise ValueError unless weight is a quantized one [K, N] and segments, widths of columns, hold whole groups."""
-    values, scales, zeros = weight
+    values, scales, zeros, refined = weight
     assert scales is not None
-    if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != K:
-        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{K}, ...]")
+    if refined is not None:
+        if refined.dtype != torch.int32 or refined.dim() != 1 or refined.device != values.device:
+            raise ValueError(f"refined is {refined.dtype} {tuple(refined.shape)}: expected int32 [E] beside values")
+        if weight.bits != 4 or weight.by_input or not refined.is_contiguous():
+            raise ValueError("refined channels: expected contiguous, of 4 bits with groups along the output")
+    rows = K + (0 if refined is None else refined.shape[0])
+    if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != rows:
+        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{rows}, ...]")
     is_matrix = scales.dim() == 2 and scales.is_floating_point() and scales.shape[1] > 0
-    if not is_matrix or (scales.shape[0] != K and not weight.by_input):
-        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{K}, groups]")
+    if not is_matrix or (scales.shape[0] != rows and not weight.by_input):
+        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}: expected floats [{rows}, groups]")
     if weight.by_input and (not scales.shape[0] or K % scales.shape[0]):
         raise ValueError(f"{scales.shape[0]} groups along the input: expected a divisor of {K}")
     if packed_columns(values) % scales.shape[1]:
