@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from teal.calibration.allocation import allocate
 from teal.calibration.greedy import check_targets, greedy_sparsities
-from teal.calibration.sensitivity import GRID, sample_sensitivity
+from teal.calibration.sensitivity import GRID, BackwardPass
 from teal.calibration.stages import BlockStages, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
@@ -194,15 +194,16 @@ def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) ->
 def allocate_globally(model: Transformer, sequences: Tensor, settings: Settings) -> list[list[dict[str, float]]]:
     """The sparsities [block][target][projection] at which the estimated divergences of all add up to the least."""
     check_targets(settings.targets)
-    samples, device = sample_sensitivity(model, sequences), model.embedding.weight.device
-    names = [(i, name) for i, block in enumerate(samples) for name in block]
-    curves = [
-        list(zip(GRID, samples[i][name].errors(device), strict=True))
-        for i, name in progress(names, "measuring errors", "projection")
-    ]
+    backward = BackwardPass(model, sequences)
+    backward.forward()
+    errors: dict[tuple[int, str], list[float]] = {}
+    for i in progress(range(len(model.blocks))[::-1], "estimating sensitivity", "block"):
+        errors |= {(i, name): samples.errors() for name, samples in backward.samples(i).items()}
+    names = sorted(errors)
+    curves = [list(zip(GRID, errors[name], strict=True)) for name in names]
     counts = [weight_counts(block.projections()) for block in model.blocks]
     sizes = [counts[i][name] for i, name in names]
-    found: list[list[dict[str, float]]] = [[{} for _ in settings.targets] for _ in samples]
+    found: list[list[dict[str, float]]] = [[{} for _ in settings.targets] for _ in model.blocks]
     for j, target in enumerate(settings.targets):
         for (i, name), sparsity in zip(names, allocate(curves, sizes, target), strict=True):
             found[i][j][name] = round(sparsity, 6)
