@@ -242,7 +242,7 @@ def test_sparse_products_can_be_fp32(
         torch.library.opcheck(sparse_linear_op, (*arguments, torch.float32))
     assert_near("sparse product", y, kept, 4 * torch.finfo(dtype).eps)
     if scales is not None:
-        dense = quantized_matmul(x, weight, scales, zeros, torch.float32)
+        dense = quantized_matmul(x, weight, scales, zeros, out_dtype=torch.float32)
         assert_near("dense product", dense, x.double() @ exact, 1e-6)
 
 
