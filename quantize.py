@@ -45,11 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to quantize")
     add_checkpoint_argument(what)
     what.add_argument(
-        "--mode", choices=(*QUANTS, "mixed"), required=True,
+        "--mode",
+        choices=(*QUANTS, "mixed"),
+        required=True,
         help="bits of a weight; mixed: 4, and 8 for the channels that carry the most energy on a calibration text",
     )
     what.add_argument(
-        "--bits", type=float, help=f"of --mode mixed: bits of a weight on average, from 4 to 8 (default: {DEFAULT_BITS})"
+        "--bits", type=float, help=f"of --mode mixed: average bits of a weight, 4 to 8 (default: {DEFAULT_BITS})"
     )
     what.add_argument(
         "--group-size", type=cli.positive_int, help="weights to a scale; without it the largest that fits"
@@ -100,8 +102,8 @@ def main() -> None:
     quantize_folder(source, args.output, scheme, args.method, sequences, args.device, args.force)
     after = sum(shard.stat().st_size for shard in find_shards(args.output))
     print(
-        f"{args.output}: {mode_name(scheme)} by {args.method}, groups of {scheme.group_size} along the {args.grouping}, "
-        f"{before / 1e6:.0f} -> {after / 1e6:.0f} MB",
+        f"{args.output}: {mode_name(scheme)} by {args.method}, "
+        f"groups of {scheme.group_size} along the {args.grouping}, {before / 1e6:.0f} -> {after / 1e6:.0f} MB",
         file=sys.stderr,
     )
 

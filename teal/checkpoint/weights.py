@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from teal.checkpoint.awq_gptq import Packing
 from teal.checkpoint.config import load_config, load_quantization, read_json
 from teal.errors import ParameterError, UserError
+from teal.kernels.formats.packing import check_refined
 from teal.layers.quantized_linear import (
     QUANT_METHOD,
     QuantConfig,
@@ -143,13 +144,14 @@ class Targets:
             "{}: {} reaches {:.4g}, beyond the {:.4g} of {}; use {dtype} {}", shard, name, largest, limit, dtype, wider
         )
 
-
     def _check_refined(self, name: str, values: Tensor, shard: Path) -> None:
         """Raise UserError unless these are rising channels, and those of the projections that share their rows."""
         target = self.targets[name]
         channels = self.targets[name.removesuffix("refined") + "qweight"].shape[0] - len(values)
-        if not bool((values[1:] > values[:-1]).all()) or values[0] < 0 or values[-1] >= channels:
-            raise UserError(f"{shard}: {name}: expected rising channels below {channels}; quantize the model again")
+        try:
+            check_refined(values, channels)
+        except ValueError as error:
+            raise UserError(f"{shard}: {name}: {error}; quantize the model again") from None
         first = self.refined.setdefault(id(target), name)
         if first != name and not torch.equal(values, target.cpu()):
             raise UserError(f"{shard}: {name} differs from {first}; expected the same, quantize the model again")

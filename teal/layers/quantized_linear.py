@@ -73,8 +73,9 @@ class QuantConfig:
     def _check_mixed(self) -> None:
         if self.by_input:
             raise ParameterError("{mode} mixed needs groups along the output; leave {grouping} {} out", self.grouping)
-        if not is_number(self.average_bits) or not 4 <= self.average_bits <= 8:
-            raise ParameterError("{bits} {} is out of range; expected 4 <= bits <= 8", self.average_bits)
+        bits = self.average_bits
+        if bits is None or not is_number(bits) or not 4 <= bits <= 8:
+            raise ParameterError("{bits} {} is out of range; expected 4 <= bits <= 8", bits)
         if self.head_bits not in (4, 8):
             raise UserError(f"head_bits {self.head_bits!r:.200} is not usable; expected 4 or 8")
         layers = self.refined
@@ -179,10 +180,8 @@ def round_in_two_terms(weight: Tensor, refined: Tensor, group_size: int) -> Pack
     if not len(refined):
         return first
     left = weight.float() - dequantize(first[0], first[1].float(), first[2])
-    groups = left[refined.long()].view(len(refined), -1, group_size)
-    scales, zeros = group_scales(groups, 4, weight.dtype)
-    rest = pack(round_groups(groups, scales, zeros, 4).view(len(refined), -1), scales, zeros, 4)
-    values, scales, zeros = (torch.cat([a, b]) for a, b in zip(first, rest, strict=True) if a is not None and b is not None)
+    rest = round_to_nearest(left[refined.long()].to(weight.dtype), 4, group_size)
+    values, scales, zeros = (torch.cat(parts) for parts in zip(first, rest, strict=True))  # type: ignore[arg-type]
     return values, scales, zeros
 
 
@@ -258,7 +257,8 @@ class QuantizedLinear(PhasedModule):
             raise ValueError(f"{given} refined channels: expected {room}")
         if refined is not None:
             check_refined(refined, len(self.weight) - room)
-        for own, new in zip((self.weight, self.scales, self.zeros, self.refined), (values, scales, zeros, refined)):
+        own_parts, parts = (self.weight, self.scales, self.zeros, self.refined), (values, scales, zeros, refined)
+        for own, new in zip(own_parts, parts, strict=True):
             if own is not None and new is not None:
                 own.copy_(new)
 

@@ -151,9 +151,12 @@ class BlockwiseGptq:
     def _read_quantized(self, shard: Path, prefix: str) -> Tensor:
         """The weight [N, K] that the tensors of this prefix stand for."""
         with open_shard(shard) as tensors:
-            names = set(tensors.keys())
-            parts = (prefix + part for part in ("qweight", "scales", "zeros", "refined"))
-            return dequantize(*(tensors.get_tensor(name) if name in names else None for name in parts)).t()
+            names = tensors.keys()
+            zeros, refined = (
+                tensors.get_tensor(prefix + part) if prefix + part in names else None for part in ("zeros", "refined")
+            )
+            values, scales = (tensors.get_tensor(prefix + part) for part in ("qweight", "scales"))
+        return dequantize(values, scales, zeros, refined).t()
 
     @torch.inference_mode()
     def layer(self, i: int) -> dict[str, Tensor]:

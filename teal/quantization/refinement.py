@@ -15,7 +15,6 @@ from torch import Tensor
 
 from teal.calibration.energy import ChannelEnergy, channel_energies, head_energy
 from teal.checkpoint.weights import layer_prefix, load_model
-from teal.errors import UserError
 from teal.files import atomic_file
 from teal.hardware import pick_device, pick_dtype
 from teal.kernels.formats.packing import dequantize
@@ -77,7 +76,7 @@ def choose_refined(model: Transformer, scheme: QuantConfig, sequences: Tensor) -
     with torch.inference_mode():
         for i, (block, own) in enumerate(zip(model.blocks, energies, strict=True)):
             for p in block.projections():
-                weight = block.get_submodule(p.module).weight.t()  # type: ignore[operator, union-attr]
+                weight = block.get_submodule(p.module).weight.t()  # type: ignore[operator]
                 costs.append(channel_costs(weight.contiguous(), p.sizes, [own[n] for n in p.names], scheme.group_size))
                 names.append([layer_prefix(i) + name for name in p.hf_names])
         for stacked, channels in zip(names, best_channels(costs, scheme.average_bits), strict=True):
