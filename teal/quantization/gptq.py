@@ -180,7 +180,7 @@ class BlockwiseGptq:
             holder = self._holder(module, dtype, packed, refined)
             module.weight.copy_(holder.dequantized().t())
             for name, part in projection_targets(holder, dict(zip(p.hf_names, p.sizes, strict=True))).items():
-                found[layer_prefix(i) + name] = part.contiguous().cpu()
+                found[layer_prefix(i) + name] = part.clone(memory_format=torch.contiguous_format).cpu()
             self.stream = stages.after(p, self.stream, inputs)
 
         for p in block.projections():

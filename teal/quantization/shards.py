@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -126,7 +127,7 @@ def quantized_tensors(
             raise UserError(f"{path}: {first} is {one} and {second} is {other}; expected one dtype in a layer")
         parts = rounding.weight(prefix, tensor, scheme)
         if parts is not None:
-            refined = rounding.refined.get(prefix)
+            refined = rounding.refined.get(prefix, torch.empty(0)).clone()  # a file holds no tensor twice
             stored_parts = zip(("qweight", "scales", "zeros", "refined"), (*parts, refined), strict=True)
             result |= {f"{prefix}.{n}": t for n, t in stored_parts if t is not None and len(t)}
     return result
