@@ -1,8 +1,9 @@
-"""How much each input channel of a projection matters: the energy that it carries, and that of the gradients.
+"""How much each input channel of a projection matters: the energy that it carries where gradients are.
 
 An error D in the weight changes the projection's output by x D. To second order that costs half the mean of (x D g)^2
 nats a token, with g the gradient of the log-likelihood at the output, for labels drawn from the model (Martens 2014,
-section 9). Where channels and outputs count as independent, a channel's share is E[x_i^2] E[g^2] |D_i|^2 / 2.
+section 9). Where channels and outputs count as independent, channel i's share is E[x_i^2 |g|^2] |D_i|^2 / 2N. Tokens
+count by their own gradients: massive activations of first tokens, which hardly move the loss, do not rule the sum.
 """
 
 from collections.abc import Iterator
@@ -21,48 +22,48 @@ ENERGY_TOKENS = 4096  # at most, spread over the text: means of squares need no 
 
 @dataclass(slots=True)
 class ChannelEnergy:
-    """Of one projection: inputs fp32 [K], E[x_i^2], and gradients, E[g^2] as a mean over outputs or of each [N]."""
+    """Of one projection: inputs fp32 [K], the mean of x_i^2 over tokens, each counted by the mean of its g^2.
+
+    gradients: E[g^2], as a mean over outputs or of each of them, fp32 [N].
+    """
 
     inputs: Tensor
     gradients: float | Tensor
 
 
 class _Sums:
-    """Sums of squares at one module: of its inputs [K] and of the gradients of each output [N]."""
+    """Sums over tokens at one module: of g^2 as a mean over each projection's outputs, and of x^2 times that."""
 
-    def __init__(self, projection: Projection) -> None:
+    def __init__(self, projection: Projection, device: torch.device) -> None:
         self.projection = projection
-        self.inputs: Tensor | float = 0.0
-        self.gradients: Tensor | float = 0.0
+        self.inputs = torch.zeros(len(projection.names), projection.in_features, device=device)
+        self.gradients = torch.zeros(len(projection.names), device=device)
         self.tokens = 0
 
     def note(self, x: Tensor, y: Tensor) -> None:
-        """Add a forward pass, x [1, T, K] to y [1, T, N], and what comes back through y."""
-        self.inputs = self.inputs + _squares(x.detach())
-        self.tokens += x.shape[1]
-        y.register_hook(self._note_gradient)
+        """Add a forward pass, x [1, T, K] to y [1, T, N], as soon as the gradient of y is known."""
+        squares = x.detach()[0].float().square()
+        y.register_hook(lambda gradient: self._add(squares, gradient[0].float()))
 
-    def _note_gradient(self, gradient: Tensor) -> None:
-        self.gradients = self.gradients + _squares(gradient)
+    def _add(self, squares: Tensor, gradient: Tensor) -> None:
+        parts = gradient.square().split(self.projection.sizes, dim=1)
+        weights = torch.stack([part.mean(1) for part in parts])  # [projections, T]
+        self.inputs += weights @ squares
+        self.gradients += weights.sum(1)
+        self.tokens += len(squares)
 
     def energies(self) -> dict[str, ChannelEnergy]:
         """By the name of each stacked projection, in host memory."""
-        p, inputs, gradients = self.projection, self.inputs, self.gradients
-        assert isinstance(inputs, Tensor) and isinstance(gradients, Tensor)
-        inputs = (inputs / self.tokens).cpu()
-        parts = zip(p.names, gradients.split(p.sizes), strict=True)
-        return {name: ChannelEnergy(inputs, float(part.mean()) / self.tokens) for name, part in parts}
-
-
-def _squares(t: Tensor) -> Tensor:
-    """Sums over tokens of squares, [1, T, C] -> fp32 [C]."""
-    return t[0].float().square().sum(0)
+        inputs = (self.inputs / self.gradients.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).cpu()
+        gradients = (self.gradients / self.tokens).tolist()
+        return {name: ChannelEnergy(*own) for name, *own in zip(self.projection.names, inputs, gradients, strict=True)}
 
 
 @contextmanager
 def _noting(model: Transformer) -> Iterator[list[list[_Sums]]]:
     """Within the block every projection module adds up what passes through it [layer][module]."""
-    found = [[_Sums(p) for p in block.projections()] for block in model.blocks]
+    device = model.embedding.weight.device
+    found = [[_Sums(p, device) for p in block.projections()] for block in model.blocks]
     handles = [
         block.get_submodule(sums.projection.module).register_forward_hook(lambda _, x, y, s=sums: s.note(x[0], y))
         for block, own in zip(model.blocks, found, strict=True)
@@ -88,19 +89,19 @@ def channel_energies(model: Transformer, sequences: Tensor) -> list[dict[str, Ch
 def head_energy(model: Transformer, sequences: Tensor) -> ChannelEnergy:
     """Of the output head. E[g^2] of a token's logit is E[p(1 - p)], which no backward pass has to find."""
     device = model.embedding.weight.device
-    pieces = _pieces(sequences)
     inputs = torch.zeros(model.config.hidden_size, device=device)
     gradients = torch.zeros(model.config.vocab_size, device=device)
-    for ids in progress(pieces, "measuring the head", "sequence"):
-        tokens = ids[None].to(device)
+    tokens = 0
+    for ids in progress(_pieces(sequences), "measuring the head", "sequence"):
         positions = torch.arange(len(ids), device=device)[None]
-        normed = model.norm(model.hidden_states(tokens, positions, model.new_cache(1, len(ids))))
-        inputs += _squares(normed)
-        for part in normed.split(HEAD_TOKENS, dim=1):
-            p = model.lm_head(part)[0].softmax(-1)
-            gradients += (p * (1 - p)).sum(0)
-    count = sum(map(len, pieces))
-    return ChannelEnergy((inputs / count).cpu(), (gradients / count).cpu())
+        hidden = model.hidden_states(ids[None].to(device), positions, model.new_cache(1, len(ids)))
+        for normed in model.norm(hidden)[0].split(HEAD_TOKENS):
+            p = model.lm_head(normed).softmax(-1)
+            variances = p * (1 - p)
+            inputs += variances.mean(1) @ normed.float().square()
+            gradients += variances.sum(0)
+            tokens += len(normed)
+    return ChannelEnergy((inputs / gradients.mean()).cpu(), (gradients / tokens).cpu())
 
 
 def _pieces(sequences: Tensor) -> list[Tensor]:
