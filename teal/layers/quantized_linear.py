@@ -115,6 +115,8 @@ class QuantConfig:
     def as_json(self) -> dict[str, Any]:
         """What config.json keeps under quantization_config."""
         fields = {name: value for name, value in asdict(self).items() if self.is_mixed or name not in MIXED_FIELDS}
+        if self.is_mixed:
+            fields["refined"] = [list(counts) for counts in self.refined]  # what a file gives back
         return {"quant_method": QUANT_METHOD, "version": VERSIONS[self.mode], **fields}
 
     @classmethod

@@ -40,7 +40,7 @@ def best_channels(modules: Sequence[Costs], bits: float) -> list[Tensor]:
     In units of UNIT channels, the best of a module first. Only values count as bits, scales do not.
     """
     weights = sum(len(costs.channels) * costs.columns for costs in modules)
-    left = int((bits - 4) / 4 * weights)  # weights that may have 4 bits more
+    left = round((bits - 4) / 4 * weights)  # weights that may have 4 bits more
     orders = [costs.channels.argsort(descending=True, stable=True) for costs in modules]
     units = [
         (float(costs.channels[unit].sum()) / (len(unit) * costs.columns), m, len(unit) * costs.columns)
