@@ -45,7 +45,13 @@ def dequantize_kernel(
             tl.store(p_out + j * WORDS, rounded((integer - zero) * scale, dtype), mask=inside)
 
 
-def launch(values: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor | None = None) -> Tensor:
+def launch(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    refined: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """As packing.dequantize, also of some columns of a larger weight, whose rows are not side by side.
 
     out: where to put it. Raises ValueError for other strides, and for an out of another shape.

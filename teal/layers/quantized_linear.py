@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from teal.errors import ParameterError, UserError
-from teal.kernels.formats.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4, unpack_int4
+from teal.kernels.formats.packing import (
+    GROUP_SIZES,
+    INPUT_GROUP_COLUMNS,
+    NIBBLES,
+    check_refined,
+    dequantize,
+    pack_int4,
+    unpack_int4,
+)
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.phase import Phase, PhasedModule
@@ -149,33 +157,47 @@ def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Te
 class QuantizedLinear(PhasedModule):
     """nn.Linear with weights of 8 or 4 bits in a layout of kernels/formats/packing.py.
 
-    by_input: groups lie along the input. The sparse kernels' thresholds and segments are one, which keeps all.
+    by_input: groups lie along the input. refined_channels: how many channels have a second row. The buffer refined,
+    int32 [E], lists them; it is None if there are none. Values are unset until set_weight or loading fills them.
+    The sparse kernels' thresholds and segments are one, which keeps all.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int, by_input: bool = False) -> None:
+    refined: Tensor | None
+
+    def __init__(
+        self, linear: nn.Linear, bits: int, group_size: int, by_input: bool = False, refined_channels: int = 0
+    ) -> None:
         super().__init__()
-        K, N = linear.in_features, linear.out_features
+        rows, N = linear.in_features + refined_channels, linear.out_features
         columns, dtype = (N, torch.int8) if bits == 8 else (N // NIBBLES, torch.int32)
         like = linear.weight
-        self.weight = nn.Parameter(like.new_empty(K, columns, dtype=dtype), requires_grad=False)
-        groups = (K // group_size, N) if by_input else (K, N // group_size)
+        self.weight = nn.Parameter(like.new_empty(rows, columns, dtype=dtype), requires_grad=False)
+        groups = (rows // group_size, N) if by_input else (rows, N // group_size)
         self.scales = nn.Parameter(like.new_empty(groups), requires_grad=False)
         zeros = None if bits == 8 else nn.Parameter(self.scales.new_empty(self.scales.shape, dtype=torch.uint8), False)
         self.zeros = zeros
+        self.refined = nn.Buffer(like.new_empty(refined_channels, dtype=torch.int32)) if refined_channels else None
         self.thresholds = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
         self.segments = [N]
         self.bias = linear.bias
         self.bits, self.group_size, self.out_features = bits, group_size, N
 
-    def set_weight(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
-        """Take these as the weight."""
-        for own, new in ((self.weight, values), (self.scales, scales), (self.zeros, zeros)):
+    def set_weight(
+        self, values: Tensor, scales: Tensor, zeros: Tensor | None, refined: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """Take these as the weight. Raises ValueError unless refined lists as many channels as there is room for."""
+        given, room = (0 if t is None else len(t) for t in (refined, self.refined))
+        if given != room:
+            raise ValueError(f"{given} refined channels: expected {room}")
+        if refined is not None:
+            check_refined(refined, len(self.weight) - room)
+        for own, new in zip((self.weight, self.scales, self.zeros, self.refined), (values, scales, zeros, refined)):
             if own is not None and new is not None:
                 own.copy_(new)
 
     def dequantized(self) -> Tensor:
         """The weight [K, N] in the scales' dtype."""
-        return dequantize(self.weight, self.scales, self.zeros)
+        return dequantize(self.weight, self.scales, self.zeros, self.refined)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; decode takes the kernels of the sparse product."""
@@ -185,22 +207,23 @@ class QuantizedLinear(PhasedModule):
     def _by_rows(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """For few rows: each reads the weight as it is stored."""
         rows = x.reshape(-1, x.shape[-1])
-        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros, out_dtype)
+        weight = (self.scales, self.zeros, self.refined)
+        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, *weight, out_dtype)
         return y.view(*x.shape[:-1], -1)
 
     def _by_blocks(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """For many rows: a block of columns at a time becomes floats."""
-        return quantized_matmul(x, self.weight, self.scales, self.zeros, out_dtype)
+        return quantized_matmul(x, self.weight, self.scales, self.zeros, self.refined, out_dtype)
 
 
 class QuantizedHead(QuantizedLinear):
-    """An output head with weights of 8 bits, groups along the output. Its result is fp32, as OutputHead's is.
+    """An output head with weights of 8 or 4 bits, groups along the output. Its result is fp32, as OutputHead's is.
 
     Prefill reads it for the last token alone, so not the phase but the number of rows decides how.
     """
 
-    def __init__(self, head: nn.Linear, group_size: int) -> None:
-        super().__init__(head, 8, group_size)
+    def __init__(self, head: nn.Linear, group_size: int, bits: int = 8, refined_channels: int = 0) -> None:
+        super().__init__(head, bits, group_size, refined_channels=refined_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> fp32 [..., N]."""
