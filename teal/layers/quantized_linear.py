@@ -191,7 +191,8 @@ class QuantizedLinear(PhasedModule):
             raise ValueError(f"{given} refined channels: expected {room}")
         if refined is not None:
             check_refined(refined, len(self.weight) - room)
-        for own, new in zip((self.weight, self.scales, self.zeros, self.refined), (values, scales, zeros, refined)):
+        parts = (self.weight, self.scales, self.zeros, self.refined)
+        for own, new in zip(parts, (values, scales, zeros, refined), strict=True):
             if own is not None and new is not None:
                 own.copy_(new)
 
