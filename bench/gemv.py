@@ -124,8 +124,8 @@ class ColdWeights:
         """The sparse product with copy i, [B, N] in dtype (by default the weight's, the only one on a CPU)."""
         x, weight = self.inputs[i], self.weights[i]
         if not x.is_cuda:
-            return sparse_linear(x, weight.values, thresholds, segments, weight.scales, weight.zeros)
-        partials = launch(x, weight.values, thresholds, segments, weight.scales, weight.zeros, tile)
+            return sparse_linear(x, weight.values, thresholds, segments, *weight[1:])
+        partials = launch(x, weight.values, thresholds, segments, *weight[1:], tile)
         return reduce_partials(partials, dtype or weight.dtype, None, None)
 
     def exact(self, thresholds: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ def norm_gemv_kernel(
     scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
     normed = rounded(rounded(x.to(tl.float32) * scale[:, None], META.DTYPE) * norm[None, :], META.DTYPE)
     sparse_product(
-        normed, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
-        B, K, N, META, PDL,
+        normed, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value,
+        p_partial, B, K, N, META, PDL,
     )  # fmt: skip
 
 

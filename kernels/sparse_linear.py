@@ -31,9 +31,9 @@ def sparse_linear(
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
     x [B, K] and weight [K, N] are of one dtype (bf16, fp16 or fp32) and device. Or weight, scales, zeros and refined
-    are a quantized weight [K, N] (packing.py), whose scales have x's dtype. thresholds are fp32 [J], rounded to x's dtype
-    before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns [B, N] in out_dtype,
-    by default x's. Raises ValueError on a mismatch.
+    are a quantized weight [K, N] (packing.py), whose scales have x's dtype. thresholds are fp32 [J], rounded to x's
+    dtype before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns [B, N] in
+    out_dtype, by default x's. Raises ValueError on a mismatch.
 
     Only torch.compile needs an op. The first call of one imports Dynamo: 0.75 s on 2 Xeon cores before the first sparse
     token. Each call takes 5 us more than this function.

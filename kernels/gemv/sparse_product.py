@@ -11,8 +11,8 @@ from teal.kernels.gemv.gather_tensor_core_rows import store_rows_tensor_core
 
 @triton.jit
 def sparse_product(
-    x, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
-    META: tl.constexpr, PDL: tl.constexpr,
+    x, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
+    B, K, N, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compact a program's x [BLOCK_B, BLOCK_R], sum the weight rows it keeps, write the partial sums."""
     STEP: tl.constexpr = META.LANES * META.UNROLL

@@ -231,7 +231,7 @@ def test_sparse_products_can_be_fp32(
     assert weight is not None
     if not compiler:
         request.getfixturevalue("no_compiler")
-    arguments = (x, weight, torch.tensor([0.3, 0.6]), [64, 32], scales, zeros)
+    arguments = (x, weight, torch.tensor([0.3, 0.6]), [64, 32], scales, zeros, None)
     kept = torch.cat([x.masked_fill(x.abs() < x.new_tensor(t), 0).double() @ part for t, part in
                       zip((0.3, 0.6), exact.split([64, 32], dim=1), strict=True)], dim=1)  # fmt: skip
     y = sparse_linear(*arguments, torch.float32)

@@ -208,7 +208,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
             sparse_gemv(*arguments)
         assert message in str(error.value), message
     with pytest.raises(ValueError, match="at least the group size"):
-        sparse_gemv_file.launch(x, values, limits, [96], scales, zeros, GemvTile(16, 1, 4, 1, 1))
+        sparse_gemv_file.launch(x, values, limits, [96], scales, zeros, tile=GemvTile(16, 1, 4, 1, 1))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
