@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="bits of a weight; mixed: 4, and 8 for the channels that carry the most energy on a calibration text",
     )
     what.add_argument(
-        "--bits", type=float, help=f"of --mode mixed: average bits of a weight, 4 to 8 (default: {DEFAULT_BITS})"
+        "--bits", type=float, help=f"of --mode mixed: average bits of a weight, 4 to 8; {DEFAULT_BITS} unless given"
     )
     what.add_argument(
         "--group-size", type=cli.positive_int, help="weights to a scale; without it the largest that fits"

@@ -77,7 +77,7 @@ def test_a_second_row_leaves_a_two_hundredth_of_the_error(group_size: int, dtype
     values, scales, zeros = round_in_two_terms(weight, refined, group_size)
     assert values.shape == (53, 32) and scales.shape == (53, 256 // group_size) and scales.dtype == dtype
     both = dequantize(values, scales.float(), zeros, refined)
-    one = dequantize(*(t[:48].float() if t is scales else t[:48] for t in (values, scales, zeros)))  # type: ignore[misc,index]
+    one = dequantize(*(t[:48].float() if t is scales else t[:48] for t in (values, scales, zeros)))  # type: ignore[index]
     error, first = ((w - weight.float()).square().sum(1) for w in (both, one))
     is_refined = torch.zeros(48, dtype=torch.bool).index_fill(0, refined.long(), True)
     assert float(error[is_refined].sum()) <= float(first[is_refined].sum()) / 200
