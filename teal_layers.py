@@ -40,13 +40,13 @@ class SparseLinear(PhasedModule):
         self.sizes = sizes
         self.scales: nn.Parameter | None = None
         self.zeros: nn.Parameter | None = None
-        self.refined = None
+        refined = None
         if isinstance(linear, QuantizedLinear):
             self.weight, self.scales, self.zeros = linear.weight, linear.scales, linear.zeros
-            self.refined = None if linear.refined is None else nn.Buffer(linear.refined)
-            self.state = linear.state
+            refined, self.state = linear.refined, linear.state
         else:
             self.weight = nn.Parameter(linear.weight.data.t().contiguous(), requires_grad=False)
+        self.refined = None if refined is None else nn.Buffer(refined)
         self.bias = linear.bias
         self.set_thresholds([0.0] * len(names))
         # Entries kept, one count per name, then those of refined channels among them; and entries seen. They are filled

@@ -220,7 +220,7 @@ def test_opcheck(B: int) -> None:
 def test_other_weights_compile_as_if_no_channel_were_refined() -> None:
     limits, (weight, _) = torch.zeros(1, device=DEVICE), mixed("none", 96, 32, torch.float32, DEVICE)
     for parts, expected in ((weight[:3], False), (weight, True)):
-        assert launch.plan_gemv(Weight(*parts), limits, [96], 1, None).meta.REFINED == expected
+        assert expected == launch.plan_gemv(Weight(*parts), limits, [96], 1, None).meta.REFINED
 
 
 def test_bad_refined_channels_are_refused() -> None:
