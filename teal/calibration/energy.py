@@ -1,9 +1,10 @@
 """How much each input channel of a projection matters: the energy that it carries where gradients are.
 
-An error D in the weight changes the projection's output by x D. To second order that costs half the mean of (x D g)^2
-nats a token, with g the gradient of the log-likelihood at the output, for labels drawn from the model (Martens 2014,
-section 9). Where channels and outputs count as independent, channel i's share is E[x_i^2 |g|^2] |D_i|^2 / 2N. Tokens
-count by their own gradients: massive activations of first tokens, which hardly move the loss, do not rule the sum.
+An error D in the weight changes the projection's output by x D. Let g be the gradient of the log-likelihood at the
+output, for labels drawn from the model. To second order the error costs half the mean of (x D g)^2 nats a token
+(Martens 2014, section 9). Where channels and outputs count as independent, channel i's share is
+E[x_i^2 |g|^2] |D_i|^2 / 2N. Tokens count by their own gradients: massive activations of first tokens, which hardly move
+the loss, do not rule the sum.
 """
 
 from collections.abc import Iterator

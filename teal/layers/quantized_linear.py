@@ -44,9 +44,11 @@ class QuantConfig:
     """How a checkpoint's projections are quantized.
 
     lm_head: whether the head is too, in head_bits with groups along the output. grouping: the dimension along which the
-    groups of all others lie. Mode "mixed" is of 4 bits with refined channels (kernels/formats/packing.py): average_bits
-    is what a weight has at most on average, refined how many channels each module of each layer refines, refined_head
-    how many a head of 4 bits does.
+    groups of all others lie.
+
+    Mode "mixed" is of 4 bits with refined channels (kernels/formats/packing.py). average_bits: what a weight has on
+    average, at most. refined: how many channels each module of each layer refines. refined_head: how many the head
+    does, if head_bits is 4.
     """
 
     mode: str

@@ -1,7 +1,7 @@
 """Which channels of a weight get 8 bits where the rest has 4: those where a byte takes off most of the loss.
 
-Rounding input channel i of a projection costs about E[x_i^2] E[g^2] |w_i - rounded w_i|^2 / 2 nats a token, with
-tokens counted by their gradients g (calibration/energy.py). A second row of 4 bits takes off nearly all of it. So
+Rounding input channel i of a projection costs about E[x_i^2] E[g^2] |w_i - rounded w_i|^2 / 2 nats a token. Tokens
+count by their gradients g (calibration/energy.py). A second row of 4 bits takes off nearly all of this cost. So
 channels are taken by cost per byte, over all modules of all layers, until the bytes are spent: the marginal rule.
 """
 
