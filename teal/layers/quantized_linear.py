@@ -86,6 +86,8 @@ class QuantConfig:
         for count in (*chain(*layers), self.refined_head):
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise UserError(f"refined channels {count!r:.200} are not usable; expected a whole number from 0 on")
+        if self.refined_head and not (self.lm_head and self.head_bits == 4):
+            raise UserError(f"refined_head is {self.refined_head}; expected 0 for a head that is not of 4 bits")
         object.__setattr__(self, "refined", tuple(map(tuple, layers)))
 
     def check_fits(self, config: ModelConfig) -> None:

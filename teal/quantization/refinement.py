@@ -22,6 +22,7 @@ from teal.layers.quantized_linear import QuantConfig, round_to_nearest
 from teal.model import ModelConfig, Transformer
 from teal.quantization.shards import HEAD
 
+WEIGHTS_AT_ONCE = 1 << 24  # whose rounding errors are there in fp32
 UNIT = 16  # channels refined together: kernels loop over rows in such steps
 Refined = dict[str, Tensor]  # int32 [E] by the Hugging Face name of a projection; equal for those of one module
 
@@ -57,14 +58,18 @@ def best_channels(modules: Sequence[Costs], bits: float) -> list[Tensor]:
 
 
 def channel_costs(weight: Tensor, sizes: Sequence[int], energies: Sequence[ChannelEnergy], group_size: int) -> Costs:
-    """Of weight [K, N], which stacks projections of sizes columns with these energies."""
-    error = (weight.float() - dequantize(*round_to_nearest(weight, 4, group_size)).float()).square()
-    total = torch.zeros(len(weight), device=weight.device)
-    for part, energy in zip(error.split(list(sizes), dim=1), energies, strict=True):
-        gradients = energy.gradients
-        seen = part @ gradients.to(part.device) if isinstance(gradients, Tensor) else gradients * part.sum(1)
-        total += energy.inputs.to(part.device) * seen / 2
-    return Costs(total.cpu(), weight.shape[1])
+    """Of weight [K, N], which stacks projections of sizes columns with these energies. Some rows at a time."""
+    K, N = weight.shape
+    seen = torch.empty(len(sizes), K, device=weight.device)  # |error|^2 of a channel, as the gradients see it
+    step = max(1, WEIGHTS_AT_ONCE // N)
+    for k in range(0, K, step):
+        rows = weight[k : k + step].contiguous()
+        error = (rows.float() - dequantize(*round_to_nearest(rows, 4, group_size)).float()).square()
+        for own, part, energy in zip(seen, error.split(list(sizes), dim=1), energies, strict=True):
+            g = energy.gradients
+            own[k : k + step] = part @ g.to(part.device) if isinstance(g, Tensor) else g * part.sum(1)
+    inputs = torch.stack([energy.inputs for energy in energies])
+    return Costs((inputs * seen.cpu() / 2).sum(0), N)
 
 
 def choose_refined(model: Transformer, scheme: QuantConfig, sequences: Tensor) -> Refined:
@@ -77,13 +82,13 @@ def choose_refined(model: Transformer, scheme: QuantConfig, sequences: Tensor) -
         for i, (block, own) in enumerate(zip(model.blocks, energies, strict=True)):
             for p in block.projections():
                 weight = block.get_submodule(p.module).weight.t()  # type: ignore[operator]
-                costs.append(channel_costs(weight.contiguous(), p.sizes, [own[n] for n in p.names], scheme.group_size))
+                costs.append(channel_costs(weight, p.sizes, [own[n] for n in p.names], scheme.group_size))
                 names.append([layer_prefix(i) + name for name in p.hf_names])
         for stacked, channels in zip(names, best_channels(costs, scheme.average_bits), strict=True):
             found |= dict.fromkeys(stacked, channels)
         if scheme.lm_head and scheme.head_bits == 4:
-            weight = model.lm_head.weight.t().contiguous()
-            head = channel_costs(weight, [weight.shape[1]], [head_energy(model, sequences)], scheme.group_size)
+            weight, energy = model.lm_head.weight.t(), head_energy(model, sequences)
+            head = channel_costs(weight, [weight.shape[1]], [energy], scheme.group_size)
             [found[HEAD]] = best_channels([head], scheme.average_bits)
     return found
 

@@ -10,6 +10,7 @@ from teal.calibration.energy import ChannelEnergy
 from teal.errors import UserError
 from teal.kernels.formats.packing import dequantize
 from teal.layers.quantized_linear import QuantConfig, round_in_two_terms, round_to_nearest
+from teal.quantization import refinement
 from teal.quantization.gptq import gptq
 from teal.quantization.refinement import UNIT, Costs, best_channels, channel_costs
 from tests.conftest import assert_near, relative_error
@@ -54,7 +55,8 @@ def test_no_other_choice_of_as_many_bytes_costs_less() -> None:
     assert best == pytest.approx(min(others)) and best < 0.99 * sorted(others)[1]
 
 
-def test_costs_are_by_definition_and_find_a_planted_channel() -> None:
+def test_costs_are_by_definition_and_find_a_planted_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "WEIGHTS_AT_ONCE", 960)  # ten channels
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 96, generator=generator)
     inputs, more = torch.rand(64, generator=generator) + 0.5, torch.rand(32, generator=generator)
