@@ -24,12 +24,13 @@ class SparseLinear(PhasedModule):
     """nn.Linear whose input is thresholded by magnitude, with a threshold per named output segment.
 
     names and sizes list the projections stacked in the weight, e.g. ("q", "k", "v") and their widths. The weight of a
-    QuantizedLinear is shared as it is; scales is None for one in floats.
+    QuantizedLinear is shared as it is; scales is None for one in floats, refined where no channel has a second row.
     Bits of the result match between runs; between thread counts they need not.
     """
 
     thresholds: Tensor
     name_thresholds: Tensor
+    refined: Tensor | None
     kept: Tensor
     seen: Tensor
 
@@ -39,15 +40,18 @@ class SparseLinear(PhasedModule):
         self.sizes = sizes
         self.scales: nn.Parameter | None = None
         self.zeros: nn.Parameter | None = None
+        refined = None
         if isinstance(linear, QuantizedLinear):
             self.weight, self.scales, self.zeros = linear.weight, linear.scales, linear.zeros
-            self.state = linear.state
+            refined, self.state = linear.refined, linear.state
         else:
             self.weight = nn.Parameter(linear.weight.data.t().contiguous(), requires_grad=False)
+        self.refined = None if refined is None else nn.Buffer(refined)
         self.bias = linear.bias
         self.set_thresholds([0.0] * len(names))
-        # Entries kept, one count per name, and entries seen; filled only while self.state says that they are counted.
-        self.kept = nn.Buffer(self.weight.new_zeros(len(names), dtype=torch.int64), persistent=False)
+        # Entries kept, one count per name, then those of refined channels among them; and entries seen. They are filled
+        # only while self.state says that they are counted.
+        self.kept = nn.Buffer(self.weight.new_zeros(2, len(names), dtype=torch.int64), persistent=False)
         self.seen = nn.Buffer(self.weight.new_zeros((), dtype=torch.int64), persistent=False)
 
     def set_thresholds(self, thresholds: list[float]) -> None:
@@ -90,25 +94,43 @@ class SparseLinear(PhasedModule):
     def _sparse(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self.state.counting:
-            self.kept.add_(torch.stack([(rows.abs() >= t).sum() for t in self.name_thresholds.to(rows.dtype)]))
-            self.seen.add_(rows.numel())
-        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros)
+            self._count(rows)
+        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros, self.refined)
         return y.view(*x.shape[:-1], -1)
 
+    def _count(self, rows: Tensor) -> None:
+        limits = self.name_thresholds.to(rows.dtype)
+        self.kept[0] += _entries_kept(rows, limits)
+        if self.refined is not None:
+            self.kept[1] += _entries_kept(rows[:, self.refined], limits)
+        self.seen.add_(rows.numel())
+
     def _dense(self, x: Tensor) -> Tensor:
-        return x @ self.weight if self.scales is None else quantized_matmul(x, self.weight, self.scales, self.zeros)
+        if self.scales is None:
+            return x @ self.weight
+        return quantized_matmul(x, self.weight, self.scales, self.zeros, self.refined)
 
     def dequantized(self) -> Tensor:
         """The weight [K, N] in floats."""
-        return self.weight if self.scales is None else dequantize(self.weight, self.scales, self.zeros)
+        return self.weight if self.scales is None else dequantize(self.weight, self.scales, self.zeros, self.refined)
 
     def bytes_read(self) -> float:
-        """Bytes of weights that one token reads: less the rows skipped, if entries were counted."""
-        parts = [self.weight] + [t for t in (self.scales, self.zeros) if t is not None]
+        """Bytes of weights that one token reads: less the rows skipped, if entries were counted.
+
+        A kept entry of x reads its channel's row, and a second one if the channel is refined; these are counted apart.
+        """
+        total = sum(t.nbytes for t in (self.weight, self.scales, self.zeros) if t is not None)
         if not int(self.seen):
-            return sum(part.nbytes for part in parts)
-        per_column = sum(part.nbytes for part in parts) / sum(self.sizes)
-        return float((torch.tensor(self.sizes) * per_column * (self.kept.cpu() / int(self.seen))).sum())
+            return total
+        rows = len(self.weight)
+        tokens = int(self.seen) / (rows - (0 if self.refined is None else len(self.refined)))
+        shares = self.kept.sum(0).cpu() / (tokens * rows)  # of the rows, for each name
+        return float((torch.tensor(self.sizes) * shares).sum()) * total / sum(self.sizes)
+
+
+def _entries_kept(rows: Tensor, limits: Tensor) -> Tensor:
+    """How many entries of rows [B, K] reach each limit [J]: int64 [J]."""
+    return torch.stack([(rows.abs() >= limit).sum() for limit in limits])
 
 
 def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
@@ -163,7 +185,7 @@ def achieved_sparsity(model: Transformer) -> list[dict[str, float]]:
         for module in layer:
             seen = int(module.seen)
             if seen:
-                shares |= {n: 1 - int(k) / seen for n, k in zip(module.names, module.kept, strict=True)}
+                shares |= {n: 1 - int(k) / seen for n, k in zip(module.names, module.kept[0], strict=True)}
         result.append(shares)
     return result
 

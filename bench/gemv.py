@@ -24,7 +24,7 @@ from teal.kernels.gemv.tuning import GemvTile
 from teal.kernels.reduce_partials import reduce_partials
 from teal.kernels.sparse_gemv import launch
 from teal.kernels.sparse_linear import sparse_linear
-from teal.layers.quantized_linear import BITS, round_input_groups, round_to_nearest
+from teal.layers.quantized_linear import BITS, round_in_two_terms, round_input_groups, round_to_nearest
 from teal.model import ModelConfig
 from teal.options import MAX_ROWS, QUANTS
 
@@ -42,6 +42,9 @@ def build_parser() -> cli.Parser:
     group.add_argument("--sparsities", type=cli.sparsities, default=sparsities, help="commas between")
     group.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32; commas between")
     group.add_argument("--quant", choices=QUANTS, help="weights of 8 or 4 bits; dense stays in floats")
+    group.add_argument(
+        "--refined", type=cli.positive_int, metavar="N", help="with int4: beside it, with every N-th channel in 8 bits"
+    )
     add_input_groups(group)
     group.add_argument("--rows", type=cli.positive_int, default=1, help=f"rows of x, 1 to {MAX_ROWS}")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
@@ -51,6 +54,12 @@ def build_parser() -> cli.Parser:
 def add_input_groups(group: argparse._ArgumentGroup) -> None:
     """The option --input-groups, which bench.decode has too."""
     group.add_argument("--input-groups", action="store_true", help="with --quant: groups along the input, as AWQ's")
+
+
+def check_refined(args: argparse.Namespace) -> None:
+    """Raise UserError if --refined is given for other weights than those of 4 bits with groups along the output."""
+    if args.refined and (args.quant != "int4" or args.input_groups):
+        raise UserError("--refined means channels of int4 weights; add --quant int4, without --input-groups")
 
 
 def check_input_groups(args: argparse.Namespace) -> None:
@@ -72,8 +81,8 @@ def projection_shapes(c: ModelConfig) -> dict[str, tuple[int, list[int]]]:
 class ColdWeights:
     """Copies of a random weight [K, N], floats or of 8 or 4 bits, and inputs [B, K], enough to defeat the L2 cache.
 
-    N is the sum of segments. Raises UserError if bits are below 16 and no group size divides all of these, or K where
-    groups lie along the input.
+    N is the sum of segments. refined: of 4 bits, how many channels have second rows, the first ones. Raises UserError
+    if bits are below 16 and no group size divides all of the segments, or K where groups lie along the input.
     """
 
     def __init__(
@@ -85,6 +94,7 @@ class ColdWeights:
         device: torch.device,
         bits: int = 16,
         input_groups: bool = False,
+        refined: int = 0,
     ) -> None:
         N = sum(segments)
         generator = torch.Generator(device).manual_seed(0)
@@ -97,6 +107,9 @@ class ColdWeights:
             group_size = largest_group_size([K] if input_groups else segments)
             if input_groups:
                 packed = [Weight(*round_input_groups(w.t().contiguous(), bits, group_size)) for w in self.floats]
+            elif refined:
+                channels = torch.arange(refined, dtype=torch.int32, device=device)
+                packed = [Weight(*round_in_two_terms(w, channels, group_size), channels) for w in self.floats]
             else:
                 packed = [Weight(*round_to_nearest(w, bits, group_size)) for w in self.floats]
             self.count = _copies(K * N * bits // 8)
@@ -124,8 +137,8 @@ class ColdWeights:
         """The sparse product with copy i, [B, N] in dtype (by default the weight's, the only one on a CPU)."""
         x, weight = self.inputs[i], self.weights[i]
         if not x.is_cuda:
-            return sparse_linear(x, weight.values, thresholds, segments, weight.scales, weight.zeros)
-        partials = launch(x, weight.values, thresholds, segments, weight.scales, weight.zeros, tile)
+            return sparse_linear(x, weight.values, thresholds, segments, *weight[1:])
+        partials = launch(x, weight.values, thresholds, segments, *weight[1:], tile)
         return reduce_partials(partials, dtype or weight.dtype, None, None)
 
     def exact(self, thresholds: Tensor) -> Tensor:
@@ -133,7 +146,7 @@ class ColdWeights:
         x, weight = self.inputs[0], self.weights[0]
         values = weight.values
         if weight.scales is not None:
-            values = dequantize(weight.values, weight.scales.float(), weight.zeros)
+            values = dequantize(weight.values, weight.scales.float(), *weight[2:])
         return torch.where(x.abs() < thresholds[0].to(x.dtype), 0, x).double() @ values.double()
 
     def errors(self, thresholds: Tensor, segments: list[int]) -> tuple[float, float]:
@@ -183,7 +196,9 @@ def measure(
                     continue
                 seen[key] = f"{model} {name}"
                 bits = BITS[args.quant] if args.quant else 8 * DTYPES[dtype].itemsize
-                cold = ColdWeights(K, segments, args.rows, DTYPES[dtype], device, bits, args.input_groups)
+                shape = (K, segments, args.rows, DTYPES[dtype], device, bits, args.input_groups)
+                cold = ColdWeights(*shape)
+                mixed = ColdWeights(*shape, refined=K // args.refined) if args.refined else None
                 dense = cold.dense_us()
                 for sparsity in args.sparsities:
                     thresholds = thresholds_for(sparsity, segments, device)
@@ -194,14 +209,19 @@ def measure(
                     row |= {"sparsity": sparsity, "us": us, "dense_us": dense, "ratio": dense / us}
                     row |= {"gb_per_s": gb_per_s, "share": 1e9 * gb_per_s / ceiling}
                     row |= {"error_fp32": sums, "error": rounded}
+                    beside = ""
+                    if mixed is not None:
+                        row |= {"mixed_us": mixed.sparse_us(thresholds, segments)}
+                        row |= {"mixed_error_fp32": mixed.errors(thresholds, segments)[0]}
+                        beside = f"{row['mixed_us']:9.2f} us mixed{row['mixed_us'] / us:7.3f}x"
                     rows.append(row)
                     print(
                         f"{model:12} {name:8}{dtype:5}{K:6} x{sum(segments):6}{sparsity:6.0%}{us:9.2f} us"
                         f"{dense:9.2f} us dense{dense / us:6.2f}x{gb_per_s:8.0f} GB/s{1e9 * gb_per_s / ceiling:6.0%}"
-                        f"   {sums:.0e} {rounded:.0e}",
+                        f"   {sums:.0e} {rounded:.0e}{beside}",
                         flush=True,
                     )
-                del cold
+                del cold, mixed
     return rows
 
 
@@ -211,6 +231,7 @@ def main() -> None:
     if args.rows > MAX_ROWS:
         raise UserError(f"--rows {args.rows} is out of range; expected 1 to {MAX_ROWS}")
     check_input_groups(args)
+    check_refined(args)
     for dtype in args.dtypes.split(","):
         if dtype not in DTYPES:
             raise UserError(f"--dtypes {dtype}: expected bf16, fp16 or fp32")

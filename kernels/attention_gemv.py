@@ -13,14 +13,14 @@ from teal.kernels.gemv.sparse_product import sparse_product
 from teal.kernels.gemv.tuning import GemvTile
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "E"])
 def attention_gemv_kernel(
-    p_sum, p_max, p_exp_sum, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2, D: tl.constexpr, NUM_SPLITS: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
+    p_sum, p_max, p_exp_sum, p_weight, stride, p_scale, p_zero, p_refined, p_threshold, p_index, p_value, p_partial,
+    B, K, E, N, n_0, n_1, n_2, D: tl.constexpr, NUM_SPLITS: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_B: tl.constexpr = META.BLOCK_B
     BLOCK_R: tl.constexpr = META.BLOCK_R
-    channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
+    weight_rows, channels, threshold, start, end = owned_work(p_refined, p_threshold, K, E, n_0, n_1, n_2, META)
     wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
@@ -36,21 +36,22 @@ def attention_gemv_kernel(
         weight += factor * tl.load(p_exp_sum + slot + s, mask=inside, other=1.0)
     x = rounded(total / weight, META.DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
+        x, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
         B, K, N, META, PDL,
     )  # fmt: skip
 
 
 def launch(
     sums: Tensor, max_logits: Tensor, exp_sums: Tensor, weight: Tensor, thresholds: Tensor,
-    scales: Tensor | None = None, zeros: Tensor | None = None, tile: GemvTile | None = None,
+    scales: Tensor | None = None, zeros: Tensor | None = None, refined: Tensor | None = None,
+    tile: GemvTile | None = None,
 ) -> Tensor:  # fmt: skip
     """As sparse_gemv of the attention output [B, H D], from the splits that rope_attention returned.
 
     sums fp32 [B, H, splits, D]; max_logits and exp_sums fp32 [B, H, splits]; weight is [H D, N]; thresholds fp32 [1].
     The attention output is rounded to weight's dtype.
     """
-    matrix = Weight(weight, scales, zeros)
+    matrix = Weight(weight, scales, zeros, refined)
     B, H, splits, D = sums.shape
     for name, tensor, shape in (("sums", sums, (B, H, splits, D)), ("max_logits", max_logits, (B, H, splits)),
                                 ("exp_sums", exp_sums, (B, H, splits))):  # fmt: skip
@@ -69,5 +70,5 @@ def launch(
 attention_gemv = make_op(
     "attention_gemv",
     launch,
-    lambda sums, weight, scales, zeros: empty_partials(Weight(weight, scales, zeros), sums.shape[0]),
+    lambda sums, weight, scales, zeros, refined: empty_partials(Weight(weight, scales, zeros, refined), sums.shape[0]),
 )

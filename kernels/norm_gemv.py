@@ -13,13 +13,13 @@ from teal.kernels.gemv.sparse_product import sparse_product
 from teal.kernels.gemv.tuning import GemvTile
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "E"])
 def norm_gemv_kernel(
-    p_x, p_norm, eps, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2, CHUNK: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
+    p_x, p_norm, eps, p_weight, stride, p_scale, p_zero, p_refined, p_threshold, p_index, p_value, p_partial,
+    B, K, E, N, n_0, n_1, n_2, CHUNK: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_B: tl.constexpr = META.BLOCK_B
-    channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
+    weight_rows, channels, threshold, start, end = owned_work(p_refined, p_threshold, K, E, n_0, n_1, n_2, META)
     norm = tl.load(p_norm + channels, mask=channels < K, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
@@ -32,20 +32,21 @@ def norm_gemv_kernel(
     scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
     normed = rounded(rounded(x.to(tl.float32) * scale[:, None], META.DTYPE) * norm[None, :], META.DTYPE)
     sparse_product(
-        normed, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
-        B, K, N, META, PDL,
+        normed, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value,
+        p_partial, B, K, N, META, PDL,
     )  # fmt: skip
 
 
 def launch(
     x: Tensor, norm: Tensor, eps: float, weight: Tensor, thresholds: Tensor, segments: list[int],
-    scales: Tensor | None = None, zeros: Tensor | None = None, tile: GemvTile | None = None,
+    scales: Tensor | None = None, zeros: Tensor | None = None, refined: Tensor | None = None,
+    tile: GemvTile | None = None,
 ) -> Tensor:  # fmt: skip
     """As sparse_gemv of RMSNorm(x) * norm, for x [B, K] in fp32 or the weight's dtype and norm [K] in the weight's.
 
     Every program computes the mean square itself: K values from the L2 cache cost less than another kernel.
     """
-    matrix = Weight(weight, scales, zeros)
+    matrix = Weight(weight, scales, zeros, refined)
     check_rows(x, matrix, (matrix.dtype, torch.float32))
     B, K = x.shape
     if norm.shape != (K,) or norm.dtype != matrix.dtype or norm.device != x.device or not norm.is_contiguous():
@@ -60,5 +61,5 @@ def launch(
 norm_gemv = make_op(
     "norm_gemv",
     launch,
-    lambda x, weight, scales, zeros: empty_partials(Weight(weight, scales, zeros), x.shape[0]),
+    lambda x, weight, scales, zeros, refined: empty_partials(Weight(weight, scales, zeros, refined), x.shape[0]),
 )

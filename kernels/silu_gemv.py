@@ -12,14 +12,14 @@ from teal.kernels.gemv.sparse_product import sparse_product
 from teal.kernels.gemv.tuning import GemvTile
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "E"])
 def silu_gemv_kernel(
-    p_gate_up, p_weight, stride, p_scale, p_zero, p_threshold, p_index, p_value, p_partial,
-    B, K, N, n_0, n_1, n_2, SPLITS_IN: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
+    p_gate_up, p_weight, stride, p_scale, p_zero, p_refined, p_threshold, p_index, p_value, p_partial,
+    B, K, E, N, n_0, n_1, n_2, SPLITS_IN: tl.constexpr, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     BLOCK_B: tl.constexpr = META.BLOCK_B
     BLOCK_R: tl.constexpr = META.BLOCK_R
-    channels, threshold, start, end = owned_work(p_threshold, n_0, n_1, n_2, META)
+    weight_rows, channels, threshold, start, end = owned_work(p_refined, p_threshold, K, E, n_0, n_1, n_2, META)
     wait_for_previous(PDL)
     rows = tl.arange(0, BLOCK_B)[:, None]
     inside = (rows < B) & (channels < K)[None, :]
@@ -32,22 +32,22 @@ def silu_gemv_kernel(
     gate = rounded(gate, META.DTYPE)
     x = rounded(gate / (1.0 + tl.exp(-gate)) * rounded(up, META.DTYPE), META.DTYPE)
     sparse_product(
-        x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
+        x, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
         B, K, N, META, PDL,
     )  # fmt: skip
 
 
 def launch(
     gate_up: Tensor, weight: Tensor, thresholds: Tensor, scales: Tensor | None = None, zeros: Tensor | None = None,
-    tile: GemvTile | None = None,
+    refined: Tensor | None = None, tile: GemvTile | None = None,
 ) -> Tensor:  # fmt: skip
     """As sparse_gemv of silu(gate) * up, from the partial sums gate_up fp32 [splits, B, 2 K] of the two projections.
 
     weight is [K, N]; thresholds fp32 [1]. Gate and up are rounded to weight's dtype, as their linear layers would, and
     so is their product.
     """
-    matrix = Weight(weight, scales, zeros)
-    K = weight.shape[0]
+    matrix = Weight(weight, scales, zeros, refined)
+    K = matrix.K
     check_partials(gate_up, 2 * K, weight)
     splits_in, B, _ = gate_up.shape
     check_gemv(matrix, thresholds, [matrix.N], K, B)
@@ -59,5 +59,7 @@ def launch(
 silu_gemv = make_op(
     "silu_gemv",
     launch,
-    lambda gate_up, weight, scales, zeros: empty_partials(Weight(weight, scales, zeros), gate_up.shape[1]),
+    lambda gate_up, weight, scales, zeros, refined: empty_partials(
+        Weight(weight, scales, zeros, refined), gate_up.shape[1]
+    ),
 )

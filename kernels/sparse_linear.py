@@ -25,32 +25,35 @@ def sparse_linear(
     segments: list[int],
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    refined: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Each column segment of x @ weight, with entries |x| below the segment's threshold taken as 0.
 
-    x [B, K] and weight [K, N] are of one dtype (bf16, fp16 or fp32) and device. Or weight, scales and zeros are a
-    quantized weight [K, N] (packing.py), whose scales have x's dtype. thresholds are fp32 [J], rounded to x's dtype
-    before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns [B, N] in out_dtype,
-    by default x's. Raises ValueError on a mismatch.
+    x [B, K] and weight [K, N] are of one dtype (bf16, fp16 or fp32) and device. Or weight, scales, zeros and refined
+    are a quantized weight [K, N] (packing.py), whose scales have x's dtype. thresholds are fp32 [J], rounded to x's
+    dtype before they are compared; segments: J widths that add up to N; out_dtype: x's or fp32. Returns [B, N] in
+    out_dtype, by default x's. Raises ValueError on a mismatch.
 
     Only torch.compile needs an op. The first call of one imports Dynamo: 0.75 s on 2 Xeon cores before the first sparse
     token. Each call takes 5 us more than this function.
     """
     if torch.compiler.is_compiling():
-        return sparse_linear_op(x, weight, thresholds, segments, scales, zeros, out_dtype)
-    _check(x, Weight(weight, scales, zeros), thresholds, segments)
+        return sparse_linear_op(x, weight, thresholds, segments, scales, zeros, refined, out_dtype)
+    matrix = Weight(weight, scales, zeros, refined)
+    _check(x, matrix, thresholds, segments)
     if x.is_cuda and x.shape[0] <= MAX_ROWS and len(segments) <= 3:
         from teal.kernels.reduce_partials import reduce_partials  # a CPU needs no Triton
         from teal.kernels.sparse_gemv import sparse_gemv
 
-        partials = sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros)
+        partials = sparse_gemv(x.contiguous(), weight, thresholds, segments, scales, zeros, refined)
         return reduce_partials(partials, out_dtype or x.dtype, None, None)
     if x.device.type == "cpu" and x.shape[0] <= MAX_ROWS and (native := native_kernels()) is not None:
         parts = x.contiguous().split(MAX_GATHER_ROWS)
-        found = [native.row_gather(part, weight, thresholds, segments, scales, zeros, out_dtype) for part in parts]
+        arguments = (weight, thresholds, segments, scales, zeros, refined, out_dtype)
+        found = [native.row_gather(part, *arguments) for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
-    columns = (weight if scales is None else floats(Weight(weight, scales, zeros))).split(segments, dim=1)
+    columns = (weight if scales is None else floats(matrix)).split(segments, dim=1)
     wide = out_dtype or x.dtype
     products = [
         x.masked_fill(x.abs() < threshold, 0).to(wide) @ part.to(wide)
@@ -68,11 +71,11 @@ sparse_linear_op = make_op(
 
 def _check(x: Tensor, weight: Weight, thresholds: Tensor, segments: list[int]) -> None:
     values = weight.values
-    if x.dim() != 2 or values.dim() != 2 or x.shape[1] != values.shape[0]:
+    if x.dim() != 2 or values.dim() != 2 or x.shape[1] != weight.K:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(values.shape)}: expected [B, K] and [K, N]")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or thresholds.dtype != torch.float32:
         raise ValueError(f"x is {x.dtype} and thresholds {thresholds.dtype}: expected fp32, bf16 or fp16, and fp32")
-    if weight.scales is not None:
+    if weight.scales is not None or weight.refined is not None:
         check_quantized(weight, x.shape[1], segments)
     if x.dtype != weight.dtype or x.device != values.device or thresholds.device != x.device:
         raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {values.device}: expected the same")

@@ -64,12 +64,32 @@ def compile_quantized(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor, t2:
     sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
     floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
     floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+    compile_refined(x, residual, norm, t1)
     if dtype == torch.bfloat16:  # groups along the input
         scales, zeros = (torch.zeros(C // 8, 512, dtype=kind) for kind in (dtype, torch.uint8))
         sparse_gemv(x, torch.zeros(C, 512, dtype=torch.int8), t1, [512], scales)
         sparse_gemv(x, torch.zeros(C, 64, dtype=torch.int32), t1, [512], scales, zeros)
         floats(torch.zeros(C, 512, dtype=torch.int8), scales, None)
         floats(torch.zeros(C, 64, dtype=torch.int32), scales, zeros)
+
+
+def compile_refined(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor) -> None:
+    """Products with a weight of 4 bits whose channels may be refined, and this weight in floats."""
+    from teal.kernels.attention_gemv import attention_gemv
+    from teal.kernels.dequantize import launch as floats
+    from teal.kernels.norm_gemv import norm_gemv
+    from teal.kernels.silu_gemv import silu_gemv
+    from teal.kernels.sparse_gemv import sparse_gemv
+
+    (B, C), E = x.shape, 3
+    values, zeros = torch.zeros(C + E, 64, dtype=torch.int32), torch.zeros(C + E, 4, dtype=torch.uint8)
+    quantized = (torch.zeros(C + E, 4, dtype=x.dtype), zeros, torch.arange(E, dtype=torch.int32))
+    sparse_gemv(x, values, t1, [512], *quantized)
+    norm_gemv(residual, norm, 1e-5, values, t1, [512], *quantized)
+    silu_gemv(torch.zeros(2, B, 2 * C), values, t1, *quantized)
+    one = torch.zeros(B, 4, 1)
+    attention_gemv(torch.zeros(B, 4, 1, C // 4), one, one, values, t1, *quantized)
+    floats(values, *quantized)
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("row_gather.cpp", "l
 # Bits must not depend on how the compiler orders a sum, so no -ffast-math; torch's own OpenMP is used, found at load.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++20", "-fPIC", "-fopenmp")
 # GCC 13 fused products and sums in linear_fp32's code for some numbers of rows and not for others: other bits in fp32.
-FLAGS_OF = {"linear_fp32.cpp": ("-ffp-contract=off",)}
+# A weight's two parts (dequantize.cpp) are each rounded before they are added, as plain PyTorch does it.
+FLAGS_OF = {"linear_fp32.cpp": ("-ffp-contract=off",), "dequantize.cpp": ("-ffp-contract=off",)}
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 // its arguments.
 //
 // The kept channels of all rows of x are listed once. It is their union: a weight row is read once for up to MAX_ROWS
-// rows of x. Then threads take disjoint blocks of columns. Every column is summed in fp32 in channel order by one thread, so
+// rows of x. The second rows of refined channels (packing.py) follow, each with its channel's entries of x. Then threads take disjoint blocks of columns. Every column is summed in fp32 in channel order by one thread, so
 // the bits do not depend on the number of threads. Weights of 8 and 4 bits (packing.py) become floats in registers. The
 // scale of a group multiplies the entry of x that all its weights meet.
 
@@ -68,18 +68,19 @@ struct Output {
 };
 
 struct Kept {
-  std::vector<int32_t> channels;
-  std::vector<float> values;  // [channel][columns], an entry for each row of x: 0 where it drops the channel
+  std::vector<int32_t> channels;  // rows of the weight: a channel, or K + j, which refines channel refined[j]
+  std::vector<float> values;      // [channel][columns], an entry for each row of x: 0 where it drops the channel
 };
 
 template <typename T>
-Kept compact(const T* x, int64_t rows, int64_t columns, int64_t K, float threshold) {
+Kept compact(const T* x, int64_t rows, int64_t columns, int64_t K, at::ArrayRef<int32_t> refined, float threshold) {
   Kept kept;
-  kept.channels.resize(K + UNROLL);
-  kept.values.resize((K + UNROLL) * columns);
+  const int64_t E = refined.size();
+  kept.channels.resize(K + E + UNROLL);
+  kept.values.resize((K + E + UNROLL) * columns);
   const float limit = static_cast<float>(static_cast<T>(threshold));
   int64_t count = 0;
-  for (int64_t k = 0; k < K; ++k) {
+  const auto append_if_kept = [&](int64_t weight_row, int64_t k) {
     bool any = false;
     for (int64_t b = 0; b < rows; ++b) {
       const float value = static_cast<float>(x[b * K + k]);
@@ -87,8 +88,13 @@ Kept compact(const T* x, int64_t rows, int64_t columns, int64_t K, float thresho
       kept.values[count * columns + b] = keep ? value : 0.0f;
       any |= keep;
     }
-    kept.channels[count] = static_cast<int32_t>(k);
+    kept.channels[count] = static_cast<int32_t>(weight_row);
     count += any;
+  };
+  for (int64_t k = 0; k < K; ++k) append_if_kept(k, k);
+  for (int64_t j = 0; j < E; ++j) {
+    TORCH_CHECK_VALUE(refined[j] >= 0 && refined[j] < K, "refined channel ", refined[j], ": expected 0 to ", K - 1);
+    append_if_kept(K + j, refined[j]);
   }
   kept.channels.resize(count);
   return kept;
@@ -269,7 +275,8 @@ void sum_quantized(const Kept& kept, const Quantized& weight, int64_t begin, int
 
 template <typename T>
 void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresholds, at::IntArrayRef segments,
-         const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zeros, at::Tensor& y) {
+         const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& zeros,
+         const std::optional<at::Tensor>& refined, at::Tensor& y) {
   const int64_t rows = x.size(0), K = x.size(1), N = y.size(1), stride = weight.stride(0);
   const bool by_input = scales && scales->size(1) == N;
   const int64_t group = by_input ? LINE : scales ? N / scales->size(1) : 1;
@@ -278,13 +285,15 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
   const int64_t share = (N + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t unit = std::max(LINE, group);
   const int64_t block = std::clamp((share + unit - 1) / unit * unit, unit, BLOCK);
+  at::ArrayRef<int32_t> second;  // the channels that have a second row
+  if (refined) second = {refined->const_data_ptr<int32_t>(), static_cast<size_t>(refined->numel())};
   std::vector<Kept> kept;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // (segment, first column)
   std::vector<int64_t> ends;
   int64_t column = 0;
   for (size_t s = 0; s < segments.size(); ++s) {
     const int64_t columns = scales && rows > 1 ? MAX_ROWS : rows;
-    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, columns, K, limits[s]));
+    kept.push_back(compact<T>(x.const_data_ptr<T>(), rows, columns, K, second, limits[s]));
     for (int64_t begin = column; begin < column + segments[s]; begin += block) tasks.emplace_back(s, begin);
     column += segments[s];
     ends.push_back(column);
@@ -314,18 +323,21 @@ void run(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresh
 
 at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& thresholds,
                       at::IntArrayRef segments, const std::optional<at::Tensor>& scales,
-                      const std::optional<at::Tensor>& zeros, std::optional<at::ScalarType> out_dtype) {
+                      const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& refined,
+                      std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType dtype = out_dtype.value_or(x.scalar_type());
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == x.scalar_type(), "out_dtype ", dtype, ": expected fp32 or x's");
   TORCH_CHECK_VALUE(x.size(0) <= MAX_ROWS && x.is_contiguous(), "x: expected few, contiguous rows");
   TORCH_CHECK_VALUE(!scales || (weight.is_contiguous() && scales->is_contiguous() && (!zeros || zeros->is_contiguous())),
                     "a quantized weight must be contiguous");
+  TORCH_CHECK_VALUE(!refined || (refined->is_contiguous() && weight.size(0) == x.size(1) + refined->numel()),
+                    "refined: expected contiguous, with a row of the weight for each");
   const int64_t N = std::accumulate(segments.begin(), segments.end(), int64_t{0});
   at::Tensor y = at::empty({x.size(0), N}, x.options().dtype(dtype));
   switch (x.scalar_type()) {
-    case at::kFloat: run<float>(x, weight, thresholds, segments, scales, zeros, y); break;
-    case at::kBFloat16: run<at::BFloat16>(x, weight, thresholds, segments, scales, zeros, y); break;
-    case at::kHalf: run<at::Half>(x, weight, thresholds, segments, scales, zeros, y); break;
+    case at::kFloat: run<float>(x, weight, thresholds, segments, scales, zeros, refined, y); break;
+    case at::kBFloat16: run<at::BFloat16>(x, weight, thresholds, segments, scales, zeros, refined, y); break;
+    case at::kHalf: run<at::Half>(x, weight, thresholds, segments, scales, zeros, refined, y); break;
     default: TORCH_CHECK_VALUE(false, "dtype ", x.scalar_type(), ": expected fp32, bf16 or fp16");
   }
   return y;
@@ -336,6 +348,6 @@ at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::T
 TORCH_LIBRARY_FRAGMENT(teal_cpu, library) {
   library.def(
       "row_gather(Tensor x, Tensor weight, Tensor thresholds, int[] segments, Tensor? scales, Tensor? zeros, "
-      "ScalarType? out_dtype=None) -> Tensor");
+      "Tensor? refined=None, ScalarType? out_dtype=None) -> Tensor");
   library.impl("row_gather", c10::DispatchKey::CPU, row_gather);
 }

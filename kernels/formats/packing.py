@@ -60,7 +60,7 @@ class Weight(NamedTuple):
     @property
     def K(self) -> int:
         """Its channels: rows of values, less those that refine others."""
-        return self.values.shape[0] - (0 if self.refined is None else self.refined.shape[0])
+        return self.values.shape[0] - (0 if self.refined is None else self.refined.numel())
 
     @property
     def N(self) -> int:
@@ -142,15 +142,25 @@ def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | None, refined: Te
     return floats.to(scales.dtype)
 
 
+def check_refined(refined: Tensor, K: int) -> None:
+    """Raise ValueError unless refined lists channels below K in rising order. On a GPU this waits for it."""
+    channels = refined.tolist()
+    falling = next((i for i in range(1, len(channels)) if channels[i] <= channels[i - 1]), None)
+    if falling is not None:
+        raise ValueError(f"refined channel {channels[falling]} follows {channels[falling - 1]}: expected rising order")
+    if channels and not 0 <= channels[0] <= channels[-1] < K:
+        raise ValueError(f"refined channels are {channels[0]} to {channels[-1]}: expected 0 to {K - 1}")
+
+
 def check_quantized(weight: Weight, K: int, segments: list[int] | None = None) -> None:
     """Raise ValueError unless weight is a quantized one [K, N] and segments, widths of columns, hold whole groups."""
     values, scales, zeros, refined = weight
-    assert scales is not None
     if refined is not None:
         if refined.dtype != torch.int32 or refined.dim() != 1 or refined.device != values.device:
             raise ValueError(f"refined is {refined.dtype} {tuple(refined.shape)}: expected int32 [E] beside values")
         if weight.bits != 4 or weight.by_input or not refined.is_contiguous():
             raise ValueError("refined channels: expected contiguous, of 4 bits with groups along the output")
+    assert scales is not None
     rows = K + (0 if refined is None else refined.shape[0])
     if values.dim() != 2 or values.dtype not in (torch.int8, torch.int32) or values.shape[0] != rows:
         raise ValueError(f"values are {values.dtype} {tuple(values.shape)}: expected int8 or int32 [{rows}, ...]")

@@ -6,6 +6,9 @@ crosses programs. Then it reads only those weight rows. Runs are dealt out round
 activations does not leave one program with most of the work. If the weight is quantized with groups along the input, a
 program owns a single run, of few groups.
 
+A refined channel has two weight rows (packing.py). Programs then own weight rows, and each entry of x is that of its
+row's channel. So such a channel is listed twice, perhaps by two programs, under its own row and under the other.
+
 Layouts: weight [K, N] with contiguous rows, partials fp32 [SPLITS, B, N], scratch index int32 [programs, R] and value
 fp32 [programs, B, R]. R is the most entries a program can list, padding included.
 """
@@ -72,27 +75,31 @@ def column_block(i_block, n_0, n_1, n_2, BLOCK_N: tl.constexpr, ALIGNED: tl.cons
 
 
 @triton.jit
-def owned_work(p_threshold, n_0, n_1, n_2, META: tl.constexpr):
-    """This program's channels [BLOCK_R], its segment's threshold, its first column and the end of its segment.
+def owned_work(p_refined, p_threshold, K, E, n_0, n_1, n_2, META: tl.constexpr):
+    """This program's weight rows [BLOCK_R] and their channels, its segment's threshold, first column and end.
 
-    Channels past the owned ones are >= K. Nothing here depends on the kernels before, so it comes before the wait for
-    them. The threshold is a read from memory that nothing else hides.
+    Without refined channels a row is its channel. Channels past the owned ones are >= K. Nothing here depends on the
+    kernels before, so it comes before the wait for them. The threshold is a read from memory that nothing else hides.
     """
     segment, start, end = column_block(tl.program_id(0), n_0, n_1, n_2, META.BLOCK_N, META.ALIGNED)
     r = tl.arange(0, META.BLOCK_R)
-    channels = ((r // META.RUN) * META.SPLITS + tl.program_id(1)) * META.RUN + r % META.RUN
+    weight_rows = ((r // META.RUN) * META.SPLITS + tl.program_id(1)) * META.RUN + r % META.RUN
+    channels = weight_rows
+    if META.REFINED:
+        second = (weight_rows >= K) & (weight_rows < K + E)
+        channels = tl.load(p_refined + (weight_rows - K), mask=second, other=weight_rows)
     threshold = rounded(tl.load(p_threshold + segment), META.DTYPE)
-    return channels, threshold, start, end
+    return weight_rows, channels, threshold, start, end
 
 
 @triton.jit
 def threshold_and_compact(
-    x, threshold, channels, K, B, p_index, p_value, PAD: tl.constexpr, META: tl.constexpr,
+    x, threshold, weight_rows, channels, K, B, p_index, p_value, PAD: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    """List the channels of x [BLOCK_B, BLOCK_R] that any row keeps, and their values; returns how many there are.
+    """List the weight rows whose entry in x [BLOCK_B, BLOCK_R] any row keeps, and its values; returns how many.
 
-    Values of rows that drop a listed channel are 0. A NaN is never below a threshold, so it is kept. PAD more entries
-    repeat one listed channel with value 0. The loop over the list then needs no masks, which cost it a register move
+    Values of rows that drop a listed entry are 0. A NaN is never below a threshold, so it is kept. PAD more entries
+    repeat one listed weight row with value 0. The loop over the list then needs no masks, which cost it a register move
     for every four bytes loaded. The repeated row comes from the cache.
     """
     R: tl.constexpr = META.R
@@ -102,10 +109,10 @@ def threshold_and_compact(
     keep = (~dropped) & (channels < K)[None, :] & (rows < B)
     listed = tl.max(keep.to(tl.int32), axis=0)  # [BLOCK_R]
     position = tl.cumsum(listed, axis=0) - 1
-    # The last listed channel has the highest position: one reduction gives both, and the count.
-    last = tl.max(tl.where(listed != 0, (position.to(tl.int64) + 1) << 32 | channels, 0), axis=0)
+    # The last listed row has the highest position: one reduction gives both, and the count.
+    last = tl.max(tl.where(listed != 0, (position.to(tl.int64) + 1) << 32 | weight_rows, 0), axis=0)
     count = (last >> 32).to(tl.int32)
-    tl.store(p_index + position, channels, mask=listed != 0)
+    tl.store(p_index + position, weight_rows, mask=listed != 0)
     tl.store(p_value + rows * R + position[None, :], tl.where(keep, x, 0.0), mask=(listed != 0)[None, :] & (rows < B))
     pad = count + tl.arange(0, PAD)
     tl.store(p_index + pad, tl.zeros([PAD], tl.int32) + last.to(tl.int32))

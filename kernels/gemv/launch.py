@@ -44,7 +44,7 @@ def _tile(weight: Weight, B: int) -> GemvTile:
     values = weight.values
     # The same programs for one row and several on tensor cores; sum_rows_by_input has no form of its own for one.
     rows = 1 if _suits_tensor_cores(weight, B) else max(B, 2) if weight.by_input else B
-    return gemv_tile(int(values.shape[0]), int(weight.N), int(rows), values.device, weight.dtype, weight.bits)
+    return gemv_tile(int(weight.K), int(weight.N), int(rows), values.device, weight.dtype, weight.bits)
 
 
 def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
@@ -60,11 +60,11 @@ def _run_and_splits(weight: Weight, B: int, tile: GemvTile) -> tuple[int, int]:
 def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, B: int) -> None:
     """Raise ValueError unless weight [K, N], thresholds fp32 [J] and segments fit a product with [B, K]."""
     values = weight.values
-    if weight.scales is not None:
+    if weight.scales is not None or weight.refined is not None:
         check_quantized(weight, K, segments)
         if not all(t.is_contiguous() for t in weight if t is not None):
             raise ValueError("a quantized weight must be contiguous")
-    if values.dim() != 2 or values.shape[0] != K or weight.dtype not in DTYPES:
+    if values.dim() != 2 or weight.K != K or weight.dtype not in DTYPES:
         raise ValueError(f"weight is {weight.dtype} {tuple(values.shape)}: expected 16- or 32-bit floats [{K}, N]")
     if values.stride(1) != 1:
         raise ValueError(f"weight has strides {values.stride()}: its rows must be contiguous")
@@ -101,6 +101,7 @@ class GemvMeta:
     RUN: int  # neighbouring channels that a program owns
     SPAN: int  # groups of GROUP_K channels that its single run touches at most
     ALIGNED: bool  # whether rows and segments begin at multiples of 16 columns
+    REFINED: bool  # whether channels have second rows
     DTYPE: tl.dtype  # of x and the scales
     TENSOR_CORE: bool  # whether gather_tensor_core.py and gather_tensor_core_rows.py take it
 
@@ -118,7 +119,7 @@ class GemvLaunch:
 
 def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, tile: GemvTile | None) -> GemvLaunch:
     """Tile, scratch, outputs and common arguments of a launch."""
-    K, N, device = weight.values.shape[0], weight.N, weight.values.device
+    K, N, device = weight.K, weight.N, weight.values.device
     tile = tile or _tile(weight, B)
     values = weight.values.view(torch.int32) if weight.bits == 8 else weight.values  # read as words of four
     meta = _meta(weight, segments, values.stride(0), B, tile)
@@ -127,8 +128,9 @@ def plan_gemv(weight: Weight, thresholds: Tensor, segments: list[int], B: int, t
     partials = torch.empty(meta.SPLITS, B, N, dtype=torch.float32, device=device)
     index = torch.empty(programs, meta.R, dtype=torch.int32, device=device)
     value = torch.empty(programs, B, meta.R, dtype=torch.float32, device=device)
-    weights = (values, values.stride(0), weight.scales, weight.zeros)
-    args = (*weights, thresholds, index, value, partials, B, K, N, *(*segments, 0, 0)[:3])
+    weights = (values, values.stride(0), weight.scales, weight.zeros, weight.refined)
+    sizes = (B, K, values.shape[0] - K, N, *(*segments, 0, 0)[:3])
+    args = (*weights, thresholds, index, value, partials, *sizes)
     options = launch_options(device, tile.num_warps)
     if meta.TENSOR_CORE:
         options |= register_limit(weight.by_input, B, programs, device)
@@ -158,6 +160,7 @@ def _meta(weight: Weight, segments: list[int], stride: int, B: int, tile: GemvTi
         RUN=run,
         SPAN=_span(weight.channels, run),
         ALIGNED=all(n % 16 == 0 for n in segments) and stride % 16 == 0,
+        REFINED=weight.refined is not None,
         DTYPE=TRITON_DTYPES[weight.dtype],
         TENSOR_CORE=_takes_tensor_core(weight, B, tile),
     )

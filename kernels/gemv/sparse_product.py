@@ -11,8 +11,8 @@ from teal.kernels.gemv.gather_tensor_core_rows import store_rows_tensor_core
 
 @triton.jit
 def sparse_product(
-    x, threshold, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial, B, K, N,
-    META: tl.constexpr, PDL: tl.constexpr,
+    x, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
+    B, K, N, META: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compact a program's x [BLOCK_B, BLOCK_R], sum the weight rows it keeps, write the partial sums."""
     STEP: tl.constexpr = META.LANES * META.UNROLL
@@ -20,7 +20,7 @@ def sparse_product(
     program = (tl.program_id(0) * META.SPLITS + i_split).to(tl.int64)
     p_index += program * META.R
     p_value += program * B * META.R
-    count = threshold_and_compact(x, threshold, channels, K, B, p_index, p_value, 2 * STEP, META)
+    count = threshold_and_compact(x, threshold, weight_rows, channels, K, B, p_index, p_value, 2 * STEP, META)
     first = i_split * META.RUN  # the first channel, where it owns a single run
     if META.TENSOR_CORE & (META.BLOCK_B == 1):
         store_one_row_tensor_core(

@@ -112,7 +112,14 @@ def load_quantization(folder: Path) -> QuantConfig | Packing | None:
         return None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: quantization_config {raw!r} is not usable; expected an object")
-    return Packing.from_json(raw, str(path)) or QuantConfig.from_json(raw, str(path))
+    if packing := Packing.from_json(raw, str(path)):
+        return packing
+    config = QuantConfig.from_json(raw, str(path))
+    try:
+        config.check_fits(load_config(folder))
+    except UserError as error:
+        raise UserError(f"{path}: quantization_config: {error}") from None
+    return config
 
 
 def _positive(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from teal.checkpoint.awq_gptq import Packing
 from teal.checkpoint.config import load_config, load_quantization, read_json
 from teal.errors import ParameterError, UserError
+from teal.kernels.formats.packing import check_refined
 from teal.layers.quantized_linear import (
     QUANT_METHOD,
     QuantConfig,
@@ -89,6 +90,7 @@ class Targets:
         self.targets = weight_targets(model)
         self.stored: dict[str, Tensor] = {}  # tensor name -> its shape and dtype, of all that the files must hold
         self.waiting: dict[str, dict[str, Tensor]] = {}
+        self.refined: dict[int, str] = {}  # by id of a target: the tensor that set it, of several that must be equal
         self.parts: dict[str, int] = {}  # how many of each weight
         projections = hf_projection_names(model.config)
         for name, target in self.targets.items():
@@ -129,6 +131,8 @@ class Targets:
 
     def _set(self, name: str, values: Tensor, shard: Path) -> None:
         target = self.targets[name]
+        if name.endswith(".refined"):
+            self._check_refined(name, values, shard)
         target.copy_(values.to(target.device))
         if not target.is_floating_point() or is_finite(target):
             return
@@ -139,6 +143,18 @@ class Targets:
         raise ParameterError(
             "{}: {} reaches {:.4g}, beyond the {:.4g} of {}; use {dtype} {}", shard, name, largest, limit, dtype, wider
         )
+
+    def _check_refined(self, name: str, values: Tensor, shard: Path) -> None:
+        """Raise UserError unless these are rising channels, and those of the projections that share their rows."""
+        target = self.targets[name]
+        channels = self.targets[name.removesuffix("refined") + "qweight"].shape[0] - len(values)
+        try:
+            check_refined(values, channels)
+        except ValueError as error:
+            raise UserError(f"{shard}: {name}: {error}; quantize the model again") from None
+        first = self.refined.setdefault(id(target), name)
+        if first != name and not torch.equal(values, target.cpu()):
+            raise UserError(f"{shard}: {name} differs from {first}; expected the same, quantize the model again")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -238,6 +254,8 @@ def projection_targets(module: nn.Module, sizes: dict[str, int]) -> dict[str, Te
             dim, per_column = 0, 1
         parts = parameter.split([size // per_column for size in sizes.values()], dim=dim)
         targets |= {f"{name}.{suffix}": part for name, part in zip(sizes, parts, strict=True)}
+    if isinstance(module, QuantizedLinear) and module.refined is not None:
+        targets |= {f"{name}.refined": module.refined for name in sizes}  # the rows that they share
     return targets
 
 

@@ -114,9 +114,9 @@ def add_device_argument(group: Group) -> None:
     group.add_argument("--device", default=MODEL.device, help="cpu, cuda, cuda:N or auto")
 
 
-def add_head_argument(group: Group, help: str) -> None:
-    """The option that rounds the output head."""
-    group.add_argument("--lm-head", choices=("none", "int8"), default="none", help=help)
+def add_head_argument(group: Group, help: str, *more: str) -> None:
+    """The option that rounds the output head; more: what it may be rounded to beside int8."""
+    group.add_argument("--lm-head", choices=("none", "int8", *more), default="none", help=help)
 
 
 def add_kv_cache_argument(group: Group) -> None:

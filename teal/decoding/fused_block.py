@@ -36,17 +36,20 @@ def fused_decode(
     norms = (q_norm.weight, k_norm.weight) if isinstance(q_norm, RMSNorm) else (None, None)
     before, between = block.attention_norm, block.ffn_norm
     x, positions = x.flatten(0, 1), positions.contiguous()  # [B, C], [B, 1]
-    qkv = norm_gemv(x, before.weight, before.eps, wqkv.weight, wqkv.thresholds, wqkv.segments, wqkv.scales, wqkv.zeros)
+    qkv = norm_gemv(
+        x, before.weight, before.eps, wqkv.weight, wqkv.thresholds, wqkv.segments,
+        wqkv.scales, wqkv.zeros, wqkv.refined,
+    )  # fmt: skip
     heads = attention.config.num_heads
     splits = rope_attention(
         qkv, wqkv.bias, *norms, before.eps, cos, sin, positions, k_cache, v_cache, heads, window or 0,
         before.weight.dtype,
     )  # fmt: skip
-    o = attention_gemv(*splits, wo.weight, wo.thresholds, wo.scales, wo.zeros)
+    o = attention_gemv(*splits, wo.weight, wo.thresholds, wo.scales, wo.zeros, wo.refined)
     x = reduce_partials(o, x.dtype, wo.bias, x)
     hidden = norm_gemv(
         x, between.weight, between.eps, gate_up.weight, gate_up.thresholds, gate_up.segments,
-        gate_up.scales, gate_up.zeros,
+        gate_up.scales, gate_up.zeros, gate_up.refined,
     )  # fmt: skip
-    y = silu_gemv(hidden, down.weight, down.thresholds, down.scales, down.zeros)
+    y = silu_gemv(hidden, down.weight, down.thresholds, down.scales, down.zeros, down.refined)
     return reduce_partials(y, x.dtype, None, x)[:, None]

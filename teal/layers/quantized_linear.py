@@ -7,7 +7,7 @@ an outlier channel keeps to itself. AdaDim (ICLR 2024, arXiv 2309.15531) groups 
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
 
@@ -15,16 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from teal.errors import ParameterError, UserError
-from teal.kernels.formats.packing import GROUP_SIZES, INPUT_GROUP_COLUMNS, NIBBLES, dequantize, pack_int4, unpack_int4
+from teal.kernels.formats.packing import (
+    GROUP_SIZES,
+    INPUT_GROUP_COLUMNS,
+    NIBBLES,
+    check_refined,
+    dequantize,
+    pack_int4,
+    unpack_int4,
+)
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.phase import Phase, PhasedModule
 from teal.model import ModelConfig, Transformer
 from teal.options import MAX_ROWS
+from teal.user_text import is_number
 
 QUANT_METHOD = "teal"
-QUANT_VERSION = 1
-BITS = {"int8": 8, "int4": 4}
+VERSIONS = {"int8": 1, "int4": 1, "mixed": 2}  # of quantization_config, by mode
+BITS = {"int8": 8, "int4": 4, "mixed": 4}  # of a stored value; refined channels have two rows of 4
+MIXED_FIELDS = ("average_bits", "head_bits", "refined", "refined_head")  # of QuantConfig, which other modes leave alone
 GROUPINGS = ("output", "input")
 Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a weight (kernels/formats/packing.py)
 
@@ -33,14 +43,22 @@ Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a w
 class QuantConfig:
     """How a checkpoint's projections are quantized.
 
-    lm_head: whether the head is too, in 8 bits with groups along the output. grouping: the dimension along which the
+    lm_head: whether the head is too, in head_bits with groups along the output. grouping: the dimension along which the
     groups of all others lie.
+
+    Mode "mixed" is of 4 bits with refined channels (kernels/formats/packing.py). average_bits: what a weight has on
+    average, at most. refined: how many channels each module of each layer refines. refined_head: how many the head
+    does, if head_bits is 4.
     """
 
     mode: str
     group_size: int
     lm_head: bool = False
     grouping: str = "output"
+    average_bits: float | None = None
+    head_bits: int = 8
+    refined: tuple[tuple[int, ...], ...] = ()
+    refined_head: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in BITS:
@@ -49,6 +67,46 @@ class QuantConfig:
             raise UserError(f"group size {self.group_size} is not usable; expected one of {GROUP_SIZES}")
         if self.grouping not in GROUPINGS:
             raise UserError(f"grouping {self.grouping!r} is unknown; expected one of {', '.join(GROUPINGS)}")
+        if self.is_mixed:
+            self._check_mixed()
+        elif (self.average_bits, self.head_bits, self.refined, self.refined_head) != (None, 8, (), 0):
+            raise UserError(f"mode {self.mode} has no refined channels; expected mode mixed")
+
+    def _check_mixed(self) -> None:
+        if self.by_input:
+            raise ParameterError("{mode} mixed needs groups along the output; leave {grouping} {} out", self.grouping)
+        bits = self.average_bits
+        if bits is None or not is_number(bits) or not 4 <= bits <= 8:
+            raise ParameterError("{bits} {} is out of range; expected 4 <= bits <= 8", bits)
+        if self.head_bits not in (4, 8):
+            raise UserError(f"head_bits {self.head_bits!r:.200} is not usable; expected 4 or 8")
+        layers = self.refined
+        if not isinstance(layers, (list, tuple)) or not all(isinstance(counts, (list, tuple)) for counts in layers):
+            raise UserError(f"refined {layers!r:.200} is not usable; expected a list of counts for each layer")
+        for count in (*chain(*layers), self.refined_head):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise UserError(f"refined channels {count!r:.200} are not usable; expected a whole number from 0 on")
+        if self.refined_head and not (self.lm_head and self.head_bits == 4):
+            raise UserError(f"refined_head is {self.refined_head}; expected 0 for a head that is not of 4 bits")
+        object.__setattr__(self, "refined", tuple(map(tuple, layers)))
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raise UserError unless refined names channels that this architecture's modules have."""
+        if not self.is_mixed:
+            return
+        projections = config.projections()
+        if [len(counts) for counts in self.refined] != [len(projections)] * config.num_layers:
+            raise UserError(f"refined: expected {len(projections)} counts for each of {config.num_layers} layers")
+        for i, counts in enumerate(self.refined):
+            for p, count in zip(projections, counts, strict=True):
+                if count > p.in_features:
+                    raise UserError(f"refined: layer {i} {p.name} has {count}; expected at most {p.in_features}")
+        if self.refined_head > config.hidden_size:
+            raise UserError(f"refined_head is {self.refined_head}; expected at most {config.hidden_size}")
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.mode == "mixed"
 
     @property
     def bits(self) -> int:
@@ -60,7 +118,10 @@ class QuantConfig:
 
     def as_json(self) -> dict[str, Any]:
         """What config.json keeps under quantization_config."""
-        return {"quant_method": QUANT_METHOD, "version": QUANT_VERSION, **asdict(self)}
+        fields = {name: value for name, value in asdict(self).items() if self.is_mixed or name not in MIXED_FIELDS}
+        if self.is_mixed:
+            fields["refined"] = [list(counts) for counts in self.refined]  # what a file gives back
+        return {"quant_method": QUANT_METHOD, "version": VERSIONS[self.mode], **fields}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "QuantConfig":
@@ -70,13 +131,18 @@ class QuantConfig:
             raise UserError(
                 f"{where}: quantization_config quant_method {found!r} is not supported; expected teal, awq or gptq"
             )
-        if raw.get("version") != QUANT_VERSION:
-            raise UserError(f"{where}: quantization version {raw.get('version')!r}; this code reads {QUANT_VERSION}")
+        version, known = raw.get("version"), sorted(set(VERSIONS.values()))
+        if version not in known:
+            expected = " and ".join(map(str, known))
+            raise UserError(f"{where}: quantization version {version!r:.200}; this code reads {expected}")
         fields = {name: raw[name] for name in cls.__slots__ if name in raw}
         try:
-            return cls(**fields)
+            config = cls(**fields)
         except (TypeError, UserError) as error:
             raise UserError(f"{where}: quantization_config: {error}") from None
+        if version != VERSIONS[config.mode]:
+            raise UserError(f"{where}: mode {config.mode} has version {version}; expected {VERSIONS[config.mode]}")
+        return config
 
 
 def pick_group_size(config: ModelConfig, asked: int | None, lm_head: bool = False) -> int:
@@ -109,6 +175,20 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Packed:
     groups = weight.float().view(K, N // group_size, group_size)
     scales, zeros = group_scales(groups, bits, weight.dtype)
     return pack(round_groups(groups, scales, zeros, bits).view(K, N), scales, zeros, bits)
+
+
+def round_in_two_terms(weight: Tensor, refined: Tensor, group_size: int) -> Packed:
+    """weight [K, N] -> values, scales, zeros of K + E rows, for the refined channels int [E] in rising order.
+
+    A refined channel has a row of 4 bits, and one more of what rounding left of it (kernels/formats/packing.py, 5).
+    """
+    first = round_to_nearest(weight, 4, group_size)
+    if not len(refined):
+        return first
+    left = weight.float() - dequantize(first[0], first[1].float(), first[2])
+    rest = round_to_nearest(left[refined.long()].to(weight.dtype), 4, group_size)
+    values, scales, zeros = (torch.cat(parts) for parts in zip(first, rest, strict=True))  # type: ignore[arg-type]
+    return values, scales, zeros
 
 
 def round_input_groups(
@@ -149,33 +229,48 @@ def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Te
 class QuantizedLinear(PhasedModule):
     """nn.Linear with weights of 8 or 4 bits in a layout of kernels/formats/packing.py.
 
-    by_input: groups lie along the input. The sparse kernels' thresholds and segments are one, which keeps all.
+    by_input: groups lie along the input. refined_channels: how many channels have a second row. The buffer refined,
+    int32 [E], lists them; it is None if there are none. Values are unset until set_weight or loading fills them.
+    The sparse kernels' thresholds and segments are one, which keeps all.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int, by_input: bool = False) -> None:
+    refined: Tensor | None
+
+    def __init__(
+        self, linear: nn.Linear, bits: int, group_size: int, by_input: bool = False, refined_channels: int = 0
+    ) -> None:
         super().__init__()
-        K, N = linear.in_features, linear.out_features
+        rows, N = linear.in_features + refined_channels, linear.out_features
         columns, dtype = (N, torch.int8) if bits == 8 else (N // NIBBLES, torch.int32)
         like = linear.weight
-        self.weight = nn.Parameter(like.new_empty(K, columns, dtype=dtype), requires_grad=False)
-        groups = (K // group_size, N) if by_input else (K, N // group_size)
+        self.weight = nn.Parameter(like.new_empty(rows, columns, dtype=dtype), requires_grad=False)
+        groups = (rows // group_size, N) if by_input else (rows, N // group_size)
         self.scales = nn.Parameter(like.new_empty(groups), requires_grad=False)
         zeros = None if bits == 8 else nn.Parameter(self.scales.new_empty(self.scales.shape, dtype=torch.uint8), False)
         self.zeros = zeros
+        self.refined = nn.Buffer(like.new_empty(refined_channels, dtype=torch.int32)) if refined_channels else None
         self.thresholds = nn.Buffer(torch.zeros(1, device=like.device), persistent=False)
         self.segments = [N]
         self.bias = linear.bias
         self.bits, self.group_size, self.out_features = bits, group_size, N
 
-    def set_weight(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
-        """Take these as the weight."""
-        for own, new in ((self.weight, values), (self.scales, scales), (self.zeros, zeros)):
+    def set_weight(
+        self, values: Tensor, scales: Tensor, zeros: Tensor | None, refined: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """Take these as the weight. Raises ValueError unless refined lists as many channels as there is room for."""
+        given, room = (0 if t is None else len(t) for t in (refined, self.refined))
+        if given != room:
+            raise ValueError(f"{given} refined channels: expected {room}")
+        if refined is not None:
+            check_refined(refined, len(self.weight) - room)
+        own_parts, parts = (self.weight, self.scales, self.zeros, self.refined), (values, scales, zeros, refined)
+        for own, new in zip(own_parts, parts, strict=True):
             if own is not None and new is not None:
                 own.copy_(new)
 
     def dequantized(self) -> Tensor:
         """The weight [K, N] in the scales' dtype."""
-        return dequantize(self.weight, self.scales, self.zeros)
+        return dequantize(self.weight, self.scales, self.zeros, self.refined)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; decode takes the kernels of the sparse product."""
@@ -185,22 +280,23 @@ class QuantizedLinear(PhasedModule):
     def _by_rows(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """For few rows: each reads the weight as it is stored."""
         rows = x.reshape(-1, x.shape[-1])
-        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros, out_dtype)
+        weight = (self.scales, self.zeros, self.refined)
+        y = sparse_linear(rows, self.weight, self.thresholds, self.segments, *weight, out_dtype)
         return y.view(*x.shape[:-1], -1)
 
     def _by_blocks(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """For many rows: a block of columns at a time becomes floats."""
-        return quantized_matmul(x, self.weight, self.scales, self.zeros, out_dtype)
+        return quantized_matmul(x, self.weight, self.scales, self.zeros, self.refined, out_dtype)
 
 
 class QuantizedHead(QuantizedLinear):
-    """An output head with weights of 8 bits, groups along the output. Its result is fp32, as OutputHead's is.
+    """An output head with weights of 8 or 4 bits, groups along the output. Its result is fp32, as OutputHead's is.
 
     Prefill reads it for the last token alone, so not the phase but the number of rows decides how.
     """
 
-    def __init__(self, head: nn.Linear, group_size: int) -> None:
-        super().__init__(head, 8, group_size)
+    def __init__(self, head: nn.Linear, group_size: int, bits: int = 8, refined_channels: int = 0) -> None:
+        super().__init__(head, bits, group_size, refined_channels=refined_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> fp32 [..., N]."""
@@ -222,13 +318,15 @@ def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = 
         return module
 
     def quantized(linear: nn.Linear) -> QuantizedLinear:
-        module = QuantizedLinear(linear, config.bits, config.group_size, config.by_input)
+        refined_channels = next(counts, 0)
+        module = QuantizedLinear(linear, config.bits, config.group_size, config.by_input, refined_channels)
         return filled(module, linear, config.by_input)
 
+    counts = chain(*config.refined)  # in replace_projections' order
     replace_projections(model, quantized)
     if config.lm_head:
-        head = filled(QuantizedHead(model.lm_head, config.group_size), model.lm_head, by_input=False)
-        model.lm_head = head  # type: ignore[assignment]
+        head = QuantizedHead(model.lm_head, config.group_size, config.head_bits, config.refined_head)
+        model.lm_head = filled(head, model.lm_head, by_input=False)  # type: ignore[assignment]
 
 
 def use_input_groups(model: Transformer, bits: int, group_size: int) -> None:

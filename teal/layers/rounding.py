@@ -3,6 +3,7 @@
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
 from teal.model import Transformer
+from teal.options import QUANTS, check_choice
 from teal.teal_layers import sparse_layers
 
 
@@ -27,6 +28,7 @@ def quantize(
         raise UserError("the model is sparse already; quantize it first, then sparsify it")
     if is_quantized(model):
         raise UserError("the model is quantized already; start from its original weights")
+    check_choice("mode", mode, QUANTS)
     scheme = QuantConfig(mode, pick_group_size(model.config, group_size, lm_head), lm_head, grouping)
     use_quantized_linears(model, scheme, fill=True)
     return model

@@ -5,7 +5,7 @@ that remain. The scales of an input channel lie in its own row, and follow from 
 go in the order of their importance (the paper's act-order) without regard to groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,23 +22,32 @@ LAZY_CHANNELS = 128  # whose changes to later channels are applied together, as 
 DAMPING = 0.01  # of the mean of the diagonal, the paper's value
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Packed:
+def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, refined: Tensor | None = None) -> Packed:
     """weight [K, N] -> values, scales (of its dtype), zeros, so that x @ weight changes least.
 
     hessian: fp32 [K, K], the sum of x^T x over calibration tokens. Channels that no token uses are rounded as they are.
+    refined: int [E], of 4 bits, the channels with a second row (kernels/formats/packing.py, 5). Then the result has
+    K + E rows, and other channels make up for what both rows leave.
     """
     K, N = weight.shape
     order = _importance(hessian)
-    values = torch.empty(K, N, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
-    scales = weight.new_empty(K, N // group_size)
-    zeros = torch.empty(K, N // group_size, dtype=torch.uint8, device=weight.device)
+    channels = order.tolist()
+    extra = {} if refined is None else {channel: K + j for j, channel in enumerate(refined.tolist())}
+    shape = K + len(extra), N // group_size
+    values = torch.empty(shape[0], N, dtype=torch.uint8 if bits == 4 else torch.int8, device=weight.device)
+    scales, zeros = weight.new_empty(shape), torch.empty(shape, dtype=torch.uint8, device=weight.device)
 
-    def round_row(rows: Tensor, k: int) -> Tensor:
-        groups, channel = rows[k].view(-1, group_size), order[k]
+    def round_term(target: Tensor, row: int) -> Tensor:
+        groups = target.view(-1, group_size)
         s, z = group_scales(groups, bits, weight.dtype)
         integers = round_groups(groups, s, z, bits)
-        values[channel], scales[channel], zeros[channel] = integers.view(N).to(values.dtype), s, z.to(zeros.dtype)
+        values[row], scales[row], zeros[row] = integers.view(N).to(values.dtype), s, z.to(zeros.dtype)
         return ((integers - z[:, None]) * s.float()[:, None]).view(N)
+
+    def round_row(rows: Tensor, k: int) -> Tensor:
+        first = round_term(rows[k], channels[k])
+        row = extra.get(channels[k])
+        return first if row is None else first + round_term(rows[k] - first, row)
 
     _round_in_order(weight, hessian, order, round_row)
     return pack(values, scales, zeros, bits)
@@ -99,13 +108,19 @@ class BlockwiseGptq:
     """Quantizes a folder's model block by block, each on what the quantized ones before it make of a text.
 
     Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L].
-    where: the file that holds each tensor.
+    where: the file that holds each tensor. refined: the channels with a second row, int32 [E], by projection's name.
     """
 
     def __init__(
-        self, source: Path, scheme: QuantConfig, sequences: Tensor, where: dict[str, Path], device: torch.device
+        self,
+        source: Path,
+        scheme: QuantConfig,
+        sequences: Tensor,
+        where: dict[str, Path],
+        device: torch.device,
+        refined: Mapping[str, Tensor],
     ) -> None:
-        self.scheme, self.where, self.device = scheme, where, device
+        self.scheme, self.where, self.device, self.refined = scheme, where, device, refined
         with torch.device("meta"):
             self.model = Transformer(load_config(source)).eval().requires_grad_(False)
         embedding = self._read("model.embed_tokens.weight")
@@ -136,8 +151,12 @@ class BlockwiseGptq:
     def _read_quantized(self, shard: Path, prefix: str) -> Tensor:
         """The weight [N, K] that the tensors of this prefix stand for."""
         with open_shard(shard) as tensors:
-            zeros = tensors.get_tensor(prefix + "zeros") if self.scheme.bits == 4 else None
-            return dequantize(tensors.get_tensor(prefix + "qweight"), tensors.get_tensor(prefix + "scales"), zeros).t()
+            names = tensors.keys()
+            zeros, refined = (
+                tensors.get_tensor(prefix + part) if prefix + part in names else None for part in ("zeros", "refined")
+            )
+            values, scales = (tensors.get_tensor(prefix + part) for part in ("qweight", "scales"))
+        return dequantize(values, scales, zeros, refined).t()
 
     @torch.inference_mode()
     def layer(self, i: int) -> dict[str, Tensor]:
@@ -153,20 +172,31 @@ class BlockwiseGptq:
             for part in inputs.parts:
                 hessian += part[0].t() @ part[0]
             bits, size, weight = self.scheme.bits, self.scheme.group_size, module.weight.t().to(dtype)
-            packed = (gptq_input_groups if self.scheme.by_input else gptq)(weight, hessian, bits, size)
-            module.weight.copy_(dequantize(*packed).t())
-            # Without the module's own bias, which the rest of the block goes on to use in fp32.
-            like = nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
-            holder = QuantizedLinear(like, bits, size, self.scheme.by_input).to_empty(device=self.device)
-            holder.set_weight(*packed)
+            refined = self.refined.get(layer_prefix(i) + p.hf_names[0])
+            if self.scheme.by_input:
+                packed = gptq_input_groups(weight, hessian, bits, size)
+            else:
+                packed = gptq(weight, hessian, bits, size, refined)
+            holder = self._holder(module, dtype, packed, refined)
+            module.weight.copy_(holder.dequantized().t())
             for name, part in projection_targets(holder, dict(zip(p.hf_names, p.sizes, strict=True))).items():
-                found[layer_prefix(i) + name] = part.contiguous().cpu()
+                found[layer_prefix(i) + name] = part.clone(memory_format=torch.contiguous_format).cpu()
             self.stream = stages.after(p, self.stream, inputs)
 
         for p in block.projections():
             quantize(p)
         block.to_empty(device="meta")
         return found
+
+    def _holder(
+        self, module: nn.Linear, dtype: torch.dtype, packed: Packed, refined: Tensor | None
+    ) -> QuantizedLinear:  # fmt: skip
+        """Of packed, without module's own bias, which the rest of the block goes on to use in fp32."""
+        like = nn.Linear(module.in_features, module.out_features, bias=False, device="meta", dtype=dtype)
+        count = 0 if refined is None else len(refined)
+        holder = QuantizedLinear(like, self.scheme.bits, self.scheme.group_size, self.scheme.by_input, count)
+        holder.to_empty(device=self.device).set_weight(*packed, refined if count else None)
+        return holder
 
     @torch.inference_mode()
     def skip(self, i: int, shard: Path) -> None:

@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teal.checkpoint.weights import load_model
 from teal.decoding.backends import Backend, EagerBackend, FusedBackend
 from teal.decoding.engine import Engine
 from teal.layers.int8_cache import use_int8_cache
+from teal.layers.quantized_linear import QuantizedLinear, replace_projections, round_in_two_terms
 from teal.model import Block, Transformer
 from teal.options import SamplingParams
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import set_counting, sparse_layers, sparsify
-from tests.conftest import PROJECTIONS, assert_near, relative_error, save_tiny_model, tiny_config
+from tests.conftest import PROJECTIONS, QUANTIZABLE, assert_near, relative_error, save_tiny_model, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, STEPS = 6, 3
@@ -90,6 +91,34 @@ def test_logits_equal_the_unfused_layers(
     assert all(type(block) is Block for block in model.layers)
     dense = decode_logits(eager(sparse_model(tmp_path, torch.float32, 0.0)), batch)
     assert relative_error(dense, expected) > 1e-2, "logits of the dense model"
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_refined_channels_reach_every_product(batch: int, tmp_path: Path) -> None:
+    """Each projection has its own. Without the second rows of any one, logits would be others."""
+    save_tiny_model(tiny_config("llama", **QUANTIZABLE), tmp_path)
+    model = load_model(tmp_path, DEVICE, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+
+    def refine(linear: nn.Linear) -> QuantizedLinear:
+        chosen = torch.randperm(linear.in_features, generator=generator)[:9].sort().values.to(DEVICE, torch.int32)
+        module = QuantizedLinear(linear, 4, 32, refined_channels=9)
+        module.set_weight(*round_in_two_terms(linear.weight.t().contiguous(), chosen, 32), chosen)
+        module.scales[-9:] *= 16  # as large as those of the first rows
+        return module
+
+    replace_projections(model, refine)
+    layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] / 2) for name in PROJECTIONS}
+    sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
+    expected = decode_logits(eager(model), batch)
+    assert_near("logits", decode_logits(fused(model), batch), expected, 1e-5)
+    for module in sparse_layers(model)[0]:
+        assert module.scales is not None
+        second = module.scales[-9:].clone()
+        module.scales[-9:] = 0.0
+        assert relative_error(decode_logits(fused(model), batch), expected) > 1e-3, f"logits without {module.names}"
+        module.scales[-9:] = second
 
 
 @pytest.mark.parametrize("name,batch", [("mistral-sliding", 1), ("qwen3-head-norms", 3)])

@@ -231,7 +231,7 @@ def test_sparse_products_can_be_fp32(
     assert weight is not None
     if not compiler:
         request.getfixturevalue("no_compiler")
-    arguments = (x, weight, torch.tensor([0.3, 0.6]), [64, 32], scales, zeros)
+    arguments = (x, weight, torch.tensor([0.3, 0.6]), [64, 32], scales, zeros, None)
     kept = torch.cat([x.masked_fill(x.abs() < x.new_tensor(t), 0).double() @ part for t, part in
                       zip((0.3, 0.6), exact.split([64, 32], dim=1), strict=True)], dim=1)  # fmt: skip
     y = sparse_linear(*arguments, torch.float32)
@@ -242,7 +242,7 @@ def test_sparse_products_can_be_fp32(
         torch.library.opcheck(sparse_linear_op, (*arguments, torch.float32))
     assert_near("sparse product", y, kept, 4 * torch.finfo(dtype).eps)
     if scales is not None:
-        dense = quantized_matmul(x, weight, scales, zeros, torch.float32)
+        dense = quantized_matmul(x, weight, scales, zeros, out_dtype=torch.float32)
         assert_near("dense product", dense, x.double() @ exact, 1e-6)
 
 

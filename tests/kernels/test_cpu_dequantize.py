@@ -39,11 +39,11 @@ def test_bad_arguments_are_refused() -> None:
     native, out = native_kernels(), torch.empty(16, 64)
     assert native is not None and zeros is not None
     for message, arguments in {
-        "rows must be contiguous": (values, scales, zeros, out.t()),
-        "expected the weight's": (values, scales, zeros, out[:8]),
-        "the dtype of scales": (values, scales, zeros, out.half()),
-        "one layout": (values, scales, zeros[:, :1].t(), out),
-        "expected 32, 64 or 128": (values, scales.repeat(1, 2), zeros.repeat(1, 2), out),
+        "rows must be contiguous": (values, scales, zeros, None, out.t()),
+        "expected the weight's": (values, scales, zeros, None, out[:8]),
+        "the dtype of scales": (values, scales, zeros, None, out.half()),
+        "one layout": (values, scales, zeros[:, :1].t(), None, out),
+        "expected 32, 64 or 128": (values, scales.repeat(1, 2), zeros.repeat(1, 2), None, out),
     }.items():
         with pytest.raises(ValueError, match=message):
             native.dequantize(*arguments)

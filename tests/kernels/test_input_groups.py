@@ -75,7 +75,7 @@ def test_dropped_channels_and_their_groups_are_never_read() -> None:
     x, limits = torch.randn(1, 192), torch.tensor([0.7])
     x[:, 64:128] = 0.0
     expected = sparse_linear_reference(x, exact, limits, [96])
-    values, scales, zeros, _ = weight
+    values, scales, zeros = weight
     scales[1] = math.nan
     values[(x.abs() < limits)[0]] = -1
     found = sparse_linear(x, values, limits, [96], scales, zeros)
@@ -92,12 +92,12 @@ def test_a_product_in_blocks_of_columns_and_compiled(monkeypatch: pytest.MonkeyP
 
 def test_opcheck() -> None:
     weight, _ = random_weight(64, 64, 32, torch.float32)
-    values, scales, zeros, _ = weight
+    values, scales, zeros = weight
     torch.library.opcheck(sparse_linear_op, (torch.randn(1, 64), values, torch.zeros(1), [64], scales, zeros))
 
 
 def on_device(weight: tuple[Tensor, Tensor, Tensor | None]) -> Weight:
-    values, scales, zeros, _ = weight
+    values, scales, zeros = weight
     return Weight(values.to(DEVICE), scales.to(DEVICE), None if zeros is None else zeros.to(DEVICE))
 
 
@@ -203,7 +203,7 @@ def test_a_run_of_channels_is_whole_groups_or_a_part_of_one() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     weight, _ = random_weight(96, 64, 32, torch.float32)
-    values, scales, zeros, _ = weight
+    values, scales, zeros = weight
     x, limits = torch.ones(1, 96), torch.zeros(1)
     bad = {
         "5 groups along the input: expected a divisor of 96": (x, values, limits, [64], scales.new_ones(5, 64), zeros),

@@ -79,7 +79,7 @@ def test_what_the_lanes_of_a_warp_load(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(16, 256 // 8, dtype=torch.int32)  # 16 rows of 128 bytes
     scales, zeros = torch.ones(16, 2, dtype=torch.bfloat16), torch.zeros(16, 2, dtype=torch.uint8)
     x, tile = torch.ones(1, 16, dtype=torch.bfloat16), GemvTile(256, 4, 4, 1, 1)
-    sparse_gemv.launch(x, weight, torch.zeros(1), [256], scales, zeros, tile)
+    sparse_gemv.launch(x, weight, torch.zeros(1), [256], scales, zeros, None, tile)
     offsets = np.stack(loads[:4]) - weight.data_ptr()  # [row of four, lane]
     begins = lines(gather_tensor_core, r"bytes 0\.\.15")[0][::2]
     for first, last, *picture in lines(gather_tensor_core, r"rows +\d+\.\.\d+ +lane"):

@@ -139,9 +139,9 @@ def test_tensor_cores_are_used_only_where_the_sum_fits_them(monkeypatch: pytest.
 def test_weights_become_floats(K: int, N: int, group: int, bits: int, dtype: torch.dtype) -> None:
     _, (values, scales, zeros), exact = make(1, K, N, bits, group, dtype)
     whole = dequantize_file.launch(values, scales, zeros)
-    assert torch.equal(dequantize_file.launch(values, scales, zeros, torch.empty_like(whole)), whole)
+    assert torch.equal(dequantize_file.launch(values, scales, zeros, None, torch.empty_like(whole)), whole)
     with pytest.raises(ValueError, match="out is"):
-        dequantize_file.launch(values, scales, zeros, torch.empty_like(whole).t())
+        dequantize_file.launch(values, scales, zeros, None, torch.empty_like(whole).t())
     assert torch.equal(whole, exact.to(dtype))  # rounded once
     half = N // group // 2 or 1
     words = values.shape[1] // (N // group) * half
@@ -208,7 +208,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
             sparse_gemv(*arguments)
         assert message in str(error.value), message
     with pytest.raises(ValueError, match="at least the group size"):
-        sparse_gemv_file.launch(x, values, limits, [96], scales, zeros, GemvTile(16, 1, 4, 1, 1))
+        sparse_gemv_file.launch(x, values, limits, [96], scales, zeros, tile=GemvTile(16, 1, 4, 1, 1))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

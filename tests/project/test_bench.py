@@ -77,6 +77,7 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
         (gemv.main, ("--rows", "9", "--device", "cpu"), "--rows 9"),
         (gemv.main, ("--input-groups", "--device", "cpu"), "add --quant"),
         (decode.main, ("--input-groups", "--device", "cpu"), "add --quant"),
+        (gemv.main, ("--refined", "16", "--quant", "int8", "--device", "cpu"), "add --quant int4"),
         (gemv.main, ("--dtypes", "fp64", "--device", "cpu"), "fp64"),
     ],
 )
@@ -139,6 +140,21 @@ def test_quantized_shapes_are_timed_too(bits: int, input_groups: bool, monkeypat
     thresholds = gemv.thresholds_for(0.5, [512, 256], torch.device("cpu"))
     assert max(cold.errors(thresholds, [512, 256])) <= 3e-3
     assert cold.sparse_us(thresholds, [512, 256]) > 0
+
+
+def test_refined_channels_are_timed_beside(
+    monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., tuple[int, str, str]]
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gemv, "COLD_BYTES", 4_000_000)
+    monkeypatch.setattr(gemv, "shapes_of", lambda model: {"qkv": (256, [512, 256])})
+    monkeypatch.setattr(gemv, "read_bandwidth", lambda device: 1e10)
+    cold = gemv.ColdWeights(256, [512, 256], 1, torch.bfloat16, torch.device("cpu"), 4, refined=16)
+    assert cold.weights[0].K == 256 and cold.weights[0].values.shape[0] == 272
+    options = ("--models", "any", "--quant", "int4", "--refined", "16", "--sparsities", "0.5", "--device", "cpu")
+    code, out, err = call_main(gemv.main, *options)
+    assert code == 0, err
+    [row] = json.loads(out.splitlines()[-1])["rows"]
+    assert row["mixed_us"] > 0 and row["mixed_error_fp32"] <= 3e-3
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

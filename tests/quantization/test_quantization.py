@@ -26,6 +26,7 @@ from teal.layers.quantized_linear import (
     use_quantized_linears,
 )
 from teal.model import KVCache, Transformer
+from teal.quantization import shards
 from teal.quantization.gptq import BlockwiseGptq
 from tests.conftest import ROOT, assert_near, assert_one_line_error, file_size_limit, relative_error
 
@@ -132,7 +133,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, tmp_path: P
     scheme = QuantConfig("int4", 32)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     quantize.quantize_folder(folder, whole, scheme)
-    original, calls = quantize._quantized_tensors, []
+    original, calls = shards.quantized_tensors, []
 
     def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
@@ -141,7 +142,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, tmp_path: P
         return original(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "_quantized_tensors", failing)
+        patch.setattr(shards, "quantized_tensors", failing)
         with pytest.raises(KeyboardInterrupt):
             quantize.quantize_folder(folder, resumed, scheme)
         assert not resumed.exists()

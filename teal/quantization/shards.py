@@ -1,0 +1,133 @@
+"""The safetensors files of a quantized folder: one for each layer and one for the rest, written one after the other."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from teal.checkpoint.config import load_config
+from teal.checkpoint.weights import find_shards, hf_projection_names, is_finite, layer_prefix, open_shard, stored_config
+from teal.errors import UserError
+from teal.files import atomic_file
+from teal.hardware import pick_device
+from teal.layers.quantized_linear import Packed, QuantConfig, round_in_two_terms, round_input_groups, round_to_nearest
+from teal.progress import progress
+from teal.quantization.gptq import BlockwiseGptq
+from teal.quantization.half_quadratic import half_quadratic
+
+HEAD = "lm_head"
+METHODS = {"rtn": round_to_nearest, "hqq": half_quadratic}  # of a weight by itself
+
+
+@dataclass(slots=True)
+class Rounding:
+    """How weights are rounded: by "rtn", "hqq" or, on device and for sequences of token ids [S, L], by "gptq".
+
+    refined: the channels with a second row, int32 [E], by the name of a projection. The head is rounded to nearest.
+    """
+
+    method: str = "rtn"
+    refined: Mapping[str, Tensor] = field(default_factory=dict)
+    sequences: Tensor | None = None
+    device: str = "auto"
+
+    def weight(self, name: str, weight: Tensor, scheme: QuantConfig) -> Packed | None:
+        """The parts of a projection's or the head's weight [N, K]; None if gptq makes them."""
+        head = name == HEAD
+        if self.method == "gptq" and not head:
+            return None
+        bits, size = scheme.head_bits if head else scheme.bits, scheme.group_size
+        refined = self.refined.get(name)
+        if refined is not None:
+            return round_in_two_terms(weight.t().contiguous(), refined, size)
+        method = METHODS["rtn" if head else self.method]
+        if scheme.by_input and not head:
+            return round_input_groups(weight, bits, size, method)
+        return method(weight.t().contiguous(), bits, size)
+
+
+def write_shards(source: Path, work: Path, scheme: QuantConfig, rounding: Rounding) -> None:
+    """The shards of source's quantized model in work, skipping those that are there, and their index.
+
+    Raises UserError for weights that are not finite, or of several dtypes in a layer.
+    """
+    jobs = _jobs(source, scheme)
+    projections = hf_projection_names(load_config(source))
+    gptq = None
+    if rounding.method == "gptq":
+        assert rounding.sequences is not None
+        where = {name: path for names in jobs for name, path in names.items()}
+        device = pick_device(rounding.device)
+        gptq = BlockwiseGptq(source, scheme, rounding.sequences, where, device, rounding.refined)
+    index: dict[str, str] = {}
+    total = 0
+    for i, names in enumerate(progress(jobs, "quantizing", "layer")):
+        path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
+        is_layer = i + 1 < len(jobs)
+        if not path.exists():
+            tensors = quantized_tensors(names, projections, scheme, rounding)
+            if gptq is not None and is_layer:
+                tensors |= gptq.layer(i)
+            with atomic_file(path) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+        elif gptq is not None and is_layer:
+            gptq.skip(i, path)
+        with open_shard(path) as shard:
+            index |= dict.fromkeys(shard.keys(), path.name)
+        total += path.stat().st_size
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (work / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _jobs(source: Path, scheme: QuantConfig) -> list[dict[str, Path]]:
+    """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
+    where: dict[str, Path] = {}
+    for shard in find_shards(source):
+        with open_shard(shard) as tensors:
+            where |= dict.fromkeys(tensors.keys(), shard)
+    config = stored_config(source)
+    if scheme.lm_head and config.tie_embeddings:
+        where[f"{HEAD}.weight"] = where["model.embed_tokens.weight"]
+    elif config.tie_embeddings:
+        where.pop(f"{HEAD}.weight", None)
+    prefixes = [layer_prefix(i) for i in range(config.num_layers)]
+    jobs = [{name: path for name, path in where.items() if name.startswith(prefix)} for prefix in prefixes]
+    layers = set().union(*jobs)
+    return [*jobs, {name: path for name, path in where.items() if name not in layers}]
+
+
+def quantized_tensors(
+    names: dict[str, Path], projections: set[str], scheme: QuantConfig, rounding: Rounding
+) -> dict[str, Tensor]:  # fmt: skip
+    """What a shard holds of these tensors: weights of projections rounded, or left to gptq, the rest as it is.
+
+    Raises UserError.
+    """
+    result: dict[str, Tensor] = {}
+    dtypes: dict[Any, str] = {}
+    for name, path in sorted(names.items()):
+        with open_shard(path) as tensors:
+            stored = "model.embed_tokens.weight" if name not in tensors.keys() else name  # noqa: SIM118 - a tied head
+            tensor = tensors.get_tensor(stored)
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        prefix, _, part = name.rpartition(".")
+        is_rounded = prefix in projections or (prefix == HEAD and scheme.lm_head)
+        if part != "weight" or not is_rounded:
+            result[name] = tensor.contiguous()
+            continue
+        dtypes.setdefault(tensor.dtype, name)
+        if len(dtypes) > 1:
+            (one, first), (other, second) = dtypes.items()
+            raise UserError(f"{path}: {first} is {one} and {second} is {other}; expected one dtype in a layer")
+        parts = rounding.weight(prefix, tensor, scheme)
+        if parts is not None:
+            refined = rounding.refined.get(prefix, torch.empty(0)).clone()  # a file holds no tensor twice
+            stored_parts = zip(("qweight", "scales", "zeros", "refined"), (*parts, refined), strict=True)
+            result |= {f"{prefix}.{n}": t for n, t in stored_parts if t is not None and len(t)}
+    return result
