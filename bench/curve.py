@@ -20,8 +20,9 @@ FIELDS = ("method", "policy", "kl", "bytes_per_token")  # of a row, that a curve
 def build_parser() -> cli.Parser:
     """The command line of bench.curve."""
     parser = cli.Parser("Draw KL divergence over the weight bytes that a decoded token reads.")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="output of evaluate.py --json")
-    parser.add_argument("-o", "--output", type=Path, default=Path("curve.png"), help="PNG to write")
+    group = parser.add_argument_group("what to draw, and where to")
+    group.add_argument("files", type=Path, nargs="+", metavar="FILE", help="output of evaluate.py --json")
+    group.add_argument("-o", "--output", type=Path, default=Path("curve.png"), help="PNG to write")
     return parser
 
 

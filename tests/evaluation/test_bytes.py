@@ -92,6 +92,14 @@ def test_the_curve_is_drawn(call_main: InvokeMain, tmp_path: Path) -> None:
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_foreign_file_is_not_drawn_over(call_main: InvokeMain, tmp_path: Path) -> None:
+    (tmp_path / "int4.json").write_text(json.dumps({"rows": [row("dense", 30, 0.09)]}))
+    (tmp_path / "own.png").write_text("a photograph")
+    code, _, err = call_main(curve.main, tmp_path / "int4.json", "-o", tmp_path / "own.png")
+    assert_one_line_error(code, err, "own.png", "exists and is not")
+    assert (tmp_path / "own.png").read_text() == "a photograph"
+
+
 @pytest.mark.parametrize(
     "content,fragment",
     [("[]", "expected the output of evaluate.py --json"), ("no json", "expected the output of evaluate.py --json"),
