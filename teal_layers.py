@@ -190,16 +190,22 @@ def achieved_sparsity(model: Transformer) -> list[dict[str, float]]:
     return result
 
 
-def weight_bytes_per_token(model: Transformer) -> float:
+def weight_bytes_per_token(model: Transformer, float_bytes: int | None = None) -> float:
     """Bytes of weights one decode step reads: all projections and the head, less the rows that sparsity skips.
 
-    Skipped rows are those counted since set_counting; without a count all rows are taken as read.
+    Skipped rows are those counted since set_counting; without a count all rows are taken as read. float_bytes is what
+    a weight or scale in floats counts, whatever dtype it has here; None is the size of that dtype.
     """
     modules = [m for m in model.layers.modules() if isinstance(m, (SparseLinear, QuantizedLinear, nn.Linear))]
-    return sum(
-        module.bytes_read() if isinstance(module, SparseLinear) else sum(p.nbytes for p in module.parameters())
-        for module in (*modules, model.lm_head)
-    )
+    total = 0.0
+    for module in (*modules, model.lm_head):
+        parts = [t for name in ("weight", "scales", "zeros") if (t := getattr(module, name, None)) is not None]
+        held = sum(part.nbytes for part in parts)
+        sizes = [float_bytes if float_bytes and part.is_floating_point() else part.itemsize for part in parts]
+        counted = sum(part.numel() * size for part, size in zip(parts, sizes, strict=True))
+        # The rows that are read have their bytes in the same parts as all rows.
+        total += counted * (module.bytes_read() / held if isinstance(module, SparseLinear) else 1)
+    return total
 
 
 @contextmanager

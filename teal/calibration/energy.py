@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal.calibration.sensitivity import GRADIENT_LENGTH, HEAD_TOKENS, _backward
-from teal.model import Projection, Transformer
+from teal.calibration.sensitivity import HEAD_TOKENS, BackwardPass, pieces_of
+from teal.model import Block, Projection, Transformer
 from teal.progress import progress
 
 ENERGY_TOKENS = 4096  # at most, spread over the text: means of squares need no more
@@ -61,14 +61,12 @@ class _Sums:
 
 
 @contextmanager
-def _noting(model: Transformer) -> Iterator[list[list[_Sums]]]:
-    """Within the block every projection module adds up what passes through it [layer][module]."""
-    device = model.embedding.weight.device
-    found = [[_Sums(p, device) for p in block.projections()] for block in model.blocks]
+def _noting(block: Block, device: torch.device) -> Iterator[list[_Sums]]:
+    """Within the context every projection module of block adds up what passes through it."""
+    found = [_Sums(p, device) for p in block.projections()]
     handles = [
         block.get_submodule(sums.projection.module).register_forward_hook(lambda _, x, y, s=sums: s.note(x[0], y))
-        for block, own in zip(model.blocks, found, strict=True)
-        for sums in own
+        for sums in found
     ]
     try:
         yield found
@@ -79,11 +77,14 @@ def _noting(model: Transformer) -> Iterator[list[list[_Sums]]]:
 
 def channel_energies(model: Transformer, sequences: Tensor) -> list[dict[str, ChannelEnergy]]:
     """Of every projection of a float model [layer][projection], from sequences int64 [S, L] of token ids."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.enable_grad(), _noting(model) as found:
-        for ids in progress(_pieces(sequences), "measuring energies", "sequence"):
-            _backward(model, ids.clone(), generator)
-    return [{name: energy for sums in own for name, energy in sums.energies().items()} for own in found]
+    backward = BackwardPass(model, sequences, ENERGY_TOKENS)
+    backward.forward()
+    energies: list[dict[str, ChannelEnergy]] = [{} for _ in model.blocks]
+    for i in progress(range(len(model.blocks))[::-1], "measuring energies", "block"):
+        with _noting(model.blocks[i], model.embedding.weight.device) as found:
+            backward.through(i)
+        energies[i] = {name: energy for sums in found for name, energy in sums.energies().items()}
+    return energies
 
 
 @torch.inference_mode()
@@ -93,7 +94,7 @@ def head_energy(model: Transformer, sequences: Tensor) -> ChannelEnergy:
     inputs = torch.zeros(model.config.hidden_size, device=device)
     gradients = torch.zeros(model.config.vocab_size, device=device)
     tokens = 0
-    for ids in progress(_pieces(sequences), "measuring the head", "sequence"):
+    for ids in progress(pieces_of(sequences, ENERGY_TOKENS), "measuring the head", "sequence"):
         positions = torch.arange(len(ids), device=device)[None]
         hidden = model.hidden_states(ids[None].to(device), positions, model.new_cache(1, len(ids)))
         for normed in model.norm(hidden)[0].split(HEAD_TOKENS):
@@ -103,11 +104,3 @@ def head_energy(model: Transformer, sequences: Tensor) -> ChannelEnergy:
             gradients += variances.sum(0)
             tokens += len(normed)
     return ChannelEnergy((inputs / gradients.mean()).cpu(), (gradients / tokens).cpu())
-
-
-def _pieces(sequences: Tensor) -> list[Tensor]:
-    """Some of sequences [S, L], cut so that gradients of a piece fit: int64 [at most GRADIENT_LENGTH] each."""
-    length = min(GRADIENT_LENGTH, sequences.shape[1])
-    pieces = sequences[:, : sequences.shape[1] // length * length].reshape(-1, length)
-    count = min(len(pieces), max(1, ENERGY_TOKENS // length))
-    return list(pieces[torch.linspace(0, len(pieces) - 1, count).round().long()])

@@ -8,6 +8,9 @@ projection with twice the weights moves half as far.
 import heapq
 from collections.abc import Callable, Iterable
 
+import torch
+from torch import Tensor
+
 from teal.errors import UserError
 
 MAX_SPARSITY = 0.95  # of one projection: thresholds far in the tail rest on few samples
@@ -54,6 +57,24 @@ def greedy_sparsities(
                 heapq.heappush(queue, (increase(best), best))
         found.setdefault(target, dict(current))
     return [found[target] for target in targets]
+
+
+def block_error(output: Tensor, expected: Tensor, x: Tensor) -> float:
+    """The L2 error of a block's output [B, T, C], with no token's part out of proportion to what the block adds to it.
+
+    expected is the dense output and x the input, of the same shape. A token's squared error is divided by the squared
+    norm of expected - x, or by its median over tokens where that is larger. The paper's error divides by nothing. In
+    some models a few tokens, mostly the first, have activations hundreds of times the others' (Sun et al. 2024,
+    arXiv 2402.17762). In the blocks that add them and take them away, these tokens are then nearly the whole error.
+    """
+    added = _squared_norms(expected - x)
+    scale = added.clamp(min=max(float(added.median()), torch.finfo(added.dtype).tiny))
+    return float((_squared_norms(output - expected) / scale).sum().sqrt())
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """[..., C] -> fp32 [...]."""
+    return x.float().square().sum(dim=-1)
 
 
 def check_targets(targets: Iterable[float]) -> None:

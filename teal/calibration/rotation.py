@@ -58,24 +58,22 @@ def norm_weights(model: Transformer, sequences: Tensor) -> list[dict[str, float]
 
 def normed_covariance(stream: Stream, eps: float) -> Tensor:
     """E[z z^T] over all tokens of a stream [1, L, C], z = x / rms(x): fp64 [C, C]."""
-    total, count = 0.0, 0
+    total = torch.zeros((stream.parts[0].shape[-1],) * 2, dtype=torch.float64, device=stream.device)
     for part in stream.parts:
         x = part[0].to(stream.device).float()
         z = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        total, count = total + (z.t() @ z).double(), count + len(z)
-    assert isinstance(total, Tensor)
-    return total / count
+        total += z.t() @ z
+    return total / sum(part.shape[1] for part in stream.parts)
 
 
 def head_covariances(stream: Stream, kv_heads: int, head_dim: int) -> Tensor:
     """E[o o^T] of each key/value head over tokens and its query heads, for o [1, L, H D]: fp64 [K, D, D]."""
-    total, count = 0.0, 0
+    total = torch.zeros(kv_heads, head_dim, head_dim, dtype=torch.float64, device=stream.device)
     for part in stream.parts:
-        o = part[0].to(stream.device).float().view(len(part[0]), kv_heads, -1, head_dim)
+        o = part[0].to(stream.device).float().view(part.shape[1], kv_heads, -1, head_dim)
         rows = o.transpose(0, 1).reshape(kv_heads, -1, head_dim)
-        total, count = total + (rows.mT @ rows).double(), count + rows.shape[1]
-    assert isinstance(total, Tensor)
-    return total / count
+        total += rows.mT @ rows / rows.shape[1]
+    return total / len(stream.parts)
 
 
 def eigenvectors(covariance: Tensor) -> Tensor:

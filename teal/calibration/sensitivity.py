@@ -38,14 +38,10 @@ GRID = tuple(i / 20 for i in range(round(20 * MAX_SPARSITY) + 1))
 
 @dataclass(slots=True)
 class Samples:
-    """Of one projection: inputs x and v, both [n, K], of the same tokens.
-
-    output_energy: the mean square of g over tokens and outputs.
-    """
+    """Of one projection: inputs x and v, both [n, K], of the same tokens."""
 
     inputs: Tensor
     gradients: Tensor
-    output_energy: float
 
     def errors(self) -> list[float]:
         """The divergence in nats a token that each sparsity of GRID costs.
@@ -76,7 +72,6 @@ class Probe(nn.Module):
         self.module, self.projection = module, projection
         self.inputs: list[Tensor] = []
         self.gradients: dict[str, list[Tensor]] = {name: [] for name in projection.names}
-        self.energies: dict[str, list[float]] = {name: [] for name in projection.names}
 
     def forward(self, x: Tensor) -> Tensor:
         """As module's, x [1, T, K]."""
@@ -92,10 +87,7 @@ class Probe(nn.Module):
     def samples(self) -> dict[str, Samples]:
         """What was noted, by projection."""
         inputs = torch.cat(self.inputs)
-        return {
-            name: Samples(inputs, torch.cat(parts), sum(self.energies[name]) / len(parts))
-            for name, parts in self.gradients.items()
-        }
+        return {name: Samples(inputs, torch.cat(parts)) for name, parts in self.gradients.items()}
 
 
 class _Probed(torch.autograd.Function):
@@ -115,7 +107,6 @@ class _Probed(torch.autograd.Function):
         for name, part, weight in parts:
             v = part @ weight.t()
             probe.gradients[name].append(v[0])
-            probe.energies[name].append(float(part.float().square().mean()))
             total += v
         return total, None
 
@@ -144,10 +135,7 @@ class BackwardPass:
         if has_int8_cache(model):
             raise ParameterError("{method} global needs keys and values in floats to calibrate; leave {kv_cache} out")
         self.model = model
-        self.length = min(GRADIENT_LENGTH, sequences.shape[1])
-        pieces = sequences[:, : sequences.shape[1] // self.length * self.length].reshape(-1, self.length)
-        count = min(len(pieces), -(-tokens // self.length))
-        self.pieces = pieces[torch.linspace(0, len(pieces) - 1, count).round().long()]
+        self.pieces = pieces_of(sequences, tokens)
         self.inputs: list[list[Tensor]] = []  # [piece][block], fp32 [1, T, C]
         self.gradients: list[Tensor] = []  # [piece], where the next block to go back through ends
 
@@ -160,7 +148,7 @@ class BackwardPass:
             x, kept = model.embed(ids[None].to(device)), []
             for i in range(len(model.blocks)):
                 kept.append(x.cpu())
-                x = BlockStages(model, i, self.length).forward(x)
+                x = BlockStages(model, i, len(ids)).forward(x)
             self.inputs.append(kept)
             with torch.inference_mode(False), torch.enable_grad():
                 x = x.clone().requires_grad_()
@@ -168,15 +156,28 @@ class BackwardPass:
                 parts = [_head_gradient(model, part, generator) for part in normed.detach().split(HEAD_TOKENS, dim=1)]
                 self.gradients.append(torch.autograd.grad(normed, x, torch.cat(parts, dim=1))[0].cpu())
 
-    def samples(self, i: int) -> dict[str, Samples]:
-        """Those of block i's projections; gradients go back through it. Blocks go from the last to the first."""
+    def through(self, i: int) -> None:
+        """Gradients go back through block i. Blocks go from the last to the first."""
         block, device = self.model.blocks[i], self.model.embedding.weight.device
-        with torch.inference_mode(False), torch.enable_grad(), probes(block) as found:
+        with torch.inference_mode(False), torch.enable_grad():
             for j, kept in enumerate(self.inputs):
                 x = kept.pop().to(device, copy=True).requires_grad_()
-                y = block(x, *BlockStages(self.model, i, self.length).context)
+                y = block(x, *BlockStages(self.model, i, x.shape[1]).context)
                 self.gradients[j] = torch.autograd.grad(y, x, self.gradients[j].to(device, copy=True))[0].cpu()
+
+    def samples(self, i: int) -> dict[str, Samples]:
+        """As through(i), with the samples of the block's projections."""
+        with probes(self.model.blocks[i]) as found:
+            self.through(i)
             return {name: own for probe in found for name, own in probe.samples().items()}
+
+
+def pieces_of(sequences: Tensor, tokens: int) -> Tensor:
+    """About so many tokens, at even spacing over sequences int64 [N, L]: [pieces, at most GRADIENT_LENGTH]."""
+    length = min(GRADIENT_LENGTH, sequences.shape[1])
+    pieces = sequences[:, : sequences.shape[1] // length * length].reshape(-1, length)
+    count = min(len(pieces), -(-tokens // length))
+    return pieces[torch.linspace(0, len(pieces) - 1, count).round().long()]
 
 
 @torch.no_grad()

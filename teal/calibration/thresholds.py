@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.calibration.allocation import allocate
-from teal.calibration.greedy import check_targets, greedy_sparsities
+from teal.calibration.greedy import block_error, check_targets, greedy_sparsities
 from teal.calibration.sensitivity import GRID, BackwardPass
 from teal.calibration.stages import BlockStages, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
@@ -184,7 +184,7 @@ def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) ->
         layer = {n: ProjectionPlan(p, seen[n].quantile(p)) for n, p in sparsities.items()}
         use_layer(block, layer)
         with sparse_prefill(model):
-            return float((short.forward(short_x) - expected).float().norm())
+            return block_error(short.forward(short_x), expected, short_x)
 
     found = greedy_sparsities(error, stages.sizes, list(settings.targets), settings.step)
     sparsify_block(block, dict.fromkeys(stages.sizes, 0.0))

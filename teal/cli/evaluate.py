@@ -96,6 +96,9 @@ def add_measurement_arguments(parser: cli.Parser) -> None:
         "--decode-tokens", type=cli.count, default=0, help="score so many tokens one by one, too; 0 is off"
     )
     more.add_argument(
+        "--choices", type=cli.count, default=0, help="items of a multiple-choice task made from the text; 0 is off"
+    )
+    more.add_argument(
         "--lm-eval", metavar="TASKS", help="also run these tasks of lm-evaluation-harness, commas between"
     )
     more.add_argument("--lm-eval-path", type=Path, metavar="FOLDER", help="folder with further task definitions")
@@ -149,7 +152,7 @@ def evaluate_model(args: argparse.Namespace) -> None:
     if args.csv is not None:
         write_csv([result.as_row() for result in results], args.csv)  # of hours, before more of them
     warn_of_misses(results)
-    more = more_measurements(args, loaded, cases, tokens)
+    more = more_measurements(args, loaded, cases, tokens, reference)
     rows = [result.as_row() | further for result, further in zip(results, more, strict=True)]
     if args.json:
         print(json.dumps({"model": loaded.name, "tokens": len(tokens), "window": window, "rows": rows}))
@@ -189,10 +192,13 @@ def check_model(args: argparse.Namespace, text: str, calibration_text: str, mode
     """Raise UserError if this model cannot be evaluated as asked. Its weights have not been read yet."""
     from teal.calibration.texts import first_tokens
     from teal.checkpoint.loading import describe
+    from teal.evaluation.choices import check_items
     from teal.evaluation.quality import check_tokens
     from teal.plan import load_fitting_plan, plan_file
 
-    check_tokens(len(first_tokens(model.tokenizer.encode, text, args.tokens)), args.continuations)
+    count = len(first_tokens(model.tokenizer.encode, text, args.tokens))
+    check_tokens(count, args.continuations)
+    check_items(count, args.choices)
     if args.reference is not None:
         expected, found = model.config.vocab_size, describe(args.reference, None).config.vocab_size
         if found != expected:
@@ -295,9 +301,14 @@ def warn_of_misses(results: "list[Result]") -> None:
 
 
 def more_measurements(
-    args: argparse.Namespace, loaded: "LoadedModel", cases: "list[Case]", tokens: "Tensor"
+    args: argparse.Namespace,
+    loaded: "LoadedModel",
+    cases: "list[Case]",
+    tokens: "Tensor",
+    reference: "Transformer | None",
 ) -> list[dict[str, Any]]:
     """For each case the measurements that options ask for; generated tokens are all sparse whatever the policy."""
+    from teal.evaluation.choices import choice_scores
     from teal.evaluation.quality import agreements_with_dense, decode_score
     from teal.plan import keep_all_plan
     from teal.teal_layers import sparsify
@@ -312,6 +323,9 @@ def more_measurements(
         for row, plan in zip(found, plans, strict=True):
             sparsify(model, plan)
             row["decode_perplexity"] = decode_score(model, tokens[: args.decode_tokens]).perplexity
+    if args.choices > 0:
+        for row, scores in zip(found, choice_scores(model, cases, tokens, args.choices, reference), strict=True):
+            row |= scores
     if args.lm_eval:
         from teal.evaluation.harness import run_tasks
 

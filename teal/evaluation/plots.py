@@ -1,4 +1,4 @@
-"""PNG figures, as in the paper's: input distributions with their thresholds, sparsity by layer, quality by sparsity."""
+"""PNG figures: input distributions with their thresholds, sparsity by layer, quality by sparsity and by bytes read."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from teal.files import FileKind, atomic_file
 from teal.model import Projection
 from teal.plan import Histogram, SparsityPlan, bin_edges
 
+Lines = dict[str, list[tuple[float, float]]]  # points (x, y) by label
 DRAWN_BINS = 80
 # Figures of older releases have no mark of their own: 1080 x 600 pixels, by matplotlib.
 FIGURE = FileKind(
@@ -83,6 +84,23 @@ def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
         axes.grid(alpha=0.3)
+
+    _save(draw, path)
+
+
+def plot_curve(lines: Lines, path: Path) -> None:
+    """KL divergence, on a log axis, over the weight bytes that a token reads: lines of (bytes, KL > 0)."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for label, points in lines.items():
+            axes.plot([size / 1e6 for size, _ in points], [kl for _, kl in points], marker="o", label=label)
+        axes.set_xlabel("MB of weights read per token")
+        axes.set_ylabel("KL divergence (nats per token)")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend()
+        axes.grid(alpha=0.3, which="both")
 
     _save(draw, path)
 

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal.calibration.stages import weight_counts
 from teal.errors import UserError
 from teal.layers.phase import decoding
 from teal.model import Transformer
 from teal.options import POLICY_SHARES
 from teal.plan import SparsityPlan, keep_all_plan
 from teal.progress import progress
-from teal.teal_layers import achieved_sparsity, set_counting, sparse_prefill, sparsify
+from teal.teal_layers import achieved_sparsity, set_counting, sparse_prefill, sparsify, weight_bytes_per_token
 
 CONTINUATION_PROMPT = 64  # tokens of text before a greedy continuation
 CONTINUATION_LENGTH = 128  # tokens continued at most
+FLOAT_BYTES = 2  # of a weight or scale in floats when bytes are counted: 16 bits, though fp32 may compute the figures
 
 
 @dataclass(slots=True)
@@ -56,20 +58,42 @@ class Case:
 
 @dataclass(slots=True)
 class Result:
-    """Everything measured of a case."""
+    """Everything measured of a case.
+
+    achieved: sparsities [layer][projection], none for the dense model. counts: weights of each projection of a layer.
+    bytes_per_token: those of the weights that decoding one token reads, floats counted as FLOAT_BYTES.
+    """
 
     case: Case
+    counts: dict[str, int]
     score: Score = field(default_factory=Score)
     achieved: list[dict[str, float]] = field(default_factory=list)
+    bytes_per_token: float = 0.0
 
     def as_row(self) -> dict[str, Any]:
         row: dict[str, Any] = {"method": self.case.method, "sparsity": self.case.sparsity, "policy": self.case.policy}
         row |= self.score.as_row()
+        row["bytes_per_token"] = round(self.bytes_per_token)
         if self.achieved and self.case.plan is not None:
-            pairs = zip(self.achieved, self.case.plan.layers, strict=True)
-            gaps = [abs(seen[n] - p.sparsity) for seen, layer in pairs for n, p in layer.items()]
-            row |= {"worst_sparsity_gap": max(gaps), "mean_sparsity_gap": sum(gaps) / len(gaps)}
+            row |= self._sparsity_fields(self.case.plan)
         return row
+
+    def _sparsity_fields(self, plan: SparsityPlan) -> dict[str, float]:
+        """The share of all weights that was dropped, by how much that is more than planned, and single projections."""
+        planned = [{name: p.sparsity for name, p in layer.items()} for layer in plan.layers]
+        gaps = [abs(seen[n] - p) for seen, layer in zip(self.achieved, planned, strict=True) for n, p in layer.items()]
+        achieved = self._share_of_weights(self.achieved)
+        return {
+            "achieved_sparsity": achieved,
+            "signed_sparsity_gap": achieved - self._share_of_weights(planned),
+            "worst_sparsity_gap": max(gaps),
+            "mean_sparsity_gap": sum(gaps) / len(gaps),
+        }
+
+    def _share_of_weights(self, sparsities: list[dict[str, float]]) -> float:
+        """The mean of sparsities [layer][projection], each projection weighing as many as it has weights."""
+        dropped = sum(p * self.counts[name] for layer in sparsities for name, p in layer.items())
+        return dropped / (len(sparsities) * sum(self.counts.values()))
 
 
 def windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -112,10 +136,12 @@ def evaluate(
     any case has a plan (thresholds change in place). Raises UserError if there are too few tokens.
     """
     check_tokens(len(tokens))
-    results = [Result(case) for case in cases]
+    counts = weight_counts(model.config.projections())
+    results = [Result(case, counts) for case in cases]
     weight = model.embedding.weight
     sums: list[list[dict[str, float]]] = [[] for _ in cases]  # of achieved sparsities times tokens
     spans = list(windows(len(tokens), length, stride))
+    total = sum(end - begin for begin, _, end in spans)
     for begin, first, end in progress(spans, "evaluating", "window"):
         ids = tokens[None, begin:end].to(weight.device)
         dense = window_logits(model, ids, first - begin)
@@ -129,9 +155,9 @@ def evaluate(
                 with sparse_prefill(model, POLICY_SHARES[case.policy]):
                     logits = window_logits(model, ids, first - begin)
                 add_shares(sums[i], achieved_sparsity(model), end - begin)
-                set_counting(model, False)
+            result.bytes_per_token += weight_bytes_per_token(model, FLOAT_BYTES) * (end - begin) / total
+            set_counting(model, False)
             add_score(result.score, logits, expected, ids[0, first - begin :])
-    total = sum(end - begin for begin, _, end in spans)
     for result, layers in zip(results, sums, strict=True):
         result.achieved = [{name: value / total for name, value in layer.items()} for layer in layers]
     return results
