@@ -41,7 +41,7 @@ PLAIN_FILES = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of quantize.py."""
-    parser = cli.Parser("Quantize a checkpoint's weights to 8 or 4 bits.")
+    parser = cli.Parser("Quantize a checkpoint's weights to 8 bits, 4 bits, or 8 where energy is and 4 elsewhere.")
     what = parser.add_argument_group("what to quantize")
     add_checkpoint_argument(what)
     what.add_argument(
