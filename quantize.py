@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_BITS = 4.25  # of --mode mixed
 SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 MARKER = "progress.json"  # in the work folder: which job it is of
-REFINED = "refined.json"  # there, too: the channels that --mode mixed chose
+REFINED = ".refined.json"  # there, too: the channels that --mode mixed chose; no copy of a file of the source
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Beside shards what a folder may hold that an older release wrote, without a list of its files.
 PLAIN_FILES = {
