@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_BITS = 4.25  # of --mode mixed
 SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 MARKER = "progress.json"  # in the work folder: which job it is of
-REFINED = "refined.json"  # there, too: the channels that --mode mixed chose
+REFINED = ".refined.json"  # there, too: the channels that --mode mixed chose; no copy of a file of the source
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Beside shards what a folder may hold that an older release wrote, without a list of its files.
 PLAIN_FILES = {
@@ -41,7 +41,7 @@ PLAIN_FILES = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of quantize.py."""
-    parser = cli.Parser("Quantize a checkpoint's weights to 8 or 4 bits.")
+    parser = cli.Parser("Quantize a checkpoint's weights to 8 bits, 4 bits, or 8 where energy is and 4 elsewhere.")
     what = parser.add_argument_group("what to quantize")
     add_checkpoint_argument(what)
     what.add_argument(

@@ -80,6 +80,24 @@ def test_the_result_decodes_and_is_near_the_model(
     assert digests(source) == before
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("dtype,family", [("fp32", "qkvo-bias"), ("bf16", "qkv-bias"), ("fp16", "qk-norm")])
+def test_mixed_bits_lie_between(dtype: str, family: str, method: str, tmp_path: Path) -> None:
+    """Of a tied model: 6 bits on average, head included, err less than 4 and more than 8."""
+    source = make(tmp_path / "source", family, dtype, tied=True)
+    cpu = torch.device("cpu")
+    expected = logits(load_model(source, cpu, torch.float32))
+    sequences = torch.randint(0, 199, (4, 64), generator=torch.Generator().manual_seed(0))
+    errors = []
+    for bits in (4.0, 6.0, 8.0):
+        scheme = QuantConfig("mixed", 32, lm_head=True, average_bits=bits, head_bits=4)
+        quantize.quantize_folder(source, tmp_path / f"{bits}", scheme, method, sequences, "cpu")
+        errors.append(relative_error(logits(load_model(tmp_path / f"{bits}", cpu, torch.float32)), expected))
+        own = load_model(tmp_path / f"{bits}", cpu, DTYPES[dtype])
+        assert relative_error(logits(own).float(), expected) < errors[-1] + 0.03, f"logits of {bits} bits in {dtype}"
+    assert errors[0] > 1.5 * errors[1] > 3 * errors[2], errors
+
+
 def test_a_bf16_model_with_biases_decodes_after_gptq(tmp_path: Path, byte_level_tokenizer_json: str) -> None:
     source = make(tmp_path / "source", "qkv-bias", "bf16", tied=True)
     (source / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")

@@ -55,6 +55,13 @@ def test_no_other_choice_of_as_many_bytes_costs_less() -> None:
     assert best == pytest.approx(min(others)) and best < 0.99 * sorted(others)[1]
 
 
+def test_what_a_byte_takes_off_decides() -> None:
+    """Narrow channels that cost half of what wide ones do, at a tenth of the bytes, come first."""
+    wide, narrow = Costs(torch.full((UNIT,), 2.0), 320), Costs(torch.full((2 * UNIT,), 1.0), 32)
+    first, second = best_channels([wide, narrow], 4 + 4 * 320 / (320 + 64))
+    assert len(first) == 0 and len(second) == 2 * UNIT
+
+
 def test_costs_are_by_definition_and_find_a_planted_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refinement, "WEIGHTS_AT_ONCE", 960)  # ten channels
     generator = torch.Generator().manual_seed(0)
