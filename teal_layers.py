@@ -24,7 +24,7 @@ class SparseLinear(PhasedModule):
     """nn.Linear whose input is thresholded by magnitude, with a threshold per named output segment.
 
     names and sizes list the projections stacked in the weight, e.g. ("q", "k", "v") and their widths. The weight of a
-    QuantizedLinear is shared as it is; scales is None for one in floats, refined where no channel has a second row.
+    QuantizedLinear is shared as it is; scales is None for one in floats. refined is None without second rows.
     Bits of the result match between runs; between thread counts they need not.
     """
 
