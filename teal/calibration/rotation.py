@@ -50,7 +50,7 @@ def norm_weights(model: Transformer, sequences: Tensor) -> list[dict[str, float]
             assert isinstance(norm, RMSNorm)
             scales = norm.weight.float().square()
             found[i][p.name] = sum(
-                float((samples[name].gradients.float().square().mean(0) @ scales)) if p.input == "normed" else 0.0
+                float(samples[name].gradients.float().square().mean(0) @ scales) if p.input == "normed" else 0.0
                 for name in p.names
             )
     return found

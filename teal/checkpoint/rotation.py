@@ -12,16 +12,14 @@ Norms become ones. A head that was tied to the embedding gets a weight of its ow
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teal.checkpoint.weights import block_targets, layer_prefix, open_shard
+from teal.checkpoint.weights import block_targets, open_shard
 from teal.errors import UserError
 from teal.files import atomic_file
 from teal.model import Block, ModelConfig, Projection, Transformer
