@@ -1,4 +1,4 @@
-"""PNG figures: input distributions with their thresholds, sparsity by layer, quality by sparsity and by bytes read."""
+"""PNG figures: inputs with their thresholds, energy by channel, values by layer, quality by sparsity and by bytes."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,6 +13,8 @@ from teal.model import Projection
 from teal.plan import Histogram, SparsityPlan, bin_edges
 
 Lines = dict[str, list[tuple[float, float]]]  # points (x, y) by label
+ByLayer = list[dict[str, float]]  # a value [layer][projection]
+Channels = tuple[np.ndarray, np.ndarray]  # energy and kept share by channel, each in falling order
 DRAWN_BINS = 80
 # Figures of older releases have no mark of their own: 1080 x 600 pixels, by matplotlib.
 FIGURE = FileKind(
@@ -23,16 +25,49 @@ MAX_PANELS = 3  # layers drawn in the figure of input distributions: first, midd
 
 def plot_sparsities(plan: SparsityPlan, path: Path) -> None:
     """Heat map of sparsity by layer and projection."""
+    values = [{name: p.sparsity for name, p in layer.items()} for layer in plan.layers]
+    plot_by_layer({f"{plan.method}, target {plan.target:g}": values}, "sparsity", path)
+
+
+def plot_by_layer(maps: dict[str, ByLayer], label: str, path: Path, log: bool = False) -> None:
+    """Heat maps by layer and projection, one below the other by title, with one scale of colours: 0 to 1, or log."""
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        names = list(plan.layers[0])
-        values = [[layer[name].sparsity for layer in plan.layers] for name in names]
-        image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel("layer")
-        axes.set_title(f"{plan.method}, target {plan.target:g}")
-        figure.colorbar(image, label="sparsity")
+        from matplotlib.colors import LogNorm, Normalize
+
+        values = {title: [[layer[name] for layer in layers] for name in layers[0]] for title, layers in maps.items()}
+        positive = [v for rows in values.values() for row in rows for v in row if v > 0]
+        norm = LogNorm(min(positive, default=0.1), max(positive, default=1.0)) if log else Normalize(0, 1)
+        grid = figure.subplots(len(maps), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, layers) in zip(grid, maps.items(), strict=True):
+            image = axes.imshow(values[title], aspect="auto", norm=norm, cmap="viridis")
+            axes.set_yticks(range(len(layers[0])), list(layers[0]))
+            axes.set_title(title)
+        grid[-1].set_xlabel("layer")
+        figure.colorbar(image, ax=list(grid), label=label)
+
+    _save(draw, path)
+
+
+def plot_channels(lines: dict[tuple[str, str], Channels], sparsity: float, path: Path) -> None:
+    """Energy by channel, its running sum and the kept share, by (kind of input, "plain" or "rotated")."""
+    kinds = list(dict.fromkeys(kind for kind, _ in lines))
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, 3)
+        for (kind, weights), (energy, kept) in lines.items():
+            style = {"color": f"C{kinds.index(kind)}", "linestyle": "-" if weights == "rotated" else ":"}
+            share = np.arange(1, len(energy) + 1) / len(energy)
+            for axes, values in zip(panels, (energy, energy.cumsum() / energy.sum(), kept), strict=True):
+                axes.plot(share, values, label=f"{kind}, {weights}", **style)
+        panels[0].set_yscale("log")
+        titles = ("energy, mean of channels = 1", "share of energy in the channels so far", f"kept at {sparsity:.0%}")
+        for axes, title in zip(panels, titles, strict=True):
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("channels, largest first")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.3)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds))
 
     _save(draw, path)
 
