@@ -25,7 +25,7 @@ from torch import Tensor
 from teal.calibration.allocation import allocate
 from teal.calibration.greedy import check_targets
 from teal.calibration.rotation import find_rotation
-from teal.calibration.sensitivity import GRID, BackwardPass, Samples
+from teal.calibration.sensitivity import GRID, TOKENS, BackwardPass, Samples, pieces_of
 from teal.calibration.stages import weight_counts
 from teal.calibration.texts import read_texts, split_sequences
 from teal.checkpoint.loading import load_for_decoding
@@ -181,7 +181,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shares = {weights: found[weights].allocation(sizes, args.sparsity) for weights in WEIGHTS}
     rows = [found[weights].row(weights, args.sparsity, shares[weights]) for weights in WEIGHTS]
     figures = [str(path) for path in draw(found, shares, args.sparsity, args.output)]
-    return {"model": loaded.name, "sparsity": args.sparsity, "tokens": other.numel(), "figures": figures, "rows": rows}
+    tokens = {"rotation_tokens": fitted.numel(), "tokens": pieces_of(other, TOKENS).numel()}
+    return {"model": loaded.name, "sparsity": args.sparsity} | tokens | {"figures": figures, "rows": rows}
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
