@@ -1,4 +1,4 @@
-"""What a rotation does to a model's channels: python -m bench.energy --sequences 2 --length 256 -o figures
+"""What a rotation does to a model's channels: python -m bench.energy -o figures
 
 The rotation is found on one part of the text, and everything else is measured on the other. Three figures, each with
 the plain weights beside the rotated ones:
