@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from teal.model import Projection
     from teal.plan import Histogram, SparsityPlan
 
+ROTATION_SHARE = 4  # sequences to find a rotation on, to one for thresholds, as far as the text goes
+
 
 def build_parser() -> cli.Parser:
     """The command line of calibrate.py."""
@@ -31,12 +33,17 @@ def build_parser() -> cli.Parser:
         "--sparsity", type=cli.sparsities, default=default.targets, help="target, or several with commas between"
     )
     what.add_argument(
-        "--method", choices=METHODS, default=default.method,
-        help="same for all; Algorithm 1, block by block; or over all layers, where gradients predict least divergence",
+        "--method", choices=METHODS,
+        help="same for all; Algorithm 1, block by block; or over all layers, where gradients predict least divergence "
+        f"(the default, {default.method}); of published plans uniform unless given",
     )  # fmt: skip
     what.add_argument(
         "--step", type=float, default=default.step, help="greedy: average sparsity added to a projection a step"
     )
+    what.add_argument(
+        "--rotate", type=Path, metavar="FOLDER",
+        help="first write the model there in a basis of few strong channels, then calibrate that one",
+    )  # fmt: skip
     text = parser.add_argument_group("text")
     add_text_arguments(text)
     text.add_argument(
@@ -71,7 +78,7 @@ def main() -> None:
 
         paths = output_paths(args, args.import_teal.name.lower())
         with reserved(*outputs(paths, args.plot, args.sparsity)):
-            plans = [import_teal(args.import_teal, target, args.method) for target in args.sparsity]
+            plans = [import_teal(args.import_teal, target, args.method or METHODS[0]) for target in args.sparsity]
             save(plans, paths)
             draw(plans, args.plot)
     else:
@@ -84,11 +91,41 @@ def calibrate_model(args: argparse.Namespace) -> None:
         check_writable("-o", output_paths(args, "model")[0])
     from teal.calibration.texts import read_texts
 
-    settings = Settings(args.sparsity, args.method, args.step)
+    settings = Settings(args.sparsity, args.method or Settings().method, args.step)
     text = read_texts(args.text, args.field)
+    if args.rotate is not None:
+        rotate_model(args, text)
     paths = calibrated_paths(args)
     with reserved(*outputs(paths, args.plot, args.sparsity)):
         write_plans(args, settings, text, paths)
+
+
+def rotate_model(args: argparse.Namespace, text: str) -> None:
+    """Write the model of args to args.rotate in the basis found on a part of text, which args then name as theirs.
+
+    A folder that an earlier call wrote is taken as it is. Raises UserError.
+    """
+    from teal.calibration.rotation import find_rotation
+    from teal.calibration.texts import rotation_text, spread_sequences, text_hash
+    from teal.checkpoint.loading import load_for_decoding
+    from teal.checkpoint.rotation import check_can_rotate, write_rotated
+    from teal.checkpoint.source import resolve_checkpoint
+
+    if args.random_weights is not None:
+        raise UserError("--rotate does not go with --random-weights: they have no energy to sort")
+    with reserved(Output("--rotate", args.rotate, None)):
+        source = resolve_checkpoint(args.checkpoint)
+        if not check_can_rotate(source, args.rotate):
+            loaded = load_for_decoding(model_options(args, sparsity=0.0))
+            length = min(args.length, loaded.model.config.max_seq_len)
+            most = ROTATION_SHARE * args.sequences
+            sequences = spread_sequences(loaded.tokenizer.encode, rotation_text(text), most, length)
+            rotation = find_rotation(loaded.model, sequences, args.offload)
+            del loaded
+            facts = {"text": text_hash(text), "sequences": len(sequences), "length": length}
+            write_rotated(source, args.rotate, rotation, facts)
+            print(args.rotate)
+    args.checkpoint = str(args.rotate)
 
 
 def write_plans(args: argparse.Namespace, settings: Settings, text: str, paths: list[Path]) -> None:
@@ -102,13 +139,13 @@ def write_plans(args: argparse.Namespace, settings: Settings, text: str, paths: 
     def cut_text(model: "Described") -> None:  # before the weights are read: it may be too short
         limit = model.config.max_seq_len
         sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
-        cut[:] = split_sequences(model.tokenizer.encode, text, *sizes)
+        cut[:] = split_sequences(model.tokenizer.encode, text, *sizes, model.is_rotated)
 
     loaded = load_for_decoding(model_options(args, sparsity=0.0), cut_text, sparse=True)
     sequences, checked = cut
     length = sequences.shape[1]
     facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
-    request = json.dumps([loaded.identity, facts, args.sparsity, args.method, args.step])
+    request = json.dumps([loaded.identity, facts, settings.targets, settings.method, settings.step])
     progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
     seen: list[list[dict[str, Histogram]]] = []
     histograms = seen if args.plot else None

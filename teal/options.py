@@ -116,7 +116,7 @@ class Settings:
     """
 
     targets: tuple[float, ...] = (0.5,)
-    method: str = METHODS[0]
+    method: str = METHODS[-1]
     step: float = 0.05
 
     def __post_init__(self) -> None:

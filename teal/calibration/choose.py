@@ -4,16 +4,18 @@ import sys
 import time
 
 from teal.calibration.texts import default_text, text_hash
-from teal.calibration.thresholds import calibrate_uniform
+from teal.calibration.thresholds import calibrate_quickly
 from teal.checkpoint.loading import LoadedModel, load_plan
 from teal.errors import UserError
+from teal.layers.int8_cache import has_int8_cache
+from teal.options import Settings
 from teal.plan import SparsityPlan, cached_plan, keep_all_plan, plan_file
 
 
 def choose_plan(
     loaded: LoadedModel, sparsity: float, plan: str | None, can_calibrate: bool = True
 ) -> SparsityPlan:  # fmt: skip
-    """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick uniform one.
+    """The plan in the file named plan, or the one for this sparsity beside the checkpoint, or a quick one.
 
     Sparsity 0 without a file is the plan that keeps all.
     """
@@ -24,24 +26,27 @@ def choose_plan(
 
 
 def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True) -> SparsityPlan:
-    """A uniform plan calibrated on the default text, or found in the cache; calibrating makes the model sparse.
+    """A plan calibrated on the default text, or found in the cache; calibrating makes the model sparse.
 
+    It is a global one, but for a model whose keys and values are rounded, which no gradient passes: a uniform one.
     Raises UserError if it is not in the cache and can_calibrate says that the model cannot be calibrated.
     """
     text = default_text()
     weight = loaded.model.embedding.weight
-    path = cached_plan(loaded.identity, f"{text_hash(text)}-uniform", weight.dtype, weight.device, sparsity)
+    settings = Settings((sparsity,), "uniform" if has_int8_cache(loaded.model) else "global")
+    path = cached_plan(loaded.identity, f"{text_hash(text)}-{settings.method}", weight.dtype, weight.device, sparsity)
     if path.exists():
         return SparsityPlan.load(path)
     if not can_calibrate:
         raise UserError(
             f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"
         )
-    print(f"calibrating sparsity {sparsity:g} on Python's help topics (once)", file=sys.stderr)
+    print(f"calibrating sparsity {sparsity:g} ({settings.method}) on Python's help topics (once)", file=sys.stderr)
     start = time.perf_counter()
-    plan = calibrate_uniform(
-        loaded.model, loaded.tokenizer.encode, sparsity, text, loaded.weights, save=lambda plans: plans[0].save(path)
-    )
+    plan = calibrate_quickly(
+        loaded.model, loaded.tokenizer.encode, settings, text, loaded.weights, lambda plans: plans[0].save(path),
+        loaded.is_rotated,
+    )  # fmt: skip
     plan.save(path)
     loaded.calibrate_s += time.perf_counter() - start
     return plan

@@ -81,7 +81,7 @@ def channel_energies(model: Transformer, sequences: Tensor) -> list[dict[str, Ch
     backward.forward()
     energies: list[dict[str, ChannelEnergy]] = [{} for _ in model.blocks]
     for i in progress(range(len(model.blocks))[::-1], "measuring energies", "block"):
-        with _noting(model.blocks[i], model.embedding.weight.device) as found:
+        with torch.inference_mode(False), _noting(model.blocks[i], model.embedding.weight.device) as found:
             backward.through(i)
         energies[i] = {name: energy for sums in found for name, energy in sums.energies().items()}
     return energies

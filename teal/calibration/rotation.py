@@ -12,6 +12,7 @@ from torch import Tensor
 from teal.calibration.sensitivity import BackwardPass
 from teal.calibration.stages import BlockStages, Stream
 from teal.checkpoint.rotation import Rotation
+from teal.errors import ParameterError
 from teal.model import RMSNorm, Transformer
 from teal.progress import progress
 
@@ -20,7 +21,15 @@ WEIGHT_TOKENS = 1024  # tokens of gradients that tell how much a norm matters: o
 
 @torch.inference_mode()
 def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) -> Rotation:
-    """The rotation of a dense model, from sequences int64 [N, L] of token ids. Raises UserError as BackwardPass does."""
+    """The rotation of a dense model in floats, from sequences int64 [N, L] of token ids.
+
+    offload: keep activations in host memory. Raises UserError if there are fewer tokens than channels.
+    """
+    if sequences.numel() < model.config.hidden_size:
+        raise ParameterError(
+            "{rotate}: {} tokens cannot tell the energy of {} channels; give a longer {text}, or more sequences",
+            sequences.numel(), model.config.hidden_size,
+        )  # fmt: skip
     c, device = model.config, model.embedding.weight.device
     weights = norm_weights(model, sequences)
     stream = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)

@@ -12,17 +12,22 @@ time when its turn comes, and what was noted of it is used up before the next.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teal.calibration.greedy import MAX_SPARSITY
 from teal.calibration.stages import BlockStages
 from teal.errors import ParameterError
+from teal.files import atomic_file
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Block, Projection, Transformer
+from teal.plan import projection_names
 from teal.progress import progress
 from teal.teal_layers import SparseLinear
 
@@ -156,6 +161,12 @@ class BackwardPass:
                 parts = [_head_gradient(model, part, generator) for part in normed.detach().split(HEAD_TOKENS, dim=1)]
                 self.gradients.append(torch.autograd.grad(normed, x, torch.cat(parts, dim=1))[0].cpu())
 
+    def resume(self, layers: int, gradients: list[Tensor]) -> None:
+        """Stand before block layers, with gradients as they were there."""
+        self.gradients = gradients
+        for kept in self.inputs:
+            del kept[layers:]
+
     def through(self, i: int) -> None:
         """Gradients go back through block i. Blocks go from the last to the first."""
         block, device = self.model.blocks[i], self.model.embedding.weight.device
@@ -170,6 +181,48 @@ class BackwardPass:
         with probes(self.model.blocks[i]) as found:
             self.through(i)
             return {name: own for probe in found for name, own in probe.samples().items()}
+
+
+Layer = dict[str, list[float]]  # errors at the sparsities of GRID, by projection
+
+
+def error_curves(model: Transformer, sequences: Tensor, notes: Path | None = None, key: str = "") -> list[Layer]:
+    """The errors of every projection of a dense model [layer], from sequences int64 [N, L] of token ids.
+
+    What is known after each block is kept in the file notes, and a later call with the same key goes on from there.
+    """
+    names, layers = projection_names(model.config), len(model.blocks)
+    done, gradients = _read_notes(notes, key)
+    if len(done) < layers:
+        backward = BackwardPass(model, sequences)
+        backward.forward()
+        if done:
+            backward.resume(layers - len(done), gradients)
+        for i in progress(range(layers - len(done))[::-1], "estimating sensitivity", "block"):
+            samples = backward.samples(i)
+            done.append([samples[name].errors() for name in names])
+            _write_notes(notes, key, done, backward.gradients)
+    return [dict(zip(names, errors, strict=True)) for errors in reversed(done)]
+
+
+def _read_notes(notes: Path | None, key: str) -> tuple[list[list[list[float]]], list[Tensor]]:
+    """Errors [block, from the last one on][projection][sparsity], and gradients before the last of those blocks."""
+    try:
+        if notes is not None and notes.exists():
+            with safe_open(notes, framework="pt") as tensors:
+                if (tensors.metadata() or {}).get("key") == key:
+                    return tensors.get_tensor("errors").tolist(), list(tensors.get_tensor("gradients"))
+    except (OSError, SafetensorError):
+        pass  # damaged notes are as good as none
+    return [], []
+
+
+def _write_notes(notes: Path | None, key: str, done: list[list[list[float]]], gradients: list[Tensor]) -> None:
+    if notes is None:
+        return
+    tensors = {"errors": torch.tensor(done, dtype=torch.float64), "gradients": torch.stack(gradients)}
+    with atomic_file(notes) as temporary:
+        save_file(tensors, temporary, {"key": key})
 
 
 def pieces_of(sequences: Tensor, tokens: int) -> Tensor:

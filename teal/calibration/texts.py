@@ -63,23 +63,40 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """(calibration part, held-out part) of a text: 4/5 and 1/5 of it."""
-    size = max(
-        1, min(SPLIT_BLOCK, len(text) // HELD_OUT_EVERY)
-    )  # of a block; a short text gives something to both parts
-    blocks = [text[i : i + size] for i in range(0, len(text), size)]
-    held_out = blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    del blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    return "".join(blocks), "".join(held_out)
+def split_text(text: str, rotated: bool = False) -> tuple[str, str]:
+    """(calibration part, held-out part) of a text: 4/5 and 1/5 of it.
+
+    rotated: for a model whose rotation was found on rotation_text(text): the calibration part is then the other 2/5.
+    """
+    blocks = _blocks(text)
+    used = [block for i, block in enumerate(blocks) if i % HELD_OUT_EVERY in ((1, 3) if rotated else (0, 1, 2, 3))]
+    return "".join(used), "".join(blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+
+
+def rotation_text(text: str) -> str:
+    """The 2/5 of a text to find a rotation on: a basis fits its own text, and thresholds found there keep too much."""
+    return "".join(block for i, block in enumerate(_blocks(text)) if i % HELD_OUT_EVERY in (0, 2))
+
+
+def _blocks(text: str) -> list[str]:
+    # a short text gives something to both parts
+    size = max(1, min(SPLIT_BLOCK, len(text) // HELD_OUT_EVERY))
+    return [text[i : i + size] for i in range(0, len(text), size)]
 
 
 def split_sequences(
-    encode: Callable[[str], list[int]], text: str, calibration: tuple[int, int], held_out: tuple[int, int]
+    encode: Callable[[str], list[int]],
+    text: str,
+    calibration: tuple[int, int],
+    held_out: tuple[int, int],
+    rotated: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of the two parts of a text, each int64 [sequences, length] of the sizes given. Raises UserError."""
-    parts = split_text(text)
-    names = (CALIBRATION_PART, "the 1/5 held out to check it")
+    """Tokens of the two parts of a text, each int64 [sequences, length] of the sizes given. Raises UserError.
+
+    rotated: as for split_text.
+    """
+    parts = split_text(text, rotated)
+    names = (CALIBRATION_PART.replace("4", "2") if rotated else CALIBRATION_PART, "the 1/5 held out to check it")
     first, second = (
         token_sequences(encode, part, *size, (name, len(text)))
         for part, size, name in zip(parts, (calibration, held_out), names, strict=True)
@@ -115,3 +132,15 @@ def token_sequences(
 def first_tokens(encode: Callable[[str], list[int]], text: str, count: int) -> Tensor:
     """int64 [at most count]: the first tokens of a text."""
     return torch.tensor(encode(text[: CHARACTERS_PER_TOKEN * count])[:count], dtype=torch.int64)
+
+
+def spread_sequences(encode: Callable[[str], list[int]], text: str, most: int, length: int) -> Tensor:
+    """int64 [at most most, length]: whole sequences of a text's tokens, at even spacing, one behind the other.
+
+    Raises UserError if there is not one.
+    """
+    tokens = torch.tensor(encode(text), dtype=torch.int64)
+    whole = tokens[: len(tokens) // length * length].view(-1, length)
+    if not len(whole):
+        raise ParameterError("{text}: {} tokens are no sequence of {}; give a longer text", len(tokens), length)
+    return whole[torch.linspace(0, len(whole) - 1, min(most, len(whole))).round().long()]

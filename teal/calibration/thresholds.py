@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from teal.calibration.allocation import allocate
 from teal.calibration.greedy import block_error, check_targets, greedy_sparsities
-from teal.calibration.sensitivity import GRID, BackwardPass
+from teal.calibration.sensitivity import GRID, error_curves
 from teal.calibration.stages import BlockStages, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
@@ -65,7 +65,11 @@ def calibrate(
     key = _progress_key(model, sequences, settings, facts)
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
     missing = len(done) < len(model.blocks)
-    fixed = allocate_globally(model, sequences, settings) if settings.method == "global" and missing else None
+    notes = None if progress_file is None else progress_file.with_suffix(".safetensors")
+    fixed = None
+    if settings.method == "global" and missing:
+        check_targets(settings.targets)
+        fixed = allocate_globally(model, error_curves(model, sequences, notes, json.dumps(key)), settings.targets)
     device = model.embedding.weight.device
     dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
     streams = [dense for _ in settings.targets]
@@ -91,8 +95,9 @@ def calibrate(
     ]
     if save is not None:
         save(plans)
-    if progress_file is not None:
-        progress_file.unlink(missing_ok=True)
+    for path in (progress_file, notes):
+        if path is not None:
+            path.unlink(missing_ok=True)
     return plans
 
 
@@ -191,20 +196,16 @@ def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) ->
     return [{name: round(p, 6) for name, p in sparsities.items()} for sparsities in found]
 
 
-def allocate_globally(model: Transformer, sequences: Tensor, settings: Settings) -> list[list[dict[str, float]]]:
-    """The sparsities [block][target][projection] at which the estimated divergences of all add up to the least."""
-    check_targets(settings.targets)
-    backward = BackwardPass(model, sequences)
-    backward.forward()
-    errors: dict[tuple[int, str], list[float]] = {}
-    for i in progress(range(len(model.blocks))[::-1], "estimating sensitivity", "block"):
-        errors |= {(i, name): samples.errors() for name, samples in backward.samples(i).items()}
-    names = sorted(errors)
-    curves = [list(zip(GRID, errors[name], strict=True)) for name in names]
+def allocate_globally(
+    model: Transformer, errors: list[dict[str, list[float]]], targets: tuple[float, ...]
+) -> list[list[dict[str, float]]]:
+    """The sparsities [block][target][projection] at which errors [block][projection] at GRID add up to the least."""
+    names = [(i, name) for i, block in enumerate(errors) for name in block]
+    curves = [list(zip(GRID, errors[i][name], strict=True)) for i, name in names]
     counts = [weight_counts(block.projections()) for block in model.blocks]
     sizes = [counts[i][name] for i, name in names]
-    found: list[list[dict[str, float]]] = [[{} for _ in settings.targets] for _ in model.blocks]
-    for j, target in enumerate(settings.targets):
+    found: list[list[dict[str, float]]] = [[{} for _ in targets] for _ in errors]
+    for j, target in enumerate(targets):
         for (i, name), sparsity in zip(names, allocate(curves, sizes, target), strict=True):
             found[i][j][name] = round(sparsity, 6)
     return found
@@ -243,23 +244,25 @@ def _write_progress(path: Path | None, key: dict[str, Any], blocks: list[list[La
         temporary.write_text(json.dumps({"key": key, "blocks": plain}), encoding="utf-8")
 
 
-def calibrate_uniform(
+def calibrate_quickly(
     model: Transformer,
     encode: Callable[[str], list[int]],
-    sparsity: float,
+    settings: Settings,
     text: str,
     weights: Weights | None = None,
     save: Callable[[list[SparsityPlan]], None] | None = None,
+    rotated: bool = False,
 ) -> SparsityPlan:
-    """Sparsify model, in place, at one sparsity for every projection, quickly; the plan has measured sparsities.
+    """Sparsify model, in place, for the first of settings.targets, on few tokens; the plan has measured sparsities.
 
     encode turns text into token ids; weights is kept in the plan. save gets the plan before sparsities are measured.
-    Raises UserError if the text is too short or sparsity is out of range.
+    rotated: as for split_text. Raises UserError if the text is too short or sparsity is out of range.
     """
     length = min(QUICK_LENGTH, model.config.max_seq_len)
-    sequences, held_out = split_sequences(encode, text, (QUICK_SEQUENCES, length), (HELD_OUT_SEQUENCES, length))
+    sizes = (QUICK_SEQUENCES, length), (HELD_OUT_SEQUENCES, length)
+    sequences, held_out = split_sequences(encode, text, *sizes, rotated)
     facts = {"text": text_hash(text), "sequences": QUICK_SEQUENCES, "length": length}
-    [plan] = calibrate(model, sequences, Settings((sparsity,)), facts, weights=weights, save=save)
+    plan = calibrate(model, sequences, settings, facts, weights=weights, save=save)[0]
     return with_achieved(model, plan, held_out)
 
 

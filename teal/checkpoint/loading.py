@@ -10,6 +10,7 @@ import torch
 
 from teal.checkpoint.config import load_config, load_quantization
 from teal.checkpoint.presets import find_preset, random_model
+from teal.checkpoint.rotation import rotation_record
 from teal.checkpoint.source import resolve_checkpoint
 from teal.checkpoint.token_backends import IdBackend
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
@@ -27,13 +28,17 @@ from teal.plan import SparsityPlan, Weights, load_fitting_plan, plan_file
 
 @dataclass(slots=True)
 class Described:
-    """What is known of a model before its weights are read; folder is None for random weights."""
+    """What is known of a model before its weights are read; folder is None for random weights.
+
+    is_rotated: whether a text of calibration may be the one that its rotation was found on.
+    """
 
     name: str
     config: ModelConfig
     tokenizer: Tokenizer
     folder: Path | None
     is_quantized: bool
+    is_rotated: bool = False
 
 
 Check = Callable[[Described], None]
@@ -45,7 +50,7 @@ class LoadedModel:
 
     weights: what plans know it by, None if a quantized checkpoint does not say. load_s: seconds that load_for_decoding
     took; calibrate_s: those of quick calibrations since. force_plan: take plans of other models, too. dtype_reason: why
-    it computes in its dtype.
+    it computes in its dtype. is_rotated: as in Described.
     """
 
     model: Transformer
@@ -58,6 +63,7 @@ class LoadedModel:
     force_plan: bool = False
     calibrate_s: float = 0.0
     dtype_reason: str = ""
+    is_rotated: bool = False
 
 
 def load_for_decoding(options: ModelOptions, check: Check | None = None, *, sparse: bool | None = None) -> LoadedModel:
@@ -137,7 +143,8 @@ def describe(checkpoint: str | None, random_weights: str | None) -> Described:
     config, quantized, tokenizer = load_config(folder), load_quantization(folder) is not None, load_tokenizer(folder)
     if not all(0 <= i < config.vocab_size for i in tokenizer.bos_ids):
         raise UserError(f"{folder}: bos token {tokenizer.bos_ids} is not among the model's {config.vocab_size} tokens")
-    return Described(checkpoint or folder.name, config, tokenizer, folder, quantized)
+    rotated = rotation_record(folder) is not None
+    return Described(checkpoint or folder.name, config, tokenizer, folder, quantized, rotated)
 
 
 def _load(described: Described, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -148,7 +155,8 @@ def _load(described: Described, device: torch.device, dtype: torch.dtype) -> Loa
         return LoadedModel(model, described.tokenizer, name, identity, None, Weights(name, identity))
     model = load_model(folder, device, dtype)
     weights = stored_weights(folder, Path(name).resolve().name)
-    return LoadedModel(model, described.tokenizer, name, model_identity(folder), folder, weights)
+    identity = model_identity(folder)
+    return LoadedModel(model, described.tokenizer, name, identity, folder, weights, is_rotated=described.is_rotated)
 
 
 def load_plan(path: Path, loaded: LoadedModel) -> SparsityPlan:

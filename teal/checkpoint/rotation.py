@@ -11,66 +11,48 @@ Within attention each key/value head has an R of its own: v becomes v R, and o's
 Norms become ones. A head that was tied to the embedding gets a weight of its own.
 """
 
-import hashlib
-from dataclasses import dataclass, replace
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from teal.checkpoint.weights import block_targets, open_shard
-from teal.errors import UserError
-from teal.files import atomic_file
+from teal.checkpoint.config import load_quantization, read_json
+from teal.checkpoint.weights import (
+    block_targets,
+    find_shards,
+    is_finite,
+    layer_prefix,
+    open_shard,
+    stored_config,
+    weights_identity,
+)
+from teal.errors import ParameterError, UserError
+from teal.files import atomic_folder
 from teal.model import Block, ModelConfig, Projection, Transformer
-from teal.plan import Weights
+from teal.progress import progress
 
 ROWS = 8192  # of embedding and head that are turned at once, in fp64
-MAX_ERROR = 1e-3  # of R^T R beside the identity, in a file
+RECORD = "teal_rotation"  # the field of config.json that tells of it
+VERSION = 1
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
+PLAN_FILES = "teal-*.json"  # beside a checkpoint: of the unrotated weights
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Orthogonal matrices, fp32: residual [C, C], or None to leave the stream as it is; heads [layers, K, D, D]."""
+    """Orthogonal matrices, fp32: residual [C, C], or None to leave the stream as it is; heads [layers, K, D, D].
+
+    A family whose blocks have a norm behind o or down can only take heads.
+    """
 
     residual: Tensor | None
     heads: Tensor
-
-    @property
-    def identity(self) -> str:
-        """16 hex digits that name it by content."""
-        digest = hashlib.sha256()
-        for tensor in (self.residual, self.heads):
-            digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def weights(self, source: Weights) -> Weights:
-        """What plans know the rotated weights of source by."""
-        identity = hashlib.sha256(f"{source.identity} {self.identity}".encode()).hexdigest()[:16]
-        return Weights(f"{source.name}, rotated", identity)
-
-    def save(self, path: Path) -> None:
-        """Write it as a safetensors file, atomically."""
-        tensors = {"heads": self.heads} | ({} if self.residual is None else {"residual": self.residual})
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary)
-
-    @classmethod
-    def load(cls, path: Path, config: ModelConfig) -> "Rotation":
-        """Read it. Raises UserError if it is none, damaged, or for a model of other sizes."""
-        with open_shard(path) as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - safe_open is no dict
-        c = config
-        shapes = {"residual": (c.hidden_size,) * 2, "heads": (c.num_layers, c.num_kv_heads, c.head_dim, c.head_dim)}
-        for name, tensor in found.items():
-            if tuple(tensor.shape) != shapes.get(name) or tensor.dtype != torch.float32:
-                raise UserError(f"{path}: {name} {tuple(tensor.shape)} is not of a rotation for this model: {shapes}")
-            error = tensor.mT @ tensor - torch.eye(tensor.shape[-1])
-            if not float(error.abs().max()) < MAX_ERROR:
-                raise UserError(f"{path}: {name} is not orthogonal; the file is damaged, find the rotation again")
-        if "heads" not in found:
-            raise UserError(f"{path}: holds {sorted(found)}; expected a rotation with heads, as calibrate.py writes it")
-        return cls(found.get("residual"), found["heads"])
 
 
 def times(matrix: Tensor, rotation: Tensor) -> Tensor:
@@ -88,8 +70,8 @@ def rotate_layer(block: Block, i: int, tensors: dict[str, Tensor], rotation: Rot
     norms = {id(norm): f"{name}.weight" for name, norm in block.norms().items()}
     for p in block.projections():
         norm = norms[id(block.get_submodule(p.norm))]
-        for name, size in zip(p.names, p.hf_names, strict=True):
-            _rotate_projection(block.config, p, name, size, found, tensors[norm], rotation, i)
+        for name, hf_name in zip(p.names, p.hf_names, strict=True):
+            _rotate_projection(block.config, p, name, hf_name, found, tensors[norm], rotation, i)
         if rotation.residual is not None and p.input == "normed":
             found[norm] = torch.ones_like(tensors[norm])
     return found
@@ -123,24 +105,95 @@ def _rotate_projection(
 def rotate_ends(
     embedding: Tensor, norm: Tensor, head: Tensor, rotation: Rotation
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Embedding [V, C], final norm [C] and head [V, C], rotated, in the dtypes given."""
+    """Embedding [V, C], final norm [C] and head [V, C], rotated: fp64 where they change."""
     Q = rotation.residual
     if Q is None:
         return embedding, norm, head
-    turned = times(embedding, Q).to(embedding.dtype)
-    return turned, torch.ones_like(norm), times(head * norm.double(), Q).to(head.dtype)
+    return times(embedding, Q), torch.ones_like(norm), times(head * norm.double(), Q)
 
 
-@torch.inference_mode()
-def rotate(model: Transformer, rotation: Rotation) -> Transformer:
-    """Rotate a dense model in floats in place, a weight at a time; it then has a head of its own."""
-    for i, block in enumerate(model.blocks):
-        targets = block_targets(block)
-        for name, value in rotate_layer(block, i, targets, rotation).items():
-            targets[name].copy_(value)
-    ends = rotate_ends(model.embedding.weight, model.norm.weight, model.lm_head.weight, rotation)
-    model.lm_head.weight = nn.Parameter(ends[2], requires_grad=False)
-    model.embedding.weight.copy_(ends[0])
-    model.norm.weight.copy_(ends[1])
-    model.config = replace(model.config, tie_embeddings=False)
-    return model
+def rotation_record(folder: Path) -> dict[str, Any] | None:
+    """What the config of a rotated checkpoint, or of one quantized from it, says of its rotation; None for others."""
+    record = read_json(folder / "config.json").get(RECORD)
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.get("version") != VERSION:
+        raise UserError(f"{folder / 'config.json'}: {RECORD} {record!r:.80} is not usable; this code reads {VERSION}")
+    return record
+
+
+def check_can_rotate(source: Path, output: Path) -> bool:
+    """Whether output is the rotated source already. Raises UserError if source cannot be rotated, or output is another.
+
+    Of rounded weights a rotation would make floats of all their errors, and several times their bytes.
+    """
+    if load_quantization(source) is not None:
+        raise ParameterError("{rotate}: {} is quantized; rotate the original model, then quantize it", source)
+    if rotation_record(source) is not None:
+        raise ParameterError("{rotate}: {} is rotated already; leave the option out", source)
+    if not output.exists():
+        return False
+    config = output / "config.json"
+    record = rotation_record(output) if config.is_file() else None
+    if record is None or record.get("source") != weights_identity(source):
+        raise ParameterError("{rotate} {}: exists, and is not {} rotated; name another folder", output, source)
+    return True
+
+
+def write_rotated(source: Path, output: Path, rotation: Rotation, facts: dict[str, Any]) -> None:
+    """The checkpoint in folder source, rotated, as folder output: a plain one of its family, in the same dtypes.
+
+    Read and written a layer at a time. facts are kept in its config. Raises UserError for weights that are not finite.
+    """
+    config = stored_config(source)
+    where: dict[str, Path] = {}
+    for shard in find_shards(source):
+        with open_shard(shard) as tensors:
+            where |= dict.fromkeys(tensors.keys(), shard)
+
+    def read(name: str) -> Tensor:
+        with open_shard(where[name]) as tensors:
+            tensor = tensors.get_tensor(name)
+        if not is_finite(tensor):
+            raise UserError(
+                f"{where[name]}: {name} holds NaN or infinity; the checkpoint is damaged, download it again"
+            )
+        return tensor
+
+    with atomic_folder(output) as folder:
+        if folder is None:
+            return
+        _write_shards(folder, config, rotation, read)
+        for path in source.iterdir():
+            is_plain = path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES)
+            if is_plain and not path.match(PLAN_FILES):
+                shutil.copyfile(path, folder / path.name)
+        record = {"version": VERSION, "source": weights_identity(source), **facts}
+        description = read_json(source / "config.json") | {"tie_word_embeddings": False, RECORD: record}
+        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(folder: Path, config: ModelConfig, rotation: Rotation, read: Callable[[str], Tensor]) -> None:
+    """A file for each layer and one for embedding, norm and head, and their index."""
+    with torch.device("meta"):
+        block = Transformer(config).blocks[0]
+    index: dict[str, str] = {}
+    total, count = 0, config.num_layers + 1
+    for i in progress(range(count), "rotating", "layer"):
+        if i < config.num_layers:
+            prefix = layer_prefix(i)
+            before = {name: read(prefix + name) for name in block_targets(block)}
+            after = rotate_layer(block, i, before, rotation)
+            found = {prefix + name: tensor.to(before[name].dtype) for name, tensor in after.items()}
+        else:
+            names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+            tied = [*names[:2], names[0]] if config.tie_embeddings else names
+            ends = [read(name) for name in tied]
+            turned = zip(names, ends, rotate_ends(ends[0], ends[1], ends[2], rotation), strict=True)
+            found = {name: after.to(before.dtype) for name, before, after in turned}
+        name = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(found, name)
+        total += (folder / name).stat().st_size
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -72,7 +72,7 @@ def add_calibration_arguments(parser: cli.Parser) -> None:
     )
     group.add_argument(
         "--method", type=_choices(METHODS),
-        help=f"of {', '.join(METHODS)}, commas between; {METHODS[0]} unless given",
+        help=f"of {', '.join(METHODS)}, commas between; {Settings().method} unless given",
     )  # fmt: skip
     group.add_argument(
         "--calibration-text", type=Path, action="append", default=[],
@@ -208,7 +208,9 @@ def check_model(args: argparse.Namespace, text: str, calibration_text: str, mode
     for path in args.plan:
         load_fitting_plan(path, model.config, args.force_plan)
     if calibrates(args):
-        calibration_sequences(args, model.tokenizer.encode, calibration_text, model.config.max_seq_len)
+        calibration_sequences(
+            args, model.tokenizer.encode, calibration_text, model.config.max_seq_len, model.is_rotated
+        )
     elif not args.plan:
         for target in args.sparsity:
             if (beside := plan_file(model.folder, target, None)) is not None:
@@ -216,13 +218,16 @@ def check_model(args: argparse.Namespace, text: str, calibration_text: str, mode
 
 
 def calibration_sequences(
-    args: argparse.Namespace, encode: "Callable[[str], list[int]]", text: str, limit: int
+    args: argparse.Namespace, encode: "Callable[[str], list[int]]", text: str, limit: int, rotated: bool
 ) -> "Tensor":
-    """Token ids [sequences, length] to calibrate on, from the calibration part of a text. Raises UserError."""
+    """Token ids [sequences, length] to calibrate on, from the calibration part of a text. Raises UserError.
+
+    rotated: as for split_text.
+    """
     from teal.calibration.texts import CALIBRATION_PART, split_text, token_sequences
 
     length = min(args.length or CALIBRATION_LENGTH, limit)
-    part = split_text(text)[0]
+    part = split_text(text, rotated)[0]
     return token_sequences(encode, part, args.sequences or CALIBRATION_SEQUENCES, length, (CALIBRATION_PART, len(text)))
 
 
@@ -246,7 +251,7 @@ def build_cases(args: argparse.Namespace, loaded: "LoadedModel", calibration_tex
     if args.plan:
         plans = [(path.stem, load_plan(path, loaded)) for path in args.plan]
     elif targets and calibrates(args):
-        for method in args.method or METHODS[:1]:
+        for method in args.method or (Settings().method,):
             plans += [(method, plan) for plan in calibrated_plans(args, loaded, calibration_text, method, targets)]
     else:
         plans = [(plan.method, plan) for plan in chosen_plans(loaded, targets)]
@@ -263,7 +268,11 @@ def chosen_plans(loaded: "LoadedModel", targets: tuple[float, ...]) -> "list[Spa
     for target in targets:
         plans.append(choose_plan(loaded, target, None))
         path = plan_file(loaded.folder, target, None)
-        source = f"plan {path}" if path is not None else "quick plan, uniform, calibrated on Python's help topics"
+        source = (
+            f"plan {path}"
+            if path is not None
+            else f"quick plan, {plans[-1].method}, calibrated on Python's help topics"
+        )
         print(f"sparsity {target:g}: {source}", file=sys.stderr)
     return plans
 
@@ -276,7 +285,8 @@ def calibrated_plans(
     from teal.calibration.thresholds import calibrate
     from teal.plan import SparsityPlan, cached_plan
 
-    sequences = calibration_sequences(args, loaded.tokenizer.encode, text, loaded.model.config.max_seq_len)
+    limit = loaded.model.config.max_seq_len
+    sequences = calibration_sequences(args, loaded.tokenizer.encode, text, limit, loaded.is_rotated)
     count, length = sequences.shape
     facts = {"text": text_hash(text), "sequences": count, "length": length}
     how = f"{facts['text']}-{count}x{length}-{method}"

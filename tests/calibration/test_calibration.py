@@ -171,7 +171,7 @@ def load_dense_errors(model: Transformer, sequences: Tensor, plans: dict[str, Sp
 
 def test_seen_histograms_explain_the_thresholds(model: Transformer, sequences: Tensor) -> None:
     seen: list = []
-    plans = calibrate(model, sequences, Settings((0.2, 0.5)), FACTS, seen=seen)
+    plans = calibrate(model, sequences, Settings((0.2, 0.5), "uniform"), FACTS, seen=seen)
     for i, block in enumerate(seen):
         for histograms, plan in zip(block, plans, strict=True):
             for name in PROJECTIONS:
@@ -189,7 +189,7 @@ def test_counting_works_after_calibration(model: Transformer, sequences: Tensor)
 
 
 def test_held_out_measurement_is_kept(model: Transformer, sequences: Tensor) -> None:
-    [plan] = calibrate(model, sequences, Settings((0.5,)), FACTS)
+    [plan] = calibrate(model, sequences, Settings((0.5,), "uniform"), FACTS)
     measured = with_achieved(model, plan, sequences)
     assert all(p.achieved == pytest.approx(0.5, abs=0.02) for layer in measured.layers for p in layer.values())
     assert all_plans(measured) == all_plans(plan)

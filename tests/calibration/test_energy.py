@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal.calibration import energy
 from teal.calibration.energy import channel_energies, head_energy
 from teal.calibration.stages import BlockStages
 from teal.calibration.texts import default_text
@@ -77,15 +76,6 @@ def test_the_model_is_left_as_it_was(model: Transformer, sequences: Tensor) -> N
         channel_energies(model, sequences)
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_long_text_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(energy, "ENERGY_TOKENS", 4 * 512)
-    sequences = torch.arange(10 * 1030).view(10, 1030)
-    pieces = energy._pieces(sequences)
-    assert [len(piece) for piece in pieces] == [512] * 4
-    assert pieces[0][0] == 0 and pieces[-1][-1] == 9 * 1030 + 1023
-    assert [len(piece) for piece in energy._pieces(sequences[:2, :7])] == [7, 7]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teal.calibration.thresholds import calibrate_uniform
+from teal.calibration.thresholds import calibrate_quickly
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.layers.phase import decoding
@@ -153,7 +153,7 @@ def test_sparse_decoding_of_kept_integers(device: torch.device, tmp_path: Path) 
     packed, floats = write(tmp_path, AWQ, **QUANTIZABLE)
     kept, twin = load_model(packed, device, torch.float32), load_model(floats, device, torch.float32)
     text = "".join(chr(97 + i % 23) for i in range(24000))
-    plan = calibrate_uniform(kept, lambda t: [ord(c) % 199 for c in t], 0.4, text)
+    plan = calibrate_quickly(kept, lambda t: [ord(c) % 199 for c in t], Settings((0.4,)), text)
     for model in (kept, twin):
         sparsify(model, plan)
         set_counting(model, True)

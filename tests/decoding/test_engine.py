@@ -150,7 +150,7 @@ def test_sparsity_calibrates_once_and_keeps_the_plan(
     def unexpected(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(choose, "calibrate_uniform", unexpected)
+    monkeypatch.setattr(choose, "calibrate_quickly", unexpected)
     again = Engine.load(str(tiny_folder), sparsity=0.4, device="cpu", dtype="fp32")
     assert again.plan == engine.plan
     expected = list(engine.generate(PROMPT, max_new_tokens=9))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from teal.calibration.texts import default_text, split_text, token_sequences
-from teal.calibration.thresholds import HELD_OUT_SEQUENCES, calibrate_uniform, measure_sparsity
+from teal.calibration.thresholds import HELD_OUT_SEQUENCES, calibrate_quickly, measure_sparsity
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
@@ -178,7 +178,7 @@ def test_a_sparse_model_takes_no_more_memory(default_folder: Path) -> None:
 def test_text_too_short_to_calibrate_is_refused(folder: Path) -> None:
     model = load_model(folder, CPU, torch.float32)
     with pytest.raises(UserError, match="too short"):
-        calibrate_uniform(model, lambda text: list(text.encode()), 0.5, "a few words")
+        calibrate_quickly(model, lambda text: list(text.encode()), Settings(), "a few words")
 
 
 def test_achieved_sparsity_on_held_out_text(default_folder: Path) -> None:
@@ -186,7 +186,7 @@ def test_achieved_sparsity_on_held_out_text(default_folder: Path) -> None:
     sparsity = 0.5
     model = load_model(default_folder, CPU, torch.float32)
     encode = load_tokenizer(default_folder).encode
-    plan = calibrate_uniform(model, encode, sparsity, default_text())
+    plan = calibrate_quickly(model, encode, Settings((sparsity,), "uniform"), default_text())
     _, held_out = split_text(default_text())
     measured = measure_sparsity(model, token_sequences(encode, held_out, HELD_OUT_SEQUENCES, 512))
     for i, layer in enumerate(measured):
