@@ -1,7 +1,7 @@
 """What a rotation does to a model's channels: python -m bench.energy -o figures
 
-The rotation is found on one part of the text, and everything else is measured on the other. Three figures, each with
-the plain weights beside the rotated ones:
+The rotation is found on one part of the text, as by calibrate.py --rotate, and everything else is measured on another.
+Three figures, each with the plain weights beside the rotated ones:
 
     channels.png     of the inputs behind norms and of o: energy E[x_i^2], its running sum, how often a channel is kept
     errors.png       nats a token that dropping entries of one projection costs, to second order
@@ -27,10 +27,11 @@ from teal.calibration.greedy import check_targets
 from teal.calibration.rotation import find_rotation
 from teal.calibration.sensitivity import GRID, TOKENS, BackwardPass, Samples, pieces_of
 from teal.calibration.stages import weight_counts
-from teal.calibration.texts import read_texts, split_sequences
+from teal.calibration.texts import read_texts, rotation_text, split_text, spread_sequences, token_sequences
 from teal.checkpoint.loading import load_for_decoding
 from teal.checkpoint.rotation import Rotation
 from teal.cli import command_line as cli
+from teal.cli.calibrate import ROTATION_SHARE
 from teal.cli.options import add_model_arguments, add_text_arguments, model_options
 from teal.evaluation.plots import FIGURE, ByLayer, plot_by_layer, plot_channels, require_matplotlib
 from teal.files import Output, reserved
@@ -163,7 +164,12 @@ def build_parser() -> cli.Parser:
     add_model_arguments(parser)
     text = parser.add_argument_group("text")
     add_text_arguments(text)
-    text.add_argument("--sequences", type=cli.positive_int, default=CALIBRATION_SEQUENCES, help="of each of two parts")
+    text.add_argument(
+        "--sequences",
+        type=cli.positive_int,
+        default=CALIBRATION_SEQUENCES,
+        help="token sequences to measure on; four times as many give the rotation",
+    )
     text.add_argument("--length", type=cli.positive_int, default=CALIBRATION_LENGTH, help="tokens each")
     group = parser.add_argument_group("what to draw, and where to")
     group.add_argument("--sparsity", type=cli.sparsity, default=0.5, help="share of the entries that is dropped")
@@ -174,8 +180,10 @@ def build_parser() -> cli.Parser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and draw."""
     loaded = load_for_decoding(model_options(args, sparsity=0.0), sparse=True)
+    encode, text = loaded.tokenizer.encode, read_texts(args.text, args.field)
     size = (args.sequences, min(args.length, loaded.model.config.max_seq_len))
-    fitted, other = split_sequences(loaded.tokenizer.encode, read_texts(args.text, args.field), size, size)
+    other = token_sequences(encode, split_text(text, rotated=True)[0], *size)
+    fitted = spread_sequences(encode, rotation_text(text), ROTATION_SHARE * args.sequences, size[1])
     found = measure(loaded.model, find_rotation(loaded.model, fitted), other, args.sparsity)
     sizes = weight_counts(loaded.model.config.projections())
     shares = {weights: found[weights].allocation(sizes, args.sparsity) for weights in WEIGHTS}

@@ -114,7 +114,7 @@ def test_the_command_draws_three_figures(tiny_folder: Path, tmp_path: Path, call
     code, out, err = call_main(energy.main, "--checkpoint", tiny_folder, *QUICK, "-o", tmp_path / "new")
     assert code == 0, err
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
-    assert (result["rotation_tokens"], result["tokens"]) == (96, 96)
+    assert (result["rotation_tokens"], result["tokens"]) == (4 * 96, 96)
     assert [row["weights"] for row in result["rows"]] == ["plain", "rotated"]
     assert result["figures"] == [str(tmp_path / "new" / name) for name in energy.FIGURES]
     for path in result["figures"]:
