@@ -113,10 +113,14 @@ def rotate_model(args: argparse.Namespace, text: str) -> None:
 
     if args.random_weights is not None:
         raise UserError("--rotate does not go with --random-weights: they have no energy to sort")
+
+    def check(model: "Described") -> None:  # of the plans, which come after
+        cut_text(args, text, model, rotated=True)
+
     with reserved(Output("--rotate", args.rotate, None)):
         source = resolve_checkpoint(args.checkpoint)
         if not check_can_rotate(source, args.rotate):
-            loaded = load_for_decoding(model_options(args, sparsity=0.0))
+            loaded = load_for_decoding(model_options(args, sparsity=0.0), check)
             length = min(args.length, loaded.model.config.max_seq_len)
             most = ROTATION_SHARE * args.sequences
             sequences = spread_sequences(loaded.tokenizer.encode, rotation_text(text), most, length)
@@ -130,18 +134,16 @@ def rotate_model(args: argparse.Namespace, text: str) -> None:
 
 def write_plans(args: argparse.Namespace, settings: Settings, text: str, paths: list[Path]) -> None:
     """Calibrate and write the plans at once, then again with the sparsities they achieve."""
-    from teal.calibration.texts import split_sequences, text_hash
-    from teal.calibration.thresholds import HELD_OUT_SEQUENCES, QUICK_LENGTH, calibrate, with_achieved
+    from teal.calibration.texts import text_hash
+    from teal.calibration.thresholds import calibrate, with_achieved
     from teal.checkpoint.loading import load_for_decoding
 
     cut: list[Tensor] = []
 
-    def cut_text(model: "Described") -> None:  # before the weights are read: it may be too short
-        limit = model.config.max_seq_len
-        sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
-        cut[:] = split_sequences(model.tokenizer.encode, text, *sizes, model.is_rotated)
+    def check(model: "Described") -> None:  # before the weights are read: the text may be too short
+        cut[:] = cut_text(args, text, model, model.is_rotated)
 
-    loaded = load_for_decoding(model_options(args, sparsity=0.0), cut_text, sparse=True)
+    loaded = load_for_decoding(model_options(args, sparsity=0.0), check, sparse=True)
     sequences, checked = cut
     length = sequences.shape[1]
     facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
@@ -159,6 +161,16 @@ def write_plans(args: argparse.Namespace, settings: Settings, text: str, paths: 
         if warning := measured.warning(measured.achieved, checked.numel(), "held-out text"):
             print(warning, file=sys.stderr)
     draw(plans, args.plot, seen, loaded.model.config.projections())
+
+
+def cut_text(args: argparse.Namespace, text: str, model: "Described", rotated: bool) -> "tuple[Tensor, Tensor]":
+    """Tokens to calibrate on, as args want them, and to measure sparsity on. Raises UserError if text is too short."""
+    from teal.calibration.texts import split_sequences
+    from teal.calibration.thresholds import HELD_OUT_SEQUENCES, QUICK_LENGTH
+
+    limit = model.config.max_seq_len
+    sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
+    return split_sequences(model.tokenizer.encode, text, *sizes, rotated)
 
 
 def calibrated_paths(args: argparse.Namespace) -> list[Path]:

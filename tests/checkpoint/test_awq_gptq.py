@@ -16,6 +16,7 @@ from teal.errors import UserError
 from teal.layers.phase import decoding
 from teal.layers.quantized_linear import QuantizedLinear, is_quantized
 from teal.model import Transformer
+from teal.options import Settings
 from teal.teal_layers import achieved_sparsity, set_counting, sparsify
 from tests.conftest import QUANTIZABLE, assert_near, save_tiny_model, tiny_config
 

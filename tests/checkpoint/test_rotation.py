@@ -1,29 +1,31 @@
 """A rotated checkpoint computes what the original does, in another basis, and says what it is."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from teal.calibration.rotation import find_rotation
 from teal.calibration.texts import default_text, first_tokens, rotation_text, split_text, spread_sequences
 from teal.checkpoint.config import FAMILIES, load_config
-from teal.checkpoint.loading import describe, load_for_decoding
+from teal.checkpoint.loading import describe
 from teal.checkpoint.rotation import Rotation, rotation_record, write_rotated
+from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model, stored_weights, weights_identity
 from teal.cli import calibrate, quantize
 from teal.errors import UserError
 from teal.evaluation.quality import continue_greedily
+from teal.layers.quantized_linear import QuantConfig
 from teal.model import RMSNorm, Transformer
-from teal.options import ModelOptions
 from teal.plan import SparsityPlan
-from tests.conftest import QUANTIZABLE, assert_near, assert_one_line_error, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, assert_near, assert_one_line_error, link_files, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
+PROMPTS, CONTINUED = 4, 24  # of the text that has to stay
 
 
 def orthogonal(*shape: int) -> Tensor:
@@ -44,8 +46,6 @@ def logits(model: Transformer) -> Tensor:
 
 
 def set_biases(folder: Path) -> None:
-    from safetensors.torch import save_file
-
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(2)
     for name, tensor in tensors.items():
@@ -135,23 +135,21 @@ def test_parts_of_a_text_do_not_overlap() -> None:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path) -> Iterator[list[str]]:
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path) -> list[str]:
+    """Arguments of calibrate.py, the checkpoint in second place."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(30_000)))
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(150_000)))
     size = ["--sequences", "3", "--length", "32", "--text", "text.txt", "--device", "cpu", "--dtype", "fp32"]
-    yield ["calibrate.py", "--checkpoint", str(tiny_folder), "--sparsity", "0.5", *size]
-
-
-def run_calibrate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", list(arguments))
-    calibrate.main()
+    return ["--checkpoint", str(tiny_folder), "--sparsity", "0.5", "--rotate", "turned", *size]
 
 
 def test_the_command(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    command: list[str], call_main: Callable[..., tuple[int, str, str]], tmp_path: Path, tiny_folder: Path
+) -> None:
     """It writes a checkpoint that says what it is, with plans that fit it and not the original; again it goes on."""
-    run_calibrate(monkeypatch, *command, "--rotate", "turned")
+    code, out, err = call_main(calibrate.main, *command)
+    assert code == 0, err
+    assert out.split() == ["turned", "turned/teal-0.5.json"]
     turned = tmp_path / "turned"
     record = rotation_record(turned)
     assert record is not None and record["source"] == weights_identity(tiny_folder) and record["sequences"] == 12
@@ -161,43 +159,42 @@ def test_the_command(
     assert plan.method == "global"
     with pytest.raises(UserError, match="made for turned"):
         plan.check_weights(stored_weights(tiny_folder, "tiny"))
-    loaded = load_for_decoding(ModelOptions(str(turned), dtype="fp32", device="cpu"))
     original = load_model(tiny_folder, CPU, torch.float32)
-    assert_near("logits", logits(loaded.model), logits(original), 1e-5)
+    assert_near("logits", logits(load_model(turned, CPU, torch.float32)), logits(original), 1e-5)
     before = (turned / "config.json").stat().st_mtime_ns
-    arguments = [a.replace("0.5", "0.4") for a in command]
-    run_calibrate(monkeypatch, *arguments, "--rotate", "turned")
-    assert (turned / "config.json").stat().st_mtime_ns == before and (turned / "teal-0.4.json").exists()
-    capsys.readouterr()
+    code, out, err = call_main(calibrate.main, *(a.replace("0.5", "0.4") for a in command))
+    assert code == 0 and out.split() == ["turned/teal-0.4.json"], err
+    assert (turned / "config.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("what", ["again", "another folder", "quantized", "random"])
 def test_refused_in_one_line(
-    what: str, command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str, command: list[str], call_main: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:  # fmt: skip
     source, target = tmp_path / "source", tmp_path / "turned"
     save_tiny_model(tiny_config("llama", vocab_size=300, **QUANTIZABLE), source)
-    for file in Path(command[2]).glob("tokenizer*"):
-        (source / file.name).write_bytes(file.read_bytes())
-    command[2] = str(source)
+    for file in Path(command[1]).glob("tokenizer*"):
+        (source / file.name).symlink_to(file)
+    command[1], given = str(source), source
     if what == "again":
-        write_rotated(source, tmp_path / "once", random_rotation(source), {})
-        command[2] = str(tmp_path / "once")
-        expected = "--rotate: {} is rotated already"
+        given = tmp_path / "once"
+        write_rotated(source, given, random_rotation(source), {})
+        expected = f"--rotate: {given} is rotated already"
     elif what == "another folder":
         target.mkdir()
         (target / "thesis.txt").write_text("mine")
-        expected = "--rotate turned: exists, and is not {} rotated"
+        expected = f"--rotate turned: exists, and is not {source} rotated"
     elif what == "quantized":
-        from teal.layers.quantized_linear import QuantConfig
-
-        quantize.quantize_folder(source, tmp_path / "small", QuantConfig("int8", 32))
-        command[2] = str(tmp_path / "small")
-        expected = "--rotate: {} is quantized; rotate the original"
+        given = tmp_path / "small"
+        quantize.quantize_folder(source, given, QuantConfig("int8", 32))
+        expected = f"--rotate: {given} is quantized; rotate the original"
     else:
-        command[1:3] = ["--random-weights", "stories15M"]
         expected = "--rotate does not go with --random-weights"
-    assert_one_line_error(lambda: run_calibrate(monkeypatch, *command, "--rotate", "turned"), capsys, expected)
+    command[1] = str(given)
+    if what == "random":
+        command[:2] = ["--random-weights", "llama-3-8b"]
+    code, _, err = call_main(calibrate.main, *command)
+    assert_one_line_error(code, err, expected)
     assert what != "another folder" or [p.name for p in target.iterdir()] == ["thesis.txt"]
     assert what == "another folder" or not target.exists()
 
@@ -205,8 +202,6 @@ def test_refused_in_one_line(
 def test_a_quantized_one_is_still_known(tmp_path: Path) -> None:
     save_tiny_model(tiny_config("llama", **QUANTIZABLE), tmp_path / "a")
     write_rotated(tmp_path / "a", tmp_path / "b", random_rotation(tmp_path / "a"), {})
-    from teal.layers.quantized_linear import QuantConfig
-
     quantize.quantize_folder(tmp_path / "b", tmp_path / "c", QuantConfig("int4", 32))
     assert rotation_record(tmp_path / "c") is not None
     own, original = (stored_weights(tmp_path / name, name) for name in "cb")
@@ -215,22 +210,25 @@ def test_a_quantized_one_is_still_known(tmp_path: Path) -> None:
 
 def test_an_unknown_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"teal_rotation": {"version": 9}}))
-    with pytest.raises(UserError, match="teal_rotation .* is not usable; this code reads 1"):
+    with pytest.raises(UserError, match=r"teal_rotation .* is not usable; this code reads 1"):
         rotation_record(tmp_path)
 
 
-def test_text_of_the_default_model_stays(default_folder: Path, tmp_path: Path) -> None:
-    """Greedy text of a real model, in the basis that was found for it, is the original's; logits agree to 1e-4."""
-    loaded = load_for_decoding(ModelOptions(None, dtype="fp32", device="cpu"))
-    encode = loaded.tokenizer.encode
-    rotation = find_rotation(loaded.model, spread_sequences(encode, rotation_text(default_text()), 8, 128))
-    write_rotated(default_folder, tmp_path / "b", rotation, {})
-    # 16-bit files would hold other weights; the rotation itself is exact
-    turned = load_rotated_in_floats(loaded.model, rotation)
-    prompts = first_tokens(encode, split_text(default_text())[1], 4 * 64).view(4, 64)
-    expected, found = (continue_greedily(model, prompts, 24) for model in (loaded.model, turned))
+def test_text_of_a_real_model_stays(default_folder: Path, tmp_path: Path) -> None:
+    """Greedy text of the default model in the basis that was found for it, in fp32: the original's to the last token.
+
+    The files' 16 bits would be rounded once more, so here they are 32.
+    """
+    wide = link_files(default_folder, tmp_path / "wide", "*.safetensors*")
+    tensors = {name: t.float() for path in default_folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    save_file(tensors, wide / "model.safetensors", {"format": "pt"})
+    encode = load_tokenizer(default_folder).encode
+    model = load_model(wide, CPU, torch.float32)
+    rotation = find_rotation(model, spread_sequences(encode, rotation_text(default_text()), 8, 128))
+    write_rotated(wide, tmp_path / "turned", rotation, {})
+    turned = load_model(tmp_path / "turned", CPU, torch.float32)
+    prompts = first_tokens(encode, split_text(default_text())[1], PROMPTS * 64).view(PROMPTS, 64)
+    expected, found = (continue_greedily(m, prompts, CONTINUED) for m in (model, turned))
     assert torch.equal(found, expected)
-
-
-def load_rotated_in_floats(model: Transformer, rotation: Rotation) -> Transformer:
-    raise NotImplementedError
+    one, other = (m(prompts, torch.arange(64).expand_as(prompts), m.new_cache(PROMPTS, 64)) for m in (model, turned))
+    assert float((one - other).abs().max()) < 1e-4 * float(one.abs().max())

@@ -16,6 +16,7 @@ from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.layers.phase import decoding
 from teal.model import KVCache, Transformer
+from teal.options import Settings
 from teal.plan import ProjectionPlan, SparsityPlan, config_fields
 from teal.teal_layers import achieved_sparsity, set_counting, sparse_layers, sparse_prefill, sparsify
 from tests.conftest import PROJECTIONS, assert_near, relative_error, save_tiny_model, tiny_config
