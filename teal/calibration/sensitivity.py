@@ -35,7 +35,9 @@ from teal.teal_layers import SparseLinear
 # .218 with 5,120.
 TOKENS = 5120
 DROPPED_TOKENS = 1024  # of those, whose dropped entries meet the gradients of all
-GRADIENT_LENGTH = 2048  # tokens of a sequence that gradients flow through at once: first tokens are not as others
+# Tokens of a sequence that gradients flow through at once. Many short sequences tell more than few long ones: with 3 of
+# 2,048 tokens Qwen2.5-Coder-0.5B, rotated, has KL .216 at 50%, and with 10 of 512 .167.
+GRADIENT_LENGTH = 512
 HEAD_TOKENS = 128  # whose logits are there at once
 # Sparsities at which errors are computed; between them they count as linear.
 GRID = tuple(i / 20 for i in range(round(20 * MAX_SPARSITY) + 1))
