@@ -35,7 +35,7 @@ def build_parser() -> cli.Parser:
     what.add_argument(
         "--method", choices=METHODS,
         help="same for all; Algorithm 1, block by block; or over all layers, where gradients predict least divergence "
-        f"(the default, {default.method}); of published plans uniform unless given",
+        f"({default.method} unless given, uniform of published plans)",
     )  # fmt: skip
     what.add_argument(
         "--step", type=float, default=default.step, help="greedy: average sparsity added to a projection a step"

@@ -25,7 +25,7 @@ from torch import Tensor
 from teal.calibration.allocation import allocate
 from teal.calibration.greedy import check_targets
 from teal.calibration.rotation import find_rotation
-from teal.calibration.sensitivity import GRID, TOKENS, BackwardPass, Samples, pieces_of
+from teal.calibration.sensitivity import GRID, BackwardPass, Samples, pieces_of
 from teal.calibration.stages import weight_counts
 from teal.calibration.texts import read_texts, rotation_text, split_text, spread_sequences, token_sequences
 from teal.checkpoint.loading import load_for_decoding
@@ -36,7 +36,7 @@ from teal.cli.options import add_model_arguments, add_text_arguments, model_opti
 from teal.evaluation.plots import FIGURE, ByLayer, plot_by_layer, plot_channels, require_matplotlib
 from teal.files import Output, reserved
 from teal.model import Block, Projection, RMSNorm, Transformer
-from teal.options import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES
+from teal.options import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES, Settings
 from teal.progress import progress
 
 FIGURES = ("channels.png", "errors.png", "sparsities.png")
@@ -123,7 +123,7 @@ def measure(model: Transformer, rotation: Rotation, sequences: Tensor, sparsity:
     assert rotation.residual is not None
     device = model.embedding.weight.device
     Q, found = rotation.residual.to(device), {weights: Measured() for weights in WEIGHTS}
-    backward = BackwardPass(model, sequences)
+    backward = BackwardPass(model, sequences, Settings().gradient_tokens)
     backward.forward()
     for i in progress(range(len(model.blocks))[::-1], "measuring channels", "block"):
         block, samples = model.blocks[i], backward.samples(i)
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shares = {weights: found[weights].allocation(sizes, args.sparsity) for weights in WEIGHTS}
     rows = [found[weights].row(weights, args.sparsity, shares[weights]) for weights in WEIGHTS]
     figures = [str(path) for path in draw(found, shares, args.sparsity, args.output)]
-    tokens = {"rotation_tokens": fitted.numel(), "tokens": pieces_of(other, TOKENS).numel()}
+    tokens = {"rotation_tokens": fitted.numel(), "tokens": pieces_of(other, Settings().gradient_tokens).numel()}
     return {"model": loaded.name, "sparsity": args.sparsity} | tokens | {"figures": figures, "rows": rows}
 
 

@@ -113,11 +113,14 @@ class Settings:
     """What to calibrate: sparsities to reach, and how to spread them. Raises UserError.
 
     method "uniform", "greedy" or "global"; step: of greedy, the average sparsity that a projection gains.
+    gradient_tokens: of global, how many tokens gradients are taken of.
     """
 
     targets: tuple[float, ...] = (0.5,)
     method: str = METHODS[-1]
     step: float = 0.05
+    # SmolLM2-135M, rotated, 50%, 65,536 tokens of WikiText: KL .242 with 1,024 of them, .218 with 5,120.
+    gradient_tokens: int = 5120
 
     def __post_init__(self) -> None:
         for target in self.targets:

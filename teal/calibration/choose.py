@@ -4,7 +4,7 @@ import sys
 import time
 
 from teal.calibration.texts import default_text, text_hash
-from teal.calibration.thresholds import calibrate_quickly
+from teal.calibration.thresholds import QUICK_GRADIENTS, calibrate_quickly
 from teal.checkpoint.loading import LoadedModel, load_plan
 from teal.errors import UserError
 from teal.layers.int8_cache import has_int8_cache
@@ -33,7 +33,8 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     """
     text = default_text()
     weight = loaded.model.embedding.weight
-    settings = Settings((sparsity,), "uniform" if has_int8_cache(loaded.model) else "global")
+    method = "uniform" if has_int8_cache(loaded.model) else "global"
+    settings = Settings((sparsity,), method, gradient_tokens=QUICK_GRADIENTS)
     path = cached_plan(loaded.identity, f"{text_hash(text)}-{settings.method}", weight.dtype, weight.device, sparsity)
     if path.exists():
         return SparsityPlan.load(path)

@@ -1,6 +1,6 @@
 """The basis in which few channels carry most of the energy, found on a text: eigenvectors of what activations do there.
 
-Q: of the sum, over layers and both norms, of tr(A) E[z z^T], with z = x / rms(x), and tr(A) the Fisher information of
+Q: of the sum, over layers and both norms, of tr(A) E[z z^T], with z = x / rms(x). tr(A) is the Fisher information of
 what the norm's projections read: how much an error there costs. R, for each key/value head: of E[o o^T] over the inputs
 of o that its query heads make. A basis fits the text it was found on, and more so if that has few tokens. So
 thresholds should come from other tokens.

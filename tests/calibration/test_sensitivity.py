@@ -35,7 +35,7 @@ def model(quantizable_folder: Path) -> Transformer:
 
 def sample_sensitivity(model: Transformer, sequences: Tensor) -> list[dict[str, Samples]]:
     """[layer][projection]"""
-    backward = BackwardPass(model, sequences)
+    backward = BackwardPass(model, sequences, 1 << 20)
     backward.forward()
     return [backward.samples(i) for i in reversed(range(len(model.blocks)))][::-1]
 
@@ -182,7 +182,7 @@ def load_dequantized(model: Transformer) -> Transformer:
 def test_an_interrupted_pass_goes_on_where_it_stopped(
     model: Transformer, sequences: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, notes = error_curves(model, sequences), tmp_path / "notes.safetensors"
+    expected, notes = error_curves(model, sequences, 1 << 20), tmp_path / "notes.safetensors"
     done: list[int] = []
     original = BackwardPass.samples
 
@@ -194,16 +194,16 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
 
     monkeypatch.setattr(BackwardPass, "samples", samples)
     with pytest.raises(KeyboardInterrupt):
-        error_curves(model, sequences, notes, "one")
+        error_curves(model, sequences, 1 << 20, notes, "one")
     assert done == [2, 1]
     done.clear()
-    assert error_curves(model, sequences, notes, "one") == expected and done == [0]
+    assert error_curves(model, sequences, 1 << 20, notes, "one") == expected and done == [0]
     monkeypatch.setattr(BackwardPass, "forward", None)
-    assert error_curves(model, sequences, notes, "one") == expected, "all is known"
+    assert error_curves(model, sequences, 1 << 20, notes, "one") == expected, "all is known"
     monkeypatch.undo()
-    assert error_curves(model, sequences[:3], notes, "another") != expected
+    assert error_curves(model, sequences[:3], 1 << 20, notes, "another") != expected
     notes.write_bytes(b"damaged")
-    assert error_curves(model, sequences, notes, "one") == expected
+    assert error_curves(model, sequences, 1 << 20, notes, "one") == expected
 
 
 def test_a_long_text_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:

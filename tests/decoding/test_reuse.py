@@ -150,7 +150,10 @@ def test_a_switch_sets_what_sparsify_sets_in_tensors_that_stay(tiny_folder: Path
     plans = [engine.plan, choose_plan(engine.loaded, 0.0, None)]
     for target, factor in ((0.3, 1.0), (0.3, 2.0), (0.6, 2.0)):  # a q apart from k and v is a segment of its own
         base = choose_plan(engine.loaded, target, None)
-        layers = tuple(p | {"q": replace(p["q"], threshold=factor * p["q"].threshold)} for p in base.layers)
+        layers = tuple(
+            p | {"k": p["v"], "up": p["gate"], "q": replace(p["v"], threshold=factor * p["v"].threshold)}
+            for p in base.layers
+        )
         plans.append(replace(base, layers=layers))
     modules = [[module for layer in sparse_layers(e.model) for module in layer] for e in (engine, other)]
     tensors: dict[int, list[int]] = {}

@@ -72,7 +72,8 @@ def test_told_to_calibrate_it_does(
     text.write_text(default_text()[:80_000])
     chosen = [value.replace("TEXT", str(text)) for value in told]
     code, _, err = call(evaluate.main, *options, *EVALUATED, "--sparsity", "0.4", *chosen)
-    assert code == 0 and "calibrating uniform at 0.4" in err and "sparsity 0.4: uniform plan on " in err, err
+    method = told[1] if told[0] == "--method" else "global"
+    assert code == 0 and f"calibrating {method} at 0.4" in err and f"sparsity 0.4: {method} plan on " in err, err
 
 
 def test_a_missed_target_is_said(call: Command, options: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_calibration_says_that_held_out_text_is_unlike(
     """Every plan is measured on the held-out part; here the measurement is made to differ by 10 points."""
     from teal.calibration import thresholds as calibration
 
-    few = (*options, "--sequences", "16", "--length", "256", "-o", tmp_path / "plan.json")
+    few = (*options, "--method", "uniform", "--sequences", "16", "--length", "256", "-o", tmp_path / "plan.json")
     assert "warning" not in call(calibrate.main, *few)[2]
     measure = calibration.measure_sparsity
     monkeypatch.setattr(
