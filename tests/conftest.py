@@ -231,6 +231,22 @@ def invoke(call_main: Callable[..., tuple[int, str, str]]) -> Callable[..., tupl
     return functools.partial(call_main, generate.main)
 
 
+def save_uniform_plan(folder: Path, sparsity: float, path: Path, device: str = "cpu") -> str:
+    """The path of a quick uniform plan for the model in folder, calibrated in fp32 on device.
+
+    Quick plans are global ones elsewhere, which differ from device to device: labels are drawn by chance.
+    """
+    from teal.calibration.texts import default_text
+    from teal.calibration.thresholds import calibrate_quickly
+    from teal.checkpoint.loading import load_for_decoding
+    from teal.options import ModelOptions, Settings
+
+    loaded = load_for_decoding(ModelOptions(str(folder), device=device, dtype="fp32"), sparse=True)
+    settings = Settings((sparsity,), "uniform")
+    calibrate_quickly(loaded.model, loaded.tokenizer.encode, settings, default_text(), loaded.weights).save(path)
+    return str(path)
+
+
 def assert_one_line_error(code: int, err: str, *fragments: str) -> None:
     """A user's mistake: nonzero exit, one line on stderr that names what is wrong, no traceback."""
     assert code in (1, 2), err

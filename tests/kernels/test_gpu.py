@@ -23,7 +23,7 @@ from teal.decoding.speculation import SpeculativeEngine
 from teal.layers.phase import decoding
 from teal.model import KVCache, attend
 from teal.options import DraftOptions, ModelOptions, SamplingParams
-from tests.conftest import assert_one_line_error, relative_error
+from tests.conftest import assert_one_line_error, relative_error, save_uniform_plan
 
 pytestmark = pytest.mark.gpu
 PROMPT = [5, 9, 33, 120, 7, 250, 61]
@@ -67,8 +67,9 @@ def test_decode_attention_is_as_accurate_as_its_dtype(rows: int, length: int) ->
 
 
 @pytest.mark.parametrize("sparsity,kv_cache", [(0.0, "float"), (0.5, "float"), (0.0, "int8"), (0.5, "int8")])
-def test_graph_equals_eager(tiny_folder: Path, sparsity: float, kv_cache: str) -> None:
-    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "sparsity": sparsity, "kv_cache": kv_cache}
+def test_graph_equals_eager(tiny_folder: Path, tmp_path: Path, sparsity: float, kv_cache: str) -> None:
+    plan = save_uniform_plan(tiny_folder, sparsity, tmp_path / "plan.json", "cuda") if sparsity else None
+    options: dict[str, Any] = {"device": "cuda", "dtype": "fp32", "plan": plan, "kv_cache": kv_cache}
     eager = Engine.load(str(tiny_folder), **options, compile=False)
     graph = Engine.load(str(tiny_folder), **options, compile=True)
     assert graph.use_graph and not eager.use_graph

@@ -9,7 +9,7 @@ from teal.cli import quantize
 from teal.decoding.engine import Engine
 from teal.layers.quantized_linear import QuantConfig
 from teal.options import SamplingParams
-from tests.conftest import QUANTIZABLE, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, save_tiny_model, save_uniform_plan, tiny_config
 
 pytestmark = pytest.mark.gpu
 
@@ -27,9 +27,10 @@ def test_text_equals_the_cpus(
     save_tiny_model(config, source)
     (source / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
     quantize.quantize_folder(source, folder, QuantConfig(mode, 32, lm_head=True, grouping=grouping))
+    plan = save_uniform_plan(folder, sparsity, tmp_path / "plan.json") if sparsity else None
     texts = []
     for device, compile in (("cpu", False), ("cuda", False), ("cuda", True)):
-        engine = Engine.load(str(folder), device=device, dtype="fp32", sparsity=sparsity, compile=compile)
+        engine = Engine.load(str(folder), device=device, dtype="fp32", plan=plan, compile=compile)
         assert engine.use_graph == compile
         texts.append(list(engine.generate([5, 9, 33, 120, 7], SamplingParams(), 40, ignore_eos=True)))
         torch._dynamo.reset()
