@@ -3,7 +3,8 @@
 // its arguments.
 //
 // The kept channels of all rows of x are listed once. It is their union: a weight row is read once for up to MAX_ROWS
-// rows of x. The second rows of refined channels (packing.py) follow, each with its channel's entries of x. Then threads take disjoint blocks of columns. Every column is summed in fp32 in channel order by one thread, so
+// rows of x. The second rows of refined channels (packing.py) follow, each with its channel's entries of x. Then threads
+// take disjoint blocks of columns. Every column is summed in fp32 in channel order by one thread, so
 // the bits do not depend on the number of threads. Weights of 8 and 4 bits (packing.py) become floats in registers. The
 // scale of a group multiplies the entry of x that all its weights meet.
 

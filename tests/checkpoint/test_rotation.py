@@ -150,6 +150,7 @@ def test_the_command(
     code, out, err = call_main(calibrate.main, *command)
     assert code == 0, err
     assert out.split() == ["turned", "turned/teal-0.5.json"]
+    assert "warning: 384 tokens are few for a rotation of 48 channels" in err
     turned = tmp_path / "turned"
     record = rotation_record(turned)
     assert record is not None and record["source"] == weights_identity(tiny_folder) and record["sequences"] == 12
