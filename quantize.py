@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from teal.model import ModelConfig
 
 DEFAULT_BITS = 4.25  # of --mode mixed
-SKIPPED_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 MARKER = "progress.json"  # in the work folder: which job it is of
 REFINED = ".refined.json"  # there, too: the channels that --mode mixed chose; no copy of a file of the source
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -254,13 +253,10 @@ def quantize_folder(
 def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
     """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files."""
     from teal.checkpoint.config import read_json
-    from teal.checkpoint.weights import stored_config, stored_weights
+    from teal.checkpoint.weights import copy_other_files, stored_config, stored_weights
     from teal.files import atomic_file, fingerprint
 
-    for path in source.iterdir():
-        skipped = path.name.endswith(SKIPPED_FILES) or path.name.startswith(".") or not path.is_file()
-        if not skipped:
-            shutil.copyfile(path, work / path.name)
+    copy_other_files(source, work)
     own = (MARKER, REFINED, "config.json")
     files = {path.name: fingerprint(path) for path in sorted(work.iterdir()) if path.name not in own}
     description = read_json(source / "config.json")

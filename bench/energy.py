@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teal.calibration.allocation import allocate
+from teal.calibration.allocation import allocate_by_layer
 from teal.calibration.greedy import check_targets
 from teal.calibration.rotation import find_rotation
 from teal.calibration.sensitivity import GRID, BackwardPass, Samples, pieces_of
@@ -72,12 +72,8 @@ class Measured:
 
     def allocation(self, sizes: dict[str, int], target: float) -> ByLayer:
         """The sparsities [layer][name] that together cost least; sizes: weights of each projection."""
-        places = [(i, name) for i, layer in enumerate(self.curves) for name in layer]
-        curves = [list(zip(GRID, self.curves[i][name], strict=True)) for i, name in places]
-        found: ByLayer = [{} for _ in self.curves]
-        for (i, name), share in zip(places, allocate(curves, [sizes[name] for _, name in places], target), strict=True):
-            found[i][name] = share
-        return found
+        curves = [{n: list(zip(GRID, c, strict=True)) for n, c in layer.items()} for layer in self.curves]
+        return allocate_by_layer(curves, [sizes] * len(curves), target)
 
     def row(self, weights: str, sparsity: float, shares: ByLayer) -> dict[str, Any]:
         """The figures in brief; shares: those of allocation."""

@@ -6,7 +6,7 @@ error curve is replaced by its lower convex hull, whose segments are then taken 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from teal.errors import UserError
 
@@ -36,6 +36,18 @@ def allocate(curves: Sequence[Curve], sizes: Sequence[int], target: float) -> li
         if left <= 0:
             break
     return [weights / size for weights, size in zip(dropped, sizes, strict=True)]
+
+
+def allocate_by_layer(
+    curves: Sequence[Mapping[str, Curve]], sizes: Sequence[Mapping[str, int]], target: float
+) -> list[dict[str, float]]:
+    """As allocate, for curves and sizes [layer][projection]."""
+    places = [(i, name) for i, layer in enumerate(curves) for name in layer]
+    shares = allocate([curves[i][name] for i, name in places], [sizes[i][name] for i, name in places], target)
+    found: list[dict[str, float]] = [{} for _ in curves]
+    for (i, name), share in zip(places, shares, strict=True):
+        found[i][name] = share
+    return found
 
 
 def convex_hull(curve: Curve) -> list[tuple[float, float]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal.calibration.allocation import allocate
+from teal.calibration.allocation import allocate_by_layer
 from teal.calibration.greedy import block_error, check_targets, greedy_sparsities
 from teal.calibration.sensitivity import GRID, error_curves
 from teal.calibration.stages import BlockStages, Stream, weight_counts
@@ -201,15 +201,13 @@ def allocate_globally(
     """
     check_targets(settings.targets)
     errors = error_curves(model, sequences, settings.gradient_tokens, notes, key)
-    names = [(i, name) for i, block in enumerate(errors) for name in block]
-    curves = [list(zip(GRID, errors[i][name], strict=True)) for i, name in names]
-    counts = [weight_counts(block.projections()) for block in model.blocks]
-    sizes = [counts[i][name] for i, name in names]
-    found: list[list[dict[str, float]]] = [[{} for _ in settings.targets] for _ in errors]
-    for j, target in enumerate(settings.targets):
-        for (i, name), sparsity in zip(names, allocate(curves, sizes, target), strict=True):
-            found[i][j][name] = round(sparsity, 6)
-    return found
+    curves = [{name: list(zip(GRID, values, strict=True)) for name, values in layer.items()} for layer in errors]
+    sizes = [weight_counts(block.projections()) for block in model.blocks]
+    plans = [allocate_by_layer(curves, sizes, target) for target in settings.targets]
+    return [
+        [{name: round(sparsity, 6) for name, sparsity in layer.items()} for layer in of_targets]
+        for of_targets in zip(*plans, strict=True)
+    ]
 
 
 def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Norms become ones. A head that was tied to the embedding gets a weight of its ow
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,14 @@ from torch import Tensor
 from teal.checkpoint.config import load_quantization, read_json
 from teal.checkpoint.weights import (
     block_targets,
-    find_shards,
+    copy_other_files,
     is_finite,
     layer_prefix,
     open_shard,
     stored_config,
+    tensor_files,
     weights_identity,
+    write_index,
 )
 from teal.errors import ParameterError, UserError
 from teal.files import atomic_folder
@@ -40,7 +41,6 @@ from teal.progress import progress
 ROWS = 8192  # of embedding and head that are turned at once, in fp64
 RECORD = "teal_rotation"  # the field of config.json that tells of it
 VERSION = 1
-WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 PLAN_FILES = "teal-*.json"  # beside a checkpoint: of the unrotated weights
 
 
@@ -145,11 +145,7 @@ def write_rotated(source: Path, output: Path, rotation: Rotation, facts: dict[st
 
     Read and written a layer at a time. facts are kept in its config. Raises UserError for weights that are not finite.
     """
-    config = stored_config(source)
-    where: dict[str, Path] = {}
-    for shard in find_shards(source):
-        with open_shard(shard) as tensors:
-            where |= dict.fromkeys(tensors.keys(), shard)
+    config, where = stored_config(source), tensor_files(source)
 
     def read(name: str) -> Tensor:
         with open_shard(where[name]) as tensors:
@@ -164,10 +160,7 @@ def write_rotated(source: Path, output: Path, rotation: Rotation, facts: dict[st
         if folder is None:
             return
         _write_shards(folder, config, rotation, read)
-        for path in source.iterdir():
-            is_plain = path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_FILES)
-            if is_plain and not path.match(PLAN_FILES):
-                shutil.copyfile(path, folder / path.name)
+        copy_other_files(source, folder, PLAN_FILES)
         record = {"version": VERSION, "source": weights_identity(source), **facts}
         description = read_json(source / "config.json") | {"tie_word_embeddings": False, RECORD: record}
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -195,5 +188,4 @@ def _write_shards(folder: Path, config: ModelConfig, rotation: Rotation, read: C
         save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / name, {"format": "pt"})
         index |= dict.fromkeys(found, name)
         total += (folder / name).stat().st_size
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, index, total)

@@ -8,9 +8,11 @@ code.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from teal.model import Block, ModelConfig, Transformer
 from teal.plan import Weights
 from teal.progress import progress
 
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 READABLE_DTYPES = ("F32", "F16", "BF16")
 HASHED_ROWS = 4  # of a matrix, for its identity
 COMPARED_ROWS = 1024  # of head and embedding at a time
@@ -261,7 +265,7 @@ def projection_targets(module: nn.Module, sizes: dict[str, int]) -> dict[str, Te
 
 def find_shards(folder: Path) -> list[Path]:
     """The safetensors files that hold the model, from the index if there is one. Raises UserError if none."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -282,6 +286,29 @@ def find_shards(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: named by {index.name} but missing; download it")
     return [folder / name for name in names]
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file of folder that holds it. Raises UserError as find_shards does."""
+    where: dict[str, Path] = {}
+    for shard in find_shards(folder):
+        with open_shard(shard) as tensors:
+            where |= dict.fromkeys(tensors.keys(), shard)
+    return where
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """The index of a folder's shards: tensor name -> name of the file that holds it; total_size in bytes."""
+    content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_other_files(source: Path, target: Path, without: str = "") -> None:
+    """Copy what lies in source beside weights (tokenizer, plans and the like), but for names that match a pattern."""
+    for path in source.iterdir():
+        skipped = path.name.endswith(WEIGHT_FILES) or path.name.startswith(".") or not path.is_file()
+        if not skipped and not fnmatch(path.name, without):
+            shutil.copyfile(path, target / path.name)
 
 
 @contextmanager

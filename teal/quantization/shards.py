@@ -1,6 +1,5 @@
 """The safetensors files of a quantized folder: one for each layer and one for the rest, written one after the other."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teal.checkpoint.config import load_config
-from teal.checkpoint.weights import find_shards, hf_projection_names, is_finite, layer_prefix, open_shard, stored_config
+from teal.checkpoint.weights import (
+    hf_projection_names,
+    is_finite,
+    layer_prefix,
+    open_shard,
+    stored_config,
+    tensor_files,
+    write_index,
+)
 from teal.errors import UserError
 from teal.files import atomic_file
 from teal.hardware import pick_device
@@ -80,17 +87,12 @@ def write_shards(source: Path, work: Path, scheme: QuantConfig, rounding: Roundi
         with open_shard(path) as shard:
             index |= dict.fromkeys(shard.keys(), path.name)
         total += path.stat().st_size
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (work / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_index(work, index, total)
 
 
 def _jobs(source: Path, scheme: QuantConfig) -> list[dict[str, Path]]:
     """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
-    where: dict[str, Path] = {}
-    for shard in find_shards(source):
-        with open_shard(shard) as tensors:
-            where |= dict.fromkeys(tensors.keys(), shard)
-    config = stored_config(source)
+    where, config = tensor_files(source), stored_config(source)
     if scheme.lm_head and config.tie_embeddings:
         where[f"{HEAD}.weight"] = where["model.embed_tokens.weight"]
     elif config.tie_embeddings:
