@@ -32,7 +32,6 @@ from teal.progress import progress
 from teal.teal_layers import SparseLinear
 
 QUANTILE_ENTRIES = 1 << 17  # of magnitudes, that a threshold is taken from
-DROPPED_TOKENS = 1024  # of those with gradients, whose dropped entries meet the gradients of all
 # Tokens of a sequence that gradients flow through at once. Many short ones tell more than few long ones. With 3
 # of 2,048 tokens Qwen2.5-Coder-0.5B, rotated, has KL .216 at 50% and .557 at 60%, with 10 of 512 .204 and .508.
 GRADIENT_LENGTH = 512
@@ -49,25 +48,20 @@ class Samples:
     gradients: Tensor
 
     def errors(self) -> list[float]:
-        """The divergence in nats a token that each sparsity of GRID costs.
+        """The divergence in nats a token that each sparsity of GRID costs: half the mean of (d . v)^2.
 
-        It averages over all pairs of tokens: d of one and v of another are taken as independent.
+        d and v are of the same token. By the mean over all pairs of tokens, which scatters less, the plans of
+        Qwen2.5-Coder-1.5B, rotated, have KL .104 at 50% and .322 at 60%; by this one .101 and .241 (16,384 tokens).
         """
-        # bf16 where the model is: six times as fast on a CPU that multiplies it, and 9 bits are enough for a mean
-        dtype = torch.bfloat16 if self.inputs.dtype == torch.bfloat16 else torch.float32
-        inputs = self.inputs[:: max(1, len(self.inputs) // DROPPED_TOKENS)].to(dtype)
-        magnitudes, wide = inputs.abs(), self.gradients.float()
+        magnitudes = self.inputs.abs()
         some = magnitudes.flatten()
         ordered = some[:: max(1, len(some) // QUANTILE_ENTRIES)].sort().values
-        n, K = wide.shape
-        right = (wide.t() @ wide / n if n > K else wide.t()).to(dtype)
+        products = self.inputs.float() * self.gradients.float()
         found = []
         for sparsity in GRID:
             threshold = ordered[int(sparsity * len(ordered))] if sparsity else 0.0
-            dropped = inputs.masked_fill(magnitudes >= threshold, 0.0)
-            product = (dropped @ right).float()
-            squares = (product * dropped).sum(1) if n > K else product.square().mean(1)
-            found.append(float(squares.mean()) / 2)
+            changes = products.masked_fill(magnitudes >= threshold, 0.0).sum(1)
+            found.append(float(changes.square().mean()) / 2)
         return found
 
 
