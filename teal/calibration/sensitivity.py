@@ -205,7 +205,7 @@ def error_curves(
         for i in progress(range(layers - len(done))[::-1], "estimating sensitivity", "block"):
             samples = backward.samples(i)
             done.append([samples[name].errors() for name in names])
-            _write_notes(notes, key, done, backward.gradients)
+            _write_notes(notes, key, done, backward.gradients if i else [torch.empty(0)])  # at the end none are needed
     return [dict(zip(names, errors, strict=True)) for errors in reversed(done)]
 
 

@@ -55,19 +55,22 @@ def calibrate(
     seen: list[list[dict[str, Histogram]]] | None = None,
     weights: Weights | None = None,
     save: Callable[[list[SparsityPlan]], None] | None = None,
+    curves: Path | None = None,
 ) -> list[SparsityPlan]:
     """A plan for each of settings.targets, from sequences [N, L] of token ids; leaves model sparse with the last.
 
     facts are kept in the plans, and whose weights these are. Finished blocks are written to progress_file and not
     computed again if a call with the same model, sequences and settings finds them there. It is removed at the end,
     after save(plans), so that nothing can come between. A list given as seen receives [block][target][projection], the
-    histograms behind the thresholds. Raises UserError.
+    histograms behind the thresholds. curves: a file for the errors that the global method estimates, which serve all
+    targets; it stays. Raises UserError.
     """
-    key = _progress_key(model, sequences, settings, facts)
+    work = _work(model, sequences, settings, facts)
+    key = work | {"targets": list(settings.targets), "method": settings.method, "step": settings.step}
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
     notes = None if progress_file is None else progress_file.with_suffix(".safetensors")
     is_global = settings.method == "global" and len(done) < len(model.blocks)
-    fixed = allocate_globally(model, sequences, settings, notes, json.dumps(key)) if is_global else None
+    fixed = allocate_globally(model, sequences, settings, curves or notes, json.dumps(work)) if is_global else None
     device = model.embedding.weight.device
     dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
     streams = [dense for _ in settings.targets]
@@ -210,15 +213,15 @@ def allocate_globally(
     ]
 
 
-def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+def _work(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the global method's estimates depend on: the key of what is kept of them."""
     tokens = text_hash(",".join(map(str, sequences.flatten().tolist())))
-    weights = sum(float(p.detach().float().abs().sum()) for p in model.blocks[0].parameters())
-    settings_key = [list(settings.targets), settings.method, settings.step, settings.gradient_tokens]
+    weights = sum(float(p.detach().double().abs().sum()) for p in model.blocks[0].parameters())
     return {
         "model": config_fields(model.config),
-        "weights": weights,
+        "weights": f"{weights:.9g}",  # a sparse model's weights are transposed, and their sum rounded otherwise
         "tokens": tokens,
-        "settings": settings_key,
+        "gradient_tokens": settings.gradient_tokens,
     } | facts
 
 
@@ -251,17 +254,19 @@ def calibrate_quickly(
     weights: Weights | None = None,
     save: Callable[[list[SparsityPlan]], None] | None = None,
     rotated: bool = False,
+    curves: Path | None = None,
 ) -> SparsityPlan:
     """Sparsify model, in place, for the first of settings.targets, on few tokens; the plan has measured sparsities.
 
     encode turns text into token ids; weights is kept in the plan. save gets the plan before sparsities are measured.
-    rotated: as for split_text. Raises UserError if the text is too short or sparsity is out of range.
+    rotated: as for split_text; curves: as for calibrate. Raises UserError if the text is too short or sparsity is out
+    of range.
     """
     length = min(QUICK_LENGTH, model.config.max_seq_len)
     sizes = (QUICK_SEQUENCES, length), (HELD_OUT_SEQUENCES, length)
     sequences, held_out = split_sequences(encode, text, *sizes, rotated)
     facts = {"text": text_hash(text), "sequences": QUICK_SEQUENCES, "length": length}
-    plan = calibrate(model, sequences, settings, facts, weights=weights, save=save)[0]
+    plan = calibrate(model, sequences, settings, facts, weights=weights, save=save, curves=curves)[0]
     return with_achieved(model, plan, held_out)
 
 

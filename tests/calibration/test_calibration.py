@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from teal.calibration import thresholds as calibration
+from teal.calibration.sensitivity import BackwardPass
 from teal.calibration.thresholds import (
     BlockStages,
     Settings,
@@ -141,6 +142,24 @@ def test_progress_of_other_work_is_not_used(model: Transformer, sequences: Tenso
         progress.write_text(content)
         [plan] = calibrate(model, sequences, Settings((0.5,)), FACTS, progress_file=progress)
         assert len(plan.layers) == 3 and set(plan.layers[0]) == set(PROJECTIONS)
+
+
+def test_estimated_errors_serve_all_targets(
+    tiny_folder: Path, sequences: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept in a file, they give another target the plan that it would have had; another text has its own."""
+
+    def plans(text: Tensor, target: float, curves: Path | None = None) -> list[SparsityPlan]:
+        return calibrate(load_model(tiny_folder, CPU, torch.float32), text, Settings((target,)), FACTS, curves=curves)
+
+    expected, curves = plans(sequences, 0.6), tmp_path / "curves.safetensors"
+    sparse = load_model(tiny_folder, CPU, torch.float32)
+    calibrate(sparse, sequences, Settings((0.4,)), FACTS, curves=curves)
+    with monkeypatch.context() as patch:
+        patch.setattr(BackwardPass, "forward", None)
+        assert plans(sequences, 0.6, curves) == expected
+        assert calibrate(sparse, sequences, Settings((0.6,)), FACTS, curves=curves) == expected, "of a sparse model"
+    assert plans(sequences[:2], 0.6, curves) == plans(sequences[:2], 0.6)
 
 
 def test_greedy_hurts_each_block_less_than_uniform(model: Transformer, sequences: Tensor) -> None:
