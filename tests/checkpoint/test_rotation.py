@@ -168,6 +168,15 @@ def test_the_command(
     assert (turned / "config.json").stat().st_mtime_ns == before
 
 
+def test_a_short_text_is_refused_before_the_model_is_rotated(
+    command: list[str], call_main: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("a few words")
+    code, _, err = call_main(calibrate.main, *command)
+    assert_one_line_error(code, err, "3 sequences of 32 tokens are needed", "the 2/5 for calibration")
+    assert not (tmp_path / "turned").exists()
+
+
 @pytest.mark.parametrize("what", ["again", "another folder", "quantized", "random"])
 def test_refused_in_one_line(
     what: str, command: list[str], call_main: Callable[..., tuple[int, str, str]], tmp_path: Path
