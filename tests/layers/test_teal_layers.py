@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from teal.calibration.texts import default_text, split_text, token_sequences
 from teal.calibration.thresholds import HELD_OUT_SEQUENCES, calibrate_quickly, measure_sparsity
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
+from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.hardware import pick_dtype
 from teal.layers.phase import decoding
@@ -149,6 +151,12 @@ def test_plan_for_another_depth_is_refused(folder: Path) -> None:
     plan = plan_with(model, {})
     with pytest.raises(UserError, match=r"2 layers \(this model: 3\)"):
         sparsify(model, replace(plan, layers=plan.layers[:2]))
+
+
+def test_an_engine_is_no_model(tiny_folder: Path) -> None:
+    engine: Any = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    with pytest.raises(UserError, match=r"takes a model, not Engine; an Engine's is engine\.model"):
+        sparsify(engine, plan_with(engine.model, {}))
 
 
 def tensor_bytes() -> int:
