@@ -99,7 +99,7 @@ class ProjectionPlan:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Which weights a plan is for: a name for people, and what their content hashes to (checkpoint.weights_identity).
+    """Which weights a plan is for: a name for people, and what their content hashes to (checkpoint.identity).
 
     Rounded weights count as those they were rounded from: rounding hardly moves activations, nor so thresholds.
     """

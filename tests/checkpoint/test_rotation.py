@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from teal.calibration.rotation import find_rotation
 from teal.calibration.texts import default_text, first_tokens, rotation_text, split_text, spread_sequences
 from teal.checkpoint.config import FAMILIES, load_config
+from teal.checkpoint.identity import stored_weights, weights_identity
 from teal.checkpoint.loading import describe
 from teal.checkpoint.rotation import Rotation, rotation_record, write_rotated
 from teal.checkpoint.tokenizer import load_tokenizer
-from teal.checkpoint.weights import load_model, stored_weights, weights_identity
+from teal.checkpoint.weights import load_model
 from teal.cli import calibrate, quantize
 from teal.errors import UserError
 from teal.evaluation.quality import continue_greedily
