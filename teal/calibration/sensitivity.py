@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teal.calibration.greedy import MAX_SPARSITY
-from teal.calibration.stages import BlockStages
+from teal.calibration.stages import Positions
 from teal.errors import ParameterError
 from teal.files import atomic_file
 from teal.layers.int8_cache import has_int8_cache
@@ -143,6 +143,7 @@ class BackwardPass:
             raise ParameterError("{method} global needs keys and values in floats to calibrate; leave {kv_cache} out")
         self.model = model
         self.pieces = pieces_of(sequences, tokens)
+        self.positions = Positions(model, self.pieces.shape[1])
         self.inputs: list[list[Tensor]] = []  # [piece][block], fp32 [1, T, C]
         self.gradients: list[Tensor] = []  # [piece], where the next block to go back through ends
 
@@ -153,9 +154,9 @@ class BackwardPass:
         device = model.embedding.weight.device
         for ids in progress(self.pieces, "running the model", "sequence"):
             x, kept = model.embed(ids[None].to(device)), []
-            for i in range(len(model.blocks)):
+            for i, block in enumerate(model.blocks):
                 kept.append(x.cpu())
-                x = BlockStages(model, i, len(ids)).forward(x)
+                x = block(x, *self.positions.context(i))
             self.inputs.append(kept)
             with torch.inference_mode(False), torch.enable_grad():
                 x = x.clone().requires_grad_()
@@ -175,7 +176,7 @@ class BackwardPass:
         with torch.inference_mode(False), torch.enable_grad():
             for j, kept in enumerate(self.inputs):
                 x = kept.pop().to(device, copy=True).requires_grad_()
-                y = block(x, *BlockStages(self.model, i, x.shape[1]).context)
+                y = block(x, *self.positions.context(i))
                 self.gradients[j] = torch.autograd.grad(y, x, self.gradients[j].to(device, copy=True))[0].cpu()
 
     def samples(self, i: int) -> dict[str, Samples]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from teal.calibration.allocation import allocate_by_layer
 from teal.calibration.greedy import block_error, check_targets, greedy_sparsities
 from teal.calibration.sensitivity import GRID, error_curves
-from teal.calibration.stages import BlockStages, Stream, weight_counts
+from teal.calibration.stages import BlockStages, Positions, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
 from teal.files import atomic_file
@@ -61,22 +61,21 @@ def calibrate(
 
     facts are kept in the plans, and whose weights these are. Finished blocks are written to progress_file and not
     computed again if a call with the same model, sequences and settings finds them there. It is removed at the end,
-    after save(plans), so that nothing can come between. A list given as seen receives [block][target][projection], the
-    histograms behind the thresholds. curves: a file for the errors that the global method estimates, which serve all
-    targets; it stays. Raises UserError.
+    after save(plans), so that nothing can come between. curves: a file that keeps what the global method estimates, for
+    calls with other targets. A list given as seen receives [block][target][projection], the histograms behind the
+    thresholds. Raises UserError.
     """
     work = _work(model, sequences, settings, facts)
-    key = work | {"targets": list(settings.targets), "method": settings.method, "step": settings.step}
+    key = work | {"settings": [list(settings.targets), settings.method, settings.step]}
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
     notes = None if progress_file is None else progress_file.with_suffix(".safetensors")
     is_global = settings.method == "global" and len(done) < len(model.blocks)
     fixed = allocate_globally(model, sequences, settings, curves or notes, json.dumps(work)) if is_global else None
-    device = model.embedding.weight.device
-    dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
+    positions, dense = Positions(model, sequences.shape[1]), Stream.embedded(model, sequences, offload)
     streams = [dense for _ in settings.targets]
     blocks: list[list[Layer]] = []
     for i in progress(range(len(model.blocks)), "calibrating", "block"):
-        stages = BlockStages(model, i, sequences.shape[1])
+        stages = BlockStages(positions, i)
         sparsify_block(stages.block, dict.fromkeys(stages.sizes, 0.0))
         if i < len(done):
             blocks.append(done[i])
@@ -89,15 +88,21 @@ def calibrate(
             _write_progress(progress_file, key, blocks)
         if settings.method == "greedy" and i + 1 < len(model.blocks):
             dense = dense.map(stages.forward)
-    plans = [
-        SparsityPlan(config_fields(model.config), settings.method, t, tuple(b[j] for b in blocks), facts, weights)
-        for j, t in enumerate(settings.targets)
-    ]
+    plans = _plans(model, settings, blocks, facts, weights)
     if save is not None:
         save(plans)
     for path in filter(None, (progress_file, notes)):
         path.unlink(missing_ok=True)
     return plans
+
+
+def _plans(
+    model: Transformer, settings: Settings, blocks: list[list[Layer]], facts: dict[str, Any], weights: Weights | None
+) -> list[SparsityPlan]:
+    """A plan for each target, of the layers [block][target]."""
+    layers = zip(*blocks, strict=True)
+    fields = config_fields(model.config), settings.method
+    return [SparsityPlan(*fields, t, own, facts, weights) for t, own in zip(settings.targets, layers, strict=True)]
 
 
 def use_layer(block: Block, layer: Layer) -> None:
@@ -181,7 +186,7 @@ def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) ->
         x = stages.after(p, x, inputs)
     length = min(GREEDY_LENGTH, dense.parts[0].shape[1])
     short_x = torch.cat([part[:, :length] for part in dense.parts[:GREEDY_SEQUENCES]]).to(stages.device)
-    short = BlockStages(model, stages.index, length, batch=len(short_x))
+    short = BlockStages(Positions(model, length, batch=len(short_x)), stages.index)
     expected = short.forward(short_x)
 
     def error(sparsities: dict[str, float]) -> float:
