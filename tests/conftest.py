@@ -30,6 +30,10 @@ from torch import Tensor, nn
 
 from teal.cli import command_line as cli
 from teal.cli import generate
+from tests import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.quicken()
 
 ROOT = Path(__file__).parent.parent
 TEXT = (
