@@ -1,8 +1,10 @@
 """Triton's interpreter, without what takes a third of its time."""
 
+import functools
 import inspect
 from typing import Any
 
+import triton.language as tl
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
 
@@ -22,3 +24,6 @@ def quicken() -> None:
             replace(part, *arguments)
 
     interpreter._patch_builtin = replace_once
+    name_dtype = interpreter._get_np_dtype  # makes a table for each value that it names the dtype of
+    known = functools.cache(name_dtype)
+    interpreter._get_np_dtype = lambda dtype: known(dtype) if type(dtype) is tl.dtype else name_dtype(dtype)

@@ -134,11 +134,11 @@ def test_a_cache_in_8_bits(name: str, batch: int, tmp_path: Path) -> None:
 
 
 def default_model(folder: Path, dtype: torch.dtype) -> Transformer:
-    """The default model, sparse; where its kernels are interpreted, at seconds a block, only its first ten blocks."""
+    """The default model, sparse; where its kernels are interpreted, at a second a block, only its first four blocks."""
     model = sparse_model(folder, dtype)
     if DEVICE.type == "cpu":
-        model.layers = model.layers[:10]
-        model.config = replace(model.config, num_layers=10, sliding_windows=model.config.sliding_windows[:10])
+        model.layers = model.layers[:4]
+        model.config = replace(model.config, num_layers=4, sliding_windows=model.config.sliding_windows[:4])
     return model
 
 
