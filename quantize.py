@@ -253,7 +253,8 @@ def quantize_folder(
 def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
     """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files."""
     from teal.checkpoint.config import read_json
-    from teal.checkpoint.weights import copy_other_files, stored_config, stored_weights
+    from teal.checkpoint.identity import stored_weights
+    from teal.checkpoint.weights import copy_other_files, stored_config
     from teal.files import atomic_file, fingerprint
 
     copy_other_files(source, work)
@@ -272,7 +273,7 @@ def _start_or_resume(
     work: Path, source: Path, scheme: "QuantConfig", method: str, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
     """Make work a folder of this very job. What another job left there goes. Raises UserError for other content."""
-    from teal.checkpoint.weights import model_identity
+    from teal.checkpoint.identity import model_identity
     from teal.files import atomic_file, sweep
 
     sweep(work, ".*.part")

@@ -9,7 +9,8 @@ Gradients go back block by block. Only the inputs of all blocks are kept, in hos
 time when its turn comes, and what was noted of it is used up before the next.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teal.calibration.greedy import MAX_SPARSITY
-from teal.calibration.stages import BlockStages
+from teal.calibration.stages import Positions
 from teal.errors import ParameterError
 from teal.files import atomic_file
 from teal.layers.int8_cache import has_int8_cache
@@ -65,14 +66,19 @@ class Samples:
         return found
 
 
-class Probe(nn.Module):
-    """A projection module of a block that notes inputs and v of all tokens on the way back."""
+# What a Probe tells on the way back: the projection, its inputs [T, K], then g [T, N] and v [T, K] of each of its names
+Note = Callable[[Projection, Tensor, dict[str, Tensor], dict[str, Tensor]], None]
 
-    def __init__(self, module: nn.Module, projection: Projection) -> None:
+
+class Probe(nn.Module):
+    """A projection module of a block that calls note on the way back, once for each call on the way there.
+
+    Gradients also pass weights that are quantized or sparse: the products' own have none.
+    """
+
+    def __init__(self, module: nn.Module, projection: Projection, note: Note) -> None:
         super().__init__()
-        self.module, self.projection = module, projection
-        self.inputs: list[Tensor] = []
-        self.gradients: dict[str, list[Tensor]] = {name: [] for name in projection.names}
+        self.module, self.projection, self.note = module, projection, note
 
     def forward(self, x: Tensor) -> Tensor:
         """As module's, x [1, T, K]."""
@@ -84,11 +90,6 @@ class Probe(nn.Module):
             return self.module.weight.t()
         assert isinstance(self.module, (QuantizedLinear, SparseLinear))
         return self.module.dequantized()
-
-    def samples(self) -> dict[str, Samples]:
-        """What was noted, by projection."""
-        inputs = torch.cat(self.inputs)
-        return {name: Samples(inputs, torch.cat(parts)) for name, parts in self.gradients.items()}
 
 
 class _Probed(torch.autograd.Function):
@@ -102,24 +103,21 @@ class _Probed(torch.autograd.Function):
     def backward(context: Any, *grads: Tensor) -> tuple[Tensor, None]:
         probe, [x], [gradient] = context.probe, context.saved_tensors, grads
         p = probe.projection
-        total = torch.zeros_like(x)
-        probe.inputs.append(x[0])
-        parts = zip(p.names, gradient.split(p.sizes, dim=-1), probe.weight().split(p.sizes, dim=1), strict=True)
-        for name, part, weight in parts:
-            v = part @ weight.t()
-            probe.gradients[name].append(v[0])
-            total += v
-        return total, None
+        parts = dict(zip(p.names, gradient[0].split(p.sizes, dim=1), strict=True))
+        weights = zip(p.names, probe.weight().split(p.sizes, dim=1), strict=True)
+        v = {name: parts[name] @ weight.t() for name, weight in weights}
+        probe.note(p, x[0], parts, v)
+        return sum(v.values(), torch.zeros_like(x)), None
 
 
 @contextmanager
-def probes(block: Block) -> Iterator[list[Probe]]:
+def probes(block: Block, note: Note) -> Iterator[None]:
     """Within the context every projection of block is a Probe."""
-    found = [Probe(block.get_submodule(p.module), p) for p in block.projections()]
+    found = [Probe(block.get_submodule(p.module), p, note) for p in block.projections()]
     for probe in found:
         block.set_submodule(probe.projection.module, probe)
     try:
-        yield found
+        yield
     finally:
         for probe in found:
             block.set_submodule(probe.projection.module, probe.module)
@@ -137,6 +135,7 @@ class BackwardPass:
             raise ParameterError("{method} global needs keys and values in floats to calibrate; leave {kv_cache} out")
         self.model = model
         self.pieces = pieces_of(sequences, tokens)
+        self.positions = Positions(model, self.pieces.shape[1])
         self.inputs: list[list[Tensor]] = []  # [piece][block], fp32 [1, T, C]
         self.gradients: list[Tensor] = []  # [piece], where the next block to go back through ends
 
@@ -147,9 +146,9 @@ class BackwardPass:
         device = model.embedding.weight.device
         for ids in progress(self.pieces, "running the model", "sequence"):
             x, kept = model.embed(ids[None].to(device)), []
-            for i in range(len(model.blocks)):
+            for i, block in enumerate(model.blocks):
                 kept.append(x.cpu())
-                x = BlockStages(model, i, len(ids)).forward(x)
+                x = block(x, *self.positions.context(i))
             self.inputs.append(kept)
             with torch.inference_mode(False), torch.enable_grad():
                 x = x.clone().requires_grad_()
@@ -169,14 +168,27 @@ class BackwardPass:
         with torch.inference_mode(False), torch.enable_grad():
             for j, kept in enumerate(self.inputs):
                 x = kept.pop().to(device, copy=True).requires_grad_()
-                y = block(x, *BlockStages(self.model, i, x.shape[1]).context)
+                y = block(x, *self.positions.context(i))
                 self.gradients[j] = torch.autograd.grad(y, x, self.gradients[j].to(device, copy=True))[0].cpu()
 
     def samples(self, i: int) -> dict[str, Samples]:
         """As through(i), with the samples of the block's projections."""
-        with probes(self.model.blocks[i]) as found:
+        inputs: dict[str, list[Tensor]] = defaultdict(list)
+        gradients: dict[str, list[Tensor]] = defaultdict(list)
+
+        def note(p: Projection, x: Tensor, _: dict[str, Tensor], v: dict[str, Tensor]) -> None:
+            inputs[p.name].append(x)
+            for name, part in v.items():
+                gradients[name].append(part)
+
+        block = self.model.blocks[i]
+        found: dict[str, Samples] = {}
+        with probes(block, note):
             self.through(i)
-            return {name: own for probe in found for name, own in probe.samples().items()}
+        for p in block.projections():
+            x = torch.cat(inputs[p.name])
+            found |= {name: Samples(x, torch.cat(gradients[name])) for name in p.names}
+        return found
 
 
 Layer = dict[str, list[float]]  # errors at the sparsities of GRID, by projection
@@ -199,7 +211,7 @@ def error_curves(
         for i in progress(range(layers - len(done))[::-1], "estimating sensitivity", "block"):
             samples = backward.samples(i)
             done.append([samples[name].errors() for name in names])
-            _write_notes(notes, key, done, backward.gradients)
+            _write_notes(notes, key, done, backward.gradients if i else [torch.empty(0)])  # at the end none are needed
     return [dict(zip(names, errors, strict=True)) for errors in reversed(done)]
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from teal.checkpoint.config import load_config, load_quantization
+from teal.checkpoint.identity import model_identity, stored_weights
 from teal.checkpoint.presets import find_preset, random_model
 from teal.checkpoint.rotation import rotation_record
 from teal.checkpoint.source import resolve_checkpoint
 from teal.checkpoint.token_backends import IdBackend
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from teal.checkpoint.weights import load_model, model_identity, stored_weights
+from teal.checkpoint.weights import load_model
 from teal.errors import ParameterError, UserError
 from teal.hardware import pick_device, pick_dtype
 from teal.layers.int8_cache import use_int8_cache

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teal.checkpoint.config import load_quantization, read_json
+from teal.checkpoint.identity import weights_identity
 from teal.checkpoint.weights import (
     block_targets,
     copy_other_files,
@@ -30,7 +31,6 @@ from teal.checkpoint.weights import (
     open_shard,
     stored_config,
     tensor_files,
-    weights_identity,
     write_index,
 )
 from teal.errors import ParameterError, UserError

@@ -1,5 +1,6 @@
 """Adapter to lm-evaluation-harness (the optional package lm_eval): our models, dense or sparse, on its tasks."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ class HarnessModel(TemplateLM):
         return texts
 
 
+@functools.cache
+def _task_manager(folder: Path | None) -> TaskManager:
+    """The harness' own tasks and those of folder. They are found once for all sparsities: it takes 5 s."""
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
 def run_tasks(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -127,7 +134,7 @@ def run_tasks(
 
     Raises UserError for a task the harness does not know.
     """
-    manager = TaskManager(include_path=str(folder) if folder is not None else None)
+    manager = _task_manager(folder)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ParameterError(

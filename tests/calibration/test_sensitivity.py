@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from teal.calibration import sensitivity
 from teal.calibration.sensitivity import GRID, BackwardPass, Samples, error_curves, pieces_of, probes
+from teal.calibration.stages import Positions
 from teal.calibration.texts import default_text
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
@@ -59,7 +60,7 @@ def test_gradients_are_those_of_autograd(model: Transformer, sequences: Tensor) 
     ]  # fmt: skip
     x = model.embed(ids[None]).requires_grad_()
     for i, block in enumerate(model.blocks):
-        x = block(x, *sensitivity.BlockStages(model, i, len(ids)).context)
+        x = block(x, *Positions(model, len(ids)).context(i))
     logits = model.logits(x)[0]
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
     F.cross_entropy(logits, labels, reduction="sum").backward()
@@ -92,7 +93,7 @@ def test_the_model_is_left_as_it_was(kind: str, model: Transformer, sequences: T
 
 def test_the_model_is_left_as_it_was_after_an_error(model: Transformer) -> None:
     modules = dict(model.named_modules())
-    with pytest.raises(KeyError), probes(model.blocks[0]):
+    with pytest.raises(KeyError), probes(model.blocks[0], lambda *_: None):
         raise KeyError
     assert dict(model.named_modules()) == modules
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal.calibration.thresholds import BlockStages, Settings, calibrate, measure_sparsity
+from teal.calibration.stages import Positions
+from teal.calibration.thresholds import Settings, calibrate, measure_sparsity
 from teal.checkpoint.weights import hf_projection_names, weight_targets
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, pick_group_size, use_quantized_linears
@@ -114,8 +115,8 @@ def test_a_block_can_be_cut_by_its_description(config: ModelConfig) -> None:
             for parameter, value in zip(own.parameters(), part_of(whole, p, rank, ranks), strict=True):
                 parameter.copy_(value)
         parts.append(part)
-    context = BlockStages(model, 0, 8).context
-    contexts = [BlockStages(part, 0, 8).context for part in parts]
+    context = Positions(model, 8).context(0)
+    contexts = [Positions(part, 8).context(0) for part in parts]
     sublayers = [part.blocks[0] for part in parts]
     for name in ("attention", "feed_forward"):
         expected = getattr(block, name)(x, *(context if name == "attention" else ()))
