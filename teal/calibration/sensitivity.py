@@ -25,6 +25,7 @@ from teal.calibration.greedy import MAX_SPARSITY
 from teal.calibration.stages import Positions
 from teal.errors import ParameterError
 from teal.files import atomic_file
+from teal.kernels.sparse_linear import drop_small
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Block, Projection, Transformer
@@ -54,14 +55,13 @@ class Samples:
         d and v are of the same token. By the mean over all pairs of tokens, which scatters less, the plans of
         Qwen2.5-Coder-1.5B, rotated, have KL .104 at 50% and .322 at 60%; by this one .101 and .241 (16,384 tokens).
         """
-        magnitudes = self.inputs.abs()
-        some = magnitudes.flatten()
-        ordered = some[:: max(1, len(some) // QUANTILE_ENTRIES)].sort().values
-        products = self.inputs.float() * self.gradients.float()
-        found = []
-        for sparsity in GRID:
-            threshold = ordered[int(sparsity * len(ordered))] if sparsity else 0.0
-            changes = products.masked_fill(magnitudes >= threshold, 0.0).sum(1)
+        inputs, gradients = self.inputs.float(), self.gradients.float()
+        some = inputs.flatten()
+        ordered = some[:: max(1, len(some) // QUANTILE_ENTRIES)].abs().sort().values
+        found = [0.0]
+        for sparsity in GRID[1:]:
+            dropped = inputs - drop_small(inputs, ordered[int(sparsity * len(ordered))])
+            changes = torch.einsum("nk,nk->n", dropped, gradients)
             found.append(float(changes.square().mean()) / 2)
         return found
 
