@@ -81,7 +81,7 @@ def channel_energies(model: Transformer, sequences: Tensor) -> list[dict[str, Ch
     backward.forward()
     energies: list[dict[str, ChannelEnergy]] = [{} for _ in model.blocks]
     for i in progress(range(len(model.blocks))[::-1], "measuring energies", "block"):
-        with torch.inference_mode(False), _noting(model.blocks[i], model.embedding.weight.device) as found:
+        with torch.inference_mode(False), _noting(model.blocks[i], model.device) as found:
             backward.through(i)
         energies[i] = {name: energy for sums in found for name, energy in sums.energies().items()}
     return energies
@@ -90,7 +90,7 @@ def channel_energies(model: Transformer, sequences: Tensor) -> list[dict[str, Ch
 @torch.inference_mode()
 def head_energy(model: Transformer, sequences: Tensor) -> ChannelEnergy:
     """Of the output head. E[g^2] of a token's logit is E[p(1 - p)], which no backward pass has to find."""
-    device = model.embedding.weight.device
+    device = model.device
     inputs = torch.zeros(model.config.hidden_size, device=device)
     gradients = torch.zeros(model.config.vocab_size, device=device)
     tokens = 0

@@ -30,7 +30,7 @@ def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) 
             "{rotate}: {} tokens cannot tell the energy of {} channels; give a longer {text}, or more sequences",
             sequences.numel(), model.config.hidden_size,
         )  # fmt: skip
-    c, device = model.config, model.embedding.weight.device
+    c, device = model.config, model.device
     weights = norm_weights(model, sequences)
     stream = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
     residual = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64, device=device)

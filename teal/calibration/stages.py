@@ -21,10 +21,9 @@ class BlockStages:
     """
 
     def __init__(self, model: Transformer, index: int, length: int, batch: int = 1) -> None:
-        weight = model.embedding.weight
         self.model, self.index, self.block = model, index, model.blocks[index]
-        self.device = weight.device
-        positions = torch.arange(length, device=weight.device).expand(batch, length)
+        self.device = model.device
+        positions = torch.arange(length, device=model.device).expand(batch, length)
         cos, sin, masks = model.position_tensors(positions, length)
         cache = model.new_cache(batch, length, layers=1)
         self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, cache.k[0], cache.v[0])

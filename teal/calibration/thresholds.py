@@ -68,7 +68,7 @@ def calibrate(
     notes = None if progress_file is None else progress_file.with_suffix(".safetensors")
     is_global = settings.method == "global" and len(done) < len(model.blocks)
     fixed = allocate_globally(model, sequences, settings, notes, json.dumps(key)) if is_global else None
-    device = model.embedding.weight.device
+    device = model.device
     dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
     streams = [dense for _ in settings.targets]
     blocks: list[list[Layer]] = []
@@ -279,15 +279,14 @@ def with_achieved(model: Transformer, plan: SparsityPlan, sequences: Tensor) -> 
 @torch.inference_mode()
 def measure_sparsity(model: Transformer, sequences: Tensor) -> list[dict[str, float]]:
     """Achieved sparsity [layer][projection] of a sparsified model over sequences [N, L], sparse on every token."""
-    weight = model.embedding.weight
     length = sequences.shape[1]
     cache = model.new_cache(1, length)
-    positions = torch.arange(length, device=weight.device)[None]
+    positions = torch.arange(length, device=model.device)[None]
     set_counting(model, True)
     try:
         with sparse_prefill(model):
             for row in progress(list(sequences), "measuring", "sequence"):
-                model.hidden_states(row[None].to(weight.device), positions, cache)
+                model.hidden_states(row[None].to(model.device), positions, cache)
         return achieved_sparsity(model)
     finally:
         set_counting(model, False)

@@ -144,7 +144,7 @@ def load_draft(checkpoint: str, target: LoadedModel) -> LoadedModel:
     Embedding and, if neither is rounded, head are target's: both were made from the same weights. Raises UserError.
     """
     model = target.model
-    loaded = _load(describe(checkpoint, None), model.embedding.weight.device, model.embedding.weight.dtype)
+    loaded = _load(describe(checkpoint, None), model.device, model.dtype)
     loaded.model.embedding = model.embedding
     if isinstance(model.lm_head, OutputHead) and isinstance(loaded.model.lm_head, OutputHead):
         loaded.model.lm_head = model.lm_head

@@ -126,8 +126,7 @@ class BlockwiseGptq:
         embedding = self._read("model.embed_tokens.weight")
         self.stream = Stream([embedding[ids][None].float() for ids in sequences], device, offload=False)
         self.length = sequences.shape[1]
-        tells_device_and_dtype = torch.empty(1, 1, device=device)
-        self.model.embedding.weight = nn.Parameter(tells_device_and_dtype, requires_grad=False)
+        self.model.norm.to_empty(device=device)  # which tells the model's device and dtype
 
     def _read(self, name: str) -> Tensor:
         with open_shard(self.where[name]) as tensors:
