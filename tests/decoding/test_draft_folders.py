@@ -10,7 +10,7 @@ import torch
 from teal.bench.speculate import parse_draft
 from teal.checkpoint.rotation import Rotation, write_rotated
 from teal.checkpoint.weights import stored_config
-from teal.cli import generate, quantize
+from teal.cli import generate, quantize, serve
 from teal.decoding.engine import Engine
 from teal.decoding.speculation import STEP_COST, SpeculativeEngine
 from teal.errors import UserError
@@ -112,6 +112,17 @@ def test_the_command(rotated: Path, call_main: Command) -> None:
     assert_one_line_error(*call_main(generate.main, *model, *draft)[::2], "--draft-checkpoint goes with --speculate K")
     code, _, err = call_main(generate.main, *model, "--speculate", "4", "--draft-checkpoint", rotated)
     assert_one_line_error(code, err, "is not quantized")
+
+
+def test_the_server_drafts_so_too(rotated: Path) -> None:
+    options = ModelOptions(str(rotated), device="cpu", dtype="fp32")
+    draft = DraftOptions(length=4, sparsity=0.3, checkpoint=str(rounded(rotated, head=True)))
+    engine, _ = serve.load_engine(options, draft, ())
+    text = list(engine.generate(PROMPTS[0], max_new_tokens=20, ignore_eos=True))
+    assert text == list(Engine.load(options).generate(PROMPTS[0], max_new_tokens=20, ignore_eos=True))
+    assert engine.stats.accepted_tokens > 0
+    with pytest.raises(UserError, match="is not quantized"):
+        serve.load_engine(options, DraftOptions(checkpoint=str(rotated)), ())
 
 
 def test_drafts_of_the_bench() -> None:
