@@ -234,8 +234,8 @@ def group_scales(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor,
     """Scales in dtype and zeros fp32, both [..., G], that cover groups fp32 [..., G, group_size]."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = torch.maximum(-low, high) / 127 if bits == 8 else (high - low) / 15
-    # Subnormal ones are used: in fp16 those of 8-bit groups within 0.0078 are below the smallest normal number, 6e-5. Where
-    # a scale is 0, the group is of zeros, and any will do.
+    # Subnormal ones are used: in fp16 those of 8-bit groups within 0.0078 are below the smallest normal number, 6e-5.
+    # Where a scale is 0, the group is of zeros, and any will do.
     scales = scales.to(dtype)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     zeros = torch.zeros_like(low) if bits == 8 else (-low / scales.float()).round().clamp(0, 15)
