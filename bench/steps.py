@@ -109,7 +109,7 @@ def batched_step_s(backend: Backend, batch: int, context: int) -> float:
     channels than the rows of a server do.
     """
     model = backend.model
-    device = model.embedding.weight.device
+    device = model.device
     cache = model.new_cache(batch, context + 8)
     prompts = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=device)
     positions = torch.arange(context, device=device)[None]

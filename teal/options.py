@@ -87,13 +87,15 @@ class DraftOptions:
     """How to draft for speculative decoding. Raises UserError.
 
     length: tokens drafted at once at most. The draft is the model with this sparsity or the plan of a file; quant
-    rounds its weights, and no others. With lookup it is what followed the last few tokens where they stood before.
+    rounds its weights, and no others. checkpoint: a folder that quantize.py made of the same model, to draft with its
+    weights. With lookup the draft is what followed the last few tokens where they stood before.
     """
 
     length: int = LOOKUP_LENGTH
     sparsity: float = 0.5
     plan: str | None = None
     quant: str | None = None
+    checkpoint: str | None = None
     lookup: bool = False
 
     def __post_init__(self) -> None:
@@ -101,11 +103,25 @@ class DraftOptions:
         if self.quant is not None:
             check_choice("draft_quant", self.quant, QUANTS)
         if self.lookup:
-            for name, value in (("draft_plan", self.plan), ("draft_quant", self.quant)):
-                if value is not None:
-                    raise ParameterError(f"{{{name}}} does not go with {{draft_lookup}}, which runs no model")
-        elif self.plan is None and not 0 < self.sparsity < 1:
-            raise ParameterError("{draft_sparsity} {:g} is out of range; expected 0 < sparsity < 1", self.sparsity)
+            self._check_lookup()
+        elif self.quant is not None and self.checkpoint is not None:
+            raise ParameterError("{draft_quant} does not go with {draft_checkpoint}, which is rounded; choose one")
+        elif self.plan is None and not (0 < self.sparsity < 1 or (self.sparsity == 0 and self.has_own_weights)):
+            raise ParameterError(
+                "{draft_sparsity} {:g} is out of range; expected 0 < sparsity < 1, or 0 of rounded weights",
+                self.sparsity,
+            )
+
+    def _check_lookup(self) -> None:
+        given = {"draft_plan": self.plan, "draft_quant": self.quant, "draft_checkpoint": self.checkpoint}
+        for name, value in given.items():
+            if value is not None:
+                raise ParameterError(f"{{{name}}} does not go with {{draft_lookup}}, which runs no model")
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the draft's weights are others than the model's."""
+        return self.quant is not None or self.checkpoint is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,9 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     Raises UserError if it is not in the cache and can_calibrate says that the model cannot be calibrated.
     """
     text = default_text()
-    weight = loaded.model.embedding.weight
     method = "uniform" if has_int8_cache(loaded.model) else "global"
     settings = Settings((sparsity,), method, gradient_tokens=QUICK_GRADIENTS)
-    name = loaded.identity, f"{text_hash(text)}-{settings.method}", weight.dtype, weight.device
+    name = loaded.identity, f"{text_hash(text)}-{settings.method}", loaded.model.dtype, loaded.model.device
     path = cached_plan(*name, sparsity)
     if path.exists():
         return SparsityPlan.load(path)

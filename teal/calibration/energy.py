@@ -79,7 +79,7 @@ def channel_energies(model: Transformer, sequences: Tensor) -> list[dict[str, Ch
 @torch.inference_mode()
 def head_energy(model: Transformer, sequences: Tensor) -> ChannelEnergy:
     """Of the output head. E[g^2] of a token's logit is E[p(1 - p)], which no backward pass has to find."""
-    device = model.embedding.weight.device
+    device = model.device
     inputs = torch.zeros(model.config.hidden_size, device=device)
     gradients = torch.zeros(model.config.vocab_size, device=device)
     tokens = 0

@@ -143,7 +143,7 @@ class BackwardPass:
     def forward(self) -> None:
         """Run the model on all pieces; gradients then stand behind the last block."""
         generator, model = torch.Generator().manual_seed(0), self.model
-        device = model.embedding.weight.device
+        device = model.device
         for ids in progress(self.pieces, "running the model", "sequence"):
             x, kept = model.embed(ids[None].to(device)), []
             for i, block in enumerate(model.blocks):
@@ -164,7 +164,7 @@ class BackwardPass:
 
     def through(self, i: int) -> None:
         """Gradients go back through block i. Blocks go from the last to the first."""
-        block, device = self.model.blocks[i], self.model.embedding.weight.device
+        block, device = self.model.blocks[i], self.model.device
         with torch.inference_mode(False), torch.enable_grad():
             for j, kept in enumerate(self.inputs):
                 x = kept.pop().to(device, copy=True).requires_grad_()

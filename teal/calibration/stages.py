@@ -20,7 +20,7 @@ class Positions:
     def __init__(self, model: Transformer, length: int, batch: int = 1) -> None:
         self.model = model
         with torch.inference_mode(False):  # gradients may pass what is multiplied by them
-            self.positions = torch.arange(length, device=model.embedding.weight.device).expand(batch, length)
+            self.positions = torch.arange(length, device=model.device).expand(batch, length)
             self.cos, self.sin, self.masks = model.position_tensors(self.positions, length)
 
     def context(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ class Stream:
     @classmethod
     def embedded(cls, model: Transformer, sequences: Tensor, offload: bool) -> "Stream":
         """What the first block reads of sequences, token ids [N, L]."""
-        device = model.embedding.weight.device
+        device = model.device
         return cls([model.embed(row[None].to(device)) for row in sequences], device, offload)
 
     def map(self, function: Callable[..., Tensor], *others: "Stream") -> "Stream":

@@ -289,15 +289,14 @@ def with_achieved(model: Transformer, plan: SparsityPlan, sequences: Tensor) -> 
 @torch.inference_mode()
 def measure_sparsity(model: Transformer, sequences: Tensor) -> list[dict[str, float]]:
     """Achieved sparsity [layer][projection] of a sparsified model over sequences [N, L], sparse on every token."""
-    weight = model.embedding.weight
     length = sequences.shape[1]
     cache = model.new_cache(1, length)
-    positions = torch.arange(length, device=weight.device)[None]
+    positions = torch.arange(length, device=model.device)[None]
     set_counting(model, True)
     try:
         with sparse_prefill(model):
             for row in progress(list(sequences), "measuring", "sequence"):
-                model.hidden_states(row[None].to(weight.device), positions, cache)
+                model.hidden_states(row[None].to(model.device), positions, cache)
         return achieved_sparsity(model)
     finally:
         set_counting(model, False)

@@ -24,12 +24,8 @@ from teal.checkpoint.awq_gptq import Packing
 from teal.checkpoint.config import load_config, load_quantization, read_json
 from teal.errors import ParameterError, UserError
 from teal.kernels.formats.packing import check_refined
-from teal.layers.quantized_linear import (
-    QuantConfig,
-    QuantizedLinear,
-    use_input_groups,
-    use_quantized_linears,
-)
+from teal.layers.quantized_embedding import QuantizedEmbedding, use_quantized_modules
+from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, use_input_groups
 from teal.model import Block, ModelConfig, Transformer
 from teal.progress import progress
 
@@ -51,7 +47,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     shards = find_shards(folder)
     packing = quantized if isinstance(quantized, Packing) else None
     if isinstance(quantized, QuantConfig):
-        quantize: Callable[[Transformer], None] | None = partial(use_quantized_linears, config=quantized)
+        quantize: Callable[[Transformer], None] | None = partial(use_quantized_modules, config=quantized)
     elif packing is not None and _can_be_repacked(config, packing, shards):
         quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
     else:
@@ -214,7 +210,10 @@ def empty_model(
 def weight_targets(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face tensor name -> the tensor (often a slice of a stacked weight) that takes its values."""
     c = model.config
-    targets = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
+    targets: dict[str, Tensor] = {"model.norm.weight": model.norm.weight}
+    for suffix, parameter in model.embedding.named_parameters():
+        is_packed = suffix == "weight" and isinstance(model.embedding, QuantizedEmbedding)
+        targets[f"model.embed_tokens.{'qweight' if is_packed else suffix}"] = parameter
     if not c.tie_embeddings or isinstance(model.lm_head, QuantizedLinear):
         targets |= projection_targets(model.lm_head, {"lm_head": c.vocab_size})
     for i, block in enumerate(model.blocks):

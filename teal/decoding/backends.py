@@ -82,7 +82,7 @@ class CompiledBackend(Backend):
 
     def __init__(self, model: Transformer, reason: str) -> None:
         super().__init__(model, reason)
-        device = model.embedding.weight.device
+        device = model.device
         self.run_block = compile_blocks(device)
         if device.type == "cuda":  # some 20 small kernels otherwise, 2 us each
             self.norm = torch.compile(model.norm.forward, fullgraph=True)
@@ -150,7 +150,7 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     check_choice("backend", forced, BACKENDS)
     if (forced, compile) in (("eager", True), ("compiled", False)):
         raise ParameterError("{backend} {} contradicts compile={}; give one of them", forced, compile)
-    device = model.embedding.weight.device
+    device = model.device
     name, reason = forced, "asked for"
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
@@ -191,5 +191,5 @@ def _fused_obstacle(model: Transformer) -> str:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on
 
-    device = model.embedding.weight.device
+    device = model.device
     return "" if kernels_run_on(device) else f"its kernels need CUDA, and the model is on {device.type}"

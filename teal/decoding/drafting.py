@@ -67,7 +67,7 @@ class Drafter:
         self.adapts = True  # False: every round drafts length tokens
         self.backend = None if draft is None else draft.backend
         self.cost = LOOKUP_COST if draft is None else draft.cost
-        device = target.model.embedding.weight.device
+        device = target.model.device
         with torch.inference_mode():  # tensors made outside and inside it would each be compiled for
             self.drafted = torch.zeros(MAX_DRAFT, dtype=torch.int64, device=device)
             self.outcome = torch.zeros(MAX_DRAFT + 2, dtype=torch.int64, device=device)

@@ -62,14 +62,13 @@ class HarnessModel(TemplateLM):
     def _log_probs(self, context: list[int], continuation: list[int]) -> tuple[Tensor, Tensor]:
         """fp32 log-probabilities [n, V] that predict the continuation, and its ids [n]."""
         ids = (context + continuation)[-(self.max_length + 1) :]
-        weight = self.model.embedding.weight
-        tokens = torch.tensor([ids[:-1]], device=weight.device)
+        tokens = torch.tensor([ids[:-1]], device=self.model.device)
         cache = self.model.new_cache(1, tokens.shape[1])
-        positions = torch.arange(tokens.shape[1], device=weight.device)[None]
+        positions = torch.arange(tokens.shape[1], device=self.model.device)[None]
         with sparse_prefill(self.model, self.sparse_share):
             hidden = self.model.hidden_states(tokens, positions, cache)
         logits = self.model.logits(hidden[0, -len(continuation) :]).float()
-        return logits.log_softmax(-1), torch.tensor(ids[-len(continuation) :], device=weight.device)
+        return logits.log_softmax(-1), torch.tensor(ids[-len(continuation) :], device=self.model.device)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any

@@ -125,8 +125,7 @@ class BlockwiseGptq:
             self.model = Transformer(load_config(source)).eval().requires_grad_(False)
         embedding = self._read("model.embed_tokens.weight")
         self.stream = Stream([embedding[ids][None].float() for ids in sequences], device, offload=False)
-        tells_device_and_dtype = torch.empty(1, 1, device=device)
-        self.model.embedding.weight = nn.Parameter(tells_device_and_dtype, requires_grad=False)
+        self.model.norm.to_empty(device=device)  # which tells the model's device and dtype
         self.positions = Positions(self.model, sequences.shape[1])
 
     def _read(self, name: str) -> Tensor:

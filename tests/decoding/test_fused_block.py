@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from teal import quantize
 from teal.checkpoint.weights import load_model
 from teal.decoding.backends import Backend, EagerBackend, FusedBackend
 from teal.decoding.engine import Engine
 from teal.layers.int8_cache import use_int8_cache
+from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedLinear, replace_projections, round_in_two_terms
 from teal.model import Block, Transformer
 from teal.options import SamplingParams
@@ -119,6 +121,17 @@ def test_refined_channels_reach_every_product(batch: int, tmp_path: Path) -> Non
         module.scales[-9:] = 0.0
         assert relative_error(decode_logits(eager(model), batch), expected) > 1e-3, f"logits without {module.names}"
         module.scales[-9:] = second
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_embedding_in_8_bits(batch: int, tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama", **QUANTIZABLE, num_hidden_layers=2), tmp_path)
+    model = quantize(load_model(tmp_path, DEVICE, torch.float32), "int8", embedding=True)
+    expected = decode_logits(eager(model), batch)
+    assert_near("logits", decode_logits(fused(model), batch), expected, 1e-5)
+    assert isinstance(model.embedding, QuantizedEmbedding)
+    model.embedding.scales[:, 0] *= 2
+    assert relative_error(decode_logits(fused(model), batch), expected) > 1e-3, "logits of another embedding"
 
 
 @pytest.mark.parametrize("name,batch", [("mistral-sliding", 1), ("qwen3-head-norms", 3)])
