@@ -193,7 +193,7 @@ def test_seen_histograms_explain_the_thresholds(model: Transformer, sequences: T
 
 def test_counting_works_after_calibration(model: Transformer, sequences: Tensor) -> None:
     """Calibration runs in inference mode; what it leaves in the model must be usable outside."""
-    calibrate(model, sequences, Settings((0.5,)), FACTS)
+    calibrate(model, sequences, Settings((0.5,), "uniform"), FACTS)
     set_counting(model, True)
     with torch.inference_mode(), decoding(model):
         model(sequences[:1, :1], torch.zeros(1, 1, dtype=torch.int64), KVCache(model.config, 1, 8, CPU, torch.float32))
