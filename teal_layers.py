@@ -67,6 +67,7 @@ class SparseLinear(PhasedModule):
             else:
                 merged.append((size, threshold))
         self.segments = [size for size, _ in merged]
+        self.state.replaced += 1
         limits = torch.tensor([t for _, t in merged], device=device)
         self._keep(limits, torch.tensor(thresholds, device=device))
 

@@ -31,6 +31,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     compiles = False  # whether first calls take long, and steps may be captured in CUDA graphs
+    keeps_modules = False  # whether all but decode runs the modules as they are, so that they may be calibrated
 
     def __init__(self, model: Transformer, reason: str) -> None:
         self.model, self.reason = model, reason
@@ -65,6 +66,7 @@ class EagerBackend(Backend):
     """The modules as they are."""
 
     name = "eager"
+    keeps_modules = True
 
     def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """As Backend.prefill."""
@@ -154,6 +156,8 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     name, reason = forced, "asked for"
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
+    if name == "program":
+        return _cpu_program(model, reason, bool(compile), forced)
     if name == "fused" and (obstacle := _fused_obstacle(model)):
         if forced == "fused":
             raise ParameterError("{backend} fused cannot run: {}", obstacle)
@@ -161,6 +165,18 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     if name == "fused":
         return FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
     return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
+
+
+def _cpu_program(model: Transformer, reason: str, compile: bool, forced: str) -> Backend:
+    """The program on a CPU, or the modules where it cannot run. Raises UserError if it was forced."""
+    from teal.decoding.cpu_program import build
+
+    backend = build(model, reason, compile)
+    if not isinstance(backend, str):
+        return backend
+    if forced == "program":
+        raise ParameterError("{backend} program cannot run: {}", backend)
+    return EagerBackend(model, f"program cannot run: {backend}")
 
 
 def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:
@@ -173,6 +189,8 @@ def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bo
         return "compiled", "dense weights in floats on CUDA"
     if compile:
         return "compiled", "compiling was asked for"
+    if device == "cpu":
+        return "program", "a step is one native call on a CPU"
     return "eager", f"compiling was {'not asked for' if compile is None else 'refused'}"
 
 

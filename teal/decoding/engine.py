@@ -100,7 +100,7 @@ class Engine(ModelRunner):
         self.require_sparse()
         assert self.loaded is not None
         with self.use.taken():
-            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=self.backend.name == "eager"))
+            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=self.backend.keeps_modules))
 
     @property
     def calibrate_s(self) -> float:
