@@ -25,7 +25,8 @@ MAX_PENALTY = 2.0  # of presence and frequency, in size: OpenAI's range
 DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
 QUANTS = ("int8", "int4")  # what weights may be rounded to at load
 KV_CACHES = ("float", "int8")  # how keys and values are kept
-BACKENDS = ("auto", "eager", "compiled", "fused")  # what runs a decode step
+BACKENDS = ("auto", "eager", "compiled", "fused", "program")  # what runs a decode step
+MAX_THREADS = 1024  # of a process's own
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 10, 2048  # of tokens: the paper's calibration set
 METHODS = ("uniform", "greedy", "global")  # of calibration
@@ -42,7 +43,8 @@ class ModelOptions:
     random_weights: a known architecture instead. sparsity: the share of activations to drop, plan: a plan file instead.
     compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
     the weights at load, quant_lm_head those of the output head to 8 bits. kv_cache "int8" keeps keys and values in 8
-    bits. force_plan takes plans that were made for other weights.
+    bits. threads: how many a CPU computes with, for all models of the process; None leaves what teal.environment found,
+    the cores that affinity and quota allow. force_plan takes plans that were made for other weights.
     """
 
     checkpoint: str | None = None
@@ -57,6 +59,7 @@ class ModelOptions:
     quant: str | None = None
     quant_lm_head: bool = False
     kv_cache: str = KV_CACHES[0]
+    threads: int | None = None
     force_plan: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class ModelOptions:
         elif self.quant_lm_head:
             raise ParameterError("{quant_lm_head} goes with {quant}; to keep the rest in floats is not supported")
         check_choice("kv_cache", self.kv_cache, KV_CACHES)
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ParameterError(f"{{threads}} {{}} is out of range; expected 1 to {MAX_THREADS}", self.threads)
 
     @property
     def is_sparse(self) -> bool:

@@ -30,21 +30,21 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-std=c
 
 
 @functools.cache
-def native_kernels() -> Any | None:
-    """The compiled ops, by name, or None, said once on stderr, if they cannot be built."""
+def native_library() -> ctypes.CDLL | None:
+    """The compiled C functions, or None, said once on stderr, if they cannot be built. A call releases the GIL."""
     try:
-        library = _built_library()
-        torch.ops.load_library(library)
+        path = _built_library()
+        torch.ops.load_library(path)
+        return ctypes.CDLL(str(path))
     except (UserError, OSError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         print(f"note: decoding on CPU runs without compiled kernels, slower: {reason}", file=sys.stderr)
         return None
-    return torch.ops.teal_cpu
 
 
-def native_library() -> ctypes.CDLL | None:
-    """The compiled C functions, or None as native_kernels. A call of one releases the interpreter."""
-    return None if native_kernels() is None else ctypes.CDLL(str(_built_library()))
+def native_kernels() -> Any | None:
+    """The compiled ops, by name, or None as native_library."""
+    return None if native_library() is None else torch.ops.teal_cpu
 
 
 def processor_features() -> str:

@@ -71,9 +71,12 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     """Load the model that options name, dense, with the weights and the cache that they ask for.
 
     check may refuse the model, by a UserError, before its weights are read. sparse says whether the model will run
-    sparse, None that options do: it decides the faster dtype on a CPU. Raises UserError.
+    sparse, None that options do: it decides the faster dtype on a CPU. options.threads holds for the whole process from
+    now on. Raises UserError.
     """
     start = time.perf_counter()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     described = describe(options.checkpoint, options.random_weights)
     check_fit(options, described)

@@ -61,6 +61,10 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, default=MODEL.backend,
         help="what runs a decode step; auto: what suits device, dtype and formats",
     )  # fmt: skip
+    how.add_argument(
+        "--threads", type=cli.positive_int, default=MODEL.threads, metavar="N",
+        help="threads on a CPU; otherwise as many as there are cores that the process may use",
+    )  # fmt: skip
 
 
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:

@@ -80,8 +80,8 @@ def run(backend: Backend, parts: tuple[int, ...] = (6, 3), steps: int = 2) -> Te
 @pytest.mark.parametrize(
     "device,kernel_layout,int8_cache,compile,expected",
     [
-        ("cpu", False, False, None, "eager"),
-        ("cpu", True, True, False, "eager"),
+        ("cpu", False, False, None, "program"),
+        ("cpu", True, True, False, "program"),
         ("cpu", True, False, True, "compiled"),
         ("cuda", False, False, None, "compiled"),
         ("cuda", False, False, True, "compiled"),
@@ -103,6 +103,22 @@ def test_a_forced_backend_is_the_engines(tiny_folder: Path, forced: str, kind: t
     assert type(engine.backend) is kind and engine.backend.model is engine.model
     assert (engine.backend.name, engine.backend.reason) == (forced, "asked for")
     assert len(list(engine.generate([5, 9, 33], max_new_tokens=4, ignore_eos=True))) == 4
+
+
+def test_a_cpu_decodes_by_the_program_or_says_why_not(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_for_decoding(ModelOptions(str(tiny_folder), device="cpu", dtype="fp32"))
+    engine = Engine.from_loaded(loaded, None)
+    assert (engine.backend.name, engine.backend.reason) == ("program", "a step is one native call on a CPU")
+    assert engine.backend.keeps_modules, "a sparsity may be calibrated beside it"
+    expected = list(engine.generate([5, 9, 33], max_new_tokens=20, ignore_eos=True))
+    eager = Engine.from_loaded(loaded, None, backend="eager")
+    assert list(eager.generate([5, 9, 33], max_new_tokens=20, ignore_eos=True)) == expected
+    assert choose_backend(loaded.model, forced="program").reason == "asked for"
+    monkeypatch.setattr("teal.decoding.cpu_program.native_kernels", lambda: None)
+    chosen = choose_backend(loaded.model)
+    assert (chosen.name, chosen.reason) == ("eager", "program cannot run: there are no compiled kernels")
+    with pytest.raises(UserError, match="backend program cannot run: there are no compiled kernels"):
+        choose_backend(loaded.model, forced="program")
 
 
 def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from teal.decoding.backends import Backend, EagerBackend
 from teal.decoding.cpu_program import CpuProgramBackend, build, program_obstacle
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.output_head import use_native_head
-from teal.layers.quantized_linear import QuantConfig, use_quantized_linears
+from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, use_quantized_linears
 from teal.model import OutputHead, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan
-from teal.teal_layers import set_counting, sparsify
+from teal.teal_layers import set_counting, sparse_layers, sparsify
 from tests.conftest import PROJECTIONS, QUANTIZABLE, assert_near, relative_error, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -76,12 +76,13 @@ def fill_mixed(model: Transformer) -> None:
     """Random integers, small scales, and every third channel refined."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if (zeros := getattr(module, "zeros", None)) is None:
+        if not isinstance(module, QuantizedLinear):
             continue
         words = torch.randint(-(2**31), 2**31 - 1, module.weight.shape, generator=generator, dtype=torch.int64)
         module.weight.copy_(words.to(torch.int32))
         module.scales.copy_(torch.rand(module.scales.shape, generator=generator) * 0.03)
-        zeros.copy_(torch.randint(4, 12, zeros.shape, generator=generator))
+        assert module.zeros is not None
+        module.zeros.copy_(torch.randint(4, 12, module.zeros.shape, generator=generator))
         if module.refined is not None:
             module.refined.copy_(torch.arange(len(module.refined)))
 
@@ -217,7 +218,7 @@ def test_new_thresholds_are_read(tmp_path: Path) -> None:
     backend = program(model)
     before = run(backend, (5,))[0]
     for thresholds in ([0.0] * 3, [0.7, 0.2, 0.9], [0.6, 0.1, 0.8]):
-        model.blocks[0].attention.wqkv.set_thresholds(thresholds)
+        sparse_layers(model)[0][0].set_thresholds(thresholds)
         after = run(backend, (5,))[0]
         assert relative_error(after, before) > 1e-4
         assert_near("logits", after, run(EagerBackend(model, "test"), (5,))[0], 1e-5)
@@ -229,7 +230,7 @@ def test_counted_steps_go_through_the_modules(tmp_path: Path) -> None:
     backend = program(model)
     set_counting(model, True)
     run(backend, (5,))
-    assert int(model.blocks[0].attention.wqkv.seen) == STEPS * model.config.hidden_size
+    assert int(sparse_layers(model)[0][0].seen) == STEPS * model.config.hidden_size
     with torch.inference_mode():
         assert backend.choose(torch.tensor([[1]]), torch.tensor([[0]]), model.new_cache(1, 4)) is None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.kernels.cpu.native import native_kernels
+from teal.kernels.cpu.native import native_kernels, native_library
 from teal.kernels.reference import sparse_linear_reference
 from teal.kernels.sparse_linear import MAX_GATHER_ROWS, drop_small, sparse_linear, sparse_linear_op
 from teal.options import MAX_ROWS
@@ -121,7 +121,7 @@ def test_without_a_compiler_the_result_is_the_same(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/bin/false")
-    native_kernels.cache_clear()
+    native_library.cache_clear()
     try:
         x, weight = inputs(1, 77, 131, torch.float32, torch.device("cpu"))
         thresholds = torch.tensor([0.5])
@@ -132,7 +132,7 @@ def test_without_a_compiler_the_result_is_the_same(
         err = capsys.readouterr().err.splitlines()
         assert [line for line in err if line.startswith("note: ")] == err[1:] and len(err) == 2, err
     finally:
-        native_kernels.cache_clear()
+        native_library.cache_clear()
 
 
 def test_the_compiled_kernel_is_what_runs() -> None:

@@ -1,5 +1,7 @@
 #include "team.h"
 
+#include <pthread.h>
+
 #include <chrono>
 #include <system_error>
 #include <thread>
@@ -55,6 +57,9 @@ void Team::grow(int64_t workers) {
 }
 
 void Team::serve(int64_t index) {
+#if defined(__linux__)
+  pthread_setname_np(pthread_self(), "teal-step");  // as top shows it
+#endif
   while (true) {
     const uint32_t seen = changes_.load(std::memory_order_acquire);
     if (index >= width_.load(std::memory_order_relaxed) || !take()) wait(seen);
