@@ -1,4 +1,4 @@
-"""What runs a model's layers: eager modules, compiled blocks, or fused kernels. Chosen once, after all replacements.
+"""What runs a model's layers: modules, compiled blocks, fused kernels, one program. Chosen once, after replacements.
 
 A backend changes neither the model's methods nor its list of layers. All give the same result but for rounding; the
 eager one is the reference. Prefill and decode are methods of their own.
@@ -52,6 +52,13 @@ class Backend(ABC):
     @abstractmethod
     def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """As decode, in that phase."""
+
+    def choose(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor | None:
+        """A greedy step in one launch: logits fp32 [B, V]; tokens becomes their argmax, and positions one more.
+
+        None if this backend has none for these rows; then decode, logits and an argmax do it.
+        """
+        return None
 
     def layers(self, kv_cache: KVCache) -> Iterator[tuple[Block, int | None, Tensor, Tensor]]:
         """Each block with its attention window, and its keys and values in kv_cache."""

@@ -50,8 +50,8 @@ class CpuProgramBackend(Backend):
         self.compiles = compile
         self.keeps_modules = self.others.keeps_modules
         self.program = StepProgram()
-        self.frequencies = rope_frequencies(model.config, model.embedding.weight.device).contiguous()
-        self.cache_dtype = model.blocks[0].attention.cached_vector(model.embedding.weight.dtype)[1]
+        self.frequencies = rope_frequencies(model.config, model.device).contiguous()
+        self.cache_dtype = model.blocks[0].attention.cached_vector(model.dtype)[1]
         self.described: tuple[int, Model] | None = None
         self._model()
 
@@ -124,7 +124,7 @@ def _described(model: Transformer, frequencies: Tensor) -> Model:
         frequencies=frequencies.data_ptr(), head=_matrix(model.lm_head), layer_count=c.num_layers,
         vocabulary=c.vocab_size, hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads,
         kv_heads=c.num_kv_heads, head_dim=c.head_dim, eps=c.norm_eps, attention_scale=1 / math.sqrt(c.head_dim),
-        dtype=DTYPES[model.embedding.weight.dtype], int8_cache=has_int8_cache(model),
+        dtype=DTYPES[model.dtype], int8_cache=has_int8_cache(model),
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _matrix(module: nn.Module) -> Matrix:
 
 def program_obstacle(model: Transformer) -> str:
     """Why the program cannot run model; empty if it can."""
-    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    device, dtype = model.device, model.dtype
     if device.type != "cpu":
         return f"it is for a CPU, and the model is on {device.type}"
     if dtype not in DTYPES:
@@ -175,6 +175,8 @@ def _module_obstacle(model: Transformer) -> str:
         for p in block.projections():
             if type(module := block.get_submodule(p.module)) not in PROJECTIONS:
                 return f"projections of {type(module).__name__} are not supported"
+    if type(model.embedding) is not nn.Embedding:
+        return f"an embedding of {type(model.embedding).__name__} is not supported"
     if type(model.lm_head) not in HEADS:
         return f"a head of {type(model.lm_head).__name__} is not supported"
     return ""
