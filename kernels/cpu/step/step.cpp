@@ -19,6 +19,7 @@
 
 #include "activations.h"
 #include "attention.h"
+#include "product.h"
 #include "team.h"
 
 namespace teal {
@@ -26,7 +27,6 @@ namespace {
 
 // Blocks of columns that a thread finds in a phase: with one alone a paused thread would hold up the other for long.
 constexpr int64_t TASKS_PER_THREAD = 2, HEAD_TASKS_PER_THREAD = 8;
-constexpr int64_t GROUPS = (STEP_ROWS + GATHER_ROWS - 1) / GATHER_ROWS;  // of rows that are gathered together
 
 struct Chunk {
   int64_t row, begin, end;  // positions
@@ -71,16 +71,13 @@ class Step final : public Job {
   int64_t begin_head();
   void finish();
 
-  int64_t begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns, float* y,
-                        int64_t tasks_per_thread = TASKS_PER_THREAD);
+  int64_t begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns);
   void multiply(int64_t begin, int64_t end);
-  void multiply_gathered(int64_t begin, int64_t end);
   void attend_task(int64_t index);
   void argmax_task(int64_t index, int64_t begin, int64_t end);
   void cache_heads(int64_t row, const CacheLayout& cache);
   void add_to_residual();
   void normalize(const void* weight);
-  Kept& kept(int64_t group, int64_t segment) { return kept_[group * SEGMENTS + segment]; }
   CacheLayout cache_layout() const {
     return {model_.dtype, model_.int8_cache != 0, model_.head_dim, call_.slot_stride};
   }
@@ -92,14 +89,9 @@ class Step final : public Job {
   Phase phase_ = Phase::BEGIN;
   int64_t layer_ = 0;
   float *residual_, *input_, *activated_, *q_;
-  // of the product at hand
-  const Matrix* matrix_ = nullptr;
-  const float* x_ = nullptr;  // [rows, padded(K)]
-  float* y_ = nullptr;        // [rows, y_stride_]
-  int64_t y_stride_ = 0, columns_ = 0, block_ = 0;
-  Kept kept_[GROUPS * SEGMENTS] = {};
-  // of attention
-  int64_t first_chunk_[STEP_ROWS + 1] = {};
+  int64_t y_stride_;
+  Product product_;
+  int64_t first_chunk_[STEP_ROWS + 1] = {};  // of a row's attention
 };
 
 Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t threads)
@@ -109,7 +101,8 @@ Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t thre
       threads_(threads),
       rows_(call.rows),
       q_size_(model.heads * model.head_dim),
-      kv_size_(model.kv_heads * model.head_dim) {
+      kv_size_(model.kv_heads * model.head_dim),
+      product_(model.dtype) {
   const int64_t widest = std::max({model.hidden, q_size_, model.intermediate});
   int64_t most_refined = model.head.E;
   for (int64_t i = 0; i < model.layer_count; ++i)
@@ -121,10 +114,9 @@ Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t thre
   q_ = grown(memory.q, (rows_ * model.heads + 2) * padded(model.head_dim));  // and two vectors to spare
   y_stride_ = padded(std::max({q_size_ + 2 * kv_size_, 2 * model.intermediate, model.hidden}));
   grown(memory.y, rows_ * y_stride_);
-  const int64_t room = Kept::room(widest, most_refined), lists = GROUPS * SEGMENTS;
-  int32_t* channels = grown(memory.kept_channels, lists * room);
-  float* values = grown(memory.kept_values, lists * room * GATHER_ROWS);
-  for (int64_t i = 0; i < lists; ++i) kept_[i] = {channels + i * room, values + i * room * GATHER_ROWS, 0, 1};
+  product_.use(grown(memory.kept_channels, Product::LISTS * Kept::room(widest, most_refined)),
+               grown(memory.kept_values, Product::LISTS * Kept::room(widest, most_refined) * GATHER_ROWS),
+               Kept::room(widest, most_refined));
   int64_t chunks = 0;  // of a layer without a window
   for (int64_t r = 0; r < rows_ && call.hidden_in == nullptr; ++r) chunks += call.positions[r] / CHUNK + 1;
   memory.chunks.reserve(chunks);
@@ -152,7 +144,7 @@ int64_t Step::next() {
     case Phase::ATTENTION: return begin_o();
     case Phase::O: add_to_residual(); return begin_gate_up();
     case Phase::GATE_UP:
-      return begin_product(Phase::DOWN, model_.layers[layer_].down, activated_, model_.hidden, memory_.y.data());
+      return begin_product(Phase::DOWN, model_.layers[layer_].down, activated_, model_.hidden);
     case Phase::DOWN:
       add_to_residual();
       return ++layer_ < model_.layer_count ? begin_block() : begin_head();
@@ -162,7 +154,7 @@ int64_t Step::next() {
 
 void Step::task(int64_t index) {
   if (phase_ == Phase::ATTENTION) return attend_task(index);
-  const int64_t begin = index * block_, end = std::min(begin + block_, columns_);
+  const auto [begin, end] = product_.columns(index);
   multiply(begin, end);
   if (phase_ == Phase::HEAD) return argmax_task(index, begin, end);
   if (phase_ != Phase::GATE_UP) return;
@@ -170,60 +162,25 @@ void Step::task(int64_t index) {
   multiply(I + begin, I + end);
   by_dtype(model_.dtype, [&](auto type) {
     for (int64_t r = 0; r < rows_; ++r) {
-      const float* gate = y_ + r * y_stride_ + begin;
+      const float* gate = product_.y(r) + begin;
       silu_product<decltype(type)>(gate, gate + I, end - begin, activated_ + r * padded(I) + begin);
     }
   });
 }
 
-// Products
-
-int64_t Step::begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns, float* y,
-                            int64_t tasks_per_thread) {
-  phase_ = phase;
-  matrix_ = &matrix;
-  x_ = x;
-  y_ = y;
-  columns_ = columns;
-  for (int64_t first = 0; matrix.gathers() && first < rows_; first += GATHER_ROWS) {
-    const int64_t rows = std::min(GATHER_ROWS, rows_ - first), stride = padded(matrix.K);
-    for (int64_t s = 0; s < matrix.segments; ++s) {
-      Kept& list = kept(first / GATHER_ROWS, s);
-      list.columns = kept_columns(matrix, rows);
-      const float limit = by_dtype(model_.dtype, [&](auto type) { return rounded<decltype(type)>(matrix.thresholds[s]); });
-      compact(x + first * stride, stride, rows, matrix, limit, list);
-    }
-  }
-  const int64_t unit = matrix.unit(), tasks = threads_ * tasks_per_thread;
-  const int64_t share = (columns + tasks - 1) / tasks;
-  block_ = (share + unit - 1) / unit * unit;
-  return (columns + block_ - 1) / block_;
-}
-
 // y of columns begin to end, rounded as a module's result; the head's is not.
 void Step::multiply(int64_t begin, int64_t end) {
-  if (matrix_->gathers()) {
-    multiply_gathered(begin, end);
-  } else {
-    dot(x_, rows_, *matrix_, model_.dtype, begin, end, y_ + begin, y_stride_);
-  }
+  product_.multiply(begin, end);
   if (phase_ == Phase::HEAD) return;
   by_dtype(model_.dtype, [&](auto type) {
     for (int64_t r = 0; r < rows_; ++r)
-      round_and_add<decltype(type)>(y_ + r * y_stride_ + begin, matrix_->bias, begin, end - begin);
+      round_and_add<decltype(type)>(product_.y(r) + begin, product_.bias(), begin, end - begin);
   });
 }
 
-void Step::multiply_gathered(int64_t begin, int64_t end) {
-  int64_t segment = 0, segment_end = matrix_->segment_sizes[0];
-  while (begin < end) {
-    while (begin >= segment_end) segment_end += matrix_->segment_sizes[++segment];
-    const int64_t width = std::min({BLOCK, end - begin, segment_end - begin});
-    for (int64_t first = 0; first < rows_; first += GATHER_ROWS)
-      gather(kept(first / GATHER_ROWS, segment), *matrix_, model_.dtype, std::min(GATHER_ROWS, rows_ - first), begin,
-             width, y_ + first * y_stride_ + begin, y_stride_);
-    begin += width;
-  }
+int64_t Step::begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns) {
+  phase_ = phase;
+  return product_.begin({&matrix, x, memory_.y.data(), y_stride_, columns}, rows_, threads_ * TASKS_PER_THREAD);
 }
 
 // A block
@@ -250,26 +207,26 @@ void Step::normalize(const void* weight) {
 void Step::add_to_residual() {
   const int64_t C = model_.hidden;
   for (int64_t r = 0; r < rows_; ++r)
-    for (int64_t n = 0; n < C; ++n) residual_[r * C + n] += y_[r * y_stride_ + n];
+    for (int64_t n = 0; n < C; ++n) residual_[r * C + n] += product_.y(r)[n];
 }
 
 int64_t Step::begin_block() {
   const Layer& layer = model_.layers[layer_];
   normalize(layer.attention_norm);
-  return begin_product(Phase::QKV, layer.qkv, input_, layer.qkv.N, memory_.y.data());
+  return begin_product(Phase::QKV, layer.qkv, input_, layer.qkv.N);
 }
 
 int64_t Step::begin_gate_up() {
   const Layer& layer = model_.layers[layer_];
   normalize(layer.ffn_norm);
-  return begin_product(Phase::GATE_UP, layer.gate_up, input_, model_.intermediate, memory_.y.data());
+  return begin_product(Phase::GATE_UP, layer.gate_up, input_, model_.intermediate);
 }
 
 // Norms and rotation of a row's heads; its keys and values go into the cache.
 void Step::cache_heads(int64_t row, const CacheLayout& cache) {
   const int64_t D = model_.head_dim, H = model_.heads, KV = model_.kv_heads;
   const Layer& layer = model_.layers[layer_];
-  const float *y = y_ + row * y_stride_, *cos = memory_.cos.data() + row * D / 2, *sin = memory_.sin.data() + row * D / 2;
+  const float *y = product_.y(row), *cos = memory_.cos.data() + row * D / 2, *sin = memory_.sin.data() + row * D / 2;
   float* spare = memory_.q.data() + rows_ * H * padded(D);
   const int64_t at = layer_ * call_.layer_stride + row * call_.row_stride + call_.positions[row] * call_.slot_stride;
   by_dtype(model_.dtype, [&](auto type) {
@@ -329,7 +286,7 @@ int64_t Step::begin_o() {
       zero_tail(out, q_size_);
     }
   });
-  return begin_product(Phase::O, model_.layers[layer_].o, input_, model_.hidden, memory_.y.data());
+  return begin_product(Phase::O, model_.layers[layer_].o, input_, model_.hidden);
 }
 
 // The head
@@ -338,8 +295,9 @@ int64_t Step::begin_head() {
   if (call_.hidden_out != nullptr) std::copy(residual_, residual_ + rows_ * model_.hidden, call_.hidden_out);
   if (call_.logits == nullptr) return 0;
   normalize(model_.norm);
-  y_stride_ = model_.vocabulary;
-  return begin_product(Phase::HEAD, model_.head, input_, model_.vocabulary, call_.logits, HEAD_TASKS_PER_THREAD);
+  phase_ = Phase::HEAD;
+  const Product::Work work{&model_.head, input_, call_.logits, model_.vocabulary, model_.vocabulary};
+  return product_.begin(work, rows_, threads_ * HEAD_TASKS_PER_THREAD);
 }
 
 // The largest logit of a block, the first of equal ones; NaN is larger than all.
@@ -356,10 +314,9 @@ void Step::argmax_task(int64_t index, int64_t begin, int64_t end) {
 
 void Step::finish() {
   if (!call_.choose) return;
-  const int64_t blocks = (columns_ + block_ - 1) / block_;
   for (int64_t r = 0; r < rows_; ++r) {
     Best best = memory_.best[r];
-    for (int64_t i = 1; i < blocks; ++i)
+    for (int64_t i = 1; i < product_.tasks(); ++i)
       if (beats(memory_.best[i * rows_ + r].value, best.value)) best = memory_.best[i * rows_ + r];
     call_.tokens[r] = best.index;
     ++call_.positions[r];

@@ -51,15 +51,18 @@ void Team::run(Job& job, int64_t threads) {
 // Where the system refuses a thread, those that there are do the work.
 void Team::grow(int64_t workers) {
   try {
-    for (; workers_ < workers; ++workers_) std::thread([this, index = workers_ + 1] { serve(index); }).detach();
+    for (; workers_ < workers; ++workers_) {
+      std::thread thread([this, index = workers_ + 1] { serve(index); });
+#if defined(__linux__)
+      pthread_setname_np(thread.native_handle(), "teal-step");  // as top shows it
+#endif
+      thread.detach();
+    }
   } catch (const std::system_error&) {
   }
 }
 
 void Team::serve(int64_t index) {
-#if defined(__linux__)
-  pthread_setname_np(pthread_self(), "teal-step");  // as top shows it
-#endif
   while (true) {
     const uint32_t seen = changes_.load(std::memory_order_acquire);
     if (index >= width_.load(std::memory_order_relaxed) || !take()) wait(seen);
