@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal.decoding.backends import Backend
+from teal.decoding.backend import Backend
 from teal.decoding.engine import Engine
 from teal.decoding.sampling import argmax_step
 from teal.layers.phase import Phase

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from teal.decoding.backends import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
+from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.cpu.step.launch import (
     DTYPES,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal.decoding.backends import Backend
+from teal.decoding.backend import Backend
 from teal.decoding.sampling import argmax_step, draw, probabilities
 from teal.model import KVCache
 from teal.options import MAX_DRAFT, SamplingParams, check_length

@@ -1,7 +1,7 @@
 """A model ready to decode: beside its layers the backend that runs them, its plan, and what drafts for it."""
 
 from teal.checkpoint.tokenizer import Tokenizer
-from teal.decoding.backends import Backend
+from teal.decoding.backend import Backend
 from teal.decoding.drafting import Drafter
 from teal.decoding.plan_switch import PlanSwitch
 from teal.errors import UserError

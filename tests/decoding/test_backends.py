@@ -13,14 +13,8 @@ from torch._dynamo.utils import counters
 from teal.checkpoint.loading import load_for_decoding
 from teal.checkpoint.weights import load_model
 from teal.decoding import backends
-from teal.decoding.backends import (
-    Backend,
-    CompiledBackend,
-    EagerBackend,
-    FusedBackend,
-    best_backend,
-    choose_backend,
-)
+from teal.decoding.backend import Backend, CompiledBackend, EagerBackend
+from teal.decoding.backends import FusedBackend, best_backend, choose_backend
 from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.layers.int8_cache import use_int8_cache

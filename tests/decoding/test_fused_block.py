@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from teal import quantize
 from teal.checkpoint.weights import load_model
-from teal.decoding.backends import Backend, EagerBackend, FusedBackend
+from teal.decoding.backend import Backend, EagerBackend
+from teal.decoding.backends import FusedBackend
 from teal.decoding.engine import Engine
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.quantized_embedding import QuantizedEmbedding

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teal.checkpoint.weights import load_model
-from teal.decoding.backends import Backend, EagerBackend
+from teal.decoding.backend import Backend, EagerBackend
 from teal.decoding.cpu_program import CpuProgramBackend, build, program_obstacle
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.output_head import use_native_head
