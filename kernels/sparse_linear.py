@@ -1,7 +1,7 @@
 """x @ weight where small |x| count as zero, and the weight rows they would meet are never read.
 
 Layout: weight is input-channel-major [K, N], so one dropped entry of x skips one contiguous row. For a few rows of x
-row_gather.cpp computes the product on a CPU, and sparse_gemv.py on CUDA. For more, x is masked and multiplied densely.
+cpu/gather.cpp computes it on a CPU, and sparse_gemv.py on CUDA. For more, x is masked and multiplied densely.
 """
 
 import math

