@@ -43,8 +43,8 @@ class ModelOptions:
     random_weights: a known architecture instead. sparsity: the share of activations to drop, plan: a plan file instead.
     compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
     the weights at load, quant_lm_head those of the output head to 8 bits. kv_cache "int8" keeps keys and values in 8
-    bits. threads: how many a CPU computes with, for all models of the process. None leaves the cores that affinity and
-    quota allow (teal.environment). force_plan takes plans that were made for other weights.
+    bits. threads: how many a CPU computes with, in the whole process. None is the cores that affinity and quota allow
+    (teal.environment). force_plan takes plans that were made for other weights.
     """
 
     checkpoint: str | None = None

@@ -10,7 +10,7 @@
 namespace teal {
 namespace {
 
-// y[r][c] = dot(x[r], w[c]) for ROWS rows of x, each followed by zeros to whole vectors, and COLUMNS rows of the weight.
+// y[r][c] = dot(x[r], w[c]) for ROWS rows of x, each followed by zeros to whole vectors, and COLUMNS rows of w.
 // So many sums at once hide the latency of an addition.
 template <typename T, int ROWS, int COLUMNS>
 void dot_block(const float* x, const T* w, int64_t stride, int64_t K, float* y, int64_t y_stride) {
@@ -25,8 +25,8 @@ void dot_block(const float* x, const T* w, int64_t stride, int64_t K, float* y, 
     }
   };
   for (int64_t k = 0; k < whole; k += LANES) {
-    // The hardware begins anew with each row. Rows of the block after the next come into the cache meanwhile: one Zen 5
-    // core read 28 to 36 GB/s of bf16 so, 25 to 27 with the next block, and 18 to 20 without.
+    // The hardware begins anew with each row, so rows of the block after the next are fetched meanwhile. One Zen 5 core
+    // then read 28 to 36 GB/s of bf16. With the next block it was 25 to 27, and 18 to 20 without.
     for (int c = 0; c < COLUMNS; ++c) __builtin_prefetch(w + (2 * COLUMNS + c) * stride + k);
     add(k, w + k, stride);
   }

@@ -188,7 +188,7 @@ void sum(const Kept& kept, const Matrix& matrix, int64_t begin, int64_t width, f
   }
 }
 
-// The kept channels of one row of x: several at a time where the processor can move them to the front of a register.
+// The kept channels of one row of x. AVX-512 moves those of LANES entries to the front of a register at once.
 void compact_row(const float* x, int64_t K, float limit, Kept& kept) {
   int64_t count = 0, k = 0;
 #if defined(__AVX512F__)

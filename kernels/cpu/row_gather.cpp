@@ -111,8 +111,9 @@ at::Tensor row_gather(const at::Tensor& x, const at::Tensor& weight, const at::T
   const Dtype dtype = dtype_of(x.scalar_type());
   TORCH_CHECK_VALUE(out == at::kFloat || out == x.scalar_type(), "out_dtype ", out, ": expected fp32 or x's");
   TORCH_CHECK_VALUE(x.size(0) <= GATHER_ROWS && x.is_contiguous(), "x: expected few, contiguous rows");
-  TORCH_CHECK_VALUE(!scales || (weight.is_contiguous() && scales->is_contiguous() && (!zeros || zeros->is_contiguous())),
-                    "a quantized weight must be contiguous");
+  const bool contiguous =
+      !scales || (weight.is_contiguous() && scales->is_contiguous() && (!zeros || zeros->is_contiguous()));
+  TORCH_CHECK_VALUE(contiguous, "a quantized weight must be contiguous");
   TORCH_CHECK_VALUE(!refined || (refined->is_contiguous() && weight.size(0) == x.size(1) + refined->numel()),
                     "refined: expected contiguous, with a row of the weight for each");
   const int64_t N = std::accumulate(segments.begin(), segments.end(), int64_t{0});

@@ -1,7 +1,7 @@
 """A decode step of up to 8 rows as one native call on a CPU (kernels/cpu/step); all else by the modules.
 
-The program reads the modules' own tensors. It rounds where they round and sums in fp32. So its logits are the eager
-backend's: to 1e-5 in fp32, and to the rounding of bf16 or fp16 there.
+The program reads the modules' own tensors, rounds where they round, and sums in fp32. In fp32 its logits are the eager
+backend's to 1e-5; in bf16 and fp16 roundings may fall the other way.
 """
 
 import math

@@ -226,7 +226,8 @@ int64_t Step::begin_gate_up() {
 void Step::cache_heads(int64_t row, const CacheLayout& cache) {
   const int64_t D = model_.head_dim, H = model_.heads, KV = model_.kv_heads;
   const Layer& layer = model_.layers[layer_];
-  const float *y = product_.y(row), *cos = memory_.cos.data() + row * D / 2, *sin = memory_.sin.data() + row * D / 2;
+  const float* y = product_.y(row);
+  const float *cos = memory_.cos.data() + row * D / 2, *sin = memory_.sin.data() + row * D / 2;
   float* spare = memory_.q.data() + rows_ * H * padded(D);
   const int64_t at = layer_ * call_.layer_stride + row * call_.row_stride + call_.positions[row] * call_.slot_stride;
   by_dtype(model_.dtype, [&](auto type) {
@@ -243,7 +244,8 @@ void Step::cache_heads(int64_t row, const CacheLayout& cache) {
       if (h >= H) write_slot(out, cache, call_.k + at + (h - H) * call_.head_stride);
     }
   });
-  for (int64_t h = 0; h < KV; ++h) write_slot(y + q_size_ + kv_size_ + h * D, cache, call_.v + at + h * call_.head_stride);
+  for (int64_t h = 0; h < KV; ++h)
+    write_slot(y + q_size_ + kv_size_ + h * D, cache, call_.v + at + h * call_.head_stride);
 }
 
 int64_t Step::begin_attention() {
