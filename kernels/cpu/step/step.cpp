@@ -273,7 +273,8 @@ void Step::attend_task(int64_t index) {
   const int64_t at = layer_ * call_.layer_stride + chunk.row * call_.row_stride + head * call_.head_stride;
   const float* q = q_ + (chunk.row * H + head * shared) * padded(D);
   float* partial = memory_.partials.data() + (index / KV * H + head * shared) * partial_size(D);
-  attend(q, shared, call_.k + at, call_.v + at, cache_layout(), model_.attention_scale, chunk.begin, chunk.end, partial);
+  attend(q, shared, call_.k + at, call_.v + at, cache_layout(), model_.attention_scale, chunk.begin, chunk.end,
+         partial);
 }
 
 int64_t Step::begin_o() {
