@@ -220,7 +220,7 @@ def test_new_thresholds_are_read(tmp_path: Path) -> None:
     for thresholds in ([0.0] * 3, [0.7, 0.2, 0.9], [0.6, 0.1, 0.8]):
         sparse_layers(model)[0][0].set_thresholds(thresholds)
         after = run(backend, (5,))[0]
-        assert relative_error(after, before) > 1e-4
+        assert relative_error(after, before) > 1e-4, "the thresholds before them"
         assert_near("logits", after, run(EagerBackend(model, "test"), (5,))[0], 1e-5)
         before = after
 
