@@ -132,8 +132,7 @@ class Targets:
         target.copy_(values.to(target.device))
         if not target.is_floating_point() or is_finite(target):
             return
-        if not is_finite(values):
-            raise UserError(f"{shard}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        check_finite(values, shard, name)
         dtype, wider = ("bf16", "fp32") if target.dtype == torch.bfloat16 else ("fp16", "bf16 or fp32")
         largest, limit = float(values.abs().max()), torch.finfo(target.dtype).max
         raise ParameterError(
@@ -157,6 +156,12 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite. aminmax reads at memory's speed, isfinite at a twentieth of it."""
     low, high = torch.aminmax(tensor)  # of a tensor with a NaN both are NaN
     return bool(low.isfinite() and high.isfinite())
+
+
+def check_finite(tensor: Tensor, path: Path, name: str) -> None:
+    """Raise UserError if tensor, called name in the file at path, holds NaN or infinity."""
+    if tensor.is_floating_point() and not is_finite(tensor):
+        raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
 
 
 def stored_config(folder: Path) -> ModelConfig:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from teal.checkpoint.config import load_config
 from teal.checkpoint.weights import (
+    check_finite,
     hf_projection_names,
-    is_finite,
     layer_prefix,
     open_shard,
     stored_config,
@@ -119,8 +119,7 @@ def quantized_tensors(
         with open_shard(path) as tensors:
             stored = f"{EMBEDDING}.weight" if name not in tensors.keys() else name  # noqa: SIM118 - a tied head
             tensor = tensors.get_tensor(stored)
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        check_finite(tensor, path, name)
         prefix, _, part = name.rpartition(".")
         is_end = (prefix == HEAD and scheme.lm_head) or (prefix == EMBEDDING and scheme.embedding)
         is_rounded = prefix in projections or is_end

@@ -16,17 +16,15 @@ from teal.checkpoint.weights import find_shards, load_model, stored_config
 from teal.cli import evaluate, quantize
 from teal.decoding.engine import Engine
 from teal.errors import UserError
-from teal.layers.phase import decoding
 from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantConfig, QuantizedLinear
-from teal.model import Transformer
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
 from tests.conftest import QUANTIZABLE, ROOT, assert_near, assert_one_line_error, save_tiny_model, tiny_config
+from tests.token_logits import SEQUENCES, logits
 
 Command = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
-SEQUENCES = torch.randint(5, 300, (4, 64), generator=torch.Generator().manual_seed(0))
 INT8, MIXED = QuantConfig("int8", 32, embedding=True), QuantConfig("mixed", 32, embedding=True, average_bits=5.0)
 TIED = QuantConfig("int4", 32, lm_head=True, embedding=True)
 
@@ -48,17 +46,6 @@ def nearest(weight: Tensor, group: int = 32) -> Tensor:
             scale = (row[i : i + group].abs().max() / 127).to(weight.dtype).float()
             found[token, i : i + group] = (row[i : i + group] / scale).round() * scale
     return found
-
-
-@torch.inference_mode()
-def logits(model: Transformer, tokens: int = 24) -> Tensor:
-    """Of a prompt of 10 tokens and then one token a call."""
-    ids = SEQUENCES[:1, :tokens]
-    cache, at = model.new_cache(1, tokens), torch.arange(tokens)[None]
-    parts = [model(ids[:, :10], at[:, :10], cache)]
-    with decoding(model):
-        parts += [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(10, tokens)]
-    return torch.cat(parts, dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
