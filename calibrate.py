@@ -158,6 +158,9 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
                     f"{ROTATION_TOKENS} for each can do harm (--text, --sequences)", file=sys.stderr,
                 )  # fmt: skip
             rotation = find_rotation(loaded.model, sequences, args.offload)
+            if rotation.residual is None:
+                note = "sublayers of this family end in a norm: heads are rotated, the residual stream is not"
+                print(note, file=sys.stderr)
             del loaded
             write_rotated(source, args.rotate, rotation, text.facts(sequences))
             print(args.rotate)

@@ -8,20 +8,19 @@ code.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from teal.checkpoint.awq_gptq import Packing
 from teal.checkpoint.config import load_config, load_quantization, read_json
+from teal.checkpoint.layout import open_shard, read_layout
 from teal.errors import ParameterError, UserError
 from teal.kernels.formats.packing import check_refined
 from teal.layers.quantized_embedding import QuantizedEmbedding, use_quantized_modules
@@ -46,6 +45,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     quantized = load_quantization(folder)
     shards = find_shards(folder)
     packing = quantized if isinstance(quantized, Packing) else None
+    layout = read_layout(folder)
+    if packing is not None and layout is not None and layout.changes_projections():
+        raise UserError(f"{folder}: {packing.method} weights of this family are not supported; start from its floats")
     if isinstance(quantized, QuantConfig):
         quantize: Callable[[Transformer], None] | None = partial(use_quantized_modules, config=quantized)
     elif packing is not None and _can_be_repacked(config, packing, shards):
@@ -309,16 +311,6 @@ def copy_other_files(source: Path, target: Path, without: str = "") -> None:
         skipped = path.name.endswith(WEIGHT_FILES) or path.name.startswith(".") or not path.is_file()
         if not skipped and not fnmatch(path.name, without):
             shutil.copyfile(path, target / path.name)
-
-
-@contextmanager
-def open_shard(path: Path) -> Iterator[Any]:
-    """The open safetensors file at path, memory-mapped. Raises UserError if it is truncated or corrupt."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
 
 
 def _check_shards(shards: list[Path], targets: dict[str, Tensor], config: ModelConfig) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
 from teal.decoding.cpu_program import build
 from teal.errors import ParameterError
+from teal.extras import block_extras
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule
 from teal.model import KVCache, Transformer
@@ -42,8 +43,8 @@ class FusedBackend(Backend):
         if tokens.shape[0] > MAX_ROWS or self.state.counting:
             return self.model.hidden_states(tokens, positions, kv_cache)
         x = self.model.embed(tokens)
-        cos, sin, _ = self.position_tensors(positions, kv_cache.length)
-        for block, window, k, v in self.layers(kv_cache):
+        tensors = self.position_tensors(positions, kv_cache.length)
+        for (block, window, k, v), (cos, sin, _) in zip(self.layers(kv_cache), tensors, strict=True):
             x = self.block_decode(block, window, x, cos, sin, positions, k, v)
         return x
 
@@ -107,6 +108,8 @@ def _fused_obstacle(model: Transformer) -> str:
     if inputs != FUSED_INPUTS:
         wanted, found = (", ".join(names) for names in (FUSED_INPUTS, inputs))
         return f"its kernels take inputs {wanted}, and this model's block has {found}"
+    if features := block_extras(model.config):
+        return f"its kernels do not compute {', '.join(features)}"
     if find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on

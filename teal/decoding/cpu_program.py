@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
+from teal.extras import extras
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.cpu.step.launch import (
     DTYPES,
@@ -169,6 +170,8 @@ def _module_obstacle(model: Transformer) -> str:
     inputs = tuple(p.input for p in model.config.projections())
     if inputs != FUSED_INPUTS:
         return f"a block of projections of {', '.join(inputs)} inputs is not supported"
+    if features := extras(model.config):
+        return f"it does not compute {', '.join(features)}"
     for block in model.layers:
         if type(block) is not Block or type(block.attention) not in ATTENTIONS:
             return f"a block of {type(block).__name__} is not supported"

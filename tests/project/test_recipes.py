@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from teal.checkpoint import config
+from teal.checkpoint.families import FAMILIES
 from teal.checkpoint.weights import load_model
 from teal.model import KVCache
 from tests.conftest import ROOT, save_tiny_model, tiny_config
@@ -72,12 +72,11 @@ def test_the_example_is_in_no_other_file(recipe: str) -> None:
 
 
 def test_a_family_like_llama_is_a_change_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the two tables of config.py its checkpoint is read and computed; everything else follows from them."""
+    """With a row of the table in families.py its checkpoint is read and computed; everything else follows from them."""
     expected_model: Any = save_tiny_model(tiny_config("llama"), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "newcomer"}))
-    monkeypatch.setattr(config, "FAMILIES", (*config.FAMILIES, "newcomer"))
-    monkeypatch.setitem(config.FAMILY_DEFAULTS, "newcomer", config.FAMILY_DEFAULTS["llama"])
+    monkeypatch.setitem(FAMILIES, "newcomer", FAMILIES["llama"])
     tokens = torch.arange(20)[None]
     model = load_model(tmp_path, torch.device("cpu"), torch.float32)
     with torch.inference_mode():

@@ -1,0 +1,242 @@
+"""The safetensors files of a folder, seen under the names and in the form in which model.py holds its weights.
+
+What a family stores otherwise is changed as it is read: names of norms, several projections in one tensor, an offset of
+norms, the order of a head's channels, constant factors, weights in 8-bit floats. Folders that this program writes hold
+tensors as they were then, and say so in their config.json.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from teal.checkpoint.config import described, load_config, read_json
+from teal.checkpoint.families import Family
+from teal.errors import UserError
+from teal.model import ModelConfig
+
+PLAIN = "teal_layout"  # the field of config.json that says that tensors are as model.py holds them
+WRAPPER = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")
+NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model|audio_tower)\.")
+LAYER = re.compile(r"^(model\.layers\.\d+\.)(.+)\.(\w+)$")
+FP8 = "F8_E4M3"
+SCALE, ACTIVATION_SCALE = "_scale_inv", "activation_scale"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a tensor of model.py comes from: some rows, or all, of a stored one, then changed."""
+
+    stored: str
+    rows: slice | None = None
+    factor: float = 1.0
+    offset: float = 0.0
+    order: tuple[int, ...] = ()  # of the rows of each head
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a folder stores the model that config describes."""
+
+    family: Family
+    config: ModelConfig
+    factors: dict[str, float] = field(default_factory=dict)
+    is_multimodal: bool = False
+    fp8_block: tuple[int, int] | None = None  # of weights that share a scale, of a folder in 8-bit floats
+
+    def sources(self, stored: str) -> dict[str, Source]:
+        """The tensors of model.py that a stored one holds; none for what is no part of it."""
+        if self.is_multimodal and NOT_TEXT.match(stored):
+            return {}
+        if self.fp8_block and stored.endswith((SCALE, ACTIVATION_SCALE)):
+            return {}
+        name = self._plain_name(stored)
+        match = LAYER.match(name)
+        if match is None:
+            return {name: self._source(stored, name.rpartition(".")[0])}
+        prefix, module, part = match.groups()
+        fused = self.family.fused.get(module)
+        if fused is None:
+            module = self.family.norms.get(module, module)
+            return {f"{prefix}{module}.{part}": self._source(stored, module)}
+        sizes = self._sizes(fused)
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return {
+            f"{prefix}{own}.{part}": self._source(stored, own, slice(start, start + size))
+            for own, start, size in zip(fused, starts, sizes, strict=True)
+        }
+
+    def _plain_name(self, stored: str) -> str:
+        if not self.is_multimodal:
+            return stored
+        inner = WRAPPER.sub("", stored)
+        return inner if inner == stored or inner.startswith("lm_head.") else f"model.{inner}"
+
+    def _sizes(self, fused: tuple[str, ...]) -> list[int]:
+        sizes = {n: size for p in self.config.projections() for n, size in zip(p.hf_names, p.sizes, strict=True)}
+        return [sizes[name] for name in fused]
+
+    def _source(self, stored: str, module: str, rows: slice | None = None) -> Source:
+        turns = module in self.config.projections()[0].hf_names[:2]  # q and k
+        order = self._head_order() if turns else ()
+        offset = self.family.norm_offset if module.endswith("norm") else 0.0
+        return Source(stored, rows, self.factors.get(module, 1.0), offset, order)
+
+    def _head_order(self) -> tuple[int, ...]:
+        """For each channel of a head in model.py, in which pairs are half a head apart, the stored one."""
+        D = self.config.head_dim
+        turned = D if self.config.rotary_dim is None else self.config.rotary_dim
+        if turned == D and not self.family.interleaved:
+            return ()
+        places = list(range(turned))
+        first, second = (places[::2], places[1::2]) if self.family.interleaved else (
+            places[: turned // 2], places[turned // 2 :]
+        )  # fmt: skip
+        still = (D - turned) // 2
+        return (*first, *range(turned, turned + still), *second, *range(turned + still, D))
+
+    def changes_projections(self) -> bool:
+        """Whether weights of projections are stored in another form than model.py's, not only under other names."""
+        projections = {name for p in self.config.projections() for name in p.hf_names}
+        scaled = any(name in projections and factor != 1 for name, factor in self.factors.items())
+        return bool(self.family.fused) or bool(self._head_order()) or scaled
+
+
+def read_layout(folder: Path) -> Layout | None:
+    """How folder stores its model; None if tensors are as model.py holds them. Raises UserError as load_config does."""
+    path = folder / "config.json"
+    if not path.exists() or (whole := read_json(path)).get(PLAIN):
+        return None
+    raw, family, _ = described(path, whole)
+    config = load_config(folder)
+    factors = family.factors(raw, config.head_dim)
+    factors = {name: factor for name, factor in factors.items() if factor != 1}
+    layout = Layout(family, config, factors, "text_config" in whole, _fp8_block(path, whole))
+    is_plain = not (factors or family.norms or family.norm_offset or layout.changes_projections())
+    return None if is_plain and not layout.fp8_block and not layout.is_multimodal else layout
+
+
+def _fp8_block(path: Path, whole: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of the weights that share a scale; None of a folder that is not in 8-bit floats."""
+    scheme = whole.get("quantization_config")
+    if not isinstance(scheme, dict) or scheme.get("quant_method") != "fp8":
+        return None
+    block = scheme.get("weight_block_size") or [128, 128]
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        raise UserError(f"{path}: weight_block_size {block!r:.80} is not usable; expected two positive numbers")
+    return block[0], block[1]
+
+
+def plain_description(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder with folder's model whose tensors are as model.py holds them."""
+    whole = read_json(folder / "config.json")
+    if read_layout(folder) is None:
+        return whole
+    scheme = whole.get("quantization_config")
+    if isinstance(scheme, dict) and scheme.get("quant_method") == "fp8":
+        del whole["quantization_config"]
+    return whole | {PLAIN: 1}
+
+
+class Slice:
+    """As a slice of safetensors, of a tensor in model.py's form."""
+
+    def __init__(self, view: "ShardView", name: str) -> None:
+        self.view, self.name = view, name
+
+    def get_shape(self) -> list[int]:
+        """Its sizes."""
+        source = self.view.found[self.name]
+        shape = list(self.view.file.get_slice(source.stored).get_shape())
+        if source.rows is not None:
+            shape[0] = max(0, min(source.rows.stop, shape[0]) - source.rows.start)
+        return shape
+
+    def get_dtype(self) -> str:
+        """As safetensors names it; norms with an offset or a factor are read in fp32, 8-bit floats in bf16."""
+        stored = self.view.file.get_slice(self.view.found[self.name].stored).get_dtype()
+        return "F32" if self.view.is_widened(self.name) else "BF16" if stored == FP8 else stored
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.view.get_tensor(self.name)[rows]
+
+
+class ShardView:
+    """An open safetensors file, read as layout says; with the interface of safetensors."""
+
+    def __init__(self, path: Path, file: Any, layout: Layout) -> None:
+        self.path, self.file, self.layout = path, file, layout
+        self.stored = set(file.keys())
+        self.found = {name: source for key in file.keys() for name, source in layout.sources(key).items()}  # noqa: SIM118
+
+    def keys(self) -> list[str]:
+        """Names of model.py's tensors."""
+        return list(self.found)
+
+    def get_slice(self, name: str) -> Slice:
+        """Shape and dtype without the values."""
+        return Slice(self, name)
+
+    def is_widened(self, name: str) -> bool:
+        """Whether a vector is no longer exact in the dtype it is stored in."""
+        source = self.found[name]
+        changed = source.offset != 0 or source.factor != 1
+        return changed and len(self.file.get_slice(source.stored).get_shape()) == 1
+
+    def get_tensor(self, name: str) -> Tensor:
+        """In model.py's form: a matrix in its dtype, but 8-bit floats in bf16; a vector that changed in fp32."""
+        source = self.found[name]
+        tensor = self._stored(source)
+        dtype = torch.float32 if self.is_widened(name) else tensor.dtype
+        if source.order:
+            heads = tensor.unflatten(0, (-1, self.layout.config.head_dim))
+            tensor = heads[:, torch.tensor(source.order)].flatten(0, 1)
+        if source.offset or source.factor != 1:
+            tensor = ((tensor.float() + source.offset) * source.factor).to(dtype)
+        return tensor
+
+    def _stored(self, source: Source) -> Tensor:
+        if self.file.get_slice(source.stored).get_dtype() == FP8:
+            tensor = self._from_fp8(source.stored)
+            return tensor if source.rows is None else tensor[source.rows]
+        if source.rows is None:
+            return self.file.get_tensor(source.stored)
+        return self.file.get_slice(source.stored)[source.rows.start : source.rows.stop]
+
+    def _from_fp8(self, stored: str) -> Tensor:
+        """Weights times the scales of their blocks, or the one of all: bf16 [N, K]."""
+        scale_name = stored + SCALE
+        weight = self.file.get_tensor(stored).float()
+        scale = self.file.get_tensor(scale_name) if scale_name in self.stored else self._elsewhere(scale_name)
+        scale = scale.float()
+        if scale.dim() == 2 and scale.numel() > 1:
+            assert self.layout.fp8_block is not None
+            rows, columns = self.layout.fp8_block
+            scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+            scale = scale[: weight.shape[0], : weight.shape[1]]
+        return (weight * scale).to(torch.bfloat16)
+
+    def _elsewhere(self, name: str) -> Tensor:
+        """A tensor of another file of the folder."""
+        for path in sorted(self.path.parent.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118 - safe_open is no dict
+                    return file.get_tensor(name)
+        raise UserError(f"{self.path}: {name} is in no file of the folder; download it again")
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """The open safetensors file at path, memory-mapped. Raises UserError if it is truncated or corrupt."""
+    layout = read_layout(path.parent)
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors if layout is None else ShardView(path, tensors, layout)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
