@@ -1,10 +1,10 @@
 """GGUF file -> an ordinary Hugging Face folder: config, safetensors, tokenizer.
 
 The `gguf` package reads and dequantizes the tensors. This module only renames them, and undoes what llama.cpp's
-converter did to them: for some families it permutes the rows of q and k, whose channels rotate in pairs. Values are
-stored as F16, the precision of the scales in every quantized GGUF type, except where the source itself is BF16 or F32.
-Q4_0 and Q8_0 are integers (less 8) with a scale for 32 input channels. If all projections are of one of them, they stay
-so: in the layouts of AWQ and GPTQ.
+converter did: it permutes the rows of q and k for some families, and adds 1 to Gemma's norms. Values are stored as F16,
+the precision of the scales in every quantized GGUF type, except where the source itself is BF16 or F32. Q4_0 and Q8_0
+are integers (less 8) with a scale for 32 input channels. If all projections are of one of them, they stay so: in the
+layouts of AWQ and GPTQ.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from teal.checkpoint.gguf_families import PROJECTION_NAMES
 from teal.checkpoint.gguf_header import check_architecture
 from teal.checkpoint.gguf_parts import read_parts
 from teal.checkpoint.gguf_tokenizer import write_tokenizer
+from teal.checkpoint.layout import read_layout
 from teal.checkpoint.weights import is_finite
 from teal.errors import UserError
 from teal.files import write_json
@@ -59,9 +60,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
             )
     config = hf_config(meta, tensors)
     kinds = {tensor.tensor_type for tensor in tensors if hf_name(meta, tensor.name) and is_projection(tensor)}
-    if len(kinds) == 1 and (kind := kinds.pop()) in KEPT:
-        config["quantization_config"] = KEPT[kind]
     write_json(folder / "config.json", config)
+    layout = read_layout(folder)
+    if len(kinds) == 1 and (kind := kinds.pop()) in KEPT and not (layout and layout.changes_projections()):
+        config["quantization_config"] = KEPT[kind]
+        write_json(folder / "config.json", config)
     ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": meta.end_ids()}
     write_json(folder / "generation_config.json", ends)
     write_tokenizer(meta, folder)
@@ -91,6 +94,8 @@ def _tensors(
         data = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements=["C", "W"]))
         if not is_finite(data):
             raise _not_finite(meta.path, tensor)
+        if meta.family.norm_offset and name.endswith("norm.weight"):
+            data = data - meta.family.norm_offset
         kept = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF16: torch.bfloat16}
         stored = data.to(kept.get(tensor.tensor_type, torch.float16))
         stored = stored if is_finite(stored) else data  # beyond fp16: scales of K-quants are products

@@ -5,6 +5,7 @@ norms, the order of a head's channels, constant factors, weights in 8-bit floats
 tensors as they were then, and say so in their config.json.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,7 +160,7 @@ class Slice:
         return shape
 
     def get_dtype(self) -> str:
-        """As safetensors names it; norms with an offset or a factor are read in fp32, 8-bit floats in bf16."""
+        """As safetensors names it; what an offset or a factor changes is read in fp32, 8-bit floats in bf16."""
         stored = self.view.file.get_slice(self.view.found[self.name].stored).get_dtype()
         return "F32" if self.view.is_widened(self.name) else "BF16" if stored == FP8 else stored
 
@@ -184,13 +185,12 @@ class ShardView:
         return Slice(self, name)
 
     def is_widened(self, name: str) -> bool:
-        """Whether a vector is no longer exact in the dtype it is stored in."""
+        """Whether a tensor is no longer exact in the dtype it is stored in: a power of two changes no digit."""
         source = self.found[name]
-        changed = source.offset != 0 or source.factor != 1
-        return changed and len(self.file.get_slice(source.stored).get_shape()) == 1
+        return source.offset != 0 or math.frexp(source.factor)[0] != 0.5
 
     def get_tensor(self, name: str) -> Tensor:
-        """In model.py's form: a matrix in its dtype, but 8-bit floats in bf16; a vector that changed in fp32."""
+        """In model.py's form, in the dtype that get_dtype tells."""
         source = self.found[name]
         tensor = self._stored(source)
         dtype = torch.float32 if self.is_widened(name) else tensor.dtype

@@ -21,7 +21,10 @@ EXAMPLES = {  # what gives away, in code, that a file knows of the recipe's exam
     "add-a-kernel.md": r"import reduce_partials\b|reduce_partials = make_op\b",
 }
 BESIDE = {  # files that know of it, too, but that a new one does without
-    "add-a-model.md": {"teal/architectures.py"},  # shapes, to measure speed with
+    "add-a-model.md": {
+        "teal/architectures.py",  # shapes, to measure speed with
+        "teal/checkpoint/gguf_families.py",  # the family's GGUF files
+    },
     "add-a-format.md": {
         "kernels/gemv/gather_tensor_core.py",  # the fast forms of 4 and 8 bits
         "kernels/gemv/gather_tensor_core_rows.py",
