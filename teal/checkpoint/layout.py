@@ -1,8 +1,8 @@
 """The safetensors files of a folder, seen under the names and in the form in which model.py holds its weights.
 
-What a family stores otherwise is changed as it is read: names of norms, several projections in one tensor, an offset of
-norms, the order of a head's channels, constant factors, weights in 8-bit floats. Folders that this program writes hold
-tensors as they were then, and say so in their config.json.
+Some families name norms otherwise, or store several projections in one tensor. Norms may lack an offset, heads may
+have another order of channels, weights may lack a constant factor or be 8-bit floats. All of it is changed as it is
+read. Folders that this program writes hold tensors in model.py's form, and say so in their config.json.
 """
 
 import re

@@ -117,7 +117,7 @@ def test_quantized_folders(method: str, mode: str, family: str, tmp_path: Path) 
     from teal.cli.quantize import quantize_folder
 
     source = folder_of(family, tmp_path / "a")
-    quantize_folder(source, tmp_path / "b", QuantConfig(mode, 32), method, sequences(8, 64))  # type: ignore[arg-type]
+    quantize_folder(source, tmp_path / "b", QuantConfig(mode, 32), method, sequences(8, 64))
     dense, rounded = (load_model(tmp_path / name, CPU, torch.float32) for name in "ab")
     assert dense.config == rounded.config
     limit = {"int8": 0.05, "int4": 0.6}[mode]
