@@ -34,7 +34,7 @@ NO_NETWORK = re.compile(
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "original/tokenizer.model"]
+HUB_FILES = ["*.json", "merges.txt", "*.safetensors", "*.jinja", "tokenizer.model", "original/tokenizer.model"]
 
 LOCAL_MODEL = "give a local model folder or .gguf file as {checkpoint}"  # a remedy, of an error's template
 

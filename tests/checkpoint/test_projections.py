@@ -200,7 +200,7 @@ def test_another_family_is_quantized(ungated: Transformer) -> None:
     assert_near("output", run(ungated, tokens), expected, 0.02)
 
 
-# What only these may name: the model, the table of families, and what replaces attention or computes a block by kernels.
+# What only the model, the table of families, other attention, and kernels of blocks or steps may name.
 ANATOMY = re.compile(
     r"\bwqkv\b|\bgate_up\b|\.wo\b|_proj\b|\bq_size\b|\bkv_size\b|\.attention_norm\b|\.ffn_norm\b|\bfeed_forward\b"
     r"|\"q\", \"k\", \"v\", \"o\""
