@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from teal.checkpoint.config import load_config
+from teal.checkpoint.layout import ShardView, open_shard
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.model import Transformer
@@ -162,3 +163,31 @@ def test_texts_end_where_a_scaling_would_turn_cached_keys_anew(
         rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         edit_config(tmp_path, rope_parameters=rope)
     assert load_config(tmp_path).max_seq_len == longest
+
+
+@pytest.mark.parametrize("family,name", [("phi3", "self_attn.qkv_proj"), ("glm4", "mlp.gate_up_proj")])
+def test_stacked_tensors_of_other_sizes_are_refused(family: str, name: str, tmp_path: Path) -> None:
+    """Also those with rows to spare."""
+    save_tiny_model(tiny_config(family), tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    own = f"model.layers.1.{name}.weight"
+    for rows in (-8, 8):
+        weight = torch.zeros(len(tensors[own]) + rows, tensors[own].shape[1])
+        save_file(tensors | {own: weight}, tmp_path / FILE)
+        with pytest.raises(UserError, match="says it should be"):
+            load_model(tmp_path, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["phi3", "glm4", "granite", "gemma3_text"])
+def test_rows_are_those_of_the_whole_tensor(family: str, tmp_path: Path) -> None:
+    """As identities and comparisons read them, without the others."""
+    extra = {"residual_multiplier": 0.22, "logits_scaling": 3.0} if family == "granite" else {}
+    save_tiny_model(tiny_config(family, **extra), tmp_path)
+    with open_shard(tmp_path / FILE) as shard:
+        assert isinstance(shard, ShardView)
+        for name in shard.keys():  # noqa: SIM118 - as of safetensors
+            whole, part = shard.get_tensor(name), shard.get_slice(name)
+            assert list(whole.shape) == part.get_shape()
+            assert {"F32": torch.float32}[part.get_dtype()] == whole.dtype
+            for rows in (slice(0, 1), slice(3, 9), slice(len(whole) - 1, len(whole))):
+                assert torch.equal(part[rows], whole[rows]), name
