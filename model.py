@@ -23,6 +23,7 @@ from teal.rope import RopeKind, RopeScaling, apply_rope, frequencies, rope_angle
 SMALL_ATTENTION_ROWS = 16
 # Weights of the output head that become fp32 at once on a CPU: 2 MB, which stay in a core's own cache.
 HEAD_PART = 1 << 19
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +257,6 @@ class Attention(nn.Module):
         k_cache[rows, :, positions] = k
         v_cache[rows, :, positions] = v
         return attend(q, k_cache, v_cache, mask, self.config.attention_softcap)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class FeedForward(nn.Module):

@@ -102,7 +102,7 @@ def described(path: Path, whole: dict[str, Any]) -> tuple[Fields, Family, str]:
     Raises UserError, with the nearest known one, for an unknown family.
     """
     raw, name = whole, whole.get("model_type")
-    if name in MULTIMODAL:
+    if isinstance(name, str) and name in MULTIMODAL:
         text = Fields(path, whole).object("text_config").raw
         name = text.get("model_type", MULTIMODAL[name])
         tying = {"tie_word_embeddings": whole["tie_word_embeddings"]} if "tie_word_embeddings" in whole else {}

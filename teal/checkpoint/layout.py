@@ -1,8 +1,8 @@
 """The safetensors files of a folder, seen under the names and in the form in which model.py holds its weights.
 
-What a family stores otherwise is changed as it is read: names of norms, several projections in one tensor, an offset of
-norms, the order of a head's channels, constant factors, weights in 8-bit floats. Folders that this program writes hold
-tensors as they were then, and say so in their config.json.
+Some families name norms otherwise, or store several projections in one tensor. Norms may lack an offset, heads may
+have another order of channels, weights may lack a constant factor or be 8-bit floats. All of it is changed as it is
+read. Folders that this program writes hold tensors in model.py's form, and say so in their config.json.
 """
 
 import math
@@ -36,6 +36,7 @@ class Source:
 
     stored: str
     rows: slice | None = None
+    total: int = 0  # rows that the stored one must have, where these are some of them
     factor: float = 1.0
     offset: float = 0.0
     order: tuple[int, ...] = ()  # of the rows of each head
@@ -69,7 +70,7 @@ class Layout:
         sizes = self._sizes(fused)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return {
-            f"{prefix}{own}.{part}": self._source(stored, own, slice(start, start + size))
+            f"{prefix}{own}.{part}": self._source(stored, own, slice(start, start + size), sum(sizes))
             for own, start, size in zip(fused, starts, sizes, strict=True)
         }
 
@@ -83,11 +84,11 @@ class Layout:
         sizes = {n: size for p in self.config.projections() for n, size in zip(p.hf_names, p.sizes, strict=True)}
         return [sizes[name] for name in fused]
 
-    def _source(self, stored: str, module: str, rows: slice | None = None) -> Source:
+    def _source(self, stored: str, module: str, rows: slice | None = None, total: int = 0) -> Source:
         turns = module in self.config.projections()[0].hf_names[:2]  # q and k
         order = self._head_order() if turns else ()
         offset = self.family.norm_offset if module.endswith("norm") else 0.0
-        return Source(stored, rows, self.factors.get(module, 1.0), offset, order)
+        return Source(stored, rows, total, self.factors.get(module, 1.0), offset, order)
 
     def _head_order(self) -> tuple[int, ...]:
         """For each channel of a head in model.py, in which pairs are half a head apart, the stored one."""
@@ -152,11 +153,11 @@ class Slice:
         self.view, self.name = view, name
 
     def get_shape(self) -> list[int]:
-        """Its sizes."""
+        """Its sizes; those of the stored tensor, if that has other rows than the parts that it should hold."""
         source = self.view.found[self.name]
         shape = list(self.view.file.get_slice(source.stored).get_shape())
-        if source.rows is not None:
-            shape[0] = max(0, min(source.rows.stop, shape[0]) - source.rows.start)
+        if source.rows is not None and shape and shape[0] == source.total:
+            shape[0] = source.rows.stop - source.rows.start
         return shape
 
     def get_dtype(self) -> str:
@@ -165,7 +166,8 @@ class Slice:
         return "F32" if self.view.is_widened(self.name) else "BF16" if stored == FP8 else stored
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self.view.get_tensor(self.name)[rows]
+        start, stop, _ = rows.indices(self.get_shape()[0])
+        return self.view.rows(self.name, start, stop)
 
 
 class ShardView:
@@ -191,36 +193,38 @@ class ShardView:
 
     def get_tensor(self, name: str) -> Tensor:
         """In model.py's form, in the dtype that get_dtype tells."""
+        shape = self.get_slice(name).get_shape()
+        return self.rows(name, 0, shape[0]) if shape else self.file.get_tensor(self.found[name].stored)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop of what get_tensor gives; no others are read."""
         source = self.found[name]
-        tensor = self._stored(source)
-        dtype = torch.float32 if self.is_widened(name) else tensor.dtype
+        first = 0 if source.rows is None else source.rows.start
         if source.order:
-            heads = tensor.unflatten(0, (-1, self.layout.config.head_dim))
-            tensor = heads[:, torch.tensor(source.order)].flatten(0, 1)
-        if source.offset or source.factor != 1:
-            tensor = ((tensor.float() + source.offset) * source.factor).to(dtype)
-        return tensor
+            D = self.layout.config.head_dim
+            places = torch.tensor([first + i // D * D + source.order[i % D] for i in range(start, stop)])
+            least = int(places.min())
+            tensor = self._stored(source.stored, least, int(places.max()) + 1)[places - least]
+        else:
+            tensor = self._stored(source.stored, first + start, first + stop)
+        if not source.offset and source.factor == 1:
+            return tensor
+        dtype = torch.float32 if self.is_widened(name) else tensor.dtype
+        return ((tensor.float() + source.offset) * source.factor).to(dtype)
 
-    def _stored(self, source: Source) -> Tensor:
-        if self.file.get_slice(source.stored).get_dtype() == FP8:
-            tensor = self._from_fp8(source.stored)
-            return tensor if source.rows is None else tensor[source.rows]
-        if source.rows is None:
-            return self.file.get_tensor(source.stored)
-        return self.file.get_slice(source.stored)[source.rows.start : source.rows.stop]
-
-    def _from_fp8(self, stored: str) -> Tensor:
-        """Weights times the scales of their blocks, or the one of all: bf16 [N, K]."""
-        scale_name = stored + SCALE
-        weight = self.file.get_tensor(stored).float()
-        scale = self.file.get_tensor(scale_name) if scale_name in self.stored else self._elsewhere(scale_name)
+    def _stored(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a stored tensor; of one in 8-bit floats, times the scales of their blocks, in bf16."""
+        stored = self.file.get_slice(name)
+        if stored.get_dtype() != FP8:
+            return stored[start:stop]
+        scale = self.file.get_tensor(name + SCALE) if name + SCALE in self.stored else self._elsewhere(name + SCALE)
         scale = scale.float()
         if scale.dim() == 2 and scale.numel() > 1:
             assert self.layout.fp8_block is not None
             rows, columns = self.layout.fp8_block
-            scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-            scale = scale[: weight.shape[0], : weight.shape[1]]
-        return (weight * scale).to(torch.bfloat16)
+            spread = scale.repeat_interleave(columns, 1)[:, : stored.get_shape()[1]]
+            scale = spread.repeat_interleave(rows, 0)[start:stop]
+        return (stored[start:stop].float() * scale).to(torch.bfloat16)
 
     def _elsewhere(self, name: str) -> Tensor:
         """A tensor of another file of the folder."""

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, save_tiny_model, tiny_config
 
 MOST_FILES = {"add-a-model.md": 4, "add-a-format.md": 8, "add-a-sampling-parameter.md": 4, "add-a-kernel.md": 4}
 EXAMPLES = {  # what gives away, in code, that a file knows of the recipe's example: of the format, its integers
-    "add-a-model.md": r"\"qwen3\"|qk_norm",
+    "add-a-model.md": r"\"olmo2\"|qk_norm_full",
     "add-a-format.md": r"& 15\b|\bBITS == [48]|\bbits == [48]",
     "add-a-sampling-parameter.md": r"\bmin[_-]p\b",
     "add-a-kernel.md": r"import reduce_partials\b|reduce_partials = make_op\b",
