@@ -167,7 +167,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         {**GEMMA2_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-         "vocab_size": 262208},
+         "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+         "num_attention_heads": 8},  # all, for text parts of larger models list only what differs
         lambda raw: {**_gemma2(raw), "qk_norm": True},
         "used", _all_but_every("sliding_window_pattern", 6),
         norms=GEMMA_NORMS, norm_offset=1.0, factors=_query_scale("self_attn.q_norm"),

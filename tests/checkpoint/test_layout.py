@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from teal.checkpoint.config import load_config
 from teal.checkpoint.layout import ShardView, open_shard
+from teal.checkpoint.presets import PRESETS
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.model import Transformer
@@ -60,8 +62,6 @@ def test_the_text_part_of_a_multimodal_model(family: str, whole: str, prefix: st
 
 def test_transformers_folder_of_a_multimodal_model(tmp_path: Path) -> None:
     """A whole Gemma 3 as transformers writes it, its vision part included."""
-    import transformers
-
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14,
@@ -191,3 +191,31 @@ def test_rows_are_those_of_the_whole_tensor(family: str, tmp_path: Path) -> None
             assert {"F32": torch.float32}[part.get_dtype()] == whole.dtype
             for rows in (slice(0, 1), slice(3, 9), slice(len(whole) - 1, len(whole))):
                 assert torch.equal(part[rows], whole[rows]), name
+
+
+HUB_GEMMA3_4B = {  # as published, tokens and vision aside
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_a_published_config_that_lists_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HUB_GEMMA3_4B))
+    assert load_config(tmp_path) == PRESETS["Gemma-3-4B"]
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).text_config
+    rope, (local, *_) = theirs.rope_parameters, theirs.layer_types
+    ours = load_config(tmp_path)
+    assert (ours.rope_theta, ours.local_rope_theta) == (
+        rope["full_attention"]["rope_theta"],
+        rope["sliding_attention"]["rope_theta"],
+    )
+    assert local == "sliding_attention" and ours.sliding_windows[0] == theirs.sliding_window
+    assert [w is None for w in ours.sliding_windows] == [kind == "full_attention" for kind in theirs.layer_types]
