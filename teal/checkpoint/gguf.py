@@ -1,7 +1,7 @@
 """GGUF file -> an ordinary Hugging Face folder: config, safetensors, tokenizer.
 
-The `gguf` package reads and dequantizes the tensors. This module only renames them, and undoes what llama.cpp's
-converter did: it permutes the rows of q and k for some families, and adds 1 to Gemma's norms. Values are stored as F16,
+The `gguf` package reads and dequantizes the tensors. This module renames them, and undoes what llama.cpp's
+converter did. For some families it permutes the rows of q and k. To Gemma's norms it adds 1. Values are stored as F16,
 the precision of the scales in every quantized GGUF type, except where the source itself is BF16 or F32. Q4_0 and Q8_0
 are integers (less 8) with a scale for 32 input channels. If all projections are of one of them, they stay so: in the
 layouts of AWQ and GPTQ.
