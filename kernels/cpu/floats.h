@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// For functions of vectors: a call would pass them through memory.
+#define TEAL_INLINE inline __attribute__((always_inline))
+
 namespace teal {
 
 using c10::BFloat16;
@@ -71,6 +74,9 @@ inline Lanes load(const BFloat16* from) {
 inline Lanes load(const Half* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+#else
   const Words words = __builtin_convertvector(halves, Words);
   const Words sign = (words & 0x8000) << 16, magnitude = (words & 0x7fff) << 13;
   Lanes lanes;
@@ -81,6 +87,7 @@ inline Lanes load(const Half* from) {
   bits |= sign | (Words((words & 0x7c00) == 0x7c00) & 0x7f800000);  // infinity and NaN
   std::memcpy(&lanes, &bits, sizeof(lanes));
   return lanes;
+#endif
 }
 
 inline Lanes load(const int8_t* from) {
@@ -126,6 +133,12 @@ inline float total(const Lanes& sums) {
   std::memcpy(quarters, &half, sizeof(quarters));
   const Quarter quarter = quarters[0] + quarters[1];
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+inline int32_t total_of(const Integers& lanes) {
+  int32_t found = 0;
+  for (int64_t i = 0; i < LANES; ++i) found += lanes[i];
+  return found;
 }
 
 inline float largest(const Lanes& lanes) {
