@@ -35,6 +35,11 @@ from torch import Tensor
 STRIP = 128  # columns
 SUPER = 256  # channels to a super-scale
 MIN_GROUP = 32  # channels to a minimum
+ROWS_AT_ONCE = 8192  # of a file's tensor, of whole strips: bounds memory
+# Bytes of a file's block, of 32 weights or, nested, 256.
+FILE_BLOCKS = {
+    "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +133,15 @@ def empty(kind: str, K: int, N: int) -> Blocks:
 
 def pack(kind: str, rows: Tensor) -> Blocks:
     """The weight of a GGUF tensor's rows of blocks, uint8 [N, bytes of a row]."""
-    q, scales, minima, supers, super_minima = _unpack_file(kind, rows)
-    N, K = q.shape
-    weight = empty(kind, K, N)
-    to = sections(weight)
-    _pack_values(q.t(), BLOCK_TYPES[kind].bits, to[0])
-    for part, section in zip((scales, minima, supers, super_minima), to[1:], strict=True):
-        if part is not None:
-            section[:, :N] = part.t()
+    K = rows.shape[1] // FILE_BLOCKS[kind] * (SUPER if BLOCK_TYPES[kind].nested else MIN_GROUP)
+    weight = empty(kind, K, len(rows))
+    values, *others = sections(weight)
+    for begin in range(0, len(rows), ROWS_AT_ONCE):
+        integers, *parts = _unpack_file(kind, rows[begin : begin + ROWS_AT_ONCE])
+        _pack_values(integers.t(), weight.type.bits, _planes(values, weight.type.bits, begin, len(integers)))
+        for part, section in zip(parts, others, strict=True):
+            if part is not None:
+                section[:, begin : begin + len(part)] = part.t()
     return weight
 
 
@@ -147,7 +153,9 @@ def unpack(weight: Blocks) -> Parts:
     scales, minima = scales[:, :N].float(), minima[:, :N].float()
     if found.nested:
         scales = scales * supers[:, :N].float().repeat_interleave(SUPER // found.group, 0)
-        minima = -minima * super_minima[:, :N].float().repeat_interleave(SUPER // MIN_GROUP, 0) if len(minima) else minima
+        minima = (
+            -minima * super_minima[:, :N].float().repeat_interleave(SUPER // MIN_GROUP, 0) if len(minima) else minima
+        )
     return Parts(integers, scales, minima if found.has_minima else None)
 
 
@@ -160,40 +168,48 @@ def dequantize(weight: Blocks) -> Tensor:
 
 
 def column(weight: Blocks, n: int) -> Tensor:
-    """Column n of dequantize, fp32 [K]: an output's weights, or a token's vector in an embedding."""
-    parts, strip = sections(weight), n // STRIP
-    bits = weight.type.bits
-    low = STRIP // 2 * max(1, bits // 4)
-    planes = [parts[0][:, strip * low : (strip + 1) * low]]
-    if bits in (5, 6):
-        begin, high = padded_columns(weight.N) // 2, STRIP * (bits - 4) // 8
-        planes.append(parts[0][:, begin + strip * high : begin + (strip + 1) * high])
-    cut = [torch.cat(planes, 1), *(part[:, strip * STRIP : (strip + 1) * STRIP] for part in parts[1:])]
+    """Column n of dequantize, fp32 [K]: an output's weights, or a token's vector in an embedding. Raises IndexError."""
+    if not 0 <= n < weight.N:
+        raise IndexError(f"column {n}: expected 0 to {weight.N - 1}")
+    parts, begin = sections(weight), n // STRIP * STRIP
+    cut = [torch.cat(_planes(parts[0], weight.type.bits, begin, STRIP), 1)]
+    cut += [part[:, begin : begin + STRIP] for part in parts[1:]]
     data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in cut])
-    return dequantize(Blocks(weight.kind, weight.K, STRIP, data))[:, n % STRIP]
+    return dequantize(Blocks(weight.kind, weight.K, STRIP, data))[:, n - begin]
 
 
 # Values
 
 
-def _pack_values(integers: Tensor, bits: int, out: Tensor) -> None:
-    """Integers uint8 [K, N] into a section of values."""
+def _planes(values: Tensor, bits: int, begin: int, count: int) -> list[Tensor]:
+    """Of a section of values, where strips from column begin on have their low bits, and their high ones if apart."""
+    first, last = begin // STRIP, -(-(begin + count) // STRIP)
+    widths = [(0, STRIP * max(4, bits // 8 * 8) // 8)]
+    if bits in (5, 6):
+        widths.append((values.shape[1] * 4 // bits, STRIP * (bits - 4) // 8))
+    return [values[:, start + first * width : start + last * width] for start, width in widths]
+
+
+def _pack_values(integers: Tensor, bits: int, planes: list[Tensor]) -> None:
+    """Integers uint8 [K, N] into planes of whole strips."""
     K, N = integers.shape
     columns = padded_columns(N)
     halves = torch.zeros(K, columns // 64, 64, dtype=torch.uint8)
     halves.view(K, columns)[:, :N] = integers
     halves = halves.view(K, -1, 4, 4, 4).transpose(2, 3).reshape(K, -1, 64)  # columns (b, a, d) -> bytes (a, b, d)
     if bits == 8:
-        out.copy_(halves.flatten(1))
+        planes[0].copy_(halves.flatten(1))
         return
     a, b = halves[:, ::2], halves[:, 1::2]  # [K, strips, 64]
-    out[:, : columns // 2] = (a & 15 | b << 4).flatten(1)
-    if bits == 5:
-        places = torch.cat(((a >> 4).unflatten(2, (4, 16)), (b >> 4).unflatten(2, (4, 16))), 2)  # bit, byte
-        out[:, columns // 2 :] = sum(places[:, :, i] << i for i in range(8)).flatten(1)  # type: ignore[union-attr]
-    elif bits == 6:
-        places = torch.cat(((a >> 4).unflatten(2, (2, 32)), (b >> 4).unflatten(2, (2, 32))), 2)
-        out[:, columns // 2 :] = sum(places[:, :, i] << 2 * i for i in range(4)).flatten(1)  # type: ignore[union-attr]
+    planes[0].copy_((a & 15 | b << 4).flatten(1))
+    if bits > 4:
+        width = bits - 4
+        parts = (8 // width // 2, 16 * width)  # of 64 bytes that share one byte's bits
+        places = torch.cat(((a >> 4).unflatten(2, parts), (b >> 4).unflatten(2, parts)), 2)
+        bytes_ = torch.zeros_like(places[:, :, 0])
+        for i in range(places.shape[2]):
+            bytes_ |= places[:, :, i] << width * i
+        planes[1].copy_(bytes_.flatten(1))
 
 
 def _unpack_values(values: Tensor, bits: int, N: int) -> Tensor:
@@ -221,9 +237,9 @@ def _unpack_file(kind: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None
     found = BLOCK_TYPES[kind]
     if found.nested:
         return _unpack_k_quant(kind, rows)
-    high, values = 4 if found.bits == 5 else 0, 32 if found.bits == 8 else 16
+    high = 4 if found.bits == 5 else 0
     scales = 4 if found.has_minima else 2
-    blocks = rows.unflatten(1, (-1, scales + high + values))
+    blocks = rows.unflatten(1, (-1, FILE_BLOCKS[kind]))
     floats = blocks[:, :, :scales].contiguous().view(torch.float16)  # [N, blocks, 1 or 2]
     q = blocks[:, :, scales + high :]
     q = q ^ 128 if found.bits == 8 else torch.cat((q & 15, q >> 4), 2)
@@ -237,14 +253,14 @@ def _unpack_file(kind: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None
 def _unpack_k_quant(kind: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As _unpack_file, of Q4_K, Q5_K and Q6_K."""
     if kind == "Q6_K":
-        blocks = rows.unflatten(1, (-1, 210))
+        blocks = rows.unflatten(1, (-1, FILE_BLOCKS[kind]))
         low, high = blocks[:, :, :128].unflatten(2, (2, 64)), blocks[:, :, 128:192].unflatten(2, (2, 32))
         low = torch.cat((low & 15, low >> 4), 3)  # [N, blocks, 2, 128]
         high = torch.cat([high >> 2 * i & 3 for i in range(4)], 3)
         scales = blocks[:, :, 192:208].contiguous().view(torch.int8)
         supers = blocks[:, :, 208:].contiguous().view(torch.float16)[:, :, 0]
         return (low | high << 4).flatten(1), scales.flatten(1), None, supers, None
-    blocks = rows.unflatten(1, (-1, 144 if kind == "Q4_K" else 176))
+    blocks = rows.unflatten(1, (-1, FILE_BLOCKS[kind]))
     floats = blocks[:, :, :4].contiguous().view(torch.float16)
     packed = blocks[:, :, 4:16]  # scales and minima of 6 bits
     first, second, last = packed[:, :, :4], packed[:, :, 4:8], packed[:, :, 8:]

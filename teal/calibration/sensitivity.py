@@ -26,6 +26,7 @@ from teal.calibration.stages import Positions
 from teal.errors import ParameterError
 from teal.files import atomic_file
 from teal.kernels.sparse_linear import drop_small
+from teal.layers.block_linear import BlockLinear
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Block, Projection, Transformer
@@ -88,7 +89,7 @@ class Probe(nn.Module):
         """In floats [K, N]."""
         if isinstance(self.module, nn.Linear):
             return self.module.weight.t()
-        assert isinstance(self.module, (QuantizedLinear, SparseLinear))
+        assert isinstance(self.module, (QuantizedLinear, BlockLinear, SparseLinear))
         return self.module.dequantized()
 
 
@@ -250,7 +251,7 @@ def _head_gradient(model: Transformer, normed: Tensor, generator: torch.Generato
     Logits are of the model's dtype here. On a CPU fp32 ones of bf16 weights took nine tenths of a calibration's time.
     """
     head: nn.Module = model.lm_head
-    weight = head.dequantized().t() if isinstance(head, QuantizedLinear) else model.lm_head.weight
+    weight = head.dequantized().t() if isinstance(head, (QuantizedLinear, BlockLinear)) else model.lm_head.weight
     probabilities = (normed[0] @ weight.t()).float().softmax(-1)
     labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(normed.device)
     gradient = probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32))

@@ -7,6 +7,7 @@ from torch import Tensor
 from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
 from teal.decoding.cpu_program import build
 from teal.errors import ParameterError
+from teal.layers.block_linear import BlockWeight
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule
 from teal.model import KVCache, Transformer
@@ -107,6 +108,8 @@ def _fused_obstacle(model: Transformer) -> str:
     if inputs != FUSED_INPUTS:
         wanted, found = (", ".join(names) for names in (FUSED_INPUTS, inputs))
         return f"its kernels take inputs {wanted}, and this model's block has {found}"
+    if any(isinstance(module, BlockWeight) for module in model.modules()):
+        return "weights in a GGUF file's integers have no such kernels; {dequantize} them"
     if find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on

@@ -1,0 +1,50 @@
+"""Products with weights of GGUF's block types (formats/blocks.py), by compiled kernels on a CPU or torch's operations.
+
+The kernels round an entry of x to 16 bits relative to its group's largest, and to 24 bits if x is fp32: see
+cpu/blocks.cpp. Torch's operations take the weight in fp32.
+"""
+
+import torch
+from torch import Tensor
+
+from teal.kernels.cpu.native import native_kernels
+from teal.kernels.formats.blocks import Blocks, column, dequantize
+from teal.kernels.sparse_linear import drop_small
+from teal.options import MAX_ROWS
+
+
+def block_linear(x: Tensor, weight: Blocks, threshold: float = 0.0) -> Tensor:
+    """x [B, K] times the weight [K, N], with entries |x| below threshold taken as 0: fp32 [B, N].
+
+    The threshold is rounded to x's dtype before. Raises ValueError for an x of other channels.
+    """
+    if x.shape[-1] != weight.K:
+        raise ValueError(f"x has {x.shape[-1]} channels: expected {weight.K}")
+    native = native_kernels() if len(x) <= MAX_ROWS else None
+    if native is not None:
+        return native.block_product(x.contiguous(), weight.data, _numbers(weight), weight.N, threshold)
+    kept = drop_small(x, torch.tensor(threshold).to(x.dtype)) if threshold else x
+    return kept.float() @ block_floats(weight, torch.float32)
+
+
+def block_floats(weight: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The weight [K, N], rounded once from fp32; in out, where given, whose rows are contiguous."""
+    if out is None:
+        out = torch.empty(weight.K, weight.N, dtype=dtype)
+    if (native := native_kernels()) is not None:
+        native.block_floats(weight.data, _numbers(weight), out)
+        return out
+    return out.copy_(dequantize(weight))
+
+
+def block_columns(weight: Blocks, chosen: Tensor) -> Tensor:
+    """The columns chosen, int64 [n], of a weight: fp32 [n, K]. Raises IndexError for one that is not there."""
+    if (native := native_kernels()) is not None:
+        return native.block_columns(weight.data, _numbers(weight), weight.K, weight.N, chosen)
+    return torch.stack([column(weight, n) for n in chosen.tolist()])
+
+
+def _numbers(weight: Blocks) -> list[int]:
+    """Its type as the kernels take it."""
+    found = weight.type
+    return [found.bits, found.offset, found.group, int(found.has_minima), int(found.nested)]
