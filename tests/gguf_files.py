@@ -55,7 +55,7 @@ def write_gguf(
     tokenizer: Callable[[gguf.GGUFWriter], None],
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write model's weights in a GGUF file as kind; returns what a reader should get, in HF layout.
+    """Write model's weights in a GGUF file as kind; returns the floats that they stand for, in HF layout.
 
     options: of gguf.GGUFWriter.
     """
@@ -90,8 +90,7 @@ def write_gguf(
         read = torch.from_numpy(np.array(gguf.dequantize(stored, kind)))
         if heads:
             read = read.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        exact = kind in (Type.F32, Type.BF16) or (kind in (Type.Q4_0, Type.Q8_0) and stem.endswith("_proj"))
-        expected[name] = read if exact else read.half().float()
+        expected[name] = read
     write_and_close(writer)
     return expected
 

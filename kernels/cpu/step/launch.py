@@ -109,7 +109,7 @@ def gathered(weight: Weight, limits: Thresholded, bias: Tensor | None) -> Matrix
 
 
 def blocked(parts: Sequence[Blocks], limits: Thresholded, bias: Tensor | None) -> Matrix:
-    """The struct of a thresholded weight of parts side by side, of GGUF's block types. Raises ValueError as gathered."""
+    """The struct of a thresholded weight of parts side by side in blocks. Raises ValueError as gathered."""
     matrix = Matrix(
         bias=_address(bias), thresholds=_address(limits.thresholds), K=parts[0].K, N=sum(part.N for part in parts),
         group=STRIP, parts=(BlockPart * len(parts))(*map(block_part, parts)), part_count=len(parts), storage=BLOCKS,
