@@ -4,6 +4,8 @@ The kernels round an entry of x to 16 bits relative to its group's largest, and 
 cpu/blocks.cpp. Torch's operations take the weight in fp32.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,17 +26,17 @@ def block_linear(x: Tensor, weight: Blocks, threshold: float = 0.0) -> Tensor:
     if native is not None:
         return native.block_product(x.contiguous(), weight.data, _numbers(weight), weight.N, threshold)
     kept = drop_small(x, torch.tensor(threshold).to(x.dtype)) if threshold else x
-    return kept.float() @ block_floats(weight, torch.float32)
+    return kept.float() @ block_floats([weight], torch.float32)
 
 
-def block_floats(weight: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The weight [K, N], rounded once from fp32; in out, where given, whose rows are contiguous."""
-    if out is None:
-        out = torch.empty(weight.K, weight.N, dtype=dtype)
-    if (native := native_kernels()) is not None:
-        native.block_floats(weight.data, _numbers(weight), out)
-        return out
-    return out.copy_(dequantize(weight))
+def block_floats(parts: Sequence[Blocks], dtype: torch.dtype) -> Tensor:
+    """The weights [K, N] side by side: one weight in floats, rounded once from fp32."""
+    if (native := native_kernels()) is None:
+        return torch.cat([dequantize(part).to(dtype) for part in parts], dim=1)
+    widths = [part.N for part in parts]
+    found = torch.empty(parts[0].K, sum(widths), dtype=dtype)
+    native.block_floats([part.data for part in parts], [n for part in parts for n in _numbers(part)], widths, found)
+    return found
 
 
 def block_columns(weight: Blocks, chosen: Tensor) -> Tensor:

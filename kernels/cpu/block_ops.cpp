@@ -14,8 +14,6 @@
 namespace teal {
 namespace {
 
-constexpr int64_t GRAIN = 32;  // channels, or a strip's multiple of columns, of a task
-
 Blocks blocks_of(const at::Tensor& data, at::IntArrayRef type, int64_t K, int64_t N) {
   TORCH_CHECK_VALUE(data.scalar_type() == at::kByte && data.is_contiguous(), "data: expected contiguous bytes");
   TORCH_CHECK_VALUE(type.size() == 5, "type: expected five numbers");
@@ -54,14 +52,21 @@ at::Tensor block_product(const at::Tensor& x, const at::Tensor& data, at::IntArr
   return y;
 }
 
-void block_floats(const at::Tensor& data, at::IntArrayRef type, at::Tensor& out) {
+void block_floats(at::TensorList data, at::IntArrayRef types, at::IntArrayRef widths, at::Tensor& out) {
   TORCH_CHECK_VALUE(out.dim() == 2 && out.stride(1) == 1, "out: its rows must be contiguous");
-  const Blocks weight = blocks_of(data, type, out.size(0), out.size(1));
+  TORCH_CHECK_VALUE(types.size() == 5 * data.size() && widths.size() == data.size(), "expected a type for each part");
+  const int64_t K = out.size(0), stride = out.stride(0);
+  std::vector<Blocks> parts;
+  for (size_t i = 0; i < data.size(); ++i) parts.push_back(blocks_of(data[i], types.slice(5 * i, 5), K, widths[i]));
   const Dtype dtype = dtype_of(out.scalar_type());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t row_bytes = out.stride(0) * out.element_size();
-  at::parallel_for(0, weight.K, GRAIN, [&](int64_t first, int64_t last) {
-    widen_blocks(weight, dtype, first, last, to + first * row_bytes, out.stride(0));
+  at::parallel_for(0, K / MIN_GROUP, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * MIN_GROUP, last = end * MIN_GROUP;
+    char* part_out = to + first * stride * out.element_size();
+    for (const Blocks& part : parts) {
+      widen_blocks(part, dtype, first, last, part_out, stride);
+      part_out += part.N * out.element_size();
+    }
   });
 }
 
@@ -86,7 +91,7 @@ at::Tensor block_columns(const at::Tensor& data, at::IntArrayRef type, int64_t K
 TORCH_LIBRARY_FRAGMENT(teal_cpu, library) {
   library.def("block_product(Tensor x, Tensor data, int[] type, int N, float threshold) -> Tensor");
   library.impl("block_product", c10::DispatchKey::CPU, teal::block_product);
-  library.def("block_floats(Tensor data, int[] type, Tensor(a!) out) -> ()");
+  library.def("block_floats(Tensor[] data, int[] types, int[] widths, Tensor(a!) out) -> ()");
   library.impl("block_floats", c10::DispatchKey::CPU, teal::block_floats);
   library.def("block_columns(Tensor data, int[] type, int K, int N, Tensor chosen) -> Tensor");
   library.impl("block_columns", c10::DispatchKey::CPU, teal::block_columns);

@@ -98,6 +98,23 @@ inline Lanes load(const int8_t* from) {
 
 inline void store(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
 
+// Rounded to the nearest, ties to even; no lane is NaN.
+inline void store(BFloat16* to, const Lanes& lanes) {
+  Words words;
+  std::memcpy(&words, &lanes, sizeof(words));
+  const Halves halves = __builtin_convertvector((words + 0x7fff + (words >> 16 & 1)) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+
+inline void store(Half* to, const Lanes& lanes) {
+#if defined(__AVX512F__)
+  const auto halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(lanes), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &halves, sizeof(halves));
+#else
+  for (int64_t i = 0; i < LANES; ++i) to[i] = static_cast<Half>(lanes[i]);
+#endif
+}
+
 // The first count values, then zeros.
 template <typename T>
 Lanes load_part(const T* from, int64_t count) {

@@ -63,6 +63,22 @@ TEAL_INLINE void strip_octets(const uint8_t* row, int64_t columns, int64_t strip
   }
 }
 
+// Half a strip's bytes in the order of columns.
+TEAL_INLINE Octets ordered(const Octets& half) {
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return reinterpret_cast<Octets>(_mm512_permutexvar_epi32(places, reinterpret_cast<__m512i>(half)));
+#else
+  Octets found;
+  for (int a = 0; a < 4; ++a)
+    for (int b = 0; b < 4; ++b) {
+      const char* from = reinterpret_cast<const char*>(&half) + 16 * a + 4 * b;
+      std::memcpy(reinterpret_cast<char*>(&found) + 16 * b + 4 * a, from, 4);
+    }
+  return found;
+#endif
+}
+
 // The bytes of four rows side by side: lane i of out[v] holds column 16 v + i of each (blocks.py, order of columns).
 TEAL_INLINE void interleave(const Octets rows[4], Octets out[4]) {
 #if defined(__AVX512BW__)

@@ -78,7 +78,7 @@ class Shard:
             assert found is not None
             return found
         if name in self.blocks:
-            return block_floats(self._weight(name), torch.float16).t().contiguous()
+            return block_floats([self._weight(name)], torch.float16).t().contiguous()
         return self.tensors.get_tensor(name)
 
     def get_slice(self, name: str) -> Any:

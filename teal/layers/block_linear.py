@@ -83,10 +83,7 @@ class BlockWeight(nn.Module):
 
     def floats(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [K, N], rounded once from fp32."""
-        found = torch.empty(self.K, self.N, dtype=dtype or self.dtype)
-        for part, out in zip(self.parts, found.split([shape.N for shape in self.shapes], dim=1), strict=True):
-            block_floats(part, found.dtype, out)
-        return found
+        return block_floats(self.parts, dtype or self.dtype)
 
 
 class BlockLinear(PhasedModule):

@@ -26,7 +26,7 @@ def test_the_layout_is_exact(kind: str, K: int, N: int) -> None:
     assert torch.equal(dequantize(weight), expected)
     for n in {0, N // 2, N - 1}:
         assert torch.equal(column(weight, n), expected[:, n]), n
-    assert torch.equal(block_floats(weight, torch.float32), expected)
+    assert torch.equal(block_floats([weight], torch.float32), expected)
     assert torch.equal(block_columns(weight, torch.tensor([N - 1, 0])), expected.t()[[N - 1, 0]])
 
 
@@ -34,11 +34,10 @@ def test_the_layout_is_exact(kind: str, K: int, N: int) -> None:
 def test_floats_are_rounded_once(kind: str) -> None:
     weight = random_blocks(kind, 512, 100)
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(block_floats(weight, dtype), dequantize(weight).to(dtype))
-    into = torch.zeros(512, 300, dtype=torch.bfloat16)
-    block_floats(weight, torch.bfloat16, into[:, 100:200])
-    assert torch.equal(into[:, 100:200], dequantize(weight).bfloat16()), "columns of a wider weight"
-    assert not into[:, :100].any() and not into[:, 200:].any()
+        assert torch.equal(block_floats([weight], dtype), dequantize(weight).to(dtype))
+    parts = [weight, random_blocks("Q6_K", 512, 130), weight]
+    expected = torch.cat([dequantize(part) for part in parts], dim=1).bfloat16()
+    assert torch.equal(block_floats(parts, torch.bfloat16), expected), "several parts"
 
 
 def test_a_large_tensor_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
