@@ -169,7 +169,7 @@ void add_quads(const Blocks& w, const Group<ROWS, DIGITS>& group, int64_t quad, 
       for (int t = 0; t < DIGITS; ++t)
         for (int v = 0; v < VECTORS; ++v) {
           Integers sum = (*found)[r][t][v];
-          for (int q = 0; q < QUADS; ++q) sum = add_products(sum, octets[q][v], group.entries[r][t][quad + q]);
+          for (int q = 0; q < QUADS; ++q) sum = add_products<BITS>(sum, octets[q][v], group.entries[r][t][quad + q]);
           (*found)[r][t][v] = sum;
         }
   }

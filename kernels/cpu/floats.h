@@ -76,6 +76,13 @@ inline Lanes load(const Half* from) {
   std::memcpy(&halves, from, sizeof(halves));
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+#elif defined(__F16C__)
+  __m128i parts[2];
+  std::memcpy(parts, &halves, sizeof(parts));
+  const __m256 floats[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+  Lanes lanes;
+  std::memcpy(&lanes, floats, sizeof(lanes));
+  return lanes;
 #else
   const Words words = __builtin_convertvector(halves, Words);
   const Words sign = (words & 0x8000) << 16, magnitude = (words & 0x7fff) << 13;

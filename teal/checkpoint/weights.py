@@ -35,6 +35,7 @@ from teal.progress import progress
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 READABLE_DTYPES = ("F32", "F16", "BF16")
+BLOCK_DEVICES = ("cpu",)  # whose kernels read GGUF's block types
 NO_FORMS: Mapping[str, Form] = MappingProxyType({})
 COMPARED_ROWS = 1024  # of head and embedding at a time
 PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
@@ -61,7 +62,7 @@ def load_model(
         quantize = partial(use_quantized_modules, config=quantized)
     elif packing is not None and _can_be_repacked(config, packing, shards):
         quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
-    elif device.type == "cpu" and blocks:
+    elif device.type in BLOCK_DEVICES and blocks:
         form, quantize = Form.BYTES, partial(use_block_modules, shapes=blocks, prefix=layer_prefix)
     elif len(kinds) == 1 and (kind := kinds.pop()) in GROUP_TYPES:
         form, quantize = Form.GROUPS, partial(use_input_groups, bits=GROUP_TYPES[kind], group_size=MIN_GROUP)
