@@ -1,7 +1,7 @@
 """Products with weights of GGUF's block types (formats/blocks.py), by compiled kernels on a CPU or torch's operations.
 
-The kernels round an entry of x to 16 bits relative to its group's largest, and to 24 bits if x is fp32: see
-cpu/blocks.cpp. Torch's operations take the weight in fp32.
+The kernels round an entry of x to 16 bits, relative to the largest of its group of channels (cpu/blocks.cpp). If x is
+fp32 they round it to 24. Torch's operations take the weight in fp32.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-// The ops of blocks.cpp and widen_blocks.cpp; block_products.py describes them.
+// The ops of blocks.cpp and widen_blocks.cpp; block_linear.py describes them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

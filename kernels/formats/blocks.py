@@ -2,8 +2,8 @@
 
 A weight is scale * (integer - offset) + minimum. Scale and minimum belong to 32 (16 of Q6_K) neighbouring input
 channels and one output. Files hold outputs as rows. Here rows are input channels, so that one which is not read is
-skipped. All of a weight [K, N] is one array of bytes: parts one after the other, each padded to whole strips of 128
-columns by zeros.
+skipped. A weight [K, N] is one array of bytes, its parts one after the other. Columns are padded to whole strips of
+128, by zeros.
 
     values       [K, bits/8 x columns]       integers without a sign
     scales       [K/group, columns]          fp16; of K-quants int8, times the super-scale
@@ -15,7 +15,7 @@ K-quants keep both parts: 4.6 bits for each weight of Q4_K. Their product needs 
 
 A row of values begins with the low four bits (of 8 bits with all eight). 64 bytes are a strip of 128 columns. Byte p
 holds columns c and 64 + c in its low and high bits, or with 8 bits column c of a half strip. Where p is 16 a + 4 b + d,
-c is 16 b + 4 a + d: the bytes of four rows, interleaved within 128 bits, then stand in the order of columns.
+c is 16 b + 4 a + d. The bytes of four rows, interleaved within 128 bits, then stand in the order of columns.
 
     byte       0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12 13 14 15 | 16 17 18 19 | ...
     column     0  1  2  3 | 16 17 18 19 | 32 33 34 35 | 48 49 50 51 |  4  5  6  7 | ...

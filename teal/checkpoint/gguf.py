@@ -1,4 +1,4 @@
-"""GGUF file (llama architecture) -> an ordinary Hugging Face folder: config, safetensors, tokenizer.
+"""GGUF file (llama architecture) -> a folder as Hugging Face has them: config, safetensors, tokenizer.
 
 The `gguf` package reads the tensors. This module only renames them, undoes the row permutation of q and k, and rebuilds
 `tokenizer.json` from the vocabulary in the metadata. llama.cpp permutes those rows for its interleaved rotary
