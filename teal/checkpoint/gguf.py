@@ -1,7 +1,7 @@
 """GGUF file -> a folder as Hugging Face has them: config, safetensors, tokenizer.
 
-The `gguf` package reads the tensors. This module only renames them, and undoes what llama.cpp's converter did to them:
-for some families it permutes the rows of q and k, whose channels rotate in pairs. Integers and scales of quantized
+The `gguf` package reads the tensors. This module only renames them, and undoes what llama.cpp's converter did to them.
+For some families it permutes the rows of q and k, whose channels rotate in pairs. Integers and scales of quantized
 types stay as they are, in a layout of our own (blocks.py). A tensor that reaches beyond fp16 becomes fp32.
 """
 
