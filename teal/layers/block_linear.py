@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teal.kernels.block_linear import block_columns, block_floats, block_linear
+from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear
 from teal.kernels.formats.blocks import Blocks, sections, size_of
 from teal.layers.phase import Phase, PhasedModule
 from teal.model import OutputHead, Transformer
-from teal.options import MAX_ROWS
 
 
 class BlockShape(NamedTuple):
@@ -78,8 +77,12 @@ class BlockWeight(nn.Module):
         return found
 
     def many(self, x: Tensor) -> Tensor:
-        """x [..., K] times the weight in floats of x's dtype: [..., N], in it."""
-        return x @ self.floats(x.dtype)
+        """x [..., K] times the weight, in x's dtype: [..., N]. Many rows take the weight in floats of it."""
+        rows = x.reshape(-1, self.K)
+        if len(rows) > KERNEL_ROWS:
+            return x @ self.floats(x.dtype)
+        found = [block_linear(rows, part) for part in self.parts]
+        return torch.cat(found, dim=1).to(x.dtype).view(*x.shape[:-1], self.N)
 
     def floats(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [K, N], rounded once from fp32."""
@@ -116,7 +119,7 @@ class BlockHead(BlockLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> fp32 [..., N]. Not the phase but the number of rows decides how."""
         rows = x.reshape(-1, self.weight.K)
-        few = len(rows) <= MAX_ROWS
+        few = len(rows) <= KERNEL_ROWS
         y = self.weight.few(rows, self.thresholds, self.segments) if few else self.weight.many(rows.float())
         return y.view(*x.shape[:-1], -1)
 
