@@ -51,16 +51,10 @@ struct Groups {
 // values [32], zeros at the end, as whole numbers of DIGITS bytes, each from -128 to 127.
 template <int ROWS, int DIGITS>
 void split(const float* values, int64_t r, Group<ROWS, DIGITS>& group) {
-  constexpr float MOST = 127.0f * (1 << 8 * (DIGITS - 1)), FINITE = std::numeric_limits<float>::max();
-  Lanes parts[2], most = {};
-  bool finite = true;
-  for (int h = 0; h < 2; ++h) {
-    parts[h] = load(values + h * LANES);
-    const Lanes size = parts[h] < 0.0f ? -parts[h] : parts[h];
-    const Integers fits = size <= FINITE;
-    finite &= total_of(fits) == -LANES;
-    most = larger(size, most);
-  }
+  constexpr float MOST = 127.0f * (1 << 8 * (DIGITS - 1));
+  const Lanes parts[2] = {load(values), load(values + LANES)};
+  const bool finite = total(parts[0] * 0.0f + parts[1] * 0.0f) == 0.0f;
+  const Lanes most = larger(larger(parts[0], -parts[0]), larger(parts[1], -parts[1]));
   const float top = largest(most), units = finite && top > TINY ? MOST / top : 0.0f;
   group.unit[r] = finite ? top / MOST : std::numeric_limits<float>::quiet_NaN();
   std::fill(group.digit_sums[r], group.digit_sums[r] + DIGITS, 0);
@@ -71,7 +65,7 @@ void split(const float* values, int64_t r, Group<ROWS, DIGITS>& group) {
       const Integers digit = number << 24 >> 24;
       const Bytes bytes = __builtin_convertvector(digit, Bytes);
       std::memcpy(group.entries[r][t] + h * LANES / 4, &bytes, sizeof(bytes));
-      group.digit_sums[r][t] += total_of(digit);
+      group.digit_sums[r][t] += total(digit);
       number = (number - digit) >> 8;
     }
   }
@@ -178,23 +172,42 @@ void add_quads(const Blocks& w, const Group<ROWS, DIGITS>& group, int64_t quad, 
 }
 
 // sums += a strip's whole numbers of a group, times scales, and minima.
-template <int ROWS, int DIGITS>
-void add_scaled(const Blocks& w, const Scales& s, const Group<ROWS, DIGITS>& group, int64_t column,
+template <int ROWS, int DIGITS, bool NESTED, bool MINIMA>
+void add_scaled(Blocks w, const Scales s, const Group<ROWS, DIGITS>& group, int64_t column,
                 const Integers (*found)[DIGITS][VECTORS], float* sums) {
+  w.nested = NESTED;  // a local copy of what the loop below does not change: no store of it can
+  w.has_minima = MINIMA;
+  const int64_t channel = group.channel;
+  Lanes units[ROWS], entries[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    units[r] = Lanes{} + group.unit[r];
+    entries[r] = Lanes{} + group.sum[r];
+  }
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t n = column + v * LANES;
-    const Lanes scale = scale_of(w, s, group.channel, n);
-    const Lanes minimum = w.has_minima ? minimum_of(w, s, group.channel, n) : Lanes{};
+    const Lanes scale = scale_of(w, s, channel, n);
+    const Lanes minimum = MINIMA ? minimum_of(w, s, channel, n) : Lanes{};
     for (int r = 0; r < ROWS; ++r) {
       Lanes total = __builtin_convertvector(found[r][DIGITS - 1][v], Lanes);
       for (int t = DIGITS - 1; t-- > 0;)
         total = add_product(__builtin_convertvector(found[r][t][v], Lanes), total, Lanes{} + 256.0f);
       float* to = sums + r * WIDTH + v * LANES;
-      Lanes sum = add_product(load(to), total, scale * group.unit[r]);
-      if (w.has_minima) sum = add_product(sum, minimum, Lanes{} + group.sum[r]);
+      Lanes sum = add_product(load(to), total, scale * units[r]);
+      if (MINIMA) sum = add_product(sum, minimum, entries[r]);
       store(to, sum);
     }
   }
+}
+
+template <int ROWS, int DIGITS>
+void add_scaled(const Blocks& w, const Scales& s, const Group<ROWS, DIGITS>& group, int64_t column,
+                const Integers (*found)[DIGITS][VECTORS], float* sums) {
+  if (w.nested)
+    w.has_minima ? add_scaled<ROWS, DIGITS, true, true>(w, s, group, column, found, sums)
+                 : add_scaled<ROWS, DIGITS, true, false>(w, s, group, column, found, sums);
+  else
+    w.has_minima ? add_scaled<ROWS, DIGITS, false, true>(w, s, group, column, found, sums)
+                 : add_scaled<ROWS, DIGITS, false, false>(w, s, group, column, found, sums);
 }
 
 // sums [ROWS][WIDTH] of strips begin to end.

@@ -146,29 +146,34 @@ inline Lanes add_product(const Lanes& sum, const Lanes& a, const Lanes& b) {
 
 inline Lanes larger(const Lanes& a, const Lanes& b) { return a > b ? a : b; }  // b where one of them is NaN
 
-// The sum of all lanes, in a fixed order.
-inline float total(const Lanes& sums) {
-  using Half8 = float __attribute__((vector_size(2 * LANES)));
-  using Quarter = float __attribute__((vector_size(LANES)));
+// Half of Lanes or Integers, and a quarter.
+using Lanes8 = float __attribute__((vector_size(2 * LANES)));
+using Lanes4 = float __attribute__((vector_size(LANES)));
+using Integers8 = int32_t __attribute__((vector_size(2 * LANES)));
+using Integers4 = int32_t __attribute__((vector_size(LANES)));
+
+// What f makes of all lanes, two at a time, in a fixed order.
+template <typename Half8, typename Quarter, typename Register, typename F>
+TEAL_INLINE auto folded(const Register& lanes, F&& f) {
   Half8 halves[2];
-  std::memcpy(halves, &sums, sizeof(halves));
-  const Half8 half = halves[0] + halves[1];
+  std::memcpy(halves, &lanes, sizeof(halves));
+  const Half8 half = f(halves[0], halves[1]);
   Quarter quarters[2];
   std::memcpy(quarters, &half, sizeof(quarters));
-  const Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  const Quarter quarter = f(quarters[0], quarters[1]);
+  return f(f(quarter[0], quarter[2]), f(quarter[1], quarter[3]));
 }
 
-inline int32_t total_of(const Integers& lanes) {
-  int32_t found = 0;
-  for (int64_t i = 0; i < LANES; ++i) found += lanes[i];
-  return found;
+inline float total(const Lanes& lanes) {
+  return folded<Lanes8, Lanes4>(lanes, [](const auto& a, const auto& b) { return a + b; });
+}
+
+inline int32_t total(const Integers& lanes) {
+  return folded<Integers8, Integers4>(lanes, [](const auto& a, const auto& b) { return a + b; });
 }
 
 inline float largest(const Lanes& lanes) {
-  float found = lanes[0];
-  for (int64_t i = 1; i < LANES; ++i) found = lanes[i] > found ? lanes[i] : found;
-  return found;
+  return folded<Lanes8, Lanes4>(lanes, [](const auto& a, const auto& b) { return a > b ? a : b; });
 }
 
 // e^x with a relative error of 2e-7, for x between -87 and 88, to which others are clamped; NaN stays NaN.
