@@ -28,7 +28,13 @@ ROUNDING = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 8e-3, Typ
 ROUNDING |= {Type.Q4_0: 0.14, Type.Q4_1: 0.14}
 
 
-FLOATS = ("granite", "phi3", "glm4")  # whose projections are scaled or taken apart when they are loaded
+# Projections that are floats of 16 bits, by architecture. They are scaled, cut or turned as they are loaded, or stand in
+# one weight with such.
+FLOATS = {
+    "granite": ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
+    "phi3": ("qkv_proj", "gate_up_proj"),
+    "glm4": ("q_proj", "k_proj", "v_proj", "gate_up_proj"),
+}
 K_QUANTS = (Type.Q4_K, Type.Q5_K, Type.Q6_K)  # the gguf package reads these but does not write them
 
 
@@ -57,7 +63,7 @@ def write_gguf(
     tokenizer: Callable[[gguf.GGUFWriter], None],
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write model's weights in a GGUF file as kind; returns what a reader should get, in HF layout.
+    """Write model's weights in a GGUF file as kind; returns the floats that they stand for, in HF layout.
 
     The architecture is called as the model's family. options: of gguf.GGUFWriter.
     """
@@ -98,9 +104,8 @@ def write_gguf(
         read = torch.from_numpy(np.array(gguf.dequantize(stored, kind)))
         if heads:
             read = read.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        is_kept = kind in (Type.Q4_0, Type.Q8_0) and stem.endswith("_proj") and architecture not in FLOATS
-        exact = kind in (Type.F32, Type.BF16) or is_kept
-        expected[name] = read if exact else read.half().float()
+        is_rounded = kind not in (Type.F32, Type.BF16) and stem in FLOATS.get(architecture, ())
+        expected[name] = read.half().float() if is_rounded else read
     write_and_close(writer)
     return expected
 

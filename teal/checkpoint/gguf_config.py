@@ -167,9 +167,3 @@ def hf_name(meta: Metadata, name: str) -> str | None:
     if stem not in names or suffix not in ("weight", "bias"):
         raise UserError(f"{meta.path}: GGUF tensor {name} has no place in a {meta.architecture} model of dense blocks")
     return f"{prefix}{names[stem]}.{suffix}"
-
-
-def is_projection(tensor: ReaderTensor) -> bool:
-    """Whether it is the weight of one, and no bias or norm."""
-    *_, stem, suffix = tensor.name.split(".")
-    return stem in PROJECTION_NAMES.values() and suffix == "weight"

@@ -7,7 +7,7 @@ read. Folders that this program writes hold tensors in model.py's form, and say 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from teal.checkpoint.blocks import NO_FORMS, Form, Shard
 from teal.checkpoint.config import described, load_config, read_json
 from teal.checkpoint.families import Family
 from teal.errors import UserError
+from teal.layers.block_linear import BlockShape
 from teal.model import ModelConfig
 
 PLAIN = "teal_layout"  # the field of config.json that says that tensors are as model.py holds them
@@ -40,6 +42,11 @@ class Source:
     factor: float = 1.0
     offset: float = 0.0
     order: tuple[int, ...] = ()  # of the rows of each head
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the stored tensor is this one as it stands."""
+        return self == Source(self.stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +178,18 @@ class Slice:
 
 
 class ShardView:
-    """An open safetensors file, read as layout says; with the interface of safetensors."""
+    """An open file, read as layout says; with the interface of safetensors."""
 
-    def __init__(self, path: Path, file: Any, layout: Layout) -> None:
+    def __init__(self, path: Path, file: Shard, layout: Layout) -> None:
         self.path, self.file, self.layout = path, file, layout
         self.stored = set(file.keys())
         self.found = {name: source for key in file.keys() for name, source in layout.sources(key).items()}  # noqa: SIM118
+
+    @property
+    def shapes(self) -> dict[str, BlockShape]:
+        """Of the weights in blocks that model.py's tensors are, whole and unchanged."""
+        held = {name: self.file.shapes.get(source.stored) for name, source in self.found.items() if source.is_whole}
+        return {name: shape for name, shape in held.items() if shape is not None}
 
     def keys(self) -> list[str]:
         """Names of model.py's tensors."""
@@ -236,11 +249,19 @@ class ShardView:
 
 
 @contextmanager
-def open_shard(path: Path) -> Iterator[Any]:
-    """The open safetensors file at path, memory-mapped. Raises UserError if it is truncated or corrupt."""
+def open_shard(path: Path, forms: Mapping[str, Form] = NO_FORMS) -> Iterator["Shard | ShardView"]:
+    """The open safetensors file at path, memory-mapped. forms: as of Shard, by the names of model.py's tensors.
+
+    Raises UserError if it is truncated or corrupt.
+    """
     layout = read_layout(path.parent)
     try:
         with safe_open(path, framework="pt") as tensors:
-            yield tensors if layout is None else ShardView(path, tensors, layout)
+            if layout is None:
+                yield Shard(tensors, path, forms)
+                return
+            sources = {name: s for key in tensors.keys() for name, s in layout.sources(key).items()}  # noqa: SIM118
+            own = {sources[name].stored: form for name, form in forms.items() if name in sources}
+            yield ShardView(path, Shard(tensors, path, own), layout)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error

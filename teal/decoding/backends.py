@@ -8,6 +8,7 @@ from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerB
 from teal.decoding.cpu_program import build
 from teal.errors import ParameterError
 from teal.extras import block_extras
+from teal.layers.block_linear import BlockWeight
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule
 from teal.model import KVCache, Transformer
@@ -110,6 +111,8 @@ def _fused_obstacle(model: Transformer) -> str:
         return f"its kernels take inputs {wanted}, and this model's block has {found}"
     if features := block_extras(model.config):
         return f"its kernels do not compute {', '.join(features)}"
+    if any(isinstance(module, BlockWeight) for module in model.modules()):
+        return "weights in a GGUF file's integers have no such kernels; {dequantize} them"
     if find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on

@@ -174,9 +174,9 @@ def test_batch_rows_with_their_own_positions(tmp_path: Path) -> None:
     assert_near("logits of row 1", together[1], second[0], TOLERANCE)
 
 
-def test_default_model_matches_transformers(default_folder: Path) -> None:
-    """The converted GGUF (permuted q and k, dequantized weights) is the model transformers reads from the folder."""
-    expected_model = transformers.AutoModelForCausalLM.from_pretrained(default_folder, dtype=torch.float32)
+def test_default_model_matches_transformers(default_folder: Path, default_floats: Path) -> None:
+    """The converted GGUF (permuted q and k, dequantized weights) is the model transformers reads from its floats."""
+    expected_model = transformers.AutoModelForCausalLM.from_pretrained(default_floats, dtype=torch.float32)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(default_folder)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = torch.tensor([tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]])

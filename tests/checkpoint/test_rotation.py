@@ -24,7 +24,15 @@ from teal.evaluation.quality import continue_greedily
 from teal.layers.quantized_linear import QuantConfig
 from teal.model import RMSNorm, Transformer
 from teal.plan import SparsityPlan
-from tests.conftest import QUANTIZABLE, assert_near, assert_one_line_error, link_files, save_tiny_model, tiny_config
+from tests.conftest import (
+    QUANTIZABLE,
+    assert_near,
+    assert_one_line_error,
+    float_tensors,
+    link_files,
+    save_tiny_model,
+    tiny_config,
+)
 
 CPU = torch.device("cpu")
 PROMPTS, CONTINUED = 4, 24  # of the text that has to stay
@@ -238,7 +246,7 @@ def test_text_of_a_real_model_stays(default_folder: Path, tmp_path: Path) -> Non
     whatever it was found in.
     """
     wide = link_files(default_folder, tmp_path / "wide", "*.safetensors*")
-    tensors = {name: t.float() for path in default_folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    tensors = {name: tensor.float() for name, tensor in float_tensors(default_folder).items()}
     save_file(tensors, wide / "model.safetensors", {"format": "pt"})
     encode = load_tokenizer(default_folder).encode
     model = load_model(wide, CPU, torch.float32)
