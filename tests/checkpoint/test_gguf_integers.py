@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from teal.calibration.thresholds import calibrate
 from teal.checkpoint import weights
 from teal.checkpoint.blocks import fits_half
 from teal.checkpoint.gguf import convert_gguf
@@ -22,7 +23,7 @@ from teal.layers.block_linear import BlockHead, BlockLinear, widen_blocks
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.layers.rounding import quantize
 from teal.model import OutputHead, Transformer
-from teal.options import ModelOptions
+from teal.options import METHODS, ModelOptions, Settings
 from tests.block_models import random_blocks
 from tests.conftest import assert_near, float_tensors, link_files, save_tiny_model, tiny_config
 from tests.gguf_files import CPU, SIZES, byte_level_vocabulary, write_gguf
@@ -109,6 +110,17 @@ def test_blocks_in_memory_can_be_rounded(convert: Convert) -> None:
     assert_near("logits of floats", logits(plain), before, 1e-5)
     assert kinds(quantize(model, "int8", 32)) == {QuantizedLinear}
     assert_near("logits of 8 bits", logits(model), before, 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_takes_blocks(method: str, convert: Convert) -> None:
+    """The plan is that of the floats that they stand for."""
+    folder, tokens = convert(Type.Q8_0), torch.randint(5, 290, (4, 64), generator=torch.Generator().manual_seed(1))
+    models = [load_model(folder, CPU, torch.float32, keep_integers=True) for _ in range(2)]
+    widen_blocks(models[1])
+    plans = [calibrate(model, tokens, Settings((0.5,), method), {})[0] for model in models]
+    found, expected = ([[p.threshold for p in layer.values()] for layer in plan.layers] for plan in plans)
+    assert_near("thresholds", torch.tensor(found), torch.tensor(expected), 1e-3)
 
 
 @pytest.mark.parametrize("record", [
