@@ -56,6 +56,21 @@ def random_k_quant(rng: np.random.Generator, shape: tuple[int, ...], kind: Type)
     return raw.reshape(*shape[:-1], -1)
 
 
+def _write_sizes(writer: gguf.GGUFWriter, c: Any) -> None:
+    """Of a transformers config c."""
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    rope = c.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if (head_dim := getattr(c, "head_dim", None)) is not None:
+        writer.add_key_length(head_dim)
+
+
 def write_gguf(
     path: Path,
     model: transformers.PreTrainedModel,
@@ -70,18 +85,8 @@ def write_gguf(
     c = model.config
     architecture, family = next((name, f) for name, f in FAMILIES.items() if f.model_type == c.model_type)
     writer = gguf.GGUFWriter(path, architecture, **options)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    rope = c.rope_parameters
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    _write_sizes(writer, c)
     tokenizer(writer)
-    if (head_dim := getattr(c, "head_dim", None)) is not None:
-        writer.add_key_length(head_dim)
     back = {hf.split(".")[-1]: name for name, hf in tensor_names(architecture).items()}
     rng = np.random.default_rng(0)
     expected = {}
