@@ -28,8 +28,8 @@ ROUNDING = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 8e-3, Typ
 ROUNDING |= {Type.Q4_0: 0.14, Type.Q4_1: 0.14}
 
 
-# Projections that are floats of 16 bits, by architecture. They are scaled, cut or turned as they are loaded, or stand in
-# one weight with such.
+# Projections that are floats of 16 bits, by architecture. They are scaled, cut or turned as they are loaded, or stand
+# in one weight with such.
 FLOATS = {
     "granite": ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
     "phi3": ("qkv_proj", "gate_up_proj"),
