@@ -161,7 +161,7 @@ def _build(raw: Fields, family: Family) -> ModelConfig:
 
 def _activation(raw: Fields) -> Any:
     name = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UserError(
             f"{raw.path}: hidden_act {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}"
         )  # fmt: skip
