@@ -147,7 +147,7 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
     with reserved(Output("--rotate", args.rotate, None)):
         source = resolve_checkpoint(args.checkpoint)
         if not check_can_rotate(source, args.rotate):
-            loaded = load_for_decoding(model_options(args, sparsity=0.0), text.cut)
+            loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), text.cut)
             length = min(args.length, loaded.model.config.max_seq_len)
             most = ROTATION_SHARE * args.sequences
             sequences = spread_sequences(loaded.tokenizer.encode, rotation_text(text.text), most, length)
@@ -172,7 +172,7 @@ def write_plans(args: argparse.Namespace, settings: Settings, text: CalibrationT
     from teal.calibration.thresholds import calibrate, with_achieved
     from teal.checkpoint.loading import load_for_decoding
 
-    loaded = load_for_decoding(model_options(args, sparsity=0.0), text.cut, sparse=True)
+    loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), text.cut, sparse=True)
     assert text.sequences is not None and text.held_out is not None
     facts = text.facts(text.sequences)
     request = json.dumps([loaded.identity, facts, settings.targets, settings.method, settings.step])

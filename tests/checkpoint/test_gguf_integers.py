@@ -19,6 +19,7 @@ from teal.checkpoint.loading import load_for_decoding
 from teal.checkpoint.weights import load_model, open_shard
 from teal.errors import UserError
 from teal.kernels.formats.blocks import Blocks, dequantize, sections
+from teal.layers import block_linear
 from teal.layers.block_linear import BlockHead, BlockLinear, widen_blocks
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.layers.rounding import quantize
@@ -121,6 +122,28 @@ def test_calibration_takes_blocks(method: str, convert: Convert) -> None:
     plans = [calibrate(model, tokens, Settings((0.5,), method), {})[0] for model in models]
     found, expected = ([[p.threshold for p in layer.values()] for layer in plan.layers] for plan in plans)
     assert_near("thresholds", torch.tensor(found), torch.tensor(expected), 1e-3)
+
+
+def test_floats_are_kept_while_many_passes_need_them(convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(convert(Type.Q4_1), CPU, torch.float32, keep_integers=True)
+    made: list[int] = []
+    original = block_linear.block_floats
+
+    def counted(parts: list[Blocks], dtype: torch.dtype) -> torch.Tensor:
+        made.append(1)
+        return original(parts, dtype)
+
+    monkeypatch.setattr(block_linear, "block_floats", counted)
+    tokens = torch.arange(64)[None]
+    alone = [model(tokens, tokens, model.new_cache(1, 64)) for _ in range(2)]
+    each, made[:] = len(made) // 2, []
+    with block_linear.floats_kept(model):
+        kept = [model(tokens, tokens, model.new_cache(1, 64)) for _ in range(2)]
+        assert len(made) == each
+        calibrate(model, tokens, Settings((0.5,), "global"), {})  # gradients pass what was kept
+    assert torch.equal(alone[0], kept[0]) and torch.equal(alone[0], kept[1])
+    weights = [module for module in model.modules() if isinstance(module, block_linear.BlockWeight)]
+    assert len(weights) > 0 and all(weight.kept is None for weight in weights)
 
 
 @pytest.mark.parametrize("record", [
