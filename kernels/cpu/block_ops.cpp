@@ -10,6 +10,7 @@
 
 #include "blocks.h"
 #include "matrix.h"
+#include "tensors.h"
 
 namespace teal {
 namespace {
@@ -21,15 +22,6 @@ Blocks blocks_of(const at::Tensor& data, at::IntArrayRef type, int64_t K, int64_
   int32_t* fields[] = {&w.bits, &w.offset, &w.group, &w.has_minima, &w.nested};
   for (size_t i = 0; i < 5; ++i) *fields[i] = static_cast<int32_t>(type[i]);
   return w;
-}
-
-Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return Dtype::FP32;
-    case at::kBFloat16: return Dtype::BF16;
-    case at::kHalf: return Dtype::FP16;
-    default: TORCH_CHECK_VALUE(false, "dtype ", type, ": expected fp32, bf16 or fp16");
-  }
 }
 
 at::Tensor block_product(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef type, int64_t N, double threshold) {
