@@ -145,7 +145,7 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
         raise UserError("--rotate does not go with --random-weights: they have no energy to sort")
 
     with reserved(Output("--rotate", args.rotate, None)):
-        source = resolve_checkpoint(args.checkpoint)
+        source = resolve_checkpoint(args.checkpoint, args.adapter)
         if not check_can_rotate(source, args.rotate):
             loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), text.cut)
             length = min(args.length, loaded.model.config.max_seq_len)
@@ -164,7 +164,7 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
             del loaded
             write_rotated(source, args.rotate, rotation, text.facts(sequences))
             print(args.rotate)
-    args.checkpoint = str(args.rotate)
+    args.checkpoint, args.adapter = str(args.rotate), None
 
 
 def write_plans(args: argparse.Namespace, settings: Settings, text: CalibrationText, paths: list[Path]) -> None:
@@ -193,12 +193,12 @@ def write_plans(args: argparse.Namespace, settings: Settings, text: CalibrationT
 
 def calibrated_paths(args: argparse.Namespace) -> list[Path]:
     """Where the plans of args' model go, which is downloaded and converted if need be, but not loaded."""
-    from teal.checkpoint.source import resolve_checkpoint
+    from teal.checkpoint.source import name_for_people, resolve_checkpoint
 
     if args.random_weights is not None:
         return output_paths(args, args.random_weights)
-    folder = resolve_checkpoint(args.checkpoint)
-    return output_paths(args, args.checkpoint or folder.name, folder)
+    folder = resolve_checkpoint(args.checkpoint, args.adapter)
+    return output_paths(args, name_for_people(folder, args.checkpoint, args.adapter), folder)
 
 
 def outputs(paths: list[Path], folder: Path | None, targets: tuple[float, ...]) -> list[Output]:

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.cli import command_line as cli
-from teal.cli.options import add_checkpoint_argument, add_device_argument, add_head_argument, add_text_arguments
+from teal.cli.options import (
+    add_adapter_argument,
+    add_checkpoint_argument,
+    add_device_argument,
+    add_head_argument,
+    add_text_arguments,
+)
 from teal.errors import UserError
 from teal.options import QUANTS
 
@@ -43,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Quantize a checkpoint's weights to 8 bits, 4 bits, or 8 where energy is and 4 elsewhere.")
     what = parser.add_argument_group("what to quantize")
     add_checkpoint_argument(what)
+    add_adapter_argument(what)
     what.add_argument(
         "--mode",
         choices=(*QUANTS, "mixed"),
@@ -87,14 +94,15 @@ def main() -> None:
     """Quantize and say what came of it on stderr."""
     args = build_parser().parse_args()
     check_mode(args)
-    if args.checkpoint is not None:
-        check_apart(args.output, Path(args.checkpoint).expanduser())
+    for what, name in (("checkpoint", args.checkpoint), ("adapter", args.adapter)):
+        if name is not None:
+            check_apart(args.output, Path(name).expanduser(), what)
     check_output(args.output, args.force)
     from teal.checkpoint.config import load_quantization
     from teal.checkpoint.source import resolve_checkpoint
     from teal.checkpoint.weights import find_shards, stored_config
 
-    source = resolve_checkpoint(args.checkpoint)
+    source = resolve_checkpoint(args.checkpoint, args.adapter)
     config = stored_config(source)
     if load_quantization(source) is not None:
         raise UserError(f"--checkpoint {args.checkpoint}: is quantized already; give the original model")
@@ -204,19 +212,19 @@ def _foreign(folder: Path) -> str | None:
     return None
 
 
-def check_apart(output: Path, source: Path) -> None:
-    """Raise UserError if output is the source, holds it or lies in it, by whatever names."""
+def check_apart(output: Path, source: Path, what: str = "checkpoint") -> None:
+    """Raise UserError if output is the source, holds it or lies in it, by whatever names. what: the source's role."""
 
     def same(one: Path, other: Path) -> bool:
         return one.exists() and other.exists() and one.samefile(other)
 
     target, source = output.resolve(), source.resolve()
     if same(target, source):
-        raise UserError(f"--output {output}: is the checkpoint itself; name another folder")
+        raise UserError(f"--output {output}: is the {what} itself; name another folder")
     if any(same(target, folder) for folder in source.parents):
-        raise UserError(f"--output {output}: holds the checkpoint; name another folder")
+        raise UserError(f"--output {output}: holds the {what}; name another folder")
     if any(same(folder, source) for folder in target.parents):
-        raise UserError(f"--output {output}: lies in the checkpoint; name a folder outside it")
+        raise UserError(f"--output {output}: lies in the {what}; name a folder outside it")
 
 
 def quantize_folder(

@@ -40,7 +40,8 @@ class ModelOptions:
     """Which model to load, and how it is to decode. Raises UserError for what no model could satisfy.
 
     checkpoint: a folder, a .gguf file or a hub id (source.resolve_checkpoint), None for the default model;
-    random_weights: a known architecture instead. sparsity: the share of activations to drop, plan: a plan file instead.
+    random_weights: a known architecture instead. adapter: a LoRA adapter's folder or hub id, merged into the
+    checkpoint. sparsity: the share of activations to drop, plan: a plan file instead.
     compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
     the weights at load, quant_lm_head those of the output head to 8 bits. kv_cache "int8" keeps keys and values in 8
     bits. threads: how many a CPU computes with, in the whole process. None is the cores that affinity and quota allow
@@ -51,6 +52,7 @@ class ModelOptions:
     checkpoint: str | None = None
     _: KW_ONLY
     random_weights: str | None = None
+    adapter: str | None = None
     sparsity: float = 0.0
     plan: str | None = None
     device: str = "auto"
@@ -67,6 +69,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.random_weights is not None:
             raise ParameterError("{checkpoint} does not go with {random_weights}; choose one")
+        if self.adapter is not None and self.random_weights is not None:
+            raise ParameterError("{adapter} does not go with {random_weights}; give the checkpoint it was trained on")
         if self.random_weights is not None:
             check_architecture(self.random_weights)
         check_sparsity(self.sparsity)

@@ -1,21 +1,23 @@
 """LoRA adapter folders (Hu et al. 2021, arXiv 2106.09685): the base model with W + scale * B A in the place of W.
 
-Merged once, a file at a time, into a folder that is a plain checkpoint of the base model's family.
+Merged once, a file at a time, into a folder that is a plain checkpoint of the base model's family. Of a GGUF file's
+integers those that an adapter changes become fp16 floats.
 """
 
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from teal.checkpoint.blocks import NO_FORMS, Shard, open_file, save_shard
 from teal.checkpoint.config import load_quantization, read_json
 from teal.checkpoint.fields import Fields
-from teal.checkpoint.weights import INDEX, copy_other_files, find_shards, write_index
+from teal.checkpoint.rotation import rotation_record
+from teal.checkpoint.weights import INDEX, READABLE_DTYPES, copy_other_files, find_shards, write_index
 from teal.errors import UserError
 from teal.progress import progress
 
@@ -32,17 +34,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
 }
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def base_name(folder: Path) -> str:
-    """What the adapter's config calls its base model: a folder or a hub id. Raises UserError if it cannot be merged."""
+def adapter_fields(folder: Path) -> Fields:
+    """The adapter's config. Raises UserError if it means more than to add scale * B A to weights."""
     raw = Fields(folder / CONFIG, read_json(folder / CONFIG))
     for field, neutral in NEUTRAL.items():
         if raw.raw.get(field) not in neutral:
             raise UserError(
                 f"{raw.path}: {field} {raw.raw.get(field)!r:.200} is not supported; expected {neutral[0]!r}"
             )  # fmt: skip
+    return raw
+
+
+def base_name(folder: Path) -> str:
+    """What the adapter's config calls its base model: a folder or a hub id. Raises UserError as adapter_fields does."""
+    raw = adapter_fields(folder)
     name = raw.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise raw.bad("base_model_name_or_path", "the name of the base model")
@@ -51,7 +58,7 @@ def base_name(folder: Path) -> str:
 
 def scale_of(folder: Path) -> float:
     """What B A is multiplied by: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)."""
-    raw = Fields(folder / CONFIG, read_json(folder / CONFIG))
+    raw = adapter_fields(folder)
     rank, alpha = raw.positive("r"), raw.positive("lora_alpha", float)
     return alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
 
@@ -59,24 +66,25 @@ def scale_of(folder: Path) -> float:
 def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """Write base's checkpoint with the adapter merged into folder output, in base's dtypes.
 
-    Raises UserError for a quantized base, and for adapter tensors that fit none of its weights.
+    Raises UserError for a base that is quantized or rotated, and for adapter tensors that fit none of its weights.
     """
     if load_quantization(base) is not None:
         raise UserError(f"{base}: is quantized; an adapter is merged into the original weights")
-    pairs, scale = _pairs(adapter), scale_of(adapter)
-    shards, used = find_shards(base), set[str]()
+    if rotation_record(base) is not None:
+        raise UserError(f"{base}: is rotated; merge the adapter into the original model, then rotate that")
+    pairs, scale, shards = _pairs(adapter), scale_of(adapter), find_shards(base)
+    _check_fit(base, adapter, shards, pairs)
+    print(f"merging {adapter} into {base} (once)", file=sys.stderr)
     index: dict[str, str] = {}
     for shard in progress(shards, "merging the adapter", "shard"):
-        with safe_open(shard, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-            metadata = file.metadata()
-        for name in sorted(tensors.keys() & pairs.keys()):
-            tensors[name] = _merged(adapter, name, tensors[name], pairs[name], scale)
-            used.add(name)
-        save_file(tensors, output / shard.name, metadata)
+        with open_file(shard) as file:
+            stored = Shard(file, shard, NO_FORMS)
+            tensors = {name: stored.stored(name) for name in stored.keys()}  # noqa: SIM118 - no dict
+            for name in sorted(tensors.keys() & pairs.keys()):
+                (a, b), weight = pairs[name], stored.get_tensor(name)
+                tensors[name] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+        save_shard(tensors, output / shard.name)
         index |= dict.fromkeys(tensors, shard.name)
-    if unknown := sorted(pairs.keys() - used):
-        raise UserError(f"{adapter / WEIGHTS}: {unknown[0]} is no weight of {base} ({len(unknown)} unknown in all)")
     copy_other_files(base, output, "teal-*.json")
     if (base / INDEX).exists():
         write_index(output, index, sum((output / shard.name).stat().st_size for shard in shards))
@@ -85,14 +93,25 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
             shutil.copyfile(path, output / path.name)
 
 
-def _merged(adapter: Path, name: str, weight: Tensor, pair: list[Tensor], scale: float) -> Tensor:
-    a, b = pair
-    if weight.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
-        shapes = [list(t.shape) for t in (b, a, weight)]
-        raise UserError(f"{adapter / WEIGHTS}: {name} of {shapes[0]} times {shapes[1]} does not fit {shapes[2]}")
-    if weight.dtype not in FLOATS:
-        raise UserError(f"{adapter / WEIGHTS}: {name} of the base is {weight.dtype}; expected 16- or 32-bit floats")
-    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+def _check_fit(base: Path, adapter: Path, shards: list[Path], pairs: dict[str, list[Tensor]]) -> None:
+    """Raise UserError unless each pair is of a weight in these files, of its shape, in floats. Reads no weight."""
+    unknown = set(pairs)
+    for shard in shards:
+        with open_file(shard) as file:
+            stored = Shard(file, shard, NO_FORMS)
+            for name in sorted(unknown.intersection(stored.keys())):
+                unknown.remove(name)
+                (a, b), weight = pairs[name], stored.get_slice(name)
+                if a.shape[0] != b.shape[1] or [b.shape[0], a.shape[1]] != weight.get_shape():
+                    shapes = f"{list(b.shape)} times {list(a.shape)} does not fit {weight.get_shape()}"
+                    raise UserError(f"{adapter / WEIGHTS}: {name} of {shapes} of {base}")
+                if weight.get_dtype() not in READABLE_DTYPES:
+                    raise UserError(
+                        f"{adapter / WEIGHTS}: {name} of {base} is {weight.get_dtype()}; "
+                        f"expected one of {', '.join(READABLE_DTYPES)}"
+                    )
+    if unknown:
+        raise UserError(f"{adapter / WEIGHTS}: {min(unknown)} is no weight of {base} ({len(unknown)} unknown in all)")
 
 
 def _pairs(folder: Path) -> dict[str, list[Tensor]]:
@@ -101,16 +120,13 @@ def _pairs(folder: Path) -> dict[str, list[Tensor]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; an adapter folder must hold it, pickles are not read")
     found: dict[str, list[Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no dict
-                part = next((part for part in PARTS if key.endswith(part)), None)
-                if part is None or not key.startswith(PREFIX):
-                    raise UserError(f"{path}: {key} is not supported; expected lora_A and lora_B of linear layers")
-                name = key.removeprefix(PREFIX).removesuffix(part) + ".weight"
-                found.setdefault(name, [torch.empty(0), torch.empty(0)])[PARTS[part]] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
+    with open_file(path) as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no dict
+            part = next((part for part in PARTS if key.endswith(part)), None)
+            if part is None or not key.startswith(PREFIX):
+                raise UserError(f"{path}: {key} is not supported; expected lora_A and lora_B of linear layers")
+            name = key.removeprefix(PREFIX).removesuffix(part) + ".weight"
+            found.setdefault(name, [torch.empty(0), torch.empty(0)])[PARTS[part]] = file.get_tensor(key)
     for name, pair in found.items():
         if not all(t.dim() == 2 and bool(t.isfinite().all()) for t in pair):
             raise UserError(f"{path}: {name} lacks lora_A or lora_B, or holds NaN or infinity; download it again")

@@ -7,13 +7,14 @@ runs on the integers asks for the bytes.
 
 import enum
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,6 +44,16 @@ class Form(enum.Enum):
 
 
 NO_FORMS: Mapping[str, Form] = MappingProxyType({})
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """The safetensors file at path as it is stored, memory-mapped. Raises UserError if it is truncated or corrupt."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
 
 
 class Shard:
@@ -90,6 +101,10 @@ class Shard:
         if name in self.grouped:
             return TensorSlice(self.get_tensor(name))
         return BlockSlice(self._weight(name)) if name in self.blocks else self.tensors.get_slice(name)
+
+    def stored(self, name: str) -> Tensor | Blocks:
+        """What save_shard takes to store it again as it is."""
+        return self._weight(name) if name in self.shapes else self.tensors.get_tensor(name)
 
     def _weight(self, name: str) -> Blocks:
         return Blocks(*self.shapes[name], self.tensors.get_tensor(name))

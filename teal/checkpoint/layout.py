@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from teal.checkpoint.blocks import NO_FORMS, Form, Shard
+from teal.checkpoint.blocks import NO_FORMS, Form, Shard, open_file
 from teal.checkpoint.config import described, load_config, read_json
 from teal.checkpoint.families import Family
 from teal.errors import UserError
@@ -242,7 +241,7 @@ class ShardView:
     def _elsewhere(self, name: str) -> Tensor:
         """A tensor of another file of the folder."""
         for path in sorted(self.path.parent.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
+            with open_file(path) as file:
                 if name in file.keys():  # noqa: SIM118 - safe_open is no dict
                     return file.get_tensor(name)
         raise UserError(f"{self.path}: {name} is in no file of the folder; download it again")
@@ -255,13 +254,10 @@ def open_shard(path: Path, forms: Mapping[str, Form] = NO_FORMS) -> Iterator["Sh
     Raises UserError if it is truncated or corrupt.
     """
     layout = read_layout(path.parent)
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            if layout is None:
-                yield Shard(tensors, path, forms)
-                return
-            sources = {name: s for key in tensors.keys() for name, s in layout.sources(key).items()}  # noqa: SIM118
-            own = {sources[name].stored: form for name, form in forms.items() if name in sources}
-            yield ShardView(path, Shard(tensors, path, own), layout)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
+    with open_file(path) as tensors:
+        if layout is None:
+            yield Shard(tensors, path, forms)
+            return
+        sources = {name: s for key in tensors.keys() for name, s in layout.sources(key).items()}  # noqa: SIM118
+        own = {sources[name].stored: form for name, form in forms.items() if name in sources}
+        yield ShardView(path, Shard(tensors, path, own), layout)

@@ -12,7 +12,7 @@ from teal.checkpoint.config import load_config, load_quantization
 from teal.checkpoint.identity import model_identity, stored_weights
 from teal.checkpoint.presets import find_preset, random_model
 from teal.checkpoint.rotation import rotation_record
-from teal.checkpoint.source import resolve_checkpoint
+from teal.checkpoint.source import name_for_people, resolve_checkpoint
 from teal.checkpoint.token_backends import IdBackend
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from teal.checkpoint.weights import load_model
@@ -79,7 +79,7 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
-    described = describe(options.checkpoint, options.random_weights)
+    described = describe(options.checkpoint, options.random_weights, options.adapter)
     check_fit(options, described)
     if check is not None:
         check(described)
@@ -138,7 +138,7 @@ def check_draft_fit(draft: DraftOptions, model: Described, force_plan: bool) -> 
 
 def _described_draft(checkpoint: str, model: Described) -> Described:
     """The checkpoint that drafts for model. Raises UserError unless it was rounded from model's weights."""
-    draft = describe(checkpoint, None)
+    draft = describe(checkpoint)
     assert draft.folder is not None
     if not draft.is_quantized:
         raise ParameterError("{draft_checkpoint} {}: is not quantized; give a folder of quantize.py", checkpoint)
@@ -158,7 +158,7 @@ def load_draft(checkpoint: str, target: LoadedModel) -> LoadedModel:
     Embedding and, if neither is rounded, head are target's: both were made from the same weights. Raises UserError.
     """
     model = target.model
-    loaded = _load(describe(checkpoint, None), model.device, model.dtype)
+    loaded = _load(describe(checkpoint), model.device, model.dtype)
     loaded.model.embedding = model.embedding
     if isinstance(model.lm_head, OutputHead) and isinstance(loaded.model.lm_head, OutputHead):
         loaded.model.lm_head = model.lm_head
@@ -183,16 +183,17 @@ def _check_plan(model: Described, sparsity: float, plan: str | None, force_plan:
         load_fitting_plan(path, model.config, force_plan)
 
 
-def describe(checkpoint: str | None, random_weights: str | None) -> Described:
+def describe(checkpoint: str | None, random_weights: str | None = None, adapter: str | None = None) -> Described:
     """The model that these options name, without its weights. Downloads and converts as needed. Raises UserError."""
     if random_weights is not None:
         return Described(random_weights, find_preset(random_weights), Tokenizer(IdBackend()), None, False)
-    folder = resolve_checkpoint(checkpoint)
+    folder = resolve_checkpoint(checkpoint, adapter)
     config, quantized, tokenizer = load_config(folder), load_quantization(folder) is not None, load_tokenizer(folder)
     if not all(0 <= i < config.vocab_size for i in tokenizer.bos_ids):
         raise UserError(f"{folder}: bos token {tokenizer.bos_ids} is not among the model's {config.vocab_size} tokens")
     rotated = rotation_record(folder) is not None
-    return Described(checkpoint or folder.name, config, tokenizer, folder, quantized, rotated)
+    name = name_for_people(folder, checkpoint, adapter)
+    return Described(name, config, tokenizer, folder, quantized, rotated)
 
 
 def _load(

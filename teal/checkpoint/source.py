@@ -41,11 +41,18 @@ HUB_FILES = ["*.json", "merges.txt", "*.safetensors", "*.jinja", "tokenizer.mode
 LOCAL_MODEL = "give a local model folder or .gguf file as {checkpoint}"  # a remedy, of an error's template
 
 
-def resolve_checkpoint(name: str | None) -> Path:
-    """The local folder for a checkpoint's name; None is the default model. Downloads and converts as needed.
+def resolve_checkpoint(name: str | None, adapter: str | None = None) -> Path:
+    """The local folder for a checkpoint's name; None is the default model. Downloads, converts and merges as needed.
 
-    Raises UserError if name is none of the known forms, or what it names cannot be had.
+    adapter: a LoRA adapter's folder or hub id, merged into it. Raises UserError if a name is none of the known forms,
+    or what it names cannot be had.
     """
+    if adapter is not None:
+        from teal.checkpoint.adapter import adapter_fields
+
+        folder = adapter_folder(adapter)
+        adapter_fields(folder)  # refused before a base is downloaded
+        return merged(resolve_checkpoint(name), folder)
     if name is None:
         return default_model()
     path = Path(name).expanduser()
@@ -53,11 +60,35 @@ def resolve_checkpoint(name: str | None) -> Path:
         return with_adapter(path)
     if path.is_file():
         return converted_gguf(path)
-    if HUB_ID.fullmatch(name) and not path.parent.exists():
-        return with_adapter(hub_snapshot(name))
+    if _is_hub_id(name):
+        return with_adapter(hub_snapshot(name, "checkpoint"))
     raise ParameterError(
         "{checkpoint} {}: no such folder or file; give a folder, a .gguf file or a hub id (org/name)", name
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().parent.exists()
+
+
+def adapter_folder(name: str) -> Path:
+    """The local folder of a LoRA adapter, by its path or hub id. Raises UserError."""
+    path = Path(name).expanduser()
+    if not path.exists() and _is_hub_id(name):
+        path = hub_snapshot(name, "adapter")
+    if not path.is_dir():
+        raise ParameterError("{adapter} {}: no such folder; give a LoRA adapter's folder or hub id (org/name)", name)
+    if not (path / ADAPTER).is_file():
+        raise ParameterError(f"{{adapter}} {{}}: holds no {ADAPTER}; give the folder of a LoRA adapter", name)
+    return path
+
+
+def name_for_people(folder: Path, checkpoint: str | None, adapter: str | None) -> str:
+    """What a model is called that resolve_checkpoint found in folder: with an adapter both names, as base+adapter."""
+    if adapter is None:
+        return checkpoint or folder.name
+    base = DEFAULT_FOLDER if checkpoint is None else Path(checkpoint).resolve().name
+    return f"{base}+{Path(adapter).resolve().name}"
 
 
 def default_model() -> Path:
@@ -98,8 +129,7 @@ def with_adapter(folder: Path) -> Path:
     """
     if not (folder / ADAPTER).is_file() or (folder / "config.json").exists():
         return folder
-    from teal.checkpoint.adapter import WEIGHTS, base_name, merge_adapter
-    from teal.checkpoint.identity import model_identity
+    from teal.checkpoint.adapter import base_name
 
     try:
         base = resolve_checkpoint(base_name(folder))
@@ -107,18 +137,25 @@ def with_adapter(folder: Path) -> Path:
         raise UserError(
             f"{folder / ADAPTER}: base model: {error.spelled(lambda _: 'base_model_name_or_path')}"
         ) from error
-    files = [path for path in (folder / ADAPTER, folder / WEIGHTS) if path.is_file()]
+    return merged(base, folder)
+
+
+def merged(base: Path, adapter: Path) -> Path:
+    """A folder with the model in folder base and a LoRA adapter merged, made in the cache once. Raises UserError."""
+    from teal.checkpoint.adapter import WEIGHTS, merge_adapter
+    from teal.checkpoint.identity import model_identity
+
+    files = [path for path in (adapter / ADAPTER, adapter / WEIGHTS) if path.is_file()]
     identity = f"{model_identity(base)}-{fingerprint(*files)}"
-    merged = cache_folder("models") / f"{folder.name}-{identity}-v{CONVERTER_VERSION}"
-    with atomic_folder(merged) as temporary:
+    folder = cache_folder("models") / f"{adapter.resolve().name}-{identity}-v{CONVERTER_VERSION}"
+    with atomic_folder(folder) as temporary:
         if temporary is not None:
-            print(f"merging {folder} into {base} (once)", file=sys.stderr)
-            merge_adapter(base, folder, temporary)
-    return merged
+            merge_adapter(base, adapter, temporary)
+    return folder
 
 
-def hub_snapshot(name: str) -> Path:
-    """Local folder of a Hugging Face hub model. Raises UserError if it cannot be fetched."""
+def hub_snapshot(name: str, parameter: str) -> Path:
+    """Local folder of a repository of Hugging Face's hub, which this parameter names. Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -127,7 +164,7 @@ def hub_snapshot(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ParameterError(
-            "{checkpoint} {}: not available from the hub ({}); give a local folder", name, reason
+            f"{{{parameter}}} {{}}: not available from the hub ({{}}); give a local folder", name, reason
         ) from error
 
 

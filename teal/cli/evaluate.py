@@ -202,7 +202,7 @@ def check_model(args: argparse.Namespace, text: str, calibration_text: str, mode
     check_tokens(count, args.continuations)
     check_items(count, args.choices)
     if args.reference is not None:
-        expected, found = model.config.vocab_size, describe(args.reference, None).config.vocab_size
+        expected, found = model.config.vocab_size, describe(args.reference).config.vocab_size
         if found != expected:
             raise UserError(
                 f"--reference {args.reference} has {found} tokens in its vocabulary, {model.name} {expected}"

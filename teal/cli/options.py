@@ -36,6 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--random-weights", metavar="NAME", type=cli.architecture,
         help=f"a known architecture with random weights, for speed only: {', '.join(ARCHITECTURES)}",
     )  # fmt: skip
+    add_adapter_argument(model)
     add_device_argument(model)
     model.add_argument(
         "--dtype", choices=DTYPE_NAMES, default=MODEL.dtype,
@@ -119,6 +120,11 @@ def add_checkpoint_argument(group: Group) -> None:
         "--checkpoint", metavar="NAME",
         help="model folder, .gguf file or hub id (org/name); without it SmolLM2-135M-Instruct",
     )  # fmt: skip
+
+
+def add_adapter_argument(group: Group) -> None:
+    """The option that names a LoRA adapter."""
+    group.add_argument("--adapter", metavar="NAME", help="LoRA adapter folder or hub id, merged into the checkpoint")
 
 
 def add_device_argument(group: Group) -> None:

@@ -173,7 +173,7 @@ def model_names(args: argparse.Namespace, engine: "Engine") -> tuple[str, ...]:
     """What the API calls the model, and aliases: as told, or by its folder, file or hub id; the default model's own."""
     from teal.checkpoint.source import DEFAULT_FOLDER
 
-    is_default = args.checkpoint is None and args.random_weights is None
+    is_default = args.checkpoint is None and args.random_weights is None and args.adapter is None
     short = os.path.basename(os.path.normpath(engine.name))
     own = [DEFAULT_FOLDER if is_default else short, short]
     if not os.path.exists(engine.name):  # a hub id; a path is nobody else's concern

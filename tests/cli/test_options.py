@@ -42,6 +42,7 @@ def test_every_field_has_an_option_that_sets_it(parser: argparse.ArgumentParser)
     given: dict[str, tuple[list[str], Any]] = {
         "checkpoint": (["--checkpoint", "x"], "x"),
         "random_weights": (["--random-weights", "smollm2-135m"], "smollm2-135m"),
+        "adapter": (["--adapter", "x"], "x"),
         "sparsity": (["--sparsity", "0.5"], 0.5),
         "plan": (["--plan", "p.json"], "p.json"),
         "device": (["--device", "cuda:1"], "cuda:1"),
@@ -75,6 +76,7 @@ def test_sampling_options_set_every_field(parser: argparse.ArgumentParser) -> No
     "given,words",
     [
         ({"checkpoint": "x", "random_weights": "Llama-3-8B"}, "checkpoint does not go with random_weights"),
+        ({"adapter": "x", "random_weights": "Llama-3-8B"}, "adapter does not go with random_weights"),
         ({"random_weights": "GPT-5"}, "random_weights GPT-5: unknown; expected one of "),
         ({"sparsity": 1.5}, r"sparsity 1\.5 is out of range; expected 0 <= sparsity < 1"),
         ({"sparsity": float("nan")}, "sparsity nan is out of range"),
