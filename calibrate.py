@@ -159,7 +159,7 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
                 )  # fmt: skip
             rotation = find_rotation(loaded.model, sequences, args.offload)
             if rotation.residual is None:
-                note = "sublayers of this family end in a norm: heads are rotated, the residual stream is not"
+                note = "this family has other norms than RMS norms before sublayers: only its heads are rotated"
                 print(note, file=sys.stderr)
             del loaded
             write_rotated(source, args.rotate, rotation, text.facts(sequences))

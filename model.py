@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal.projection import Projection
-from teal.rope import RopeKind, RopeScaling, apply_rope, frequencies, rope_angles
+from teal.rope import RopeKind, RopeScaling, apply_rope, rope_angles
 
 # With this few query rows (decode) torch's fused attention fills a fraction of a GPU's cores. Two batched products and
 # a softmax spread the cache over all: 5.86 against 6.30 ms a step on an H100, Llama-3-8B shapes, context 512.
@@ -48,6 +48,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()
     # Families that differ in what follows are not plain; extras.py says how.
     activation: Literal["silu", "gelu_tanh"] = "silu"
+    layer_norm: bool = False  # norms but those of q and k also take the mean away and add a bias
     pre_norm: bool = True  # of what each sublayer reads
     post_norm: bool = False  # of what each sublayer adds
     qk_norm_full: bool = False  # q and k are normed over all heads at once, not each head by itself
@@ -162,22 +163,23 @@ class RMSNorm(nn.Module):
         return normed.to(self.weight.dtype) * self.weight
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / deviation * weight + bias over the last dimension (Ba et al. 2016, eq. 4); dtypes as RMSNorm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class Unnormed(nn.Module):
     """What stands for the norm before a sublayer where there is none: x in the dtype of the weights."""
 
-    like: Tensor
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("like", torch.empty(0), persistent=False)
+        self.like = nn.Buffer(torch.empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.like.dtype)
-
-
-def rope_frequencies(config: ModelConfig, device: torch.device, kind: RopeKind = "global") -> Tensor:
-    """As frequencies of rope.py, of layers with a rotation of this kind: fp32 [D/2]."""
-    return frequencies(config.head_dim, *config.rope(kind), device)
 
 
 def capped(x: Tensor, cap: float) -> Tensor:
@@ -203,8 +205,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None 
     if q.is_cuda and q.shape[2] <= SMALL_ATTENTION_ROWS:
         B, K, R, D = q.shape
         scores = torch.bmm(q.view(B * K, R, D), k.view(B * K, -1, D).mT, out_dtype=torch.float32).view(B, K, R, -1)
-        weights = (scores / math.sqrt(D)).masked_fill(~mask, -math.inf).softmax(dim=-1)
-        return weights.to(v.dtype) @ v
+        return (scores / math.sqrt(D)).masked_fill(~mask, -math.inf).softmax(dim=-1).to(v.dtype) @ v
     if not q.is_cuda and q.shape[0] > 1:  # a row's bits are then those it has alone
         rows = zip(q.split(1), k.split(1), v.split(1), mask.split(1), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*row[:3], attn_mask=row[3]) for row in rows])
@@ -282,13 +283,13 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        size, eps = config.hidden_size, config.norm_eps
-        self.attention_norm = RMSNorm(size, eps) if config.pre_norm else Unnormed()
+        norm = partial(LayerNorm if config.layer_norm else RMSNorm, config.hidden_size, config.norm_eps)
+        self.attention_norm = norm() if config.pre_norm else Unnormed()
         self.attention = Attention(config)
-        self.attention_end = RMSNorm(size, eps) if config.post_norm else nn.Identity()
-        self.ffn_norm = RMSNorm(size, eps) if config.pre_norm else Unnormed()
+        self.attention_end = norm() if config.post_norm else nn.Identity()
+        self.ffn_norm = norm() if config.pre_norm else Unnormed()
         self.feed_forward = FeedForward(config)
-        self.ffn_end = RMSNorm(size, eps) if config.post_norm else nn.Identity()
+        self.ffn_end = norm() if config.post_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
@@ -303,8 +304,7 @@ class Block(nn.Module):
 
     def norms(self) -> dict[str, nn.Module]:
         """Its norms by their names in a layer of a Hugging Face checkpoint; one without parameters is in no file."""
-        q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
-        heads = {"self_attn.q_norm": q_norm, "self_attn.k_norm": k_norm}
+        heads = {"self_attn.q_norm": self.attention.q_norm, "self_attn.k_norm": self.attention.k_norm}
         ends = {"post_self_attn_layernorm": self.attention_end, "post_mlp_layernorm": self.ffn_end}
         return heads | ends | {"input_layernorm": self.attention_norm, "post_attention_layernorm": self.ffn_norm}
 
@@ -336,7 +336,7 @@ class Transformer(nn.Module):
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = (LayerNorm if config.layer_norm else RMSNorm)(config.hidden_size, config.norm_eps)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight

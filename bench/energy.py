@@ -119,7 +119,9 @@ def rotated(block: Block, p: Projection, plain: Samples, Q: Tensor, R: Tensor) -
 def measure(model: Transformer, rotation: Rotation, sequences: Tensor, sparsity: float) -> dict[str, Measured]:
     """By WEIGHTS, on token ids int64 [N, L] that the rotation was not found on."""
     if rotation.residual is None:
-        raise UserError("sublayers of this family end in a norm: there is no rotated residual stream to measure")
+        raise UserError(
+            "this family has other norms than RMS norms before sublayers: no rotated residual stream to measure"
+        )
     device = model.device
     Q, found = rotation.residual.to(device), {weights: Measured() for weights in WEIGHTS}
     backward = BackwardPass(model, sequences, Settings().gradient_tokens)

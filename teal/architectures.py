@@ -101,4 +101,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         128256, 2048, 11008, 36, 16, 4, 128, 65536, norm_eps=1e-6, rope_theta=5e6, tie_embeddings=True,
         unrotated_layers=tuple(range(3, 36, 4)),
     ),
+    "StableLM-3B": _llama(50304, 2560, 6912, 32, 32, 32, 80, 4096, layer_norm=True, rotary_dim=20),
+    "StableLM-2-1.6B": _llama(
+        100352, 2048, 5632, 24, 32, 32, 64, 4096, layer_norm=True, rotary_dim=16, qkv_bias=True,
+    ),
 }  # fmt: skip

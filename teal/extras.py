@@ -4,9 +4,10 @@ from teal.model import ModelConfig
 
 
 def block_extras(config: ModelConfig) -> list[str]:
-    """Within a block whose cos and sin are given; a plain one has pre-norms and silu."""
+    """Within a block whose cos and sin are given; a plain one has RMS norms before, and silu."""
     found = {
         f"activation {config.activation}": config.activation != "silu",
+        "layer norms": config.layer_norm,
         "sublayers without a norm before": not config.pre_norm,
         "norms after sublayers": config.post_norm,
         "norms of q and k over all heads": config.qk_norm_full,

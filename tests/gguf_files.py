@@ -34,6 +34,7 @@ FLOATS = {
     "granite": ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
     "phi3": ("qkv_proj", "gate_up_proj"),
     "glm4": ("q_proj", "k_proj", "v_proj", "gate_up_proj"),
+    "stablelm": ("q_proj", "k_proj", "v_proj"),
 }
 K_QUANTS = (Type.Q4_K, Type.Q5_K, Type.Q6_K)  # the gguf package reads these but does not write them
 
@@ -64,7 +65,11 @@ def _write_sizes(writer: gguf.GGUFWriter, c: Any) -> None:
     writer.add_block_count(c.num_hidden_layers)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if hasattr(c, "layer_norm_eps"):
+        writer.add_layer_norm_eps(c.layer_norm_eps)
+        writer.add_parallel_residual(True)  # as of files whose config.json says nothing of it
+    else:
+        writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     rope = c.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if (head_dim := getattr(c, "head_dim", None)) is not None:

@@ -26,6 +26,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "num_local_experts": (None, 0),
     "use_bidirectional_attention": (False, None),
+    "use_parallel_residual": (False, None),
+    "qk_layernorm": (False, None),
 }
 
 
@@ -150,7 +152,7 @@ def _build(raw: Fields, family: Family) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=raw.positive("num_key_value_heads", default=num_heads),
         head_dim=head_dim,
-        norm_eps=raw.positive("rms_norm_eps", float, default=1e-6),
+        norm_eps=raw.positive(family.eps, float, default=1e-6),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         sliding_windows=_sliding_windows(raw, family, num_layers),
         **rope_fields(raw, head_dim, family.partial),

@@ -42,7 +42,7 @@ class Family:
 
     defaults: what transformers assumes for fields that config.json leaves out. fields: of ModelConfig. windows: whether
     config.json's sliding_window counts. slides: whether it does for layer i, where layer_types is left out. partial:
-    whether partial_rotary_factor is known to its computation.
+    whether partial_rotary_factor is known to its computation. eps: the field with that of its norms.
 
     Of its tensors: norms are other names of norms, fused are several projections in one tensor. norm_offset is added to
     norms. interleaved: whether neighbouring channels of a head turn as a pair. factors: by what tensors of these names
@@ -54,6 +54,7 @@ class Family:
     windows: Literal["ignored", "used", "asked for"] = "ignored"
     slides: Callable[[Fields, int], bool] = never
     partial: bool = False
+    eps: str = "rms_norm_eps"
     norms: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
@@ -184,6 +185,11 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}, windows="used", slides=always,
         partial=True, fused=QKV | GATE_UP,
+    ),
+    "stablelm": Family(
+        {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "max_position_embeddings": 4096},
+        lambda raw: {"layer_norm": True, "qkv_bias": bool(raw.get("use_qkv_bias", False))},
+        partial=True, eps="layer_norm_eps",
     ),
     "glm": GLM,
     "glm4": Family(

@@ -1,7 +1,6 @@
 """What a GGUF file's metadata says of the model, as a Hugging Face config.json, and where its tensors belong there."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from gguf import ReaderTensor
 from teal.checkpoint.config import SIZELESS
 from teal.checkpoint.gguf_families import FAMILIES, OUTER_NAMES, PROJECTION_NAMES
 from teal.errors import UserError
-from teal.model import rope_frequencies
-from teal.rope import RopeScaling
+from teal.rope import RopeScaling, frequencies
 
 LLAMA3_FACTORS = "rope_freqs.weight"
 LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
@@ -76,7 +74,7 @@ def hf_config(meta: Metadata, tensors: list[ReaderTensor]) -> dict[str, Any]:
         "num_key_value_heads": meta.own("attention.head_count_kv", heads),
         "head_dim": meta.own("attention.key_length", hidden // heads),
         "hidden_act": "silu",
-        "rms_norm_eps": round(required("attention.layer_norm_rms_epsilon"), 12),
+        family.eps[0]: round(required(family.eps[1]), 12),
         "rope_theta": meta.own("rope.freq_base", 10000.0),
         "max_position_embeddings": required("context_length"),
         "vocab_size": len(meta.tokens),
@@ -90,11 +88,9 @@ def hf_config(meta: Metadata, tensors: list[ReaderTensor]) -> dict[str, Any]:
     if family.wide_layers is not None:
         wide = config["num_hidden_layers"] == family.wide_layers
         config["query_pre_attn_scalar"] = hidden // heads if wide else config["head_dim"]
-    if "attention_bias" not in config:
-        config["attention_bias"] = any(tensor.name == "blk.0.attn_q.bias" for tensor in tensors)
-    turned = meta.own("rope.dimension_count", config["head_dim"])
-    if turned != config["head_dim"]:
-        config["partial_rotary_factor"] = turned / config["head_dim"]
+    if family.bias not in config:
+        config[family.bias] = any(tensor.name == "blk.0.attn_q.bias" for tensor in tensors)
+    config["partial_rotary_factor"] = meta.own("rope.dimension_count", config["head_dim"]) / config["head_dim"]
     return config | _rope_scaling(meta, config, tensors)
 
 
@@ -126,10 +122,8 @@ def _llama3_scaling(path: Path, config: dict[str, Any], factors: np.ndarray) -> 
     The largest divisor is the scaling factor; the other three are the same in every published model.
     """
     scaling = RopeScaling("llama3", factor=float(factors.max()))
-    plain_config = replace(SIZELESS, head_dim=config["head_dim"], rope_theta=config["rope_theta"])
-    cpu = torch.device("cpu")
-    plain = rope_frequencies(plain_config, cpu)
-    scaled = rope_frequencies(replace(plain_config, rope_scaling=scaling), cpu)
+    dim, theta, cpu = config["head_dim"], config["rope_theta"], torch.device("cpu")
+    plain, scaled = (frequencies(dim, dim, theta, kind, cpu) for kind in (None, scaling))
     if factors.shape != tuple(plain.shape) or not np.allclose((plain / scaled).numpy(), factors, rtol=1e-3):
         raise UserError(f"{path}: {LLAMA3_FACTORS} is not Llama 3's frequency scaling, the only one supported")
     return {

@@ -33,6 +33,7 @@ class GGUFFamily:
     names: of a layer's tensors beside the projections, in a Hugging Face layer by the one in a GGUF layer.
     pairs_rows: channels of q and k that rotate together are neighbours. norm_offset: what the converter added to norms.
     constants: fields of config.json in all models. fields: those that the metadata hold, by their names there.
+    eps: config.json's field, and the metadata, with that of norms. bias: config.json's field for biases of q, k and v.
     wide_layers: so many layers has the one model whose scores are divided by the root of hidden size over heads.
     """
 
@@ -44,6 +45,8 @@ class GGUFFamily:
     constants: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     wide_layers: int | None = None
+    eps: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
+    bias: str = "attention_bias"
 
 
 FAMILIES: dict[str, GGUFFamily] = {
@@ -71,6 +74,10 @@ FAMILIES: dict[str, GGUFFamily] = {
     ),
     "phi3": GGUFFamily(
         "phi3", "Phi3ForCausalLM", PRE_NORMS | GATE_UP | {"attn_qkv": "self_attn.qkv_proj"}, fields=WINDOW
+    ),
+    "stablelm": GGUFFamily(
+        "stablelm", "StableLmForCausalLM",
+        eps=("layer_norm_eps", "attention.layer_norm_epsilon"), bias="use_qkv_bias",
     ),
     "glm4": GGUFFamily(
         "glm4", "Glm4ForCausalLM",

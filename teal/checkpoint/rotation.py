@@ -48,7 +48,7 @@ PLAN_FILES = "teal-*.json"  # beside a checkpoint: of the unrotated weights
 class Rotation:
     """Orthogonal matrices, fp32: residual [C, C], or None to leave the stream as it is; heads [layers, K, D, D].
 
-    A family whose sublayers end in a norm can only take heads: see turns_stream.
+    A family with other norms than RMS norms before sublayers can only take heads: see turns_stream.
     """
 
     residual: Tensor | None
@@ -56,8 +56,8 @@ class Rotation:
 
 
 def turns_stream(config: ModelConfig) -> bool:
-    """Whether a residual stream can be rotated: all that reads it norms it, and all that is added to it is linear."""
-    return config.pre_norm and not config.post_norm
+    """Whether a residual stream can be rotated: RMS norms read it, and all that is added to it is linear."""
+    return config.pre_norm and not config.post_norm and not config.layer_norm
 
 
 def times(matrix: Tensor, rotation: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def write_rotated(source: Path, output: Path, rotation: Rotation, facts: dict[st
     """
     config, where = stored_config(source), tensor_files(source)
     if rotation.residual is not None and not turns_stream(config):
-        raise ParameterError("{rotate}: sublayers of {} end in a norm; rotate heads alone", source)
+        raise ParameterError("{rotate}: {} has other norms than RMS norms before sublayers; rotate heads alone", source)
 
     def read(name: str) -> Tensor:
         with open_shard(where[name]) as tensors:
@@ -190,6 +190,8 @@ def _write_shards(folder: Path, config: ModelConfig, rotation: Rotation, read: C
             ends = [read(name) for name in tied]
             turned = zip(names, ends, rotate_ends(ends[0], ends[1], ends[2], rotation), strict=True)
             found = {name: after.to(before.dtype) for name, before, after in turned}
+            if config.layer_norm:
+                found["model.norm.bias"] = read("model.norm.bias")
         name = f"model-{i + 1:05}-of-{count:05}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / name, {"format": "pt"})
         index |= dict.fromkeys(found, name)

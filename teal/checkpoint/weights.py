@@ -247,7 +247,7 @@ def empty_model(
 def weight_targets(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face tensor name -> the tensor (often a slice of a stacked weight) that takes its values."""
     c = model.config
-    targets: dict[str, Tensor] = {"model.norm.weight": model.norm.weight}
+    targets: dict[str, Tensor] = {f"model.norm.{suffix}": own for suffix, own in model.norm.named_parameters()}
     if isinstance(model.embedding, BlockEmbedding):
         targets["model.embed_tokens.weight"] = model.embedding.weight.data[0]
     for suffix, parameter in () if isinstance(model.embedding, BlockEmbedding) else model.embedding.named_parameters():

@@ -33,7 +33,8 @@ from teal.layers.int8_cache import Int8CacheAttention, has_int8_cache
 from teal.layers.output_head import NativeHead
 from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
-from teal.model import Attention, Block, KVCache, OutputHead, RMSNorm, Transformer, rope_frequencies
+from teal.model import Attention, Block, KVCache, OutputHead, RMSNorm, Transformer
+from teal.rope import frequencies
 from teal.teal_layers import SparseLinear
 
 ATTENTIONS = (Attention, Int8CacheAttention)
@@ -57,7 +58,8 @@ class CpuProgramBackend(Backend):
         self.compiles = compile
         self.keeps_modules = self.others.keeps_modules
         self.program = StepProgram()
-        self.frequencies = rope_frequencies(model.config, model.device).contiguous()
+        c = model.config
+        self.frequencies = frequencies(c.head_dim, *c.rope("global"), model.device).contiguous()
         self.cache_dtype = model.blocks[0].attention.cached_vector(model.dtype)[1]
         self.described: tuple[int, Model] | None = None
         self._model()

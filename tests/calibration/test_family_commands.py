@@ -1,6 +1,7 @@
 """Families whose blocks are not plain: calibrated, sparsified and quantized by the modules, refused by fast paths."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,19 +24,21 @@ from teal.teal_layers import sparsify
 from tests.conftest import QUANTIZABLE, assert_near, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 32, "sliding_window": 9, "sliding_window_pattern": 2, "tie_word_embeddings": True,
         "final_logit_softcapping": 3.0,
     },
     "gemma2": {"head_dim": 32, "sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "olmo2": {},
+    "stablelm": {"use_qkv_bias": True},
     "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 4.0},
 }  # fmt: skip
 NAMED = {  # by backend: one of the reasons for which it is refused, or none
     "gemma3_text": ("activation gelu_tanh", "rotations that differ by layer"),
     "gemma2": ("a soft cap of attention scores", "a soft cap of logits"),
     "olmo2": ("norms after sublayers", "norms of q and k over all heads"),
+    "stablelm": ("layer norms", "layer norms"),
     "granite": ("", "a scaled embedding"),
 }
 

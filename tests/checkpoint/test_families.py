@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from teal.checkpoint.weights import load_model
+from teal.errors import UserError
 from teal.model import KVCache, Transformer
 from tests.conftest import assert_near, save_tiny_model, tiny_config
 
@@ -89,6 +90,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "phi3-sliding": ("phi3", {"sliding_window": 9}),
     "phi4-mini": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "stablelm": ("stablelm", {}),
+    "stablelm2": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-3}),
     "glm": ("glm", GLM),
     "glm4": ("glm4", GLM),
     "ministral": (
@@ -138,6 +141,14 @@ def test_matches_transformers(name: str, tmp_path: Path) -> None:
         assert_near(f"{name}: logits of decode step {step - PROMPT}", actual[step], expected[step], TOLERANCE)
     text = expected_model.generate(tokens[:, :PROMPT], do_sample=False, max_new_tokens=STEPS, pad_token_id=0)
     assert greedy(model, tokens[:, :PROMPT], STEPS) == text[0, PROMPT:].tolist(), f"{name}: greedy text"
+
+
+@pytest.mark.parametrize("field", ["use_parallel_residual", "qk_layernorm"])
+def test_what_stablelm_is_refused_for(field: str, tmp_path: Path) -> None:
+    """StableLM 2 12B has both."""
+    save_tiny_model(tiny_config("stablelm", **{field: True}), tmp_path)
+    with pytest.raises(UserError, match=f"config.json: {field} True is not supported; expected False"):
+        load_model(tmp_path, CPU, torch.float32)
 
 
 def test_older_config_fields(tmp_path: Path) -> None:

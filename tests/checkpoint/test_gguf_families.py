@@ -30,6 +30,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
                 "logits_scaling": 4.0},
     "phi3": {"sliding_window": 7, "pad_token_id": 0},
+    "stablelm": {"use_qkv_bias": True, "layer_norm_eps": 1e-3},
     "glm4": {"head_dim": 40, "attention_bias": True, "pad_token_id": 0},
 }  # fmt: skip
 
@@ -50,7 +51,8 @@ def own_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         if (value := getattr(config, name, None)) is not None:
             add(value)
     if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        writer.add_rope_dimension_count(int(share * config.head_dim))
+        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        writer.add_rope_dimension_count(int(share * head_dim))
 
 
 def convert(path: Path, folder: Path) -> Path:

@@ -73,7 +73,7 @@ def test_logits_stay(family: str, tied: bool, residual: bool, tmp_path: Path) ->
     set_biases(tmp_path / "a")
     rotation = random_rotation(tmp_path / "a", residual)
     if residual and not turns_stream(load_config(tmp_path / "a")):
-        with pytest.raises(UserError, match="end in a norm; rotate heads alone"):
+        with pytest.raises(UserError, match="other norms than RMS norms before sublayers; rotate heads alone"):
             write_rotated(tmp_path / "a", tmp_path / "b", rotation, {"text": "t"})
         return
     write_rotated(tmp_path / "a", tmp_path / "b", rotation, {"text": "t"})
