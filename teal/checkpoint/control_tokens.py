@@ -11,6 +11,12 @@ from typing import Any
 from teal.checkpoint.token_backends import PRIVATE, either
 
 MARK = PRIVATE
+# Ends of a turn, a message or a text: chat models write them though a config may name only one. Not </s>, which is
+# plain text in some vocabularies.
+END_TOKENS = (
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<|end_of_turn|>",
+    "<end_of_turn>", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
 
 
 class ControlTokens:

@@ -9,24 +9,19 @@ import torch
 from gguf import ReaderTensor
 
 from teal.checkpoint.config import SIZELESS
+from teal.checkpoint.control_tokens import END_TOKENS
 from teal.checkpoint.gguf_families import FAMILIES, OUTER_NAMES, PROJECTION_NAMES
 from teal.errors import UserError
 from teal.rope import RopeScaling, frequencies
 
 LLAMA3_FACTORS = "rope_freqs.weight"
 LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
-# Ends of a turn, a message or a text, which llama.cpp knows by name, too: a file may declare one of several. Not </s>,
-# which is plain text in some vocabularies.
-END_TOKENS = frozenset(
-    (
-        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>"),
-        *("<|end_of_turn|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"),
-    )
-)
 
 
 class Metadata:
     """The metadata of a file by key; those of its architecture by what follows the architecture's name.
+
+    names: tensor_names of the architecture.
 
     Raises UserError, naming the file, for a required key that is missing.
     """
@@ -35,6 +30,7 @@ class Metadata:
         self.path, self.entries = path, entries
         self.architecture: str = entries["general.architecture"]
         self.family = FAMILIES[self.architecture]
+        self.names = tensor_names(self.architecture)
         self.tokens: list[str] = self.required("tokenizer.ggml.tokens")
 
     def required(self, key: str) -> Any:
@@ -157,7 +153,6 @@ def hf_name(meta: Metadata, name: str) -> str | None:
         _, layer, own = name.split(".", 2)
         prefix = f"model.layers.{layer}."
     stem, _, suffix = own.rpartition(".")
-    names = tensor_names(meta.architecture)
-    if stem not in names or suffix not in ("weight", "bias"):
+    if stem not in meta.names or suffix not in ("weight", "bias"):
         raise UserError(f"{meta.path}: GGUF tensor {name} has no place in a {meta.architecture} model of dense blocks")
-    return f"{prefix}{names[stem]}.{suffix}"
+    return f"{prefix}{meta.names[stem]}.{suffix}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from teal.checkpoint.chat_template import ChatOptions, ChatTemplates, find_templates
 from teal.checkpoint.config import read_tokenizer_settings
-from teal.checkpoint.control_tokens import ControlTokens
+from teal.checkpoint.control_tokens import END_TOKENS, ControlTokens
 from teal.checkpoint.text_length import TextBound, text_bound
 from teal.checkpoint.token_backends import Backend, Declared, JsonBackend, make_backend
 from teal.checkpoint.vocab_merges import FILES, as_tokenizer_json, has_vocab_and_merges
@@ -57,8 +57,7 @@ class Tokenizer:
             value = source.get("eos_token_id")
             found |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
         text = self.special_texts["eos"]
-        # End-of-turn tokens that chat models emit though their config may name only end-of-text.
-        names = [text, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end_of_text|>", "<|endoftext|>"]
+        names = [text, "</s>", *END_TOKENS]
         return frozenset(found | {self.backend.special[n] for n in names if n in self.backend.special})
 
     def encode(

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
 import huggingface_hub
@@ -19,7 +20,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from teal.checkpoint import source
+from teal.checkpoint import gguf_config, source
 from teal.checkpoint.gguf import convert_gguf
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
@@ -123,6 +124,21 @@ def test_byte_level_tokenizer_survives(
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.eos_ids == {expected.token_to_id("</s>"), expected.token_to_id("<|im_end|>")}
     assert tokenizer.render_chat([{"role": "user", "content": "hello"}]) == "hello"
+
+
+def test_names_are_looked_up_in_one_table(
+    tmp_path: Path,
+    hf_model: transformers.PreTrainedModel,
+    byte_level_tokenizer_json: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Made once a file, not once a tensor."""
+    tables = Mock(wraps=gguf_config.tensor_names)
+    monkeypatch.setattr(gguf_config, "tensor_names", tables)
+    write_gguf(tmp_path / "m.gguf", hf_model, Type.F16, byte_level_vocabulary(byte_level_tokenizer_json))
+    (tmp_path / "out").mkdir()
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    tables.assert_called_once_with("llama")
 
 
 def test_sentencepiece_tokenizer_survives(tmp_path: Path, sentencepiece_model: bytes) -> None:

@@ -15,7 +15,7 @@ BILLIONS = {
     "Mistral-Small-24B": 23.572, "OLMo-2-1B": 1.485, "OLMo-2-7B": 7.299, "Phi-3.5-mini": 3.821, "Phi-4-mini": 3.836,
     "Phi-4": 14.660, "Qwen2.5-0.5B": 0.494, "Qwen2.5-1.5B": 1.544, "Qwen2.5-7B": 7.616, "Qwen2.5-14B": 14.770,
     "Qwen3-0.6B": 0.596, "Qwen3-1.7B": 1.721, "Qwen3-4B": 4.022, "Qwen3-8B": 8.191, "Qwen3-14B": 14.768,
-    "SmolLM2-135M": 0.1345, "SmolLM3-3B": 3.075,
+    "SmolLM2-135M": 0.1345, "SmolLM3-3B": 3.075, "StableLM-3B": 2.795, "StableLM-2-1.6B": 1.645,
 }  # fmt: skip
 
 

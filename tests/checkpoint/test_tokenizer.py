@@ -12,6 +12,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from teal.checkpoint.control_tokens import END_TOKENS
+from teal.checkpoint.gguf_config import Metadata
 from teal.checkpoint.token_backends import LLAMA3_PATTERN, JsonBackend, SentencePieceBackend, TiktokenBackend
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from teal.decoding.streaming import StopStrings, StreamDecoder
@@ -141,6 +143,15 @@ def test_end_tokens_come_from_every_place_that_names_them(files: dict[str, bytes
     inner = tokenizers.Tokenizer.from_str(files["json"].decode())
     named = {inner.token_to_id("</s>"), inner.token_to_id("<|im_end|>")}
     assert load_tokenizer(tmp_path).eos_ids == {7, 8, 9} | named
+
+
+def test_end_tokens_are_the_same_of_folders_and_gguf_files(files: dict[str, bytes], tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer.from_str(files["json"].decode())
+    inner.add_special_tokens(list(END_TOKENS))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert {inner.token_to_id(name) for name in END_TOKENS} <= load_tokenizer(tmp_path).eos_ids
+    entries = {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a", *END_TOKENS, "</s>"]}
+    assert Metadata(tmp_path / "m.gguf", entries).end_ids() == list(range(1, len(END_TOKENS) + 1))
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
