@@ -75,20 +75,26 @@ class SparseLinear(PhasedModule):
                 merged[-1] = (merged[-1][0] + size, threshold)
             else:
                 merged.append((size, threshold))
-        self.segments = [size for size, _ in merged]
-        self.state.replaced += 1
-        limits = torch.tensor([t for _, t in merged], device=device)
-        self._keep(limits, torch.tensor(thresholds, device=device))
+        limits, of_names = (torch.tensor(v, device=device) for v in ([t for _, t in merged], thresholds))
+        self.read(
+            [size for size, _ in merged], self._kept("thresholds", limits), self._kept("name_thresholds", of_names)
+        )
 
     @torch.inference_mode()
-    def _keep(self, thresholds: Tensor, name_thresholds: Tensor) -> None:
-        """Store thresholds, in place if their shape is as before: a captured step then sees the new ones."""
-        for attribute, value in (("thresholds", thresholds), ("name_thresholds", name_thresholds)):
-            old = getattr(self, attribute, None)
-            if isinstance(old, Tensor) and old.shape == value.shape:
-                old.copy_(value)
-            else:
-                setattr(self, attribute, nn.Buffer(value.clone(), persistent=False))
+    def _kept(self, attribute: str, value: Tensor) -> Tensor:
+        """value in the tensor that attribute holds, if that has its shape: a captured step then sees the new one."""
+        old = getattr(self, attribute, None)
+        if isinstance(old, Tensor) and old.shape == value.shape:
+            return old.copy_(value)
+        return nn.Buffer(value.clone(), persistent=False)
+
+    def read(self, segments: list[int], thresholds: Tensor, name_thresholds: Tensor) -> None:
+        """Read thresholds from these tensors from now on: one for each segment, and one for each name."""
+        self.segments = segments
+        for attribute, tensor in (("thresholds", thresholds), ("name_thresholds", name_thresholds)):
+            if getattr(self, attribute, None) is not tensor:  # which takes microseconds
+                setattr(self, attribute, tensor)
+        self.state.replaced += 1
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, K] -> [B, T, N]: in decode sparse, in prefill only for self.state.sparse_share of its tokens."""

@@ -57,12 +57,7 @@ class PlanSwitch:
         layout = self.layouts[number]
         pairs = zip(layout.tensors[::2], layout.tensors[1::2], strict=True)
         for module, segments, (thresholds, name_thresholds) in zip(self.modules, layout.segments, pairs, strict=True):
-            module.segments = segments
-            if module.thresholds is not thresholds:
-                module.thresholds = thresholds
-            if module.name_thresholds is not name_thresholds:
-                module.name_thresholds = name_thresholds
-        self.state.replaced += 1
+            module.read(segments, thresholds, name_thresholds)
         torch._foreach_copy_(layout.tensors, values)
         return number
 
