@@ -98,8 +98,10 @@ def main() -> None:
         if name is not None:
             check_apart(args.output, Path(name).expanduser(), what)
     check_output(args.output, args.force)
+    from teal.checkpoint.source import check_family, resolve_checkpoint
+
+    check_family(args.checkpoint)
     from teal.checkpoint.config import load_quantization
-    from teal.checkpoint.source import resolve_checkpoint
     from teal.checkpoint.weights import find_shards, stored_config
 
     source = resolve_checkpoint(args.checkpoint, args.adapter)
@@ -185,7 +187,7 @@ def check_output(output: Path, force: bool) -> None:
 
 def _foreign(folder: Path) -> str | None:
     """Why folder is not one that this command wrote, with all files as they were then and no others; None if it is."""
-    from teal.checkpoint.config import read_json
+    from teal.checkpoint.fields import read_json
     from teal.files import fingerprint
     from teal.layers.quantized_linear import QuantConfig
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from teal.checkpoint.blocks import NO_FORMS, Shard, open_file, save_shard
-from teal.checkpoint.config import load_quantization, read_json
-from teal.checkpoint.fields import Fields
+from teal.checkpoint.config import load_quantization
+from teal.checkpoint.fields import Fields, read_json
 from teal.checkpoint.rotation import rotation_record
 from teal.checkpoint.weights import INDEX, READABLE_DTYPES, copy_other_files, find_shards, write_index
 from teal.errors import UserError

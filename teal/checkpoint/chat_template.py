@@ -13,8 +13,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from teal.checkpoint.config import read_json
 from teal.checkpoint.control_tokens import MARK, ControlTokens
+from teal.checkpoint.fields import read_json
 from teal.errors import ParameterError, UserError
 
 TOOLS_MESSAGE = (

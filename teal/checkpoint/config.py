@@ -1,18 +1,16 @@
 """`config.json` of a Hugging Face folder -> ModelConfig, refusing by name whatever this model.py cannot do."""
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from teal.checkpoint.awq_gptq import Packing
-from teal.checkpoint.families import FAMILIES, MULTIMODAL, Family
-from teal.checkpoint.fields import Fields
+from teal.checkpoint.families import Family, described
+from teal.checkpoint.fields import Fields, read_json
 from teal.checkpoint.rope_fields import LAYER_TYPES, rope_fields
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig
 from teal.model import ModelConfig
-from teal.user_text import parse_json
 
 MAX_LAYERS = 10_000  # a damaged number must not fill the memory with layers
 
@@ -36,19 +34,6 @@ SIZELESS = ModelConfig(
     vocab_size=1, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
     max_seq_len=1,
 )  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError naming the file if it is missing, unreadable or holds no object."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the checkpoint folder must hold it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def _is_token(value: Any) -> bool:
@@ -96,26 +81,6 @@ def load_config(folder: Path) -> ModelConfig:
         return _build(raw, family)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
-
-
-def described(path: Path, whole: dict[str, Any]) -> tuple[Fields, Family, str]:
-    """The fields of the text model in config.json's object, with its family's defaults, the family and its name.
-
-    Raises UserError, with the nearest known one, for an unknown family.
-    """
-    raw, name = whole, whole.get("model_type")
-    if isinstance(name, str) and name in MULTIMODAL:
-        text = Fields(path, whole).object("text_config").raw
-        name = text.get("model_type", MULTIMODAL[name])
-        tying = {"tie_word_embeddings": whole["tie_word_embeddings"]} if "tie_word_embeddings" in whole else {}
-        raw = text | tying
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
-        near = difflib.get_close_matches(str(name), FAMILIES, 1, cutoff=0.5)
-        nearest = f" (the nearest known is {near[0]})" if near else ""
-        known = ", ".join([*FAMILIES, *MULTIMODAL])
-        raise UserError(f"{path}: model_type {name!r} is not supported{nearest}; expected one of {known}")
-    return Fields(path, {**family.defaults, **raw}), family, str(name)
 
 
 def load_quantization(folder: Path) -> QuantConfig | Packing | None:

@@ -6,9 +6,10 @@ A family that has the shape of another is one row here and one line in tests/che
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from teal.checkpoint.fields import Fields
+from teal.checkpoint.fields import Fields, unknown
 
 # Names of norms in a layer that mean another norm than Llama's of that name, with the names used here.
 GEMMA_NORMS = {
@@ -198,3 +199,20 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 # Of models that also see or hear: the family of their text part, where text_config does not say.
 MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
+
+def described(path: Path, whole: dict[str, Any]) -> tuple[Fields, Family, str]:
+    """The fields of the text model in config.json's object, with its family's defaults, the family and its name.
+
+    Raises UserError, with the nearest known one, for an unknown family.
+    """
+    raw, name = whole, whole.get("model_type")
+    if isinstance(name, str) and name in MULTIMODAL:
+        text = Fields(path, whole).object("text_config").raw
+        name = text.get("model_type", MULTIMODAL[name])
+        tying = {"tie_word_embeddings": whole["tie_word_embeddings"]} if "tie_word_embeddings" in whole else {}
+        raw = text | tying
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise unknown(path, "model_type", name, [*FAMILIES, *MULTIMODAL])
+    return Fields(path, {**family.defaults, **raw}), family, str(name)

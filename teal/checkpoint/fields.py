@@ -1,11 +1,34 @@
 """Fields of a config.json, checked as they are read: errors name the file, the field and its value."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from teal.errors import UserError
-from teal.user_text import is_number
+from teal.user_text import is_number, parse_json
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError naming the file if it is missing, unreadable or holds no object."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the checkpoint folder must hold it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def unknown(path: Path, what: str, name: object, known: Iterable[str]) -> UserError:
+    """An error that says that the file at path is of this kind, which known lacks, and which known one is nearest."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.0) if isinstance(name, str) else []
+    nearest = f" (the nearest by name is {near[0]})" if near else ""
+    return UserError(f"{path}: {what} {name!r:.80} is not supported{nearest}; expected one of {', '.join(names)}")
 
 
 class Fields:

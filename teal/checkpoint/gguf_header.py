@@ -3,11 +3,11 @@
 That package reads all metadata before it answers, a vocabulary of 150,000 strings among it, which takes seconds.
 """
 
-import difflib
 import struct
 from pathlib import Path
 from typing import IO
 
+from teal.checkpoint.fields import unknown
 from teal.checkpoint.gguf_families import FAMILIES
 from teal.errors import ParameterError, UserError
 
@@ -34,11 +34,7 @@ def check_header(path: Path) -> None:
 def check_architecture(path: Path, architecture: object) -> None:
     """Raise UserError, naming the nearest, unless convert_gguf knows the architecture."""
     if architecture not in FAMILIES:
-        [nearest] = difflib.get_close_matches(str(architecture), FAMILIES, n=1, cutoff=0.0)
-        raise UserError(
-            f"{path}: GGUF architecture {architecture!r} is not supported; "
-            f"expected {', '.join(FAMILIES)} (the nearest by name is {nearest})"
-        )
+        raise unknown(path, "GGUF architecture", architecture, FAMILIES)
 
 
 def _architecture(file: IO[bytes]) -> str | None:

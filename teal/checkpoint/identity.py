@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from teal.checkpoint.config import load_config, read_json
+from teal.checkpoint.config import load_config
+from teal.checkpoint.fields import read_json
 from teal.checkpoint.layout import open_shard
 from teal.checkpoint.weights import find_shards
 from teal.errors import UserError

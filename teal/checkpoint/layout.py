@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from teal.checkpoint.blocks import NO_FORMS, Form, Shard, open_file
-from teal.checkpoint.config import described, load_config, read_json
-from teal.checkpoint.families import Family
+from teal.checkpoint.config import load_config
+from teal.checkpoint.families import Family, described
+from teal.checkpoint.fields import read_json
 from teal.errors import UserError
 from teal.layers.block_linear import BlockShape
 from teal.model import ModelConfig

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teal.checkpoint.config import load_quantization, read_json
+from teal.checkpoint.config import load_quantization
+from teal.checkpoint.fields import read_json
 from teal.checkpoint.identity import weights_identity
 from teal.checkpoint.layout import open_shard, plain_description
 from teal.checkpoint.weights import (

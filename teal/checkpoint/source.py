@@ -17,6 +17,8 @@ import zipfile
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from teal.checkpoint.families import described
+from teal.checkpoint.fields import read_json
 from teal.checkpoint.gguf_header import check_header
 from teal.errors import ParameterError, UserError
 from teal.files import atomic_folder, cache_folder, fingerprint, temporary_folder
@@ -65,6 +67,19 @@ def resolve_checkpoint(name: str | None, adapter: str | None = None) -> Path:
     raise ParameterError(
         "{checkpoint} {}: no such folder or file; give a folder, a .gguf file or a hub id (org/name)", name
     )
+
+
+def check_family(name: str | None) -> None:
+    """Raise UserError if a local checkpoint's family is unknown. Needs no torch, whose import takes a second."""
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    if (config := path / "config.json").is_file():
+        described(config, read_json(config))
+    elif path.is_file():
+        from teal.checkpoint.gguf_parts import gguf_parts
+
+        check_header(gguf_parts(path)[0])
 
 
 def _is_hub_id(name: str) -> bool:

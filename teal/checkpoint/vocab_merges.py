@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from teal.checkpoint.config import read_json
+from teal.checkpoint.fields import read_json
 from teal.errors import UserError
 
 FILES = ("vocab.json", "merges.txt")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from teal.checkpoint.awq_gptq import Packing
 from teal.checkpoint.blocks import GROUP_PARTS, GROUP_TYPES, Form, use_block_modules
-from teal.checkpoint.config import load_config, load_quantization, read_json
+from teal.checkpoint.config import load_config, load_quantization
+from teal.checkpoint.fields import read_json
 from teal.checkpoint.layout import open_shard, read_layout
 from teal.errors import ParameterError, UserError
 from teal.kernels.formats.blocks import MIN_GROUP

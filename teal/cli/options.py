@@ -158,11 +158,18 @@ def add_force_plan_argument(group: Group) -> None:
 
 
 def model_options(args: argparse.Namespace, **other: Any) -> ModelOptions:
-    """What args say of the model, save for other fields. What a command has no option for is as by default."""
+    """What args say of the model, save for other fields. What a command has no option for is as by default.
+
+    Raises UserError for what no model could satisfy, and at once for a checkpoint of an unknown family.
+    """
+    from teal.checkpoint.source import check_family
+
     given = {f.name: getattr(args, f.name) for f in fields(ModelOptions) if hasattr(args, f.name)}
     if hasattr(args, "lm_head"):
         given["quant_lm_head"] = args.lm_head == "int8"
-    return ModelOptions(**given | other)
+    options = ModelOptions(**given | other)
+    check_family(options.checkpoint)
+    return options
 
 
 def draft_options(args: argparse.Namespace) -> DraftOptions | None:

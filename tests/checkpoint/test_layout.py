@@ -1,9 +1,13 @@
 """Checkpoints that store otherwise what model.py holds: text parts of larger models, 8-bit floats, packed weights."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -16,7 +20,8 @@ from teal.checkpoint.presets import PRESETS
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.model import Transformer
-from tests.conftest import assert_near, save_tiny_model, tiny_config
+from tests.conftest import ROOT, assert_near, save_tiny_model, tiny_config
+from tests.gguf_files import write_and_close
 
 CPU = torch.device("cpu")
 FILE = "model.safetensors"
@@ -131,9 +136,12 @@ def test_packed_weights_of_a_family_that_stores_them_otherwise_are_refused(tmp_p
 @pytest.mark.parametrize(
     "name,said",
     [
-        ("qwen3_moe", "model_type 'qwen3_moe' is not supported (the nearest known is qwen3); expected one of llama, "),
-        ("mixtral", "the nearest known is mistral)"),
-        ("t5", "model_type 't5' is not supported; expected one of "),
+        (
+            "qwen3_moe",
+            "model_type 'qwen3_moe' is not supported (the nearest by name is qwen3); expected one of llama, ",
+        ),
+        ("mixtral", "the nearest by name is mistral)"),
+        ("t5", "model_type 't5' is not supported (the nearest by name is "),
         (None, "model_type None is not supported; expected one of "),
         (["a"], "model_type ['a'] is not supported; expected one of "),
     ],
@@ -144,6 +152,36 @@ def test_unknown_families_are_named_with_the_nearest(name: Any, said: str, tmp_p
     with pytest.raises(UserError) as error:
         load_config(tmp_path)
     assert said in str(error.value)
+
+
+NO_TORCH = """
+import sys
+from teal.cli import generate, quantize
+from teal.errors import UserError
+try:
+    {command}.main()
+except UserError as error:
+    print(error)
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("command", ["generate --prompt a", "quantize --mode int8 -o out"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_unknown_families_are_told_at_once(kind: str, command: str, tmp_path: Path) -> None:
+    """Before torch is imported, which takes a second."""
+    if kind == "file":
+        write_and_close(gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2moe"))
+    else:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2_moe"}')
+    checkpoint = tmp_path / ("m.gguf" if kind == "file" else "model")
+    name, *options = command.split()
+    program = [sys.executable, "-c", NO_TORCH.format(command=name), *options, "--checkpoint", str(checkpoint)]
+    path = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, cwd=tmp_path, env=path, capture_output=True, text=True)
+    said, modules = done.stdout.splitlines()
+    assert "is not supported (the nearest by name is qwen2); expected one of llama" in said and modules == "[]"
 
 
 @pytest.mark.parametrize(
