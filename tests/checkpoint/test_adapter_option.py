@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,12 @@ import calibrate
 import evaluate
 import generate
 import quantize
-import serve
 from teal.bench import decode
 from teal.checkpoint.blocks import open_file
 from teal.checkpoint.loading import describe, load_for_decoding
 from teal.checkpoint.rotation import RECORD, VERSION
-from teal.checkpoint.source import resolve_checkpoint
+from teal.checkpoint.source import DEFAULT_FOLDER, name_for_people, resolve_checkpoint
+from teal.cli import serve
 from teal.errors import UserError
 from teal.layers.block_linear import BlockHead, BlockLinear
 from teal.model import Transformer
@@ -68,6 +69,15 @@ def test_the_library_merges_it(base: Path, adapter: Path) -> None:
     assert torch.equal(adapted.model.layers[1].attention.wo.weight, plain.model.layers[1].attention.wo.weight)
     assert adapted.identity != plain.identity and adapted.weights.identity != plain.weights.identity
     assert (plain.name, adapted.name, adapted.weights.name) == (str(base), "base+lora", "base+lora")
+
+
+def test_the_api_calls_it_by_both_names(base: Path, adapter: Path) -> None:
+    """No path of the server's is told, and the default model's name stays that model's."""
+    for checkpoint, name in ((str(base), "base+lora"), (None, f"{DEFAULT_FOLDER}+lora")):
+        args = serve.build_parser().parse_args(["--adapter", str(adapter)])
+        args.checkpoint = checkpoint
+        engine: Any = SimpleNamespace(name=name_for_people(Path("merged"), checkpoint, str(adapter)))
+        assert serve.model_names(args, engine) == (name,)
 
 
 def test_a_plan_of_the_base_is_refused(base: Path, adapter: Path, call_main: Call, tmp_path: Path) -> None:
