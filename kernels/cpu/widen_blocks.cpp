@@ -15,13 +15,11 @@ constexpr int VECTORS = STRIP / LANES;
 // The integers of a strip of a row, in the order of columns.
 template <int BITS>
 TEAL_INLINE void strip_floats(const Blocks& w, int64_t channel, int64_t strip, Lanes found[VECTORS]) {
-  using Unsigned = uint8_t __attribute__((vector_size(LANES)));
   Octets halves[2];
   strip_octets<BITS>(w.values + channel * w.row_bytes(), w.columns(), strip, halves);
   for (int h = 0; h < 2; ++h) halves[h] = ordered(halves[h]);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(halves);
-  for (int v = 0; v < VECTORS; ++v)
-    found[v] = __builtin_convertvector(load_bytes<Unsigned>(bytes + v * LANES), Lanes);
+  for (int v = 0; v < VECTORS; ++v) found[v] = load(bytes + v * LANES);
 }
 
 // f with the number of bits as a type.
@@ -41,10 +39,11 @@ TEAL_INLINE Lanes weight_of(const Blocks& w, const Lanes& integer, const Lanes& 
   return w.has_minima ? product + minimum : product;
 }
 
-// Rows of one group and strip, of which count columns are there.
+// Rows of one group and strip, of which count columns are wanted.
 template <int BITS, typename T>
-void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, int64_t strip, T* out, int64_t stride) {
-  const int64_t column = strip * STRIP, count = std::min(STRIP, w.N - column);
+void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, int64_t strip, int64_t count, T* out,
+                 int64_t stride) {
+  const int64_t column = strip * STRIP;
   Lanes scale[VECTORS], minimum[VECTORS] = {};
   for (int v = 0; v < VECTORS; ++v) {
     scale[v] = scale_of(w, s, first, column + v * LANES);
@@ -62,15 +61,17 @@ void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, 
 
 }  // namespace
 
-void widen_blocks(const Blocks& w, Dtype dtype, int64_t first, int64_t last, void* out, int64_t stride) {
+void widen_blocks(const Blocks& w, Dtype dtype, int64_t first, int64_t last, int64_t begin, int64_t end, void* out,
+                  int64_t stride) {
   const Scales scales(w);
   by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     by_bits(w, [&](auto bits) {
       for (int64_t k = first; k < last; k += w.group)
-        for (int64_t strip = 0; strip < w.columns() / STRIP; ++strip) {
-          T* to = static_cast<T*>(out) + (k - first) * stride + strip * STRIP;
-          widen_strip<bits.value>(w, scales, k, std::min(last, k + w.group), strip, to, stride);
+        for (int64_t n = begin; n < end; n += STRIP) {
+          T* to = static_cast<T*>(out) + (k - first) * stride + n - begin;
+          const int64_t count = std::min(STRIP, end - n);
+          widen_strip<bits.value>(w, scales, k, std::min(last, k + w.group), n / STRIP, count, to, stride);
         }
     });
   });
