@@ -3,7 +3,8 @@
 The kernels round an entry of x to 16 bits, relative to the largest of its group of channels (cpu/blocks.cpp). If x is
 fp32 they round it to 24. Torch's operations take the weight in fp32.
 
-With many rows a product takes floats of x's dtype, made of a tile of columns at a time: they stay in a cache.
+With many rows a product takes floats of x's dtype, made of a tile of columns at a time: they stay in a cache. In bf16
+a compiled kernel multiplies them too (cpu/block_matmul.cpp), where the processor can; otherwise torch does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from teal.kernels.sparse_linear import drop_small
 #   kernel     0.02   0.16   0.30   0.61
 #   floats     0.46   0.49   0.53   0.60
 KERNEL_ROWS = 24
-# Weights in a tile. 896 x 9728 in Q4_1 times 64 rows in bf16, ms of two Zen 5 cores (the floats kept: 1.47):
+# Weights in a tile of torch's products. 896 x 9728 in Q4_1 times 64 rows in bf16, ms of two Zen 5 cores (the floats kept: 1.47):
 #   TILE       2^18   2^19   2^20   2^21   2^23
 #   ms         2.46   2.01   1.81   1.67   2.1
 TILE = 1 << 21
@@ -57,6 +58,12 @@ def block_matmul(x: Tensor, parts: Sequence[Blocks]) -> Tensor:
     if x.requires_grad:  # the backward pass takes all of them
         return x @ block_floats(parts, x.dtype)
     y, at = x.new_empty(len(x), sum(part.N for part in parts)), 0
+    native = native_kernels() if x.dtype == torch.bfloat16 else None
+    if native is not None and hasattr(native, "block_matmul"):  # where the processor has vdpbf16ps
+        x = x.contiguous()
+        for part, to in zip(parts, y.split([part.N for part in parts], dim=1), strict=True):
+            native.block_matmul(x, part.data, _numbers(part), to)
+        return y
     for pieces in tiles(parts):
         floats = _floats(pieces, x.dtype)
         torch.mm(x, floats, out=y[:, at : at + floats.shape[1]])

@@ -15,15 +15,6 @@
 namespace teal {
 namespace {
 
-Blocks blocks_of(const at::Tensor& data, at::IntArrayRef type, int64_t K, int64_t N) {
-  TORCH_CHECK_VALUE(data.scalar_type() == at::kByte && data.is_contiguous(), "data: expected contiguous bytes");
-  TORCH_CHECK_VALUE(type.size() == 5, "type: expected five numbers");
-  Blocks w{data.const_data_ptr<uint8_t>(), K, N, 0, 0, 0, 0, 0, 0};
-  int32_t* fields[] = {&w.bits, &w.offset, &w.group, &w.has_minima, &w.nested};
-  for (size_t i = 0; i < 5; ++i) *fields[i] = static_cast<int32_t>(type[i]);
-  return w;
-}
-
 at::Tensor block_product(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef type, int64_t N, double threshold) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous(), "x: expected contiguous rows");
   const int64_t rows = x.size(0), K = x.size(1);

@@ -76,6 +76,12 @@ void multiply_blocks(const Blocks& weight, Dtype dtype, const Entries& entries, 
 void widen_blocks(const Blocks& weight, Dtype dtype, int64_t first, int64_t last, int64_t begin, int64_t end, void* out,
                   int64_t stride);
 
+#if defined(__AVX512BF16__)
+// Rows first to last, both even, of the half of a strip that begins at column begin, in bf16 and by pairs of rows:
+// out [(last - first) / 2][64][2].
+void widen_pairs(const Blocks& weight, int64_t first, int64_t last, int64_t begin, BFloat16* out);
+#endif
+
 // Column n, fp32 [K].
 void widen_column(const Blocks& weight, int64_t n, float* out);
 

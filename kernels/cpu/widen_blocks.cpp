@@ -23,6 +23,18 @@ TEAL_INLINE void strip_floats(const Blocks& w, int64_t channel, int64_t strip, L
   for (int v = 0; v < VECTORS; ++v) found[v] = load(bytes + v * LANES);
 }
 
+#if defined(__AVX512BF16__)
+// As strip_floats, of one half.
+template <int BITS, int HALF>
+TEAL_INLINE void half_floats(const Blocks& w, int64_t channel, int64_t strip, Lanes found[VECTORS / 2]) {
+  Octets halves[2];
+  strip_octets<BITS>(w.values + channel * w.row_bytes(), w.columns(), strip, halves);
+  const Octets half = ordered(halves[HALF]);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&half);
+  for (int v = 0; v < VECTORS / 2; ++v) found[v] = load(bytes + v * LANES);
+}
+#endif
+
 // f with the number of bits as a type.
 template <typename F>
 auto by_bits(const Blocks& w, F&& f) {
@@ -62,7 +74,52 @@ void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, 
   }
 }
 
+#if defined(__AVX512BF16__)
+// Two rows' vectors of floats, each rounded to bf16, by turns.
+TEAL_INLINE void store_pair(BFloat16* to, const Lanes& a, const Lanes& b) {
+  const __m512i turns = _mm512_add_epi16(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x10001)));
+  const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(turns, reinterpret_cast<__m512i>(both)));
+}
+
+template <int BITS, int HALF, bool MINIMA>
+void widen_half(Blocks w, int64_t first, int64_t last, int64_t begin, BFloat16* out) {
+  w.has_minima = MINIMA;  // a local copy, as in blocks.cpp
+  const Scales scales(w);
+  for (int64_t k = first; k < last; k += w.group) {
+    Lanes scale[VECTORS / 2], minimum[VECTORS / 2] = {};
+    for (int v = 0; v < VECTORS / 2; ++v) {
+      scale[v] = scale_of(w, scales, k, begin + v * LANES);
+      if (MINIMA) minimum[v] = minimum_of(w, scales, k, begin + v * LANES);
+    }
+    for (int64_t i = k; i < k + w.group; i += 2, out += STRIP) {
+      Lanes a[VECTORS / 2], b[VECTORS / 2];
+      half_floats<BITS, HALF>(w, i, begin / STRIP, a);
+      half_floats<BITS, HALF>(w, i + 1, begin / STRIP, b);
+      for (int v = 0; v < VECTORS / 2; ++v)
+        store_pair(out + 2 * v * LANES, weight_of(w, a[v], scale[v], minimum[v]),
+                   weight_of(w, b[v], scale[v], minimum[v]));
+    }
+  }
+}
+#endif
+
 }  // namespace
+
+#if defined(__AVX512BF16__)
+void widen_pairs(const Blocks& w, int64_t first, int64_t last, int64_t begin, BFloat16* out) {
+  by_bits(w, [&](auto bits) {
+    constexpr int BITS = decltype(bits)::value;
+    const bool second = begin % STRIP != 0;
+    if (w.has_minima)
+      second ? widen_half<BITS, 1, true>(w, first, last, begin, out) : widen_half<BITS, 0, true>(w, first, last, begin, out);
+    else
+      second ? widen_half<BITS, 1, false>(w, first, last, begin, out)
+             : widen_half<BITS, 0, false>(w, first, last, begin, out);
+  });
+}
+#endif
 
 void widen_blocks(const Blocks& w, Dtype dtype, int64_t first, int64_t last, int64_t begin, int64_t end, void* out,
                   int64_t stride) {

@@ -144,6 +144,23 @@ def test_bits_depend_on_neither_threads_nor_other_rows(kind: str) -> None:
         assert torch.equal(product(x[r : r + 1], weight, 0.6)[0], expected[r]), f"row {r} alone"
 
 
+@pytest.mark.skipif(not hasattr(native_kernels(), "block_matmul"), reason="takes a processor that multiplies bf16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_many_rows_depend_on_neither_threads_nor_other_rows(kind: str) -> None:
+    parts = [random_blocks(kind, 768, 500), random_blocks(kind, 768, 200, seed=1)]
+    x = torch.randn(71, 768, generator=torch.Generator().manual_seed(5)).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = block_matmul(x, parts)
+        torch.set_num_threads(3)
+        assert torch.equal(block_matmul(x, parts), expected), "threads"
+    finally:
+        torch.set_num_threads(threads)
+    for begin, end in ((0, 1), (3, 40), (70, 71)):
+        assert torch.equal(block_matmul(x[begin:end], parts), expected[begin:end]), (begin, end)
+
+
 def test_hard_rows() -> None:
     """One entry; one far larger than the others of its group; tiny ones; nothing kept."""
     weight = random_blocks("Q4_K", 256, 130)
