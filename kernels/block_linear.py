@@ -22,8 +22,8 @@ from teal.kernels.sparse_linear import drop_small
 #   kernel     0.02   0.16   0.30   0.61
 #   floats     0.46   0.49   0.53   0.60
 KERNEL_ROWS = 24
-# Weights in a tile of torch's products. 896 x 9728 in Q4_1 times 64 rows in bf16, ms of two Zen 5 cores. With the floats
-# kept it takes 1.47.
+# Weights in a tile of torch's products. 896 x 9728 in Q4_1 times 64 rows in bf16, ms of two Zen 5 cores. With floats
+# that are kept it takes 1.47.
 #   TILE       2^18   2^19   2^20   2^21
 #   ms         2.46   2.01   1.81   1.67
 TILE = 1 << 21
