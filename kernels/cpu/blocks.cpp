@@ -132,6 +132,14 @@ TEAL_INLINE void quad_octets(const Blocks& w, const int32_t* channels, int64_t s
   }
 }
 
+template <int BITS>
+TEAL_INLINE void prefetch(const Blocks& w, int32_t channel, int64_t strip) {
+  const uint8_t* row = w.values + channel * w.row_bytes();
+  __builtin_prefetch(row + strip * (BITS == 8 ? STRIP : STRIP / 2));
+  if (BITS == 8) __builtin_prefetch(row + strip * STRIP + STRIP / 2);
+  if (BITS == 5 || BITS == 6) __builtin_prefetch(row + w.columns() / 2 + strip * 16 * (BITS - 4));
+}
+
 // A strip's scales and minima, which are needed after all of a group's channels.
 TEAL_INLINE void prefetch_scales(const Blocks& w, const Scales& s, int64_t channel, int64_t column) {
   const int64_t bytes = w.nested ? 1 : sizeof(Half);

@@ -48,15 +48,6 @@ TEAL_INLINE Lanes minimum_of(const Blocks& w, const Scales& s, int64_t channel, 
   return -load(reinterpret_cast<const int8_t*>(s.minima) + at) * super;
 }
 
-// Fetch a strip of a channel's row of values.
-template <int BITS>
-TEAL_INLINE void prefetch(const Blocks& w, int32_t channel, int64_t strip) {
-  const uint8_t* row = w.values + channel * w.row_bytes();
-  __builtin_prefetch(row + strip * (BITS == 8 ? STRIP : STRIP / 2));
-  if (BITS == 8) __builtin_prefetch(row + strip * STRIP + STRIP / 2);
-  if (BITS == 5 || BITS == 6) __builtin_prefetch(row + w.columns() / 2 + strip * 16 * (BITS - 4));
-}
-
 // x [rows, stride] of a product with some channels of a weight. rows are GATHER_ROWS at most. Entries with |x| < limit
 // count as 0, and what they alone meet is not read.
 struct Entries {

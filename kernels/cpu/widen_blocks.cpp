@@ -11,7 +11,6 @@ namespace teal {
 namespace {
 
 constexpr int VECTORS = STRIP / LANES;
-constexpr int64_t AHEAD = 4;  // strips fetched ahead of the one in use
 
 // The integers of a strip of a row, in the order of columns.
 template <int BITS>
@@ -62,9 +61,7 @@ void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, 
     scale[v] = scale_of(w, s, first, column + v * LANES);
     if (w.has_minima) minimum[v] = minimum_of(w, s, first, column + v * LANES);
   }
-  const int64_t ahead = std::min(strip + AHEAD, w.columns() / STRIP - 1);
   for (int64_t k = first; k < last; ++k, out += stride) {
-    prefetch<BITS>(w, k, ahead);
     Lanes found[VECTORS];
     strip_floats<BITS>(w, k, strip, found);
     T row[STRIP];
