@@ -113,7 +113,7 @@ class SparseLinear(PhasedModule):
         if self.state.counting:
             self._count(rows)
         if isinstance(self.weight, BlockWeight):
-            y = self.weight.few(rows, self.thresholds, self.segments).to(x.dtype)
+            y = self.weight.sparse(rows, self.thresholds, self.segments)
             return y.view(*x.shape[:-1], -1)
         y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros, self.refined)
         return y.view(*x.shape[:-1], -1)

@@ -15,15 +15,6 @@
 namespace teal {
 namespace {
 
-Blocks blocks_of(const at::Tensor& data, at::IntArrayRef type, int64_t K, int64_t N) {
-  TORCH_CHECK_VALUE(data.scalar_type() == at::kByte && data.is_contiguous(), "data: expected contiguous bytes");
-  TORCH_CHECK_VALUE(type.size() == 5, "type: expected five numbers");
-  Blocks w{data.const_data_ptr<uint8_t>(), K, N, 0, 0, 0, 0, 0, 0};
-  int32_t* fields[] = {&w.bits, &w.offset, &w.group, &w.has_minima, &w.nested};
-  for (size_t i = 0; i < 5; ++i) *fields[i] = static_cast<int32_t>(type[i]);
-  return w;
-}
-
 at::Tensor block_product(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef type, int64_t N, double threshold) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous(), "x: expected contiguous rows");
   const int64_t rows = x.size(0), K = x.size(1);
@@ -44,21 +35,17 @@ at::Tensor block_product(const at::Tensor& x, const at::Tensor& data, at::IntArr
   return y;
 }
 
-void block_floats(at::TensorList data, at::IntArrayRef types, at::IntArrayRef widths, at::Tensor& out) {
+void block_floats(const at::Tensor& data, at::IntArrayRef type, int64_t N, int64_t begin, at::Tensor& out) {
   TORCH_CHECK_VALUE(out.dim() == 2 && out.stride(1) == 1, "out: its rows must be contiguous");
-  TORCH_CHECK_VALUE(types.size() == 5 * data.size() && widths.size() == data.size(), "expected a type for each part");
-  const int64_t K = out.size(0), stride = out.stride(0);
-  std::vector<Blocks> parts;
-  for (size_t i = 0; i < data.size(); ++i) parts.push_back(blocks_of(data[i], types.slice(5 * i, 5), K, widths[i]));
+  const int64_t K = out.size(0), end = begin + out.size(1);
+  TORCH_CHECK_VALUE(begin % STRIP == 0 && begin >= 0 && end <= N, "begin: expected a strip of the weight");
+  const Blocks weight = blocks_of(data, type, K, N);
   const Dtype dtype = dtype_of(out.scalar_type());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  at::parallel_for(0, K / MIN_GROUP, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * MIN_GROUP, last = end * MIN_GROUP;
-    char* part_out = to + first * stride * out.element_size();
-    for (const Blocks& part : parts) {
-      widen_blocks(part, dtype, first, last, part_out, stride);
-      part_out += part.N * out.element_size();
-    }
+  const int64_t stride = out.stride(0), row_bytes = stride * out.element_size();
+  at::parallel_for(0, K / MIN_GROUP, 1, [&](int64_t first, int64_t last) {
+    widen_blocks(weight, dtype, first * MIN_GROUP, last * MIN_GROUP, begin, end, to + first * MIN_GROUP * row_bytes,
+                 stride);
   });
 }
 
@@ -83,7 +70,7 @@ at::Tensor block_columns(const at::Tensor& data, at::IntArrayRef type, int64_t K
 TORCH_LIBRARY_FRAGMENT(teal_cpu, library) {
   library.def("block_product(Tensor x, Tensor data, int[] type, int N, float threshold) -> Tensor");
   library.impl("block_product", c10::DispatchKey::CPU, teal::block_product);
-  library.def("block_floats(Tensor[] data, int[] types, int[] widths, Tensor(a!) out) -> ()");
+  library.def("block_floats(Tensor data, int[] type, int N, int begin, Tensor(a!) out) -> ()");
   library.impl("block_floats", c10::DispatchKey::CPU, teal::block_floats);
   library.def("block_columns(Tensor data, int[] type, int K, int N, Tensor chosen) -> Tensor");
   library.impl("block_columns", c10::DispatchKey::CPU, teal::block_columns);

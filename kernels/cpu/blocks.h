@@ -62,8 +62,16 @@ struct Entries {
 void multiply_blocks(const Blocks& weight, Dtype dtype, const Entries& entries, int64_t begin, int64_t end, float* y,
                      int64_t y_stride);
 
-// The weight's rows first to last in dtype, out [last - first, stride]; first is a multiple of 32.
-void widen_blocks(const Blocks& weight, Dtype dtype, int64_t first, int64_t last, void* out, int64_t stride);
+// The weight's rows first to last and columns begin to end in dtype, out [last - first, stride]. first is a multiple of
+// 32, begin of a strip.
+void widen_blocks(const Blocks& weight, Dtype dtype, int64_t first, int64_t last, int64_t begin, int64_t end, void* out,
+                  int64_t stride);
+
+#if defined(__AVX512BF16__)
+// Rows first to last, both even, of the half of a strip that begins at column begin, in bf16 and by pairs of rows:
+// out [(last - first) / 2][64][2].
+void widen_pairs(const Blocks& weight, int64_t first, int64_t last, int64_t begin, BFloat16* out);
+#endif
 
 // Column n, fp32 [K].
 void widen_column(const Blocks& weight, int64_t n, float* out);

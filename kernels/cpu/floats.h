@@ -97,19 +97,42 @@ inline Lanes load(const Half* from) {
 #endif
 }
 
+// Bytes widen by steps of twice their size: GCC 12 takes them apart one by one where a step is of four times.
 inline Lanes load(const int8_t* from) {
   Bytes bytes;
   std::memcpy(&bytes, from, sizeof(bytes));
-  return __builtin_convertvector(bytes, Lanes);
+#if defined(__AVX512F__)
+  const auto integers = reinterpret_cast<Integers>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
+#else
+  using Shorts = int16_t __attribute__((vector_size(2 * LANES)));
+  const Integers integers = __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Integers);
+#endif
+  return __builtin_convertvector(integers, Lanes);
+}
+
+inline Lanes load(const uint8_t* from) {
+  using Unsigned = uint8_t __attribute__((vector_size(LANES)));
+  Unsigned bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+#if defined(__AVX512F__)
+  const auto integers = reinterpret_cast<Integers>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes)));
+#else
+  const auto integers = reinterpret_cast<Integers>(__builtin_convertvector(__builtin_convertvector(bytes, Halves), Words));
+#endif
+  return __builtin_convertvector(integers, Lanes);
 }
 
 inline void store(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
 
-// Rounded to the nearest, ties to even; no lane is NaN.
+// Rounded to the nearest, ties to even; no lane is NaN. Subnormal numbers may become zeros.
 inline void store(BFloat16* to, const Lanes& lanes) {
+#if defined(__AVX512BF16__)
+  const auto halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(lanes));
+#else
   Words words;
   std::memcpy(&words, &lanes, sizeof(words));
   const Halves halves = __builtin_convertvector((words + 0x7fff + (words >> 16 & 1)) >> 16, Halves);
+#endif
   std::memcpy(to, &halves, sizeof(halves));
 }
 

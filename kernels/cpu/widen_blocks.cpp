@@ -15,14 +15,24 @@ constexpr int VECTORS = STRIP / LANES;
 // The integers of a strip of a row, in the order of columns.
 template <int BITS>
 TEAL_INLINE void strip_floats(const Blocks& w, int64_t channel, int64_t strip, Lanes found[VECTORS]) {
-  using Unsigned = uint8_t __attribute__((vector_size(LANES)));
   Octets halves[2];
   strip_octets<BITS>(w.values + channel * w.row_bytes(), w.columns(), strip, halves);
   for (int h = 0; h < 2; ++h) halves[h] = ordered(halves[h]);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(halves);
-  for (int v = 0; v < VECTORS; ++v)
-    found[v] = __builtin_convertvector(load_bytes<Unsigned>(bytes + v * LANES), Lanes);
+  for (int v = 0; v < VECTORS; ++v) found[v] = load(bytes + v * LANES);
 }
+
+#if defined(__AVX512BF16__)
+// As strip_floats, of one half.
+template <int BITS, int HALF>
+TEAL_INLINE void half_floats(const Blocks& w, int64_t channel, int64_t strip, Lanes found[VECTORS / 2]) {
+  Octets halves[2];
+  strip_octets<BITS>(w.values + channel * w.row_bytes(), w.columns(), strip, halves);
+  const Octets half = ordered(halves[HALF]);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&half);
+  for (int v = 0; v < VECTORS / 2; ++v) found[v] = load(bytes + v * LANES);
+}
+#endif
 
 // f with the number of bits as a type.
 template <typename F>
@@ -41,10 +51,11 @@ TEAL_INLINE Lanes weight_of(const Blocks& w, const Lanes& integer, const Lanes& 
   return w.has_minima ? product + minimum : product;
 }
 
-// Rows of one group and strip, of which count columns are there.
+// Rows of one group and strip, of which count columns are wanted.
 template <int BITS, typename T>
-void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, int64_t strip, T* out, int64_t stride) {
-  const int64_t column = strip * STRIP, count = std::min(STRIP, w.N - column);
+void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, int64_t strip, int64_t count, T* out,
+                 int64_t stride) {
+  const int64_t column = strip * STRIP;
   Lanes scale[VECTORS], minimum[VECTORS] = {};
   for (int v = 0; v < VECTORS; ++v) {
     scale[v] = scale_of(w, s, first, column + v * LANES);
@@ -60,17 +71,64 @@ void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, 
   }
 }
 
+#if defined(__AVX512BF16__)
+// Two rows' vectors of floats, each rounded to bf16, by turns.
+TEAL_INLINE void store_pair(BFloat16* to, const Lanes& a, const Lanes& b) {
+  const __m512i turns = _mm512_add_epi16(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x10001)));
+  const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(turns, reinterpret_cast<__m512i>(both)));
+}
+
+template <int BITS, int HALF, bool MINIMA>
+void widen_half(Blocks w, int64_t first, int64_t last, int64_t begin, BFloat16* out) {
+  w.has_minima = MINIMA;  // a local copy, as in blocks.cpp
+  const Scales scales(w);
+  for (int64_t k = first; k < last; k += w.group) {
+    Lanes scale[VECTORS / 2], minimum[VECTORS / 2] = {};
+    for (int v = 0; v < VECTORS / 2; ++v) {
+      scale[v] = scale_of(w, scales, k, begin + v * LANES);
+      if (MINIMA) minimum[v] = minimum_of(w, scales, k, begin + v * LANES);
+    }
+    for (int64_t i = k; i < k + w.group; i += 2, out += STRIP) {
+      Lanes a[VECTORS / 2], b[VECTORS / 2];
+      half_floats<BITS, HALF>(w, i, begin / STRIP, a);
+      half_floats<BITS, HALF>(w, i + 1, begin / STRIP, b);
+      for (int v = 0; v < VECTORS / 2; ++v)
+        store_pair(out + 2 * v * LANES, weight_of(w, a[v], scale[v], minimum[v]),
+                   weight_of(w, b[v], scale[v], minimum[v]));
+    }
+  }
+}
+#endif
+
 }  // namespace
 
-void widen_blocks(const Blocks& w, Dtype dtype, int64_t first, int64_t last, void* out, int64_t stride) {
+#if defined(__AVX512BF16__)
+void widen_pairs(const Blocks& w, int64_t first, int64_t last, int64_t begin, BFloat16* out) {
+  by_bits(w, [&](auto bits) {
+    constexpr int BITS = decltype(bits)::value;
+    const bool second = begin % STRIP != 0;
+    if (w.has_minima)
+      second ? widen_half<BITS, 1, true>(w, first, last, begin, out) : widen_half<BITS, 0, true>(w, first, last, begin, out);
+    else
+      second ? widen_half<BITS, 1, false>(w, first, last, begin, out)
+             : widen_half<BITS, 0, false>(w, first, last, begin, out);
+  });
+}
+#endif
+
+void widen_blocks(const Blocks& w, Dtype dtype, int64_t first, int64_t last, int64_t begin, int64_t end, void* out,
+                  int64_t stride) {
   const Scales scales(w);
   by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     by_bits(w, [&](auto bits) {
       for (int64_t k = first; k < last; k += w.group)
-        for (int64_t strip = 0; strip < w.columns() / STRIP; ++strip) {
-          T* to = static_cast<T*>(out) + (k - first) * stride + strip * STRIP;
-          widen_strip<bits.value>(w, scales, k, std::min(last, k + w.group), strip, to, stride);
+        for (int64_t n = begin; n < end; n += STRIP) {
+          T* to = static_cast<T*>(out) + (k - first) * stride + n - begin;
+          const int64_t count = std::min(STRIP, end - n);
+          widen_strip<bits.value>(w, scales, k, std::min(last, k + w.group), n / STRIP, count, to, stride);
         }
     });
   });

@@ -171,11 +171,19 @@ def column(weight: Blocks, n: int) -> Tensor:
     """Column n of dequantize, fp32 [K]: an output's weights, or a token's vector in an embedding. Raises IndexError."""
     if not 0 <= n < weight.N:
         raise IndexError(f"column {n}: expected 0 to {weight.N - 1}")
-    parts, begin = sections(weight), n // STRIP * STRIP
-    cut = [torch.cat(_planes(parts[0], weight.type.bits, begin, STRIP), 1)]
-    cut += [part[:, begin : begin + STRIP] for part in parts[1:]]
+    begin = n // STRIP * STRIP
+    return dequantize(columns(weight, begin, n + 1))[:, n - begin]
+
+
+def columns(weight: Blocks, begin: int, end: int) -> Blocks:
+    """A copy of a weight's columns begin to end. Raises ValueError if begin is not a multiple of STRIP."""
+    if begin % STRIP:
+        raise ValueError(f"begin is {begin}: expected a multiple of {STRIP}")
+    parts, last = sections(weight), begin + padded_columns(end - begin)
+    cut = [torch.cat(_planes(parts[0], weight.type.bits, begin, end - begin), 1)]
+    cut += [part[:, begin:last] for part in parts[1:]]
     data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in cut])
-    return dequantize(Blocks(weight.kind, weight.K, STRIP, data))[:, n - begin]
+    return Blocks(weight.kind, weight.K, end - begin, data)
 
 
 # Values

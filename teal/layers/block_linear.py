@@ -3,15 +3,16 @@
 A CPU's kernels read them (kernels/formats/blocks.py). Elsewhere such a checkpoint is read as floats.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear
+from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear, block_matmul
 from teal.kernels.formats.blocks import Blocks, sections, size_of
+from teal.kernels.sparse_linear import drop_small
 from teal.layers.phase import Phase, PhasedModule
 from teal.model import OutputHead, Transformer
 
@@ -52,16 +53,41 @@ class BlockWeight(nn.Module):
         """Bytes of scales and minima: a dropped entry of x does not skip them."""
         return sum(part.nbytes for weight in self.parts for part in sections(weight)[1:])
 
+    def sparse(self, x: Tensor, thresholds: Tensor, segments: Sequence[int]) -> Tensor:
+        """As few, for any number of rows, in x's dtype: [B, N]."""
+        if len(x) <= KERNEL_ROWS:
+            return self.few(x, thresholds, segments).to(x.dtype)
+
+        def product(part: int, limit: float) -> Tensor:
+            return self._product(drop_small(x, torch.tensor(limit, dtype=x.dtype)), part)
+
+        return self._by_segment(thresholds, segments, product)
+
     def few(self, x: Tensor, thresholds: Tensor, segments: Sequence[int]) -> Tensor:
         """x [B, K] times the weight as it is stored: fp32 [B, N]. thresholds [J] of |x| hold for segments' columns."""
+        return self._by_segment(thresholds, segments, lambda part, limit: block_linear(x, self.parts[part], limit))
+
+    def _by_segment(
+        self, thresholds: Tensor, segments: Sequence[int], product: Callable[[int, float], Tensor]
+    ) -> Tensor:  # fmt: skip
+        """The columns of all segments, of what product gives for a part's number and a threshold."""
         found = []
-        for part, limits in zip(self.parts, self._limits(thresholds.tolist(), segments), strict=True):
-            products = {limit: block_linear(x, part, limit) for _, limit in limits}
+        for part, limits in enumerate(self._limits(thresholds.tolist(), segments)):
+            products = {limit: product(part, limit) for limit in {limit for _, limit in limits}}
             begin = 0
             for width, limit in limits:
                 found.append(products[limit][:, begin : begin + width])
                 begin += width
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def _product(self, x: Tensor, part: int | None = None) -> Tensor:
+        """x [B, K] times the weight, or one part of it, in floats of x's dtype: [B, N] in this dtype."""
+        if self.kept is None:
+            return block_matmul(x, self.parts if part is None else [self.parts[part]])
+        floats = self.floats(x.dtype)
+        if part is not None:
+            floats = floats.split([shape.N for shape in self.shapes], dim=1)[part]
+        return x @ floats
 
     def _limits(self, thresholds: list[float], segments: Sequence[int]) -> list[list[tuple[int, float]]]:
         """Of each part, its widths and their thresholds."""
@@ -82,9 +108,10 @@ class BlockWeight(nn.Module):
         """x [..., K] times the weight, in x's dtype: [..., N]. Many rows take the weight in floats of it."""
         rows = x.reshape(-1, self.K)
         if len(rows) > KERNEL_ROWS:
-            return x @ self.floats(x.dtype)
-        found = [block_linear(rows, part) for part in self.parts]
-        return torch.cat(found, dim=1).to(x.dtype).view(*x.shape[:-1], self.N)
+            y = self._product(rows)
+        else:
+            y = torch.cat([block_linear(rows, part) for part in self.parts], dim=1).to(x.dtype)
+        return y.view(*x.shape[:-1], self.N)
 
     def floats(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [K, N], rounded once from fp32."""
@@ -127,7 +154,7 @@ class BlockLinear(PhasedModule):
         """x [..., K] -> [..., N]."""
         if self.state.phase is Phase.DECODE:
             rows = x.reshape(-1, self.weight.K)
-            y = self.weight.few(rows, self.thresholds, self.segments).to(x.dtype).view(*x.shape[:-1], -1)
+            y = self.weight.sparse(rows, self.thresholds, self.segments).view(*x.shape[:-1], -1)
         else:
             y = self.weight.many(x)
         return y if self.bias is None else y + self.bias

@@ -5,15 +5,16 @@ import torch
 from torch import Tensor
 
 from teal.kernels import block_linear
-from teal.kernels.block_linear import block_columns, block_floats
+from teal.kernels.block_linear import block_columns, block_floats, block_matmul, tiles
 from teal.kernels.cpu.native import native_kernels
-from teal.kernels.formats.blocks import STRIP, Blocks, column, dequantize, pack, sections, size_of, unpack
+from teal.kernels.formats.blocks import STRIP, Blocks, column, columns, dequantize, pack, sections, size_of, unpack
 from tests.block_models import KINDS, floats_of, random_blocks, random_rows
 from tests.conftest import assert_near
 
 product = block_linear.block_linear
 # Of x, as blocks.cpp rounds it: 24 bits relative to a group's largest, or 16.
 TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 8e-5), (torch.float16, 8e-5)]
+FLOAT_TOLERANCES = [(torch.float32, 2e-6), (torch.bfloat16, 6e-3), (torch.float16, 8e-4)]  # weights are rounded, too
 SHAPES = [(256, 32), (768, 200), (1536, 128), (512, 1300)]
 
 
@@ -45,6 +46,58 @@ def test_a_large_tensor_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     expected = pack("Q5_1", rows)
     monkeypatch.setattr("teal.kernels.formats.blocks.ROWS_AT_ONCE", 2 * STRIP)
     assert torch.equal(pack("Q5_1", rows).data, expected.data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_are_cut(kind: str) -> None:
+    weight = random_blocks(kind, 256, 400)
+    for begin, end in ((0, 400), (128, 300), (256, 257), (384, 400)):
+        assert torch.equal(dequantize(columns(weight, begin, end)), dequantize(weight)[:, begin:end]), (begin, end)
+    with pytest.raises(ValueError, match="begin is 64: expected a multiple of 128"):
+        columns(weight, 64, 128)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_by_tiles(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts whose borders are no tiles' borders, and weights that are one tile."""
+    if not native:
+        monkeypatch.setattr(block_linear, "native_kernels", lambda: None)
+    parts = [random_blocks(kind, 512, 300), random_blocks("Q6_K", 512, 70), random_blocks(kind, 512, 129, seed=1)]
+    weight = torch.cat([dequantize(part) for part in parts], dim=1)
+    x = torch.randn(40, 512, generator=torch.Generator().manual_seed(4))
+    for tile in (1, 512 * 256, 1 << 21):
+        monkeypatch.setattr(block_linear, "TILE", tile)
+        for dtype, limit in FLOAT_TOLERANCES:
+            found, expected = block_matmul(x.to(dtype), parts), x.to(dtype).double() @ weight.double()
+            assert found.dtype == dtype
+            assert_near(f"{dtype}, tiles of {tile}", found.float(), expected.float(), limit)
+
+
+def test_only_a_tile_is_held_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [random_blocks("Q4_0", 256, N) for N in (200, 1000, 100, 128)]
+    monkeypatch.setattr(block_linear, "TILE", 256 * 384)
+    sizes: list[int] = []
+    original = torch.empty
+
+    def counted(K: int, N: int, dtype: torch.dtype) -> Tensor:
+        sizes.append(N)
+        return original(K, N, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    block_matmul(torch.ones(32, 256), parts)
+    assert sum(sizes) == 1428 and max(sizes) <= 384 and len(sizes) <= 5
+    pieces = [piece for tile in tiles(parts) for piece in tile]
+    for part in parts:
+        own = [(begin, end) for weight, begin, end in pieces if weight is part]
+        assert [begin for begin, _ in own] == [0, *(end for _, end in own[:-1])] and own[-1][1] == part.N
+
+
+def test_gradients_pass_many_rows() -> None:
+    weight, x = random_blocks("Q4_1", 256, 200), torch.randn(30, 256, requires_grad=True)
+    block_matmul(x, [weight]).sum().backward()
+    assert x.grad is not None
+    assert_near("gradient", x.grad[0], dequantize(weight).sum(1), 1e-5)
 
 
 def kept(x: Tensor, threshold: float) -> Tensor:
@@ -89,6 +142,23 @@ def test_bits_depend_on_neither_threads_nor_other_rows(kind: str) -> None:
         torch.set_num_threads(threads)
     for r in range(8):
         assert torch.equal(product(x[r : r + 1], weight, 0.6)[0], expected[r]), f"row {r} alone"
+
+
+@pytest.mark.skipif(not hasattr(native_kernels(), "block_matmul"), reason="takes a processor that multiplies bf16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_many_rows_depend_on_neither_threads_nor_other_rows(kind: str) -> None:
+    parts = [random_blocks(kind, 768, 500), random_blocks(kind, 768, 200, seed=1)]
+    x = torch.randn(71, 768, generator=torch.Generator().manual_seed(5)).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = block_matmul(x, parts)
+        torch.set_num_threads(3)
+        assert torch.equal(block_matmul(x, parts), expected), "threads"
+    finally:
+        torch.set_num_threads(threads)
+    for begin, end in ((0, 1), (3, 40), (70, 71)):
+        assert torch.equal(block_matmul(x[begin:end], parts), expected[begin:end]), (begin, end)
 
 
 def test_hard_rows() -> None:

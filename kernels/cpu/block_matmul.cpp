@@ -1,0 +1,90 @@
+// Products of bf16 with many rows and weights in blocks, where the processor multiplies bf16. Half a strip's columns
+// become bf16, so many channels at a time that they stay in L2 while all rows meet them. block_linear.py has the op.
+// A column's sum has the same bits in any thread, and a row's beside any others.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "blocks.h"
+#include "tensors.h"
+
+#if defined(__AVX512BF16__)
+namespace teal {
+namespace {
+
+constexpr int64_t HALF_STRIP = STRIP / 2;
+constexpr int VECTORS = HALF_STRIP / LANES;
+constexpr int64_t CHANNELS = 512;  // in a tile of 64 KB
+constexpr int ROWS = 6;            // their sums take 24 registers of 32
+
+// sums [rows][64] += x [rows, stride] times a tile [pairs][64][2].
+template <int COUNT>
+void multiply(const BFloat16* x, int64_t stride, const BFloat16* tile, int64_t pairs, float* sums) {
+  __m512 found[COUNT][VECTORS];
+  for (int r = 0; r < COUNT; ++r)
+    for (int v = 0; v < VECTORS; ++v) found[r][v] = _mm512_loadu_ps(sums + r * HALF_STRIP + v * LANES);
+  for (int64_t p = 0; p < pairs; ++p, tile += 2 * HALF_STRIP) {
+    __m512bh weights[VECTORS];
+    std::memcpy(weights, tile, sizeof(weights));
+    for (int r = 0; r < COUNT; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * stride + 2 * p, sizeof(pair));
+      const auto entries = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      for (int v = 0; v < VECTORS; ++v) found[r][v] = _mm512_dpbf16_ps(found[r][v], entries, weights[v]);
+    }
+  }
+  for (int r = 0; r < COUNT; ++r)
+    for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(sums + r * HALF_STRIP + v * LANES, found[r][v]);
+}
+
+// As multiply, for so many rows, COUNT at once.
+template <int COUNT>
+void multiply_rows(const BFloat16* x, int64_t rows, int64_t stride, const BFloat16* tile, int64_t pairs, float* sums) {
+  for (; rows >= COUNT; rows -= COUNT, x += COUNT * stride, sums += COUNT * HALF_STRIP)
+    multiply<COUNT>(x, stride, tile, pairs, sums);
+  if constexpr (COUNT > 1) multiply_rows<COUNT - 1>(x, rows, stride, tile, pairs, sums);
+}
+
+// Columns of a weight from begin on, half a strip at most, into y.
+void multiply_columns(const Blocks& w, const BFloat16* x, int64_t rows, int64_t begin, BFloat16* y, int64_t y_stride) {
+  alignas(64) static thread_local BFloat16 tile[CHANNELS * HALF_STRIP];
+  std::vector<float> sums(rows * HALF_STRIP);
+  for (int64_t k = 0; k < w.K; k += CHANNELS) {
+    const int64_t count = std::min(CHANNELS, w.K - k);
+    widen_pairs(w, k, k + count, begin, tile);
+    multiply_rows<ROWS>(x + k, rows, w.K, tile, count / 2, sums.data());
+  }
+  const int64_t width = std::min(HALF_STRIP, w.N - begin);
+  for (int64_t r = 0; r < rows; ++r) {
+    BFloat16 row[HALF_STRIP];
+    for (int v = 0; v < VECTORS; ++v) store(row + v * LANES, load(sums.data() + r * HALF_STRIP + v * LANES));
+    std::copy_n(row, width, y + r * y_stride);
+  }
+}
+
+void block_matmul(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef type, at::Tensor& y) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == at::kBFloat16, "x: expected rows of bf16");
+  TORCH_CHECK_VALUE(y.dim() == 2 && y.size(0) == x.size(0) && y.stride(1) == 1 && y.scalar_type() == at::kBFloat16,
+                    "y: expected as many rows of bf16");
+  const Blocks weight = blocks_of(data, type, x.size(1), y.size(1));
+  const auto* from = x.const_data_ptr<BFloat16>();
+  auto* to = y.mutable_data_ptr<BFloat16>();
+  const int64_t rows = x.size(0), stride = y.stride(0);
+  at::parallel_for(0, (weight.N + HALF_STRIP - 1) / HALF_STRIP, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * HALF_STRIP; n < std::min(weight.N, last * HALF_STRIP); n += HALF_STRIP)
+      multiply_columns(weight, from, rows, n, to + n, stride);
+  });
+}
+
+}  // namespace
+}  // namespace teal
+
+TORCH_LIBRARY_FRAGMENT(teal_cpu, library) {
+  library.def("block_matmul(Tensor x, Tensor data, int[] type, Tensor(a!) y) -> ()");
+  library.impl("block_matmul", c10::DispatchKey::CPU, teal::block_matmul);
+}
+#endif
