@@ -1,4 +1,4 @@
-"""What runs a model's layers: eager modules, compiled blocks, or fused kernels. Chosen once, after all replacements.
+"""What runs a model's layers: modules, compiled blocks, fused kernels, one program. Chosen once, after replacements.
 
 A backend changes neither the model's methods nor its list of layers. All give the same result but for rounding; the
 eager one is the reference. Prefill and decode are methods of their own.
@@ -51,6 +51,13 @@ class Backend(ABC):
     @abstractmethod
     def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """As decode, in that phase."""
+
+    def choose(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor | None:
+        """A greedy step in one launch: logits fp32 [B, V]; tokens becomes their argmax, and positions one more.
+
+        None if this backend has none for these rows; then decode, logits and an argmax do it.
+        """
+        return None
 
     def layers(self, kv_cache: KVCache) -> Iterator[tuple[Block, int | None, Tensor, Tensor]]:
         """Each block with its attention window, and its keys and values in kv_cache."""
@@ -154,19 +161,29 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     name, reason = forced, "asked for"
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
-    if name == "fused" and (obstacle := _fused_obstacle(model)):
-        if forced == "fused":
-            raise ParameterError("{backend} fused cannot run: {}", obstacle)
-        name, reason = "eager" if compile is False else "compiled", f"fused cannot run: {obstacle}"
+    if name in ("fused", "program") and (obstacle := _fused_obstacle(model)):
+        if forced == name:
+            raise ParameterError("{backend} {} cannot run: {}", name, obstacle)
+        name, reason = "eager" if compile is False else "compiled", f"{name} cannot run: {obstacle}"
+    compile_rest = device.type == "cuda" if compile is None else compile
+    if name == "program":
+        from teal.decoding.program_backend import build  # its kernel needs CUDA's libraries
+
+        backend = build(model, reason, compile_rest)
+        if not isinstance(backend, str):
+            return backend
+        if forced == "program":
+            raise ParameterError("{backend} program cannot run: {}", backend)
+        name, reason = "fused", f"{reason}; program cannot run: {backend}"
     if name == "fused":
-        return FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
+        return FusedBackend(model, reason, compile_rest)
     return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
 
 
 def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:
     """Name and reason of the fastest backend on a type of device; kernel_layout: see has_kernel_layout."""
     if device == "cuda" and kernel_layout:
-        return "fused", "sparse or quantized weights on CUDA"
+        return "program", "sparse or quantized weights on CUDA"
     if device == "cuda" and int8_cache:
         return "fused", "a KV cache in 8 bits on CUDA"
     if device == "cuda" and compile is None:

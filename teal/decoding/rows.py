@@ -149,8 +149,10 @@ class DecodeRows:
     def _run(self, rows: range, length: int, params: SamplingParams) -> Tensor:
         part = slice(rows.start, rows.stop)
         tokens, positions = self.tokens[part], self.positions[part]
-        hidden = self.runner.backend.decode(tokens, positions, self._part(part, length))
-        logits = self._logits(hidden[:, -1])
+        cache, backend = self._part(part, length), self.runner.backend
+        if params.is_argmax and (chosen := backend.choose(tokens, positions, cache)) is not None:
+            return chosen
+        logits = self._logits(backend.decode(tokens, positions, cache)[:, -1])
         if params.is_argmax:
             argmax_step(logits, tokens, positions)
         else:

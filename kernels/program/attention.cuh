@@ -1,0 +1,309 @@
+// Attention of one new token: flash-decoding (Dao et al. 2023), split over the cache's positions.
+//
+//     unit    a key/value head and up to GROUP_HEADS of its query heads
+//     block   (unit, split): an equal run of the earlier positions; split 0 has the new token, too, and stores it
+//     lanes   HEAD_DIM / 8 to a position, 16 bytes of its key and value each
+//
+// Every block rotates its own query heads: less than a trip to have it done once. What it sends of each head is the
+// unnormalised sum, the largest score and the sum of exponentials (both to base 2). Whoever multiplies with o combines
+// them, for its own channels only.
+#pragma once
+
+constexpr int LANES = HEAD_DIM / 8, SEATS = 32 / LANES;  // of a position; positions of a warp at once
+constexpr int SLOT = HEAD_DIM + 2;                       // words of a head and split: sum, largest, weight
+constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
+constexpr float LOG2E = 1.4426950408889634f;
+
+struct Cache {
+    u16 *k, *v;
+    i64 layer, head, position;  // strides, in elements
+};
+
+struct Running {  // softmax so far, of GROUP_HEADS query heads over the positions that a lane has seen
+    float largest[GROUP_HEADS], weight[GROUP_HEADS], sum[GROUP_HEADS][8];
+
+    __device__ Running() {
+#pragma unroll
+        for (int h = 0; h < GROUP_HEADS; h++) {
+            largest[h] = NOTHING, weight[h] = 0.0f;
+#pragma unroll
+            for (int d = 0; d < 8; d++) sum[h][d] = 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ void scale(int h, float factor) {
+        weight[h] *= factor;
+#pragma unroll
+        for (int d = 0; d < 8; d++) sum[h][d] *= factor;
+    }
+
+    // score: this lane's part of q k. All lanes of a warp call it; those without a position are not live.
+    __device__ __forceinline__ void see(const float (&part)[GROUP_HEADS], const float (&v)[8], bool live) {
+#pragma unroll
+        for (int h = 0; h < GROUP_HEADS; h++) {
+            float score = part[h];
+#pragma unroll
+            for (int distance = LANES / 2; distance; distance >>= 1)
+                score += __shfl_xor_sync(ALL_LANES, score, distance);
+            if (!live) continue;
+            const float highest = fmaxf(largest[h], score);
+            scale(h, exp2f(largest[h] - highest));
+            const float p = exp2f(score - highest);
+            largest[h] = highest, weight[h] += p;
+#pragma unroll
+            for (int d = 0; d < 8; d++) sum[h][d] += p * v[d];
+        }
+    }
+
+    // Add what the lanes at a distance have seen.
+    __device__ __forceinline__ void join(int distance) {
+#pragma unroll
+        for (int h = 0; h < GROUP_HEADS; h++) {
+            const float other = __shfl_xor_sync(ALL_LANES, largest[h], distance);
+            const float highest = fmaxf(largest[h], other);
+            const float factor = highest == NOTHING ? 0.0f : exp2f(largest[h] - highest);
+            scale(h, factor);
+            weight[h] += __shfl_xor_sync(ALL_LANES, weight[h], distance);
+#pragma unroll
+            for (int d = 0; d < 8; d++) sum[h][d] += __shfl_xor_sync(ALL_LANES, sum[h][d], distance);
+            largest[h] = highest;
+        }
+    }
+};
+
+__device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
+    const u32 words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[2 * i] = low_of(words[i]), to[2 * i + 1] = high_of(words[i]);
+}
+
+struct Attention {
+    int unit, split, kv, begin, end;  // end is where the new token's position starts
+    int position;
+
+    __device__ bool place(int position_, int window) {
+        unit = blockIdx.x % UNITS, split = blockIdx.x / UNITS, kv = unit / HEAD_GROUPS, position = position_;
+        const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
+        const int length = ceil_div(position - first, ATTENTION_SPLITS);
+        begin = first + split * length;
+        end = begin + length < position ? begin + length : position;
+        return split < ATTENTION_SPLITS;
+    }
+
+    __device__ int query_head(int h) const { return kv * (HEADS / KV_HEADS) + unit % HEAD_GROUPS * GROUP_HEADS + h; }
+    __device__ bool has_head(int h) const {
+        return h < GROUP_HEADS && unit % HEAD_GROUPS * GROUP_HEADS + h < HEADS / KV_HEADS;
+    }
+
+    // Ask for the first positions while others still work on q, k and v.
+    __device__ void prefetch(const Cache& cache, int layer) const {
+        constexpr int LINES = HEAD_DIM * 2 / 128 > 0 ? HEAD_DIM * 2 / 128 : 1;
+        const int at = begin + threadIdx.x / LINES;
+        if (at >= end) return;
+        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position + threadIdx.x % LINES * 64;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(cache.k + offset));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(cache.v + offset));
+    }
+
+    // Query heads, the key and the value into s.heads, as q, k and v's product gave them.
+    __device__ void take_heads(const u64* qkv, u32 epoch, Shared& s) const {
+        constexpr int HALF = HEAD_DIM / 2, COUNT = ceil_div((GROUP_HEADS + 2) * HALF, THREADS);
+        float2 loaded[COUNT];
+        auto index = [](int i) { return (int)threadIdx.x + i * THREADS; };
+        auto wanted = [&](int i) {
+            const int h = index(i) / HALF;
+            return h < GROUP_HEADS ? has_head(h) : h < GROUP_HEADS + 2 && split == 0;
+        };
+        receive(
+            loaded, epoch,
+            [&](int i) {
+                const int h = index(i) / HALF;
+                const int from = h < GROUP_HEADS ? query_head(h) : HEADS + (h - GROUP_HEADS) * KV_HEADS + kv;
+                return qkv + from * HEAD_DIM + 2 * (index(i) % HALF);
+            },
+            wanted);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (wanted(i)) ((float2*)s.heads)[index(i)] = loaded[i];
+        __syncthreads();
+    }
+
+    // Norm (Qwen3) and rotation of each query head and the key, a warp for each.
+    __device__ void rotate(const u16* q_norm, const u16* k_norm, Shared& s) const {
+        constexpr int HALF = HEAD_DIM / 2;
+        for (int h = warp_of_block(); h <= GROUP_HEADS; h += WARPS) {
+            if (h < GROUP_HEADS ? !has_head(h) : split != 0) continue;
+            float* const x = s.heads + h * HEAD_DIM;
+            const u16* const norm = h < GROUP_HEADS ? q_norm : k_norm;
+            float squares = 0.0f;
+            for (int d = lane_of_warp(); d < HEAD_DIM; d += 32) squares += x[d] * x[d];
+            const float scale = norm ? rsqrtf(sum_of_warp(squares) / HEAD_DIM + NORM_EPS) : 1.0f;
+            for (int d = lane_of_warp(); d < HALF; d += 32) {
+                float a = x[d], b = x[d + HALF];
+                if (norm) {
+                    a = rounded(rounded(a * scale) * float_of(norm[d]));
+                    b = rounded(rounded(b * scale) * float_of(norm[d + HALF]));
+                }
+                x[d] = rounded(a * s.cosines[d] - b * s.sines[d]);
+                x[d + HALF] = rounded(b * s.cosines[d] + a * s.sines[d]);
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ void store_new(const Cache& cache, int layer, const Shared& s) const {
+        if (split != 0 || unit % HEAD_GROUPS != 0) return;
+        const i64 offset = layer * cache.layer + kv * cache.head + position * cache.position;
+        for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) {
+            cache.k[offset + d] = bits_of(s.heads[GROUP_HEADS * HEAD_DIM + d]);
+            cache.v[offset + d] = bits_of(s.heads[(GROUP_HEADS + 1) * HEAD_DIM + d]);
+        }
+    }
+
+    __device__ void attend(Running& run, const Cache& cache, int layer, const Shared& s) const {
+        const int seat = lane_of_warp() / LANES, d = lane_of_warp() % LANES * 8;
+        float q[GROUP_HEADS][8];
+#pragma unroll
+        for (int h = 0; h < GROUP_HEADS; h++)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                q[h][i] = has_head(h) ? s.heads[h * HEAD_DIM + d + i] * (LOG2E * ATTENTION_SCALE) : 0.0f;
+        auto see = [&](const float(&k)[8], const float(&v)[8], bool live) {
+            float part[GROUP_HEADS];
+#pragma unroll
+            for (int h = 0; h < GROUP_HEADS; h++) {
+                part[h] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < 8; i++) part[h] += q[h][i] * k[i];
+            }
+            run.see(part, v, live);
+        };
+        constexpr int STRIDE = WARPS * SEATS, AHEAD = 2;  // positions of a round; rounds whose loads are in flight
+        const u16* const keys = cache.k + layer * cache.layer + kv * cache.head + d;
+        const u16* const values = cache.v + layer * cache.layer + kv * cache.head + d;
+        for (int base = begin + warp_of_block() * SEATS; base < end; base += AHEAD * STRIDE) {
+            uint4 k[AHEAD] = {}, v[AHEAD] = {};
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int at = base + seat + i * STRIDE;
+                if (at >= end) continue;
+                k[i] = *(const uint4*)(keys + at * cache.position);
+                v[i] = *(const uint4*)(values + at * cache.position);
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                float wide_k[8], wide_v[8];
+                widen(wide_k, k[i]), widen(wide_v, v[i]);
+                see(wide_k, wide_v, base + seat + i * STRIDE < end);
+            }
+        }
+        if (split == 0 && warp_of_block() == 0) {  // the new token
+            float k[8], v[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                k[i] = s.heads[GROUP_HEADS * HEAD_DIM + d + i];
+                v[i] = s.heads[(GROUP_HEADS + 1) * HEAD_DIM + d + i];
+            }
+            see(k, v, seat == 0);
+        }
+    }
+
+    // Join all lanes of the block and send what they have seen.
+    __device__ void send_seen(Running& run, u64* attended, u32 epoch, Shared& s) const {
+#pragma unroll
+        for (int distance = LANES; distance < 32; distance <<= 1) run.join(distance);
+        const int warp = warp_of_block(), lane = lane_of_warp();
+#pragma unroll
+        for (int h = 0; h < GROUP_HEADS; h++) {
+            if (lane == 0) s.largest[warp][h] = run.largest[h], s.weight[warp][h] = run.weight[h];
+            if (lane < LANES) {
+                float4* const to = (float4*)(s.attended[warp][h] + lane * 8);
+                to[0] = make_float4(run.sum[h][0], run.sum[h][1], run.sum[h][2], run.sum[h][3]);
+                to[1] = make_float4(run.sum[h][4], run.sum[h][5], run.sum[h][6], run.sum[h][7]);
+            }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < GROUP_HEADS * SLOT / 2; i += THREADS) {
+            const int h = i / (SLOT / 2), d = i % (SLOT / 2) * 2;
+            if (!has_head(h)) continue;
+            float highest = NOTHING, weight = 0.0f;
+            float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, s.largest[w][h]);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float factor = highest == NOTHING ? 0.0f : exp2f(s.largest[w][h] - highest);
+                weight += factor * s.weight[w][h];
+                if (d < HEAD_DIM) total.x += factor * s.attended[w][h][d], total.y += factor * s.attended[w][h][d + 1];
+            }
+            u64* const to = attended + ((u64)query_head(h) * ATTENTION_SPLITS + split) * SLOT + d;
+            if (d < HEAD_DIM)
+                send(to, total.x, total.y, epoch);
+            else
+                send(to, highest, weight, epoch);
+        }
+    }
+};
+
+// What each split counts in its head's attention, into s.factors. A warp for each head.
+__device__ __forceinline__ void weigh_splits(const u64* attended, u32 epoch, Shared& s) {
+    constexpr int COUNT = ceil_div(ATTENTION_SPLITS, 32);
+    for (int head = warp_of_block(); head < HEADS; head += WARPS) {
+        float2 seen[COUNT];  // largest and weight
+        auto split = [](int i) { return lane_of_warp() + 32 * i; };
+        receive(
+            seen, epoch, [&](int i) { return attended + ((u64)head * ATTENTION_SPLITS + split(i)) * SLOT + HEAD_DIM; },
+            [&](int i) { return split(i) < ATTENTION_SPLITS; });
+        float highest = NOTHING, weight = 0.0f;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (split(i) < ATTENTION_SPLITS) highest = fmaxf(highest, seen[i].x);
+#pragma unroll
+        for (int distance = 16; distance; distance >>= 1)
+            highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) weight += split(i) < ATTENTION_SPLITS ? exp2f(seen[i].x - highest) * seen[i].y : 0;
+        weight = sum_of_warp(weight);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (split(i) < ATTENTION_SPLITS)
+                s.factors[head * ATTENTION_SPLITS + split(i)] = exp2f(seen[i].x - highest) / weight;
+    }
+    __syncthreads();
+}
+
+// This split's share of attention's output, rounded as its layer does, listed where it reaches the threshold. Eight
+// lanes to a pair of channels. Returns the list's length.
+__device__ __forceinline__ int list_attended(const u64* attended, float threshold, int split, u32 epoch, Shared& s) {
+    constexpr int LANES_OF_PAIR = 8, COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
+    constexpr int PAIRS = HEADS * HEAD_DIM / 2, PASSES = ceil_div(ceil_div(PAIRS, O_SPLITS), THREADS / LANES_OF_PAIR);
+    const int part = threadIdx.x % LANES_OF_PAIR, place = threadIdx.x / LANES_OF_PAIR;
+    auto pair = [&](int pass) { return split + (place + pass * (THREADS / LANES_OF_PAIR)) * O_SPLITS; };
+    weigh_splits(attended, epoch, s);
+    float values[2 * PASSES];
+    u32 keep = 0;
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++) {
+        const int channel = 2 * pair(pass), head = channel / HEAD_DIM;
+        const bool live = pair(pass) < PAIRS;
+        auto has = [&](int i) { return live && part + i * LANES_OF_PAIR < ATTENTION_SPLITS; };
+        const u64* const first = attended + ((u64)head * ATTENTION_SPLITS + part) * SLOT + channel % HEAD_DIM;
+        float2 seen[COUNT], x = make_float2(0.0f, 0.0f);
+        receive(seen, epoch, [&](int i) { return first + i * LANES_OF_PAIR * SLOT; }, has);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const float factor = has(i) ? s.factors[head * ATTENTION_SPLITS + part + i * LANES_OF_PAIR] : 0.0f;
+            x.x += factor * seen[i].x, x.y += factor * seen[i].y;
+        }
+#pragma unroll
+        for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1) {
+            x.x += __shfl_xor_sync(ALL_LANES, x.x, distance);
+            x.y += __shfl_xor_sync(ALL_LANES, x.y, distance);
+        }
+        values[2 * pass] = rounded(x.x), values[2 * pass + 1] = rounded(x.y);
+#pragma unroll
+        for (int i = 2 * pass; i < 2 * pass + 2; i++)
+            if (live && part == 0 && is_kept(values[i], threshold)) keep |= 1u << i;
+    }
+    return compact(values, keep, [&](int i) { return 2 * pair(i / 2) + i % 2; }, s);
+}

@@ -1,0 +1,57 @@
+// How blocks hand each other vectors without a grid barrier, in the manner of NCCL's LL protocol.
+//
+// A word of 64 bits is an fp32 value and the epoch that it belongs to; it is written and read whole. A reader polls the
+// word itself until the epoch is its own. So value and signal take one trip through L2, where a barrier takes one for
+// the signal and another for the value.
+//
+//     word     bits 0..31 value, bits 32..63 epoch: launches * LAYERS + layer + 1
+//
+// Each word is written once a layer. That it is not overwritten while somebody still reads the last layer's value is
+// what Turnstile sees to. Its two halves are far apart, so that nobody waits for it in practice.
+#pragma once
+
+__device__ __forceinline__ void send(u64* to, float first, float second, u32 epoch) {
+    const u64 a = (u64)epoch << 32 | __float_as_uint(first), b = (u64)epoch << 32 | __float_as_uint(second);
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(a), "l"(b) : "memory");
+}
+
+// COUNT pairs of words, at(i) for pair i where has(i): all loads are in flight before the first is looked at. All lanes
+// of a warp call it together.
+template <int COUNT, class At, class Has>
+__device__ __forceinline__ void receive(float2 (&pairs)[COUNT], u32 epoch, At at, Has has) {
+    u64 a[COUNT], b[COUNT];
+    bool missing;
+    __syncwarp();  // lanes that still have to send must not be kept waiting by those that poll
+    do {
+        missing = false;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            a[i] = b[i] = (u64)epoch << 32;
+            if (has(i))
+                asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a[i]), "=l"(b[i]) : "l"(at(i))
+                             : "memory");
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) missing |= (u32)(a[i] >> 32) != epoch || (u32)(b[i] >> 32) != epoch;
+    } while (missing);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) pairs[i] = make_float2(__uint_as_float((u32)a[i]), __uint_as_float((u32)b[i]));
+}
+
+// A barrier in two halves: enter() says that this block has read all of the layers before; pass() waits until all
+// blocks have said so. The counter only grows, so that nothing is reset between launches.
+struct Turnstile {
+    u32* counter;
+
+    __device__ void enter() const {  // behind a __syncthreads after the last read
+        if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    }
+
+    __device__ void pass(u32 epoch) const {  // before a __syncthreads, behind which words may be sent
+        if (threadIdx.x != 0) return;
+        u32 entered;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(entered) : "l"(counter) : "memory");
+        } while ((int)(entered - epoch * GRID) < 0);
+    }
+};

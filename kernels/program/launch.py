@@ -1,0 +1,81 @@
+"""Loads the compiled program onto a GPU and launches it: cooperatively, so that all blocks run at once or none does."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from teal.errors import UserError
+from teal.kernels.formats.packing import Weight
+from teal.kernels.program.compiler import checked, cubin
+from teal.kernels.program.plan import Device, Plan
+
+KERNEL = b"decode_step"
+
+
+def device_facts(device: torch.device) -> Device:
+    """What plan.py must know of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        torch.cuda.get_device_capability(device),
+    )
+
+
+class Program:
+    """The kernel of a plan on a device, with the memory that its blocks share. Raises UserError if it cannot run there.
+
+    Not for two streams at once: launches share the workspace.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self.plan, self.device = plan, device
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # torch's context is the current one
+            self.module = checked(
+                driver.cuModuleLoadData(cubin(plan.source, torch.cuda.get_device_capability(device)))
+            )
+            self.kernel = checked(driver.cuModuleGetFunction(self.module, KERNEL))
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            checked(driver.cuFuncSetAttribute(self.kernel, attribute, plan.shared_bytes))
+            blocks = checked(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.kernel, plan.threads, plan.shared_bytes)
+            )
+        room = blocks * torch.cuda.get_device_properties(device).multi_processor_count
+        if room < plan.grid:
+            raise UserError(f"{plan.grid} blocks must run at once, and the GPU has room for {room}")
+        self.words = torch.zeros(plan.words, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def launch(self, arguments: Sequence[int]) -> None:
+        """Run once on the current stream. arguments: program.cu's Arguments, each of 64 bits."""
+        from cuda.bindings import driver
+
+        values = (ctypes.c_int64 * len(arguments))(*arguments)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(values))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        plan = self.plan
+        checked(
+            driver.cuLaunchCooperativeKernel(
+                self.kernel, plan.grid, 1, 1, plan.threads, 1, 1, plan.shared_bytes, stream, ctypes.addressof(pointers)
+            )
+        )
+
+
+def meta_words(weight: Weight) -> Tensor | None:
+    """The scales and zeros of a quantized weight as formats.cuh reads them, int32 [K, groups]; None for floats."""
+    if weight.scales is None:
+        return None
+    if weight.zeros is None:
+        return weight.scales.float().view(torch.int32)
+    return weight.scales.contiguous().view(torch.int16).to(torch.int32) << 16 | weight.zeros.to(torch.int32)
+
+
+def matrix_words(weight: Weight, meta: Tensor | None, thresholds: Tensor, bias: Tensor | None) -> list[int]:
+    """A Matrix of formats.cuh."""
+    pointers = [0 if t is None else t.data_ptr() for t in (weight.values, meta, thresholds, bias)]
+    return [*pointers, thresholds.numel()]

@@ -1,0 +1,53 @@
+// gate, up and down without an exchange between them.
+//
+//     block b     columns b U .. (b + 1) U granules of gate, and the same of up, for all input channels
+//                 h = silu(gate) * up of these columns
+//                 the rows of down that these h meet, all columns: partial sums of the whole output
+//
+// Every block walks the same list of kept channels, so gate's and up's load is even, and neighbouring pieces of a row
+// are read at about the same time. down's is not: blocks keep different shares of their h.
+#pragma once
+
+constexpr int H_PAIRS = MLP_GRANULES * GateUp::COLUMNS / 2;  // of a block's h
+static_assert(H_PAIRS <= THREADS, "a block has more columns of the hidden layer than threads");
+
+// Sums of gate and up over the list into s.slots.
+__device__ __forceinline__ void gate_and_up(const Matrix& m, int count, Shared& s) {
+    constexpr int PIECE = 2 * MLP_GRANULES, HALF = GateUp::GRANULES / 2;
+    Place<GateUp, PIECE> place;
+    const bool is_up = place.granule >= MLP_GRANULES;
+    const int column = blockIdx.x * MLP_GRANULES + place.granule % MLP_GRANULES;
+    place.active &= column < HALF;
+    Sums<GateUp::BITS> sums;
+    gather<GateUp, PIECE, true>(sums, m, place, column + (is_up ? HALF : 0), threshold_of(m, is_up), count,
+                                {s.list_values, s.list_rows}, s.ring);
+    __syncthreads();
+    lay_out<GateUp, PIECE>(sums, place, s.slots);
+    __syncthreads();
+}
+
+// List this block's h where it reaches down's threshold; returns the list's length.
+__device__ __forceinline__ int list_hidden(float threshold, Shared& s) {
+    constexpr int PIECE = 2 * MLP_GRANULES;
+    float h[2] = {0.0f, 0.0f};
+    const int pair = threadIdx.x, at = blockIdx.x * MLP_GRANULES + 2 * pair / GateUp::COLUMNS;
+    const bool live = pair < H_PAIRS && at < GateUp::GRANULES / 2;
+    if (live) {
+        const float2 gate = sum_of_slots<GateUp, PIECE>(s.slots, pair);
+        const float2 up = sum_of_slots<GateUp, PIECE>(s.slots, pair + H_PAIRS);
+        const float a = rounded(gate.x), b = rounded(gate.y);
+        h[0] = rounded(a / (1.0f + __expf(-a)) * rounded(up.x));
+        h[1] = rounded(b / (1.0f + __expf(-b)) * rounded(up.y));
+    }
+    const int column = GateUp::column(at, 2 * pair % GateUp::COLUMNS);
+    const u32 keep = live ? (is_kept(h[0], threshold) ? 1u : 0u) | (is_kept(h[1], threshold) ? 2u : 0u) : 0u;
+    return compact(h, keep, [&](int i) { return column + i; }, s);
+}
+
+__device__ __forceinline__ void down(const Matrix& m, int count, u64* partials, u32 epoch, Shared& s) {
+    constexpr int PIECE = Down::GRANULES < Down::TEAMS ? Down::GRANULES : Down::TEAMS;
+    for (int piece = 0; piece < ceil_div(Down::GRANULES, PIECE); piece++) {
+        if (piece) __syncthreads();  // s.slots is still being read
+        product<Down, PIECE>(m, piece, blockIdx.x, count, partials, epoch, s, [] {});
+    }
+}

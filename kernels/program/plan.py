@@ -1,0 +1,240 @@
+"""How a model's decode step is cut over the blocks of program.cu, and the config that it is compiled with.
+
+A table of four products, each [K, N] of a format, is all that the kernel knows of a model beside sizes of attention:
+
+    q,k,v       pieces of columns x splits of channels      no piece has columns of two of them
+    o           pieces of columns x splits of channels
+    gate,up     mlp_blocks of mlp_granules each, all channels
+    down        the rows of each of these blocks
+
+A granule is 16 bytes of a row (formats.cuh).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from teal.kernels.formats.packing import Weight
+from teal.model import ModelConfig
+
+MAX_CHANNELS = 1 << 16  # of a product: lists hold 16-bit channels
+MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
+GROUP_HEADS = 4  # query heads that a block attends with at once: their sums fill a lane's registers
+MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
+MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
+# Bytes of a row that a block reads at once: scales come in sectors of 32 bytes, which serve 8 groups. Wider pieces
+# leave more splits, whose sums have to be added.
+PIECE_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the plan must know of a GPU: multiprocessors, bytes of shared memory of a block, compute capability."""
+
+    multiprocessors: int
+    shared_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Shape and format of a product's weight. group: columns to a scale, 1 for floats."""
+
+    K: int
+    N: int
+    bits: int
+    group: int
+
+    @classmethod
+    def of(cls, weight: Weight) -> "Format":
+        return cls(weight.K, weight.N, weight.bits, weight.group_size)
+
+    @property
+    def columns(self) -> int:
+        """Of a granule."""
+        return 128 // self.bits
+
+    @property
+    def granules(self) -> int:
+        """Of a row."""
+        return self.N // self.columns
+
+    def teams(self, threads: int) -> int:
+        """Of lanes that sum a granule together."""
+        return threads // 4 if self.bits == 4 else threads
+
+    def __str__(self) -> str:
+        return f"Format<{self.K}, {self.N}, {self.bits}, {self.group}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The model as the plan sees it. head is None for one in floats, which is [V, C]."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    products: tuple[Format, Format, Format, Format]  # q,k,v; o; gate,up; down
+    head: Format | None
+
+    @property
+    def heads_of_key(self) -> int:
+        return self.config.num_heads // self.config.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the step is cut; source is config.cuh, and words the size of the workspace in 64-bit words."""
+
+    grid: int
+    threads: int
+    shared_bytes: int
+    words: int
+    source: str
+
+
+def weight_obstacle(weights: Sequence[Weight]) -> str:
+    """Why the kernel cannot take these weights of all blocks, those of a projection in turn; empty if it can."""
+    for weight in weights:
+        if weight.refined is not None:
+            return "weights of mixed bits are not supported"
+        if weight.by_input:
+            return "groups along the input are not supported"
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            return f"weights of {str(weight.dtype).removeprefix('torch.')} are not supported; expected bf16 or fp16"
+        if not weight.values.is_contiguous() or weight.values.data_ptr() % 16:
+            return "a weight is not contiguous"
+        if weight.K > MAX_CHANNELS:
+            return f"{weight.K} input channels are too many; expected at most {MAX_CHANNELS}"
+        if weight.N * weight.bits % 128:
+            return f"{weight.N} columns of {weight.bits} bits are no multiple of 16 bytes"
+    return ""
+
+
+def obstacle(model: Model, device: Device) -> str:
+    """Why the kernel cannot run a model of these shapes on a device; empty if it can."""
+    c, columns = model.config, model.products[0].columns
+    if device.capability < (8, 0):
+        return f"compute capability {'.'.join(map(str, device.capability))} is too old; expected 8.0 or later"
+    if c.head_dim not in (16, 32, 64, 128, 256):
+        return f"heads of {c.head_dim} channels are not supported; expected 16, 32, 64, 128 or 256"
+    if c.hidden_size > MAX_HIDDEN:
+        return f"hidden size {c.hidden_size} is too large; expected at most {MAX_HIDDEN}"
+    if c.q_size % columns or c.kv_size % columns or c.intermediate_size % model.products[2].columns:
+        return f"widths are no multiples of {columns} columns, which are 16 bytes"
+    if _units(model) > device.multiprocessors:
+        return f"{_units(model)} groups of heads exceed {device.multiprocessors} multiprocessors"
+    if _cut(model, device) is None:
+        return f"{device.shared_bytes} bytes of shared memory are too few for hidden size {c.hidden_size}"
+    return ""
+
+
+def plan(model: Model, device: Device) -> Plan:
+    """The plan of a model that has no obstacle. Raises ValueError for another."""
+    if reason := obstacle(model, device):
+        raise ValueError(reason)
+    found = _cut(model, device)
+    assert found is not None
+    return found
+
+
+def pieces_and_splits(product: Format, unit: int, grid: int, threads: int) -> tuple[int, int]:
+    """(granules of a piece, splits of the channels): whole pieces of unit granules that keep most blocks busy."""
+    most = min(unit, product.teams(threads))
+    found = []
+    for piece in (p for p in range(1, most + 1) if unit % p == 0):
+        pieces = product.granules // piece
+        if pieces > grid:
+            continue
+        splits = min(grid // pieces, max(1, product.K // 16))
+        distance = abs(math.log2(16 * piece / PIECE_BYTES))
+        found.append((round(pieces * splits / grid, 1), -distance, piece, splits))
+    if not found:
+        return most, 1
+    _, _, piece, splits = max(found)
+    return piece, splits
+
+
+def _units(model: Model) -> int:
+    """Key/value heads, each with the groups of its query heads."""
+    return model.config.num_kv_heads * math.ceil(model.heads_of_key / min(GROUP_HEADS, model.heads_of_key))
+
+
+def _cut(model: Model, device: Device) -> Plan | None:
+    """The plan with as many threads and stages as shared memory has room for; None without room."""
+    for threads in (512, 256):
+        sizes = _sizes(model, device.multiprocessors, threads)
+        if sizes is None:
+            continue
+        for stages in range(MAX_STAGES, 1, -1):
+            shared = _shared_bytes(model, sizes, threads, stages)
+            if shared <= device.shared_bytes:
+                words = _words(model, sizes)
+                source = _source(model, sizes | {"THREADS": threads, "STAGES": stages}, shared, words)
+                return Plan(sizes["GRID"], threads, shared, words, source)
+    return None
+
+
+def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
+    """Constants of the config that say how the work is cut; None if so many threads are too few."""
+    c, (qkv, o, gate_up, down) = model.config, model.products
+    unit = math.gcd(c.q_size, c.kv_size) // qkv.columns
+    qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads)
+    o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads)
+    half = gate_up.granules // 2
+    mlp_granules = math.ceil(half / grid)
+    widest = max(2 * mlp_granules, qkv_piece, o_piece)
+    head = model.head
+    if widest > gate_up.teams(threads) or mlp_granules * gate_up.columns // 2 > threads:
+        return None
+    if head is not None and math.ceil(head.granules / grid) > head.teams(threads):
+        return None
+    if qkv.granules // qkv_piece > grid or o.granules // o_piece > grid:
+        return None
+    return {
+        "GRID": grid,
+        "QKV_PIECE": qkv_piece,
+        "QKV_SPLITS": qkv_splits,
+        "O_PIECE": o_piece,
+        "O_SPLITS": o_splits,
+        "MLP_GRANULES": mlp_granules,
+        "MLP_BLOCKS": math.ceil(half / mlp_granules),
+        "GROUP_HEADS": min(GROUP_HEADS, model.heads_of_key),
+        "ATTENTION_SPLITS": min(grid // _units(model), MAX_ATTENTION_SPLITS),
+    }
+
+
+def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int) -> int:
+    """What shared.cuh's Shared takes at most; the compiler checks it."""
+    c = model.config
+    ring = max(stages * 4 * threads * 20, threads * 64, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
+    chunk = 2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"])
+    lists = 6 * (max(c.hidden_size, chunk, sizes["MLP_GRANULES"] * model.products[2].columns) + 8)
+    heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim + 4 * c.num_heads * sizes["ATTENTION_SPLITS"]
+    return ring + lists + 8 * threads + heads + 2048
+
+
+def _words(model: Model, sizes: dict[str, int]) -> int:
+    """Size of the workspace: program.cu's Words."""
+    c, qkv = model.config, model.products[0]
+    of_products = (sizes["QKV_SPLITS"] + 1) * qkv.N + (sizes["O_SPLITS"] + sizes["MLP_BLOCKS"] + 2) * c.hidden_size
+    return of_products + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
+
+
+def _source(model: Model, sizes: dict[str, int], shared: int, words: int) -> str:
+    c = model.config
+    constants = sizes | {
+        "HIDDEN": c.hidden_size, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads, "HEAD_DIM": c.head_dim,
+        "LAYERS": c.num_layers, "VOCAB": c.vocab_size, "Q_SIZE": c.q_size, "KV_SIZE": c.kv_size,
+        "HEAD_BITS": 16 if model.head is None else model.head.bits, "SHARED_BYTES": shared,
+    }  # fmt: skip
+    lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    is_bf16 = str(model.dtype == torch.bfloat16).lower()
+    lines += [f"constexpr bool FLOAT_IS_BF16 = {is_bf16};", f"constexpr long long WORKSPACE_WORDS = {words};"]
+    lines += [f"constexpr float NORM_EPS = {c.norm_eps!r}f, ATTENTION_SCALE = {1 / math.sqrt(c.head_dim)!r}f;"]
+    names = ("Qkv", "O", "GateUp", "Down", "Head")
+    head = model.head or Format(c.hidden_size, 8, 16, 1)  # of floats it is not read by gather.cuh
+    lines += ["template <int, int, int, int>", "struct Format;"]
+    lines += [f"using {name} = {product};" for name, product in zip(names, (*model.products, head), strict=True)]
+    return "#pragma once\n" + "\n".join(lines) + "\n"

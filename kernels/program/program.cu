@@ -1,0 +1,187 @@
+// A whole decode step of one row as one cooperative launch: embedding, all blocks, and the head if it is wanted.
+//
+// One block of 512 threads a multiprocessor, from the first layer to the last. A layer:
+//
+//     phase        block's share                              then, through L2 (exchange.cuh)
+//     ---------    ---------------------------------------    -------------------------------------------------
+//     norm, list   all of x, its share of the channels        -
+//     q, k, v      (piece of columns, split of channels)      partial sums > reducers > q, k, v to attention
+//     attention    (key/value head, split of positions)       unnormalised sums > the splits of o
+//     o            (piece of columns, split of channels)      partial sums > reducers > x of all blocks
+//     norm, list   all of x                                   -
+//     gate, up     U granules of each, all channels           stays in the block
+//     down         the rows of its own hidden columns         partial sums > reducers > x of all blocks
+//
+// Seven trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
+// weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 12 MB of words from L2.
+//
+// The generated config (plan.py) says the model's shapes and how each product is cut; nothing here names a family.
+#include "config.cuh"
+#include "common.cuh"
+#include "exchange.cuh"
+#include "formats.cuh"
+#include "gather.cuh"
+#include "shared.cuh"
+#include "residual.cuh"
+#include "product.cuh"
+#include "attention.cuh"
+#include "mlp.cuh"
+#include "head.cuh"
+
+struct Layer {
+    Matrix qkv, o, gate_up, down;
+    const u16 *attention_norm, *ffn_norm, *q_norm, *k_norm;
+    i64 window;
+};
+
+struct Words {  // offsets of the exchanged vectors in the workspace, in words
+    static constexpr i64 QKV_PARTS = 0, QKV = QKV_PARTS + (i64)QKV_SPLITS * Qkv::N, ATTENDED = QKV + Qkv::N;
+    static constexpr i64 O_PARTS = ATTENDED + (i64)HEADS * ATTENTION_SPLITS * SLOT;
+    static constexpr i64 O = O_PARTS + (i64)O_SPLITS * HIDDEN, DOWN_PARTS = O + HIDDEN;
+    static constexpr i64 DOWN = DOWN_PARTS + (i64)MLP_BLOCKS * HIDDEN, FOUND = DOWN + HIDDEN, END = FOUND + 2 * GRID;
+};
+static_assert(Words::END <= WORKSPACE_WORDS, "plan.py and program.cu disagree about the workspace");
+
+struct Arguments {
+    const Layer* layers;
+    const u16* embedding;
+    const float* frequencies;  // of the rotary embedding, [HEAD_DIM / 2]
+    const u16* norm;
+    Matrix head;
+    Cache cache;
+    u64* words;
+    u32* launches;  // of this program so far
+    u32* entered;   // Turnstile's counter
+    const i64* token;
+    i64* position;
+    float* hidden;      // fp32 [HIDDEN], or null
+    float* logits;      // fp32 [VOCAB], or null: without the head
+    i64* next_token;    // or null
+};
+
+struct Step {
+    const Arguments& a;
+    Shared& s;
+    Residual x;
+    int position, layer;
+    u32 epoch;
+
+    __device__ u64* words(i64 offset) const { return a.words + offset; }
+
+    __device__ void send_qkv(const Layer& l) {
+        float y[2 * X_PAIRS];
+        x.normed(y, l.attention_norm, s);
+        const Turnstile turnstile{a.entered};
+        turnstile.enter();  // normed's barrier stands behind the last read of the layer before
+        constexpr int PIECES = Qkv::GRANULES / QKV_PIECE;
+        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
+        const int column = Qkv::column(piece * QKV_PIECE, 0);
+        const int segment = column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2;
+        if (split >= QKV_SPLITS) {
+            turnstile.pass(epoch);
+            __syncthreads();
+            return;
+        }
+        const u32 keep = kept(y, threshold_of(l.qkv, segment), split, QKV_SPLITS);
+        const int count = compact(y, keep, Residual::channel, s);
+        product<Qkv, QKV_PIECE>(l.qkv, piece, split, count, words(Words::QKV_PARTS), epoch, s,
+                                [&] { turnstile.pass(epoch); });
+    }
+
+    __device__ void reduce_qkv(const Layer& l) {
+        u64* const to = words(Words::QKV);
+        reduce<Qkv::N, QKV_SPLITS>(words(Words::QKV_PARTS), epoch, s, [&](int column, float2 sum) {
+            send(to + column, rounded(sum.x + bias_of(l.qkv, column)), rounded(sum.y + bias_of(l.qkv, column + 1)),
+                 epoch);
+        });
+    }
+
+    __device__ void attend(const Layer& l, Attention& attention) {
+        attention.take_heads(words(Words::QKV), epoch, s);
+        attention.rotate(l.q_norm, l.k_norm, s);
+        attention.store_new(a.cache, layer, s);
+        Running run;
+        attention.attend(run, a.cache, layer, s);
+        attention.send_seen(run, words(Words::ATTENDED), epoch, s);
+        __syncthreads();
+    }
+
+    __device__ void send_o(const Layer& l) {
+        constexpr int PIECES = O::GRANULES / O_PIECE;
+        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
+        if (split >= O_SPLITS) return;
+        const int count = list_attended(words(Words::ATTENDED), threshold_of(l.o, 0), split, epoch, s);
+        product<O, O_PIECE>(l.o, piece, split, count, words(Words::O_PARTS), epoch, s, [] {});
+    }
+
+    template <int SPLITS>
+    __device__ void reduce_to_residual(const Matrix& m, i64 parts, i64 to) {
+        reduce<HIDDEN, SPLITS>(words(parts), epoch, s, [&](int column, float2 sum) {
+            send(words(to) + column, sum.x + bias_of(m, column), sum.y + bias_of(m, column + 1), epoch);
+        });
+        x.add(words(to), epoch);
+    }
+
+    __device__ void feed_forward(const Layer& l) {
+        if (blockIdx.x >= MLP_BLOCKS) return;
+        float y[2 * X_PAIRS];
+        x.normed(y, l.ffn_norm, s);
+        const u32 keep = kept(y, fminf(threshold_of(l.gate_up, 0), threshold_of(l.gate_up, 1)), 0, 1);
+        gate_and_up(l.gate_up, compact(y, keep, Residual::channel, s), s);
+        const int count = list_hidden(threshold_of(l.down, 0), s);
+        ::down(l.down, count, words(Words::DOWN_PARTS), epoch, s);
+    }
+
+    __device__ void run_layer(const Layer& l) {
+        Attention attention;
+        const bool attends = attention.place(position, (int)l.window);
+        if (attends) attention.prefetch(a.cache, layer);
+        send_qkv(l);
+        reduce_qkv(l);
+        if (attends) attend(l, attention);
+        send_o(l);
+        reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
+        feed_forward(l);
+        reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
+    }
+
+    __device__ void finish() {
+        if (a.hidden && blockIdx.x == 0) {
+#pragma unroll
+            for (int i = 0; i < X_PAIRS; i++)
+                if (Residual::has(i)) ((float2*)a.hidden)[Residual::pair(i)] = x.x[i];
+        }
+        if (!a.logits) return;
+        float y[2 * X_PAIRS];
+        x.normed(y, a.norm, s);
+        Best best{NOTHING, VOCAB};
+        if constexpr (HEAD_BITS == 16) {
+#pragma unroll
+            for (int i = 0; i < X_PAIRS; i++)
+                if (Residual::has(i)) ((float2*)s.list_values)[Residual::pair(i)] = make_float2(y[2 * i], y[2 * i + 1]);
+            __syncthreads();
+            float_head(a.head, a.logits, best, s);
+        } else {
+            const int count = compact(y, kept(y, 0.0f, 0, 1), Residual::channel, s);
+            quantized_head<Head>(a.head, a.logits, best, count, s);
+        }
+        if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(16) u8 memory[];
+    Shared& s = *(Shared*)memory;
+    Step step{a, s};
+    step.position = (int)*a.position;
+    const u32 launches = *(volatile u32*)a.launches;
+    for (int d = threadIdx.x; d < HEAD_DIM / 2; d += THREADS)
+        sincosf(step.position * a.frequencies[d], &s.sines[d], &s.cosines[d]);
+    step.x.load(a.embedding + *a.token * HIDDEN);
+    for (step.layer = 0; step.layer < LAYERS; step.layer++) {
+        step.epoch = launches * LAYERS + step.layer + 1;
+        step.run_layer(a.layers[step.layer]);
+    }
+    step.finish();
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.launches = launches + 1;
+}
