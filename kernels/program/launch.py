@@ -19,7 +19,7 @@ def device_facts(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     return Device(
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in its stubs
         torch.cuda.get_device_capability(device),
     )
 
@@ -36,9 +36,7 @@ class Program:
         self.plan, self.device = plan, device
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # torch's context is the current one
-            self.module = checked(
-                driver.cuModuleLoadData(cubin(plan.source, torch.cuda.get_device_capability(device)))
-            )
+            self.module = checked(driver.cuModuleLoadData(cubin(plan.source, torch.cuda.get_device_capability(device))))
             self.kernel = checked(driver.cuModuleGetFunction(self.module, KERNEL))
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver.cuFuncSetAttribute(self.kernel, attribute, plan.shared_bytes))

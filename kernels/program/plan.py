@@ -178,7 +178,7 @@ def _cut(model: Model, device: Device) -> Plan | None:
 
 def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     """Constants of the config that say how the work is cut; None if so many threads are too few."""
-    c, (qkv, o, gate_up, down) = model.config, model.products
+    c, (qkv, o, gate_up, _) = model.config, model.products
     unit = math.gcd(c.q_size, c.kv_size) // qkv.columns
     qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads)
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads)

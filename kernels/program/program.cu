@@ -57,7 +57,9 @@ struct Arguments {
     float* hidden;      // fp32 [HIDDEN], or null
     float* logits;      // fp32 [VOCAB], or null: without the head
     i64* next_token;    // or null
+    i64* stamps;        // clocks at the end of each part of each layer, [LAYERS][STAMPS][GRID], or null
 };
+constexpr int STAMPS = 13;
 
 struct Step {
     const Arguments& a;
@@ -67,6 +69,10 @@ struct Step {
     u32 epoch;
 
     __device__ u64* words(i64 offset) const { return a.words + offset; }
+
+    __device__ void stamp(int part) const {
+        if (a.stamps && threadIdx.x == 0) a.stamps[(layer * STAMPS + part) * GRID + blockIdx.x] = clock64();
+    }
 
     __device__ void send_qkv(const Layer& l) {
         float y[2 * X_PAIRS];
@@ -84,6 +90,7 @@ struct Step {
         }
         const u32 keep = kept(y, threshold_of(l.qkv, segment), split, QKV_SPLITS);
         const int count = compact(y, keep, Residual::channel, s);
+        stamp(1);
         product<Qkv, QKV_PIECE>(l.qkv, piece, split, count, words(Words::QKV_PARTS), epoch, s,
                                 [&] { turnstile.pass(epoch); });
     }
@@ -98,6 +105,7 @@ struct Step {
 
     __device__ void attend(const Layer& l, Attention& attention) {
         attention.take_heads(words(Words::QKV), epoch, s);
+        stamp(4);
         attention.rotate(l.q_norm, l.k_norm, s);
         attention.store_new(a.cache, layer, s);
         Running run;
@@ -111,6 +119,7 @@ struct Step {
         const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
         if (split >= O_SPLITS) return;
         const int count = list_attended(words(Words::ATTENDED), threshold_of(l.o, 0), split, epoch, s);
+        stamp(6);
         product<O, O_PIECE>(l.o, piece, split, count, words(Words::O_PARTS), epoch, s, [] {});
     }
 
@@ -127,7 +136,10 @@ struct Step {
         float y[2 * X_PAIRS];
         x.normed(y, l.ffn_norm, s);
         const u32 keep = kept(y, fminf(threshold_of(l.gate_up, 0), threshold_of(l.gate_up, 1)), 0, 1);
-        gate_and_up(l.gate_up, compact(y, keep, Residual::channel, s), s);
+        const int kept_count = compact(y, keep, Residual::channel, s);
+        stamp(9);
+        gate_and_up(l.gate_up, kept_count, s);
+        stamp(10);
         const int count = list_hidden(threshold_of(l.down, 0), s);
         ::down(l.down, count, words(Words::DOWN_PARTS), epoch, s);
     }
@@ -136,13 +148,21 @@ struct Step {
         Attention attention;
         const bool attends = attention.place(position, (int)l.window);
         if (attends) attention.prefetch(a.cache, layer);
+        stamp(0);
         send_qkv(l);
+        stamp(2);
         reduce_qkv(l);
+        stamp(3);
         if (attends) attend(l, attention);
+        stamp(5);
         send_o(l);
+        stamp(7);
         reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
+        stamp(8);
         feed_forward(l);
+        stamp(11);
         reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
+        stamp(12);
     }
 
     __device__ void finish() {

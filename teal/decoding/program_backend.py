@@ -1,7 +1,5 @@
 """A decode step of one row as one CUDA kernel (kernels/program); all else by the fused backend, on the same weights."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +37,7 @@ class ProgramBackend(Backend):
         if isinstance(model.lm_head, QuantizedHead):
             self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
         self.no_threshold = torch.zeros(1, device=device)
+        self.stamps: Tensor | None = None  # clocks of a launch, int64 [layers, STAMPS, grid], if they are wanted
         self.table: tuple[list[int], Tensor] = [], torch.empty(0)  # of all layers: on the host, and on the device
 
     def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
@@ -72,10 +71,11 @@ class ProgramBackend(Backend):
         head = self._matrix(model.lm_head, self.no_threshold)
         self.program.launch([
             rows.data_ptr(), model.embedding.weight.data_ptr(), self.frequencies.data_ptr(),
-            cast(RMSNorm, model.norm).weight.data_ptr(), *head,
+            model.norm.weight.data_ptr(), *head,
             k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(2), k.stride(3),
             self.program.words.data_ptr(), self.program.counters.data_ptr(), self.program.counters[1:].data_ptr(),
             tokens.data_ptr(), positions.data_ptr(), hidden, logits, next_token,
+            0 if self.stamps is None else self.stamps.data_ptr(),
         ])  # fmt: skip
 
     def _layer_table(self) -> Tensor:

@@ -1,0 +1,260 @@
+"""The decode program: what it refuses, how it is cut, that it compiles, and that it computes what the model says."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from teal.decoding.compilation import capture
+from teal.decoding.program_backend import ProgramBackend, build, model_obstacle
+from teal.errors import UserError
+from teal.kernels.program.compiler import compile_source, compiler_obstacle
+from teal.kernels.program.plan import Device, Format, Model, obstacle, pieces_and_splits, plan
+from teal.layers.int8_cache import use_int8_cache
+from teal.layers.quantized_linear import QuantConfig, use_quantized_linears
+from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
+from teal.plan import ProjectionPlan, SparsityPlan
+from teal.teal_layers import SparseLinear, sparsify
+from tests.conftest import PROJECTIONS, assert_near
+
+SMALL = ModelConfig(
+    vocab_size=1024, hidden_size=512, intermediate_size=1408, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64,
+    max_seq_len=256,
+)  # fmt: skip
+LLAMA_3_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192)
+QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 8192, qkv_bias=True)
+LLAMA_1B = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192)
+A100, RTX_4090, H100 = Device(108, 166912, (8, 0)), Device(128, 101376, (8, 9)), Device(132, 232448, (9, 0))
+THRESHOLDS = {"q": 0.5, "k": 0.6, "v": 0.4, "o": 0.1, "gate": 0.7, "up": 0.4, "down": 0.3}
+PROMPT, STEPS = 150, 3
+
+
+def described(config: ModelConfig, bits: int, head_bits: int, dtype: torch.dtype = torch.bfloat16) -> Model:
+    """What the plan sees of a model whose weights have so many bits."""
+    group = 1 if bits == 16 else 128
+    qkv, o, gate_up, down = (Format(p.in_features, sum(p.sizes), bits, group) for p in config.projections())
+    head = None if head_bits == 16 else Format(config.hidden_size, config.vocab_size, head_bits, 128)
+    return Model(config, dtype, (qkv, o, gate_up, down), head)
+
+
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, quant: str | None, lm_head: bool, sparse: bool, device: str
+) -> Transformer:
+    """A model of random weights, whose entries are about 1 all through it."""
+    generator = torch.Generator().manual_seed(0)
+    model = Transformer(config)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        scale = 0.1 if "bias" in name or "norm" in name else 1 if "embedding" in name else p.shape[-1] ** -0.5
+        p.data = noise * scale + (1 if "norm" in name else 0)
+    model = model.to(device, dtype).requires_grad_(False)
+    if quant:
+        group = next(size for size in (128, 64, 32) if config.intermediate_size % size == 0)
+        use_quantized_linears(model, QuantConfig(quant, group, lm_head), fill=True)
+    layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] if sparse else 0.0) for name in PROJECTIONS}
+    return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * config.num_layers))
+
+
+class PlainLinear(nn.Module):
+    """The fp32 reference of a SparseLinear: what is below a name's threshold, in the model's dtype, counts as 0."""
+
+    def __init__(self, module: SparseLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts = module.dequantized().float().split(module.sizes, dim=1)
+        self.limits = module.name_thresholds.to(dtype).float()
+        self.bias = None if module.bias is None else module.bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        limits = self.limits if x.shape[1] == 1 else torch.zeros_like(self.limits)  # a prompt is dense
+        kept = [torch.where(x.abs() < limit, 0.0, x) for limit in limits]
+        y = torch.cat([part @ weight for part, weight in zip(kept, self.parts, strict=True)], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+def reference(model: Transformer) -> Transformer:
+    """The model in fp32 and plain PyTorch."""
+    dtype, plain = model.embedding.weight.dtype, Transformer(model.config).to(model.embedding.weight.device)
+    for ours, its in zip(plain.blocks, model.blocks, strict=True):
+        for p in ours.projections():
+            module = its.get_submodule(p.module)
+            assert isinstance(module, SparseLinear)
+            ours.set_submodule(p.module, PlainLinear(module, dtype))
+        for mine, norm in zip(ours.norms().values(), its.norms().values(), strict=True):
+            if isinstance(norm, RMSNorm):
+                mine.weight = nn.Parameter(norm.weight.float())
+    head: Any = model.lm_head
+    weight = head.dequantized().float().t() if hasattr(head, "dequantized") else head.weight.float()
+    plain.lm_head.weight = nn.Parameter(weight.contiguous())
+    plain.embedding.weight.data, plain.norm.weight.data = model.embedding.weight.float(), model.norm.weight.float()
+    return plain.requires_grad_(False)
+
+
+@torch.inference_mode()
+def expected_logits(model: Transformer, ids: Tensor) -> Tensor:
+    """Logits [STEPS, 1, V] of the reference's steps after a prompt."""
+    plain, device = reference(model), ids.device
+    cache = KVCache(model.config, 1, PROMPT + STEPS, device, torch.float32)
+    plain.hidden_states(ids[:, :PROMPT], torch.arange(PROMPT, device=device)[None], cache)
+    places = torch.arange(PROMPT, PROMPT + STEPS, device=device)[:, None, None]
+    return torch.stack([plain(ids[:, int(p) : int(p) + 1], p, cache)[:, 0] for p in places])
+
+
+@torch.inference_mode()
+def program_logits(backend: ProgramBackend, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The program's, by the model's own head; and those of its head [1, V], after the first of these tokens."""
+    device, cache = ids.device, backend.model.new_cache(1, PROMPT + STEPS + 8)
+    backend.prefill(ids[:, :PROMPT], torch.arange(PROMPT, device=device)[None], cache)
+    found = []
+    for place in range(PROMPT, PROMPT + STEPS):
+        token, position = ids[:, place : place + 1].clone(), torch.full((1, 1), place, device=device)
+        found.append(backend.logits(backend.decode(token, position, cache)[:, 0]))
+    token, position = ids[:, PROMPT : PROMPT + 1].clone(), torch.full((1, 1), PROMPT, device=device)
+    logits = backend.choose(token, position, cache)
+    assert logits is not None and int(token) == int(logits.argmax()) and int(position) == PROMPT + 1
+    return torch.stack(found), logits
+
+
+@pytest.mark.parametrize(
+    "changes,device,message",
+    [
+        ({"head_dim": 96, "num_heads": 4, "num_kv_heads": 4}, H100, "heads of 96 channels are not supported; expected 16, 32, 64, 128 or 256"),
+        ({"hidden_size": 20480}, H100, "hidden size 20480 is too large; expected at most 16384"),
+        ({"num_kv_heads": 8}, replace(H100, multiprocessors=7), "8 groups of heads exceed 7 multiprocessors"),
+        ({}, replace(H100, capability=(7, 5)), "compute capability 7.5 is too old; expected 8.0 or later"),
+        ({}, replace(H100, shared_bytes=49152), "49152 bytes of shared memory are too few for hidden size 512"),
+        ({"intermediate_size": 1400}, H100, "widths are no multiples of 32 columns, which are 16 bytes"),
+    ],
+)
+def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, message: str) -> None:
+    model = described(replace(SMALL, **changes), 4, 8)
+    assert obstacle(model, device) == message
+    with pytest.raises(ValueError, match=message):
+        plan(model, device)
+
+
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        ("fits", ""),
+        ("fp32", "weights of float32 are not supported; expected bf16 or fp16"),
+        ("input groups", "groups along the input are not supported"),
+        ("mixed", "weights of mixed bits are not supported"),
+        ("int8 cache", "a KV cache in 8 bits is not supported"),
+        ("dense", "weights are not in the kernels' layout"),
+    ],
+)
+def test_formats_that_are_refused(kind: str, message: str) -> None:
+    config, dtype = (
+        replace(SMALL, num_layers=1, sliding_windows=()),
+        torch.float32 if kind == "fp32" else torch.bfloat16,
+    )
+    model = Transformer(config).to(dtype).requires_grad_(False)
+    grouping = "input" if kind == "input groups" else "output"
+    if kind == "mixed":
+        use_quantized_linears(model, QuantConfig("mixed", 128, average_bits=4.5, refined=((1, 1, 1, 1),)))
+    elif kind != "dense":
+        use_quantized_linears(model, QuantConfig("int4", 128, grouping=grouping))
+    if kind == "int8 cache":
+        use_int8_cache(model)
+    if kind == "fp32":
+        model.lm_head.to(torch.bfloat16)
+    assert model_obstacle(model, H100) == message
+    assert build(model, "test", False) == "its kernel needs CUDA, and the model is on cpu"
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("config", [LLAMA_3_8B, QWEN_7B, LLAMA_1B, SMALL], ids=["8B", "qwen", "1B", "small"])
+def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bits: int) -> None:
+    qkv = described(config, bits, 16).products[0]
+    unit = math.gcd(config.q_size, config.kv_size) // qkv.columns
+    piece, splits = pieces_and_splits(qkv, unit, H100.multiprocessors, 512)
+    assert qkv.granules % piece == 0 and qkv.granules // piece * splits <= H100.multiprocessors
+    for end in (config.q_size, config.q_size + config.kv_size):
+        assert end % (piece * qkv.columns) == 0, "a piece has columns of two projections"
+
+
+@pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
+@pytest.mark.parametrize("device", [A100, RTX_4090, H100], ids=["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("bits,head_bits", [(4, 8), (8, 16), (16, 16), (4, 4)])
+def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int) -> None:
+    found = plan(described(LLAMA_3_8B, bits, head_bits), device)
+    assert found.shared_bytes <= device.shared_bytes
+    assert b"decode_step" in compile_source(found.source, f"sm_{device.capability[0]}{device.capability[1]}")
+
+
+@pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
+def test_a_failed_compilation_says_where() -> None:
+    with pytest.raises(UserError, match=r"compiling program.cu for sm_90 failed: .*error"):
+        compile_source("#error no config", "sm_90")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "quant,lm_head", [(None, False), ("int8", True), ("int4", False)], ids=["floats", "int8", "int4"]
+)
+@pytest.mark.parametrize("dtype,limit", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=["bf16", "fp16"])
+def test_logits_are_the_references(
+    dtype: torch.dtype, limit: float, quant: str | None, lm_head: bool, sparse: bool
+) -> None:
+    check_logits(SMALL, dtype, limit, quant, lm_head, sparse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": True, "o_bias": True, "qk_norm": True, "sliding_windows": (40, None, 7)},
+        {"num_heads": 7, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 896},
+        {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "hidden_size": 96, "intermediate_size": 160},
+        {"num_heads": 2, "num_kv_heads": 1, "head_dim": 256, "tie_embeddings": True},
+    ],
+    ids=["bias-norm-window", "seven-heads-a-key", "narrow", "wide-heads-tied"],
+)
+def test_families(changes: dict[str, Any]) -> None:
+    quant = None if changes.get("tie_embeddings") else "int4"
+    check_logits(replace(SMALL, **changes), torch.bfloat16, 4e-2, quant, False, sparse=True)
+
+
+def check_logits(
+    config: ModelConfig, dtype: torch.dtype, limit: float, quant: str | None, lm_head: bool, sparse: bool
+) -> None:
+    """The program's logits are the reference's, and the same bits in every run."""
+    model = random_model(config, dtype, quant, lm_head, sparse, "cuda")
+    ids = torch.randint(0, config.vocab_size, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1)).cuda()
+    expected = expected_logits(model, ids)
+    backend = build(model, "test", False)
+    assert isinstance(backend, ProgramBackend), backend
+    logits, of_its_head = program_logits(backend, ids)
+    assert_near("logits", logits, expected, limit)
+    assert_near("logits of the program's head", of_its_head, expected[0], limit)
+    for _ in range(10):
+        again = program_logits(backend, ids)
+        assert torch.equal(again[0], logits) and torch.equal(again[1], of_its_head), "bits differ between runs"
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_graph_gives_the_same_tokens_and_sees_new_thresholds() -> None:
+    model = random_model(SMALL, torch.bfloat16, "int4", True, True, "cuda")
+    backend = build(model, "test", False)
+    assert isinstance(backend, ProgramBackend), backend
+    cache, token, position = model.new_cache(1, 256), *(torch.zeros(1, 1, dtype=torch.int64).cuda() for _ in range(2))
+
+    def text(step: Any, count: int = 20) -> list[int]:
+        token.fill_(5)
+        position.zero_()
+        return [step() or int(token) for _ in range(count)]
+
+    def eager() -> None:
+        backend.choose(token, position, cache)
+
+    sparse = text(eager)
+    graph = capture(eager, (token, position))
+    assert text(graph.replay) == sparse
+    sparsify(model, SparsityPlan({}, "test", 0.0, ({n: ProjectionPlan(0.0, 0.0) for n in PROJECTIONS},) * 3))
+    dense = text(eager)
+    assert text(graph.replay) == dense != sparse
