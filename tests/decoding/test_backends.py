@@ -86,8 +86,8 @@ def run(backend: Backend, parts: tuple[int, ...] = (6, 3), steps: int = 2) -> Te
         ("cuda", False, False, None, "compiled"),
         ("cuda", False, False, True, "compiled"),
         ("cuda", False, False, False, "eager"),
-        ("cuda", True, False, None, "fused"),
-        ("cuda", True, False, False, "fused"),
+        ("cuda", True, False, None, "program"),
+        ("cuda", True, False, False, "program"),
         ("cuda", False, True, None, "fused"),
     ],
 )
