@@ -101,8 +101,8 @@ struct Attention {
         const int at = begin + threadIdx.x / LINES;
         if (at >= end) return;
         const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position + threadIdx.x % LINES * 64;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(cache.k + offset));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(cache.v + offset));
+        ::prefetch(cache.k + offset);
+        ::prefetch(cache.v + offset);
     }
 
     // Query heads, the key and the value into s.heads, as q, k and v's product gave them.

@@ -1,11 +1,5 @@
-// Types, rounding and the thread's place, for all files of the decode program. No headers: NVRTC brings none.
+// Rounding and the thread's place, for all files of the decode program. No headers: NVRTC brings none.
 #pragma once
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i64 = long long;
 
 constexpr int WARPS = THREADS / 32;  // of the one block on a multiprocessor
 constexpr u32 ALL_LANES = 0xffffffff;
@@ -16,21 +10,11 @@ __device__ __forceinline__ int lane_of_warp() { return threadIdx.x & 31; }
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
-// The model's 16-bit floats by their bits. FLOAT_IS_BF16 comes from the generated config.
-__device__ __forceinline__ u16 bits_of(float x) {
-    u16 bits;
-    if (FLOAT_IS_BF16)
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    else
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
-}
+// The model's 16-bit floats by their bits; FLOAT_IS_BF16 comes from the generated config.
+__device__ __forceinline__ u16 bits_of(float x) { return FLOAT_IS_BF16 ? bf16_bits(x) : fp16_bits(x); }
 
 __device__ __forceinline__ float float_of(u16 bits) {
-    if (FLOAT_IS_BF16) return __uint_as_float((u32)bits << 16);
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-    return x;
+    return FLOAT_IS_BF16 ? __uint_as_float((u32)bits << 16) : from_fp16(bits);
 }
 
 __device__ __forceinline__ float low_of(u32 pair) {

@@ -12,7 +12,7 @@
 
 __device__ __forceinline__ void send(u64* to, float first, float second, u32 epoch) {
     const u64 a = (u64)epoch << 32 | __float_as_uint(first), b = (u64)epoch << 32 | __float_as_uint(second);
-    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(a), "l"(b) : "memory");
+    store_words(to, a, b);
 }
 
 // COUNT pairs of words, at(i) for pair i where has(i): all loads are in flight before the first is looked at. All lanes
@@ -27,9 +27,7 @@ __device__ __forceinline__ void receive(float2 (&pairs)[COUNT], u32 epoch, At at
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
             a[i] = b[i] = (u64)epoch << 32;
-            if (has(i))
-                asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a[i]), "=l"(b[i]) : "l"(at(i))
-                             : "memory");
+            if (has(i)) load_words(at(i), a[i], b[i]);
         }
 #pragma unroll
         for (int i = 0; i < COUNT; i++) missing |= (u32)(a[i] >> 32) != epoch || (u32)(b[i] >> 32) != epoch;
@@ -44,14 +42,12 @@ struct Turnstile {
     u32* counter;
 
     __device__ void enter() const {  // behind a __syncthreads after the last read
-        if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+        if (threadIdx.x == 0) add_release(counter);
     }
 
     __device__ void pass(u32 epoch) const {  // before a __syncthreads, behind which words may be sent
         if (threadIdx.x != 0) return;
-        u32 entered;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(entered) : "l"(counter) : "memory");
-        } while ((int)(entered - epoch * GRID) < 0);
+        while ((int)(load_acquire(counter) - epoch * GRID) < 0) {
+        }
     }
 };

@@ -104,27 +104,14 @@ struct Sums<4> {
     float sum[64] = {};  // tile t = word, half and pair of nibbles: sum[4 t ..] are its four results in this lane
     float correction = 0.0f;
 
-    static __device__ __forceinline__ u32 pack_bf16(float low, float high) {
-        u32 pair;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-        return pair;
-    }
-
-    static __device__ __forceinline__ void multiply(float* d, const u32 (&a)[4], const u32 (&b)[2]) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-    }
-
     __device__ __forceinline__ void scale_inputs(const u32 (&meta)[4], const float (&x)[4], u32 (&high)[2],
                                                  u32 (&low)[2]) {
 #pragma unroll
         for (int r = 0; r < 4; r += 2) {
             const float a = x[r] * high_of(meta[r]), b = x[r + 1] * high_of(meta[r + 1]);
-            high[r / 2] = pack_bf16(a, b);
+            high[r / 2] = bf16_pair(a, b);
             const float a_high = __uint_as_float(high[r / 2] << 16), b_high = __uint_as_float(high[r / 2] & 0xffff0000);
-            low[r / 2] = pack_bf16(a - a_high, b - b_high);
+            low[r / 2] = bf16_pair(a - a_high, b - b_high);
             const float a_low = __uint_as_float(low[r / 2] << 16), b_low = __uint_as_float(low[r / 2] & 0xffff0000);
             correction += (a_high + a_low) * __uint_as_float(0x43000000 | (meta[r] & 0xff) << 16);
             correction += (b_high + b_low) * __uint_as_float(0x43000000 | (meta[r + 1] & 0xff) << 16);
@@ -151,8 +138,8 @@ struct Sums<4> {
                     for (int i = 0; i < 4; i++)
                         a[i] = ((i < 2 ? first : second) >> (8 * pair + 4 * (i % 2)) & 0x000f000f) | 0x43004300;
                     float* d = sum + 4 * ((w * 2 + half) * 2 + pair);
-                    multiply(d, a, high);
-                    multiply(d, a, low);
+                    multiply_add(d, a, high);
+                    multiply_add(d, a, low);
                 }
             }
         }

@@ -22,28 +22,6 @@ struct List {
     u16* rows;
 };
 
-__device__ __forceinline__ u64 evict_first() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// 16 bytes, or zeros where not wanted.
-__device__ __forceinline__ void fetch_row(uint4* to, const u8* from, bool wanted, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
-                     (u32)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(wanted ? 16 : 0), "l"(policy));
-}
-__device__ __forceinline__ void fetch_word(u32* to, const u32* from, bool wanted) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-                 "r"(wanted ? 4 : 0));
-}
-__device__ __forceinline__ void close_fetches() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int OPEN>
-__device__ __forceinline__ void await_fetches() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
-}
-
 // Where a thread stands in a piece of PIECE granules.
 template <class W, int PIECE>
 struct Place {

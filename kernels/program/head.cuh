@@ -26,14 +26,6 @@ struct Best {  // the largest logit and the first place of it; a NaN is larger t
     }
 };
 
-__device__ __forceinline__ uint4 read_once(const u8* from) {
-    uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from), "l"(evict_first()));
-    return x;
-}
-
 // Logits of x, which stands in s.list_values.
 __device__ __forceinline__ void float_head(const Matrix& m, float* logits, Best& best, const Shared& s) {
     constexpr int ROWS = 4, PER_BLOCK = ceil_div(VOCAB, GRID);

@@ -23,6 +23,7 @@ MAX_CHANNELS = 1 << 16  # of a product: lists hold 16-bit channels
 MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
 GROUP_HEADS = 4  # query heads that a block attends with at once: their sums fill a lane's registers
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
+BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
 MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
 # Bytes of a row that a block reads at once: scales come in sectors of 32 bytes, which serve 8 groups. Wider pieces
 # leave more splits, whose sums have to be added.
@@ -163,7 +164,7 @@ def _units(model: Model) -> int:
 
 def _cut(model: Model, device: Device) -> Plan | None:
     """The plan with as many threads and stages as shared memory has room for; None without room."""
-    for threads in (512, 256):
+    for threads in BLOCK_THREADS:
         sizes = _sizes(model, device.multiprocessors, threads)
         if sizes is None:
             continue

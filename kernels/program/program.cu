@@ -17,6 +17,7 @@
 //
 // The generated config (plan.py) says the model's shapes and how each product is cut; nothing here names a family.
 #include "config.cuh"
+#include "ptx.cuh"
 #include "common.cuh"
 #include "exchange.cuh"
 #include "formats.cuh"
@@ -190,8 +191,7 @@ struct Step {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(16) u8 memory[];
-    Shared& s = *(Shared*)memory;
+    Shared& s = *(Shared*)shared_memory();
     Step step{a, s};
     step.position = (int)*a.position;
     const u32 launches = *(volatile u32*)a.launches;
