@@ -15,7 +15,7 @@ from teal.errors import UserError
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
 from teal.kernels.program.plan import Device, Format, Model, obstacle, pieces_and_splits, plan
 from teal.layers.int8_cache import use_int8_cache
-from teal.layers.quantized_linear import QuantConfig, use_quantized_linears
+from teal.layers.quantized_linear import QuantConfig, pick_group_size, use_quantized_linears
 from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import SparseLinear, sparsify
@@ -66,8 +66,8 @@ def random_model(
         p.data = noise * scale + (1 if "norm" in name else 0)
     model = model.to(device, dtype).requires_grad_(False)
     if quant:
-        group = next(size for size in (128, 64, 32) if config.intermediate_size % size == 0)
-        use_quantized_linears(model, QuantConfig(quant, group, lm_head), fill=True)
+        scheme = QuantConfig(quant, pick_group_size(config, None, lm_head), lm_head)
+        use_quantized_linears(model, scheme, fill=True)
     layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] if sparse else 0.0) for name in PROJECTIONS}
     return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * config.num_layers))
 
