@@ -38,7 +38,9 @@ class ProgramBackend(Backend):
             self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
         self.no_threshold = torch.zeros(1, device=device)
         self.stamps: Tensor | None = None  # clocks of a launch, int64 [layers, STAMPS, grid], if they are wanted
-        self.table: tuple[list[int], Tensor] = [], torch.empty(0)  # of all layers: on the host, and on the device
+        self.tables: dict[
+            tuple[int, ...], Tensor
+        ] = {}  # of all layers, on the device; a captured step may need old ones
 
     def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """As Backend.prefill."""
@@ -79,7 +81,7 @@ class ProgramBackend(Backend):
         ])  # fmt: skip
 
     def _layer_table(self) -> Tensor:
-        """Layer of program.cu for every block, on the device; sent again when a tensor has been replaced."""
+        """Layer of program.cu for every block, on the device; another one when a tensor has been replaced."""
         words: list[int] = []
         for block, window in zip(self.model.blocks, self.model.config.sliding_windows, strict=True):
             for p in block.projections():
@@ -88,9 +90,10 @@ class ProgramBackend(Backend):
             norms = (block.attention_norm, block.ffn_norm, attention.q_norm, attention.k_norm)
             words += [norm.weight.data_ptr() if isinstance(norm, RMSNorm) else 0 for norm in norms]
             words.append(window or 0)
-        if words != self.table[0]:
-            self.table = words, torch.tensor(words, device=self.frequencies.device)
-        return self.table[1]
+        key = tuple(words)
+        if key not in self.tables:
+            self.tables[key] = torch.tensor(words, device=self.frequencies.device)
+        return self.tables[key]
 
     def _matrix(self, module: nn.Module, thresholds: Tensor | None = None) -> list[int]:
         if isinstance(module, OutputHead):
