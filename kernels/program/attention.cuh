@@ -37,18 +37,17 @@ struct Running {  // softmax so far, of GROUP_HEADS query heads over the positio
         for (int d = 0; d < 8; d++) sum[h][d] *= factor;
     }
 
-    // score: this lane's part of q k. All lanes of a warp call it; those without a position are not live.
-    __device__ __forceinline__ void see(const float (&part)[GROUP_HEADS], const float (&v)[8], bool live) {
+    // part: this lane's part of q k. All lanes of a warp call it; those without a position are not live.
+    __device__ __forceinline__ void see(float (&part)[GROUP_HEADS], const float (&v)[8], bool live) {
+#pragma unroll
+        for (int distance = LANES / 2; distance; distance >>= 1)
+#pragma unroll
+            for (int h = 0; h < GROUP_HEADS; h++) part[h] += __shfl_xor_sync(ALL_LANES, part[h], distance);
 #pragma unroll
         for (int h = 0; h < GROUP_HEADS; h++) {
-            float score = part[h];
-#pragma unroll
-            for (int distance = LANES / 2; distance; distance >>= 1)
-                score += __shfl_xor_sync(ALL_LANES, score, distance);
-            if (!live) continue;
-            const float highest = fmaxf(largest[h], score);
-            scale(h, exp2f(largest[h] - highest));
-            const float p = exp2f(score - highest);
+            const float score = live ? part[h] : NOTHING, highest = fmaxf(largest[h], score);
+            const float p = live ? exp2f(score - highest) : 0.0f;
+            scale(h, live ? exp2f(largest[h] - highest) : 1.0f);
             largest[h] = highest, weight[h] += p;
 #pragma unroll
             for (int d = 0; d < 8; d++) sum[h][d] += p * v[d];
@@ -59,10 +58,8 @@ struct Running {  // softmax so far, of GROUP_HEADS query heads over the positio
     __device__ __forceinline__ void join(int distance) {
 #pragma unroll
         for (int h = 0; h < GROUP_HEADS; h++) {
-            const float other = __shfl_xor_sync(ALL_LANES, largest[h], distance);
-            const float highest = fmaxf(largest[h], other);
-            const float factor = highest == NOTHING ? 0.0f : exp2f(largest[h] - highest);
-            scale(h, factor);
+            const float highest = fmaxf(largest[h], __shfl_xor_sync(ALL_LANES, largest[h], distance));
+            scale(h, highest == NOTHING ? 0.0f : exp2f(largest[h] - highest));
             weight[h] += __shfl_xor_sync(ALL_LANES, weight[h], distance);
 #pragma unroll
             for (int d = 0; d < 8; d++) sum[h][d] += __shfl_xor_sync(ALL_LANES, sum[h][d], distance);
@@ -245,65 +242,48 @@ struct Attention {
     }
 };
 
-// What each split counts in its head's attention, into s.factors. A warp for each head.
-__device__ __forceinline__ void weigh_splits(const u64* attended, u32 epoch, Shared& s) {
-    constexpr int COUNT = ceil_div(ATTENTION_SPLITS, 32);
-    for (int head = warp_of_block(); head < HEADS; head += WARPS) {
-        float2 seen[COUNT];  // largest and weight
-        auto split = [](int i) { return lane_of_warp() + 32 * i; };
-        receive(
-            seen, epoch, [&](int i) { return attended + ((u64)head * ATTENTION_SPLITS + split(i)) * SLOT + HEAD_DIM; },
-            [&](int i) { return split(i) < ATTENTION_SPLITS; });
-        float highest = NOTHING, weight = 0.0f;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            if (split(i) < ATTENTION_SPLITS) highest = fmaxf(highest, seen[i].x);
-#pragma unroll
-        for (int distance = 16; distance; distance >>= 1)
-            highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) weight += split(i) < ATTENTION_SPLITS ? exp2f(seen[i].x - highest) * seen[i].y : 0;
-        weight = sum_of_warp(weight);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            if (split(i) < ATTENTION_SPLITS)
-                s.factors[head * ATTENTION_SPLITS + split(i)] = exp2f(seen[i].x - highest) / weight;
-    }
-    __syncthreads();
-}
-
 // This split's share of attention's output, rounded as its layer does, listed where it reaches the threshold. Eight
-// lanes to a pair of channels. Returns the list's length.
-__device__ __forceinline__ int list_attended(const u64* attended, float threshold, int split, u32 epoch, Shared& s) {
+// lanes to a pair of channels, which combine the splits of its head.
+__device__ __forceinline__ Listed list_attended(const u64* attended, float threshold, int split, u32 epoch, Shared& s) {
     constexpr int LANES_OF_PAIR = 8, COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
     constexpr int PAIRS = HEADS * HEAD_DIM / 2, PASSES = ceil_div(ceil_div(PAIRS, O_SPLITS), THREADS / LANES_OF_PAIR);
     const int part = threadIdx.x % LANES_OF_PAIR, place = threadIdx.x / LANES_OF_PAIR;
     auto pair = [&](int pass) { return split + (place + pass * (THREADS / LANES_OF_PAIR)) * O_SPLITS; };
-    weigh_splits(attended, epoch, s);
     float values[2 * PASSES];
     u32 keep = 0;
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
         const int channel = 2 * pair(pass), head = channel / HEAD_DIM;
         const bool live = pair(pass) < PAIRS;
-        auto has = [&](int i) { return live && part + i * LANES_OF_PAIR < ATTENTION_SPLITS; };
-        const u64* const first = attended + ((u64)head * ATTENTION_SPLITS + part) * SLOT + channel % HEAD_DIM;
-        float2 seen[COUNT], x = make_float2(0.0f, 0.0f);
-        receive(seen, epoch, [&](int i) { return first + i * LANES_OF_PAIR * SLOT; }, has);
+        const u64* const first = attended + ((u64)head * ATTENTION_SPLITS + part) * SLOT;
+        float2 seen[2 * COUNT], x = make_float2(0.0f, 0.0f);  // sums, then largest and weight, of each split
+        receive(
+            seen, epoch,
+            [&](int i) { return first + i % COUNT * LANES_OF_PAIR * SLOT + (i < COUNT ? channel % HEAD_DIM : HEAD_DIM); },
+            [&](int i) { return live && part + i % COUNT * LANES_OF_PAIR < ATTENTION_SPLITS; });
+        float highest = NOTHING, weight = 0.0f;
+#pragma unroll
+        for (int i = COUNT; i < 2 * COUNT; i++)
+            if (part + i % COUNT * LANES_OF_PAIR < ATTENTION_SPLITS) highest = fmaxf(highest, seen[i].x);
+#pragma unroll
+        for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1)
+            highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            const float factor = has(i) ? s.factors[head * ATTENTION_SPLITS + part + i * LANES_OF_PAIR] : 0.0f;
-            x.x += factor * seen[i].x, x.y += factor * seen[i].y;
+            if (part + i * LANES_OF_PAIR >= ATTENTION_SPLITS) continue;
+            const float factor = exp2f(seen[COUNT + i].x - highest);
+            weight += factor * seen[COUNT + i].y, x.x += factor * seen[i].x, x.y += factor * seen[i].y;
         }
 #pragma unroll
         for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1) {
+            weight += __shfl_xor_sync(ALL_LANES, weight, distance);
             x.x += __shfl_xor_sync(ALL_LANES, x.x, distance);
             x.y += __shfl_xor_sync(ALL_LANES, x.y, distance);
         }
-        values[2 * pass] = rounded(x.x), values[2 * pass + 1] = rounded(x.y);
+        values[2 * pass] = rounded(x.x / weight), values[2 * pass + 1] = rounded(x.y / weight);
 #pragma unroll
         for (int i = 2 * pass; i < 2 * pass + 2; i++)
             if (live && part == 0 && is_kept(values[i], threshold)) keep |= 1u << i;
     }
-    return compact(values, keep, [&](int i) { return 2 * pair(i / 2) + i % 2; }, s);
+    return compact<O::BITS == 4>(values, keep, [&](int i) { return 2 * pair(i / 2) + i % 2; }, s);
 }

@@ -6,15 +6,16 @@
 //     4      32                     4      tensor cores, see Sums<4>
 //
 // A quantized weight's scales come as one word for each group, made once by the host ("meta"): for 8 bits the scale as
-// fp32, for 4 bits the scale's 16 bits above the zero point. So a lane reads 4 bytes beside its 16, of one sector.
+// fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point.
 #pragma once
 
 struct Matrix {
     const u8* values;
-    const u32* meta;          // [K, N / GROUP], null for floats
+    const u32* meta;          // [K, N / GROUP], of gate and up [N / GROUP, K]; null for floats
     const float* thresholds;  // one for each segment of the output
     const u16* bias;          // [N] or null
     i64 segments;             // 1: one threshold for all
+    double unscale;           // what 4-bit sums are multiplied with, since their scales were enlarged
 };
 
 template <int K_, int N_, int BITS_, int GROUP_>
@@ -97,30 +98,23 @@ struct Sums<8> {
 //
 //     A[g]   = nibbles of lanes 4 g .. 4 g + 3        B[.][g] = x scale of lanes 4 g .. 4 g + 3
 //
-// A nibble n becomes the bf16 128 + n by one logical operation for two of them; the sum of x scale (128 + zero) is kept
-// beside and taken off at the end. x scale is the sum of two bf16, since one would leave an error of 1e-3.
+// One logical operation makes fp16 of two nibbles, by their bits: 1024 + n of a low one, 1024 + 16 n of a high one. What
+// that adds, and the zero points, are summed beside and taken off at the end. x scale is rounded to fp16, 2^-12 of it;
+// the list's entries (compact) and the scales have been multiplied by powers of two so that they fill its range.
 template <>
 struct Sums<4> {
     float sum[64] = {};  // tile t = word, half and pair of nibbles: sum[4 t ..] are its four results in this lane
-    float correction = 0.0f;
-
-    __device__ __forceinline__ void scale_inputs(const u32 (&meta)[4], const float (&x)[4], u32 (&high)[2],
-                                                 u32 (&low)[2]) {
-#pragma unroll
-        for (int r = 0; r < 4; r += 2) {
-            const float a = x[r] * high_of(meta[r]), b = x[r + 1] * high_of(meta[r + 1]);
-            high[r / 2] = bf16_pair(a, b);
-            const float a_high = __uint_as_float(high[r / 2] << 16), b_high = __uint_as_float(high[r / 2] & 0xffff0000);
-            low[r / 2] = bf16_pair(a - a_high, b - b_high);
-            const float a_low = __uint_as_float(low[r / 2] << 16), b_low = __uint_as_float(low[r / 2] & 0xffff0000);
-            correction += (a_high + a_low) * __uint_as_float(0x43000000 | (meta[r] & 0xff) << 16);
-            correction += (b_high + b_low) * __uint_as_float(0x43000000 | (meta[r + 1] & 0xff) << 16);
-        }
-    }
+    float inputs = 0.0f, zeros = 0.0f;
 
     __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&meta)[4], const float (&x)[4]) {
-        u32 high[2], low[2];
-        scale_inputs(meta, x, high, low);
+        u32 b[2];
+#pragma unroll
+        for (int r = 0; r < 4; r += 2) {
+            b[r / 2] = fp16_pair(x[r] * high_of(meta[r]), x[r + 1] * high_of(meta[r + 1]));
+            const float first = from_fp16((u16)b[r / 2]), second = from_fp16((u16)(b[r / 2] >> 16));
+            inputs += first + second;
+            zeros += first * (float)(meta[r] & 0xff) + second * (float)(meta[r + 1] & 0xff);
+        }
         const u32 words[4][4] = {{rows[0].x, rows[1].x, rows[2].x, rows[3].x},
                                  {rows[0].y, rows[1].y, rows[2].y, rows[3].y},
                                  {rows[0].z, rows[1].z, rows[2].z, rows[3].z},
@@ -129,17 +123,14 @@ struct Sums<4> {
         for (int w = 0; w < 4; w++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const u32 first = __byte_perm(words[w][0], words[w][1], half ? 0x7632 : 0x5410);
-                const u32 second = __byte_perm(words[w][2], words[w][3], half ? 0x7632 : 0x5410);
+                u32 first = __byte_perm(words[w][0], words[w][1], half ? 0x7632 : 0x5410);
+                u32 second = __byte_perm(words[w][2], words[w][3], half ? 0x7632 : 0x5410);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    u32 a[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        a[i] = ((i < 2 ? first : second) >> (8 * pair + 4 * (i % 2)) & 0x000f000f) | 0x43004300;
-                    float* d = sum + 4 * ((w * 2 + half) * 2 + pair);
-                    multiply_add(d, a, high);
-                    multiply_add(d, a, low);
+                    const u32 a[4] = {(first & 0x000f000f) | 0x64006400, (first & 0x00f000f0) | 0x64006400,
+                                      (second & 0x000f000f) | 0x64006400, (second & 0x00f000f0) | 0x64006400};
+                    multiply_add(sum + 4 * ((w * 2 + half) * 2 + pair), a, b);
+                    first >>= 8, second >>= 8;
                 }
             }
         }
@@ -147,15 +138,19 @@ struct Sums<4> {
 
     // out[4 n + w]: nibble n of word w. Returns whether this lane is the one of its four that has them.
     __device__ __forceinline__ bool finish(float (&out)[32]) {
-        correction += __shfl_xor_sync(ALL_LANES, correction, 1);
-        correction += __shfl_xor_sync(ALL_LANES, correction, 2);
+#pragma unroll
+        for (int distance = 1; distance < 4; distance <<= 1) {
+            inputs += __shfl_xor_sync(ALL_LANES, inputs, distance);
+            zeros += __shfl_xor_sync(ALL_LANES, zeros, distance);
+        }
         const int g = lane_of_warp() >> 2, c = lane_of_warp() & 3;
 #pragma unroll
         for (int w = 0; w < 4; w++) {
 #pragma unroll
             for (int n = 0; n < 8; n++) {
                 const float* d = sum + 4 * ((w * 2 + n / 4) * 2 + n % 4 / 2) + 2 * (n % 2);
-                out[4 * n + w] = (g % 2 ? d[1] : d[0]) - correction;
+                const float own = g % 2 ? d[1] : d[0];
+                out[4 * n + w] = n % 2 ? own / 16 - 64 * inputs - zeros : own - 1024 * inputs - zeros;
             }
         }
         return c == g / 2;

@@ -10,16 +10,40 @@
 // Rows come by cp.async into a ring, in which every lane reads only what it fetched itself. So nothing waits for
 // another lane, and loads of the next steps are in flight during this one's arithmetic without holding registers.
 // Weights leave L2 first: what blocks hand each other stays there.
+//
+// Scales and zeros come in one of two ways. RowByRow fetches a word beside each granule: where a piece has several
+// groups, they share a sector of 32 bytes. Panel has those of all channels already, for gate and up: a block's piece
+// has one group there, whose words would each cost a sector.
 #pragma once
 
 struct Ring {
     uint4 rows[STAGES][4][THREADS];
-    u32 meta[STAGES][4][THREADS];
 };
 
+using RingWords = u32[STAGES][4][THREADS];
+
 struct List {
-    float* values;
-    u16* rows;
+    const float* values;
+    const u16* rows;
+};
+
+template <class W>
+struct RowByRow {
+    const u32* meta;  // of this thread's group, in row 0
+    RingWords& ring;
+
+    __device__ __forceinline__ void fetch(int stage, int r, int row, bool wanted) {
+        if (W::BITS < 16) fetch_word(&ring[stage][r][threadIdx.x], meta + row * W::GROUPS, wanted);
+    }
+    __device__ __forceinline__ u32 read(int stage, int r, int) { return W::BITS < 16 ? ring[stage][r][threadIdx.x] : 0; }
+};
+
+template <class W>
+struct Panel {
+    const u32* words;  // of this thread's group, one for each row
+
+    __device__ __forceinline__ void fetch(int, int, int, bool) {}
+    __device__ __forceinline__ u32 read(int, int, int row) { return W::BITS < 16 ? words[row] : 0; }
 };
 
 // Where a thread stands in a piece of PIECE granules.
@@ -36,36 +60,35 @@ struct Place {
     }
 };
 
-// granule: the place in the row of this thread's 16 bytes. threshold: of the segment that they are in; the list has
-// what any segment keeps (MIXED), and the others must not see it.
-template <class W, int PIECE, bool MIXED>
-__device__ __forceinline__ void gather(Sums<W::BITS>& sums, const Matrix& m, const Place<W, PIECE>& place, int granule,
+// weights: row 0 of this thread's granule. threshold: of the segment that it is in; the list has what any segment keeps
+// (MIXED), and the others must not see it.
+template <class W, int PIECE, bool MIXED, class Meta>
+__device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, Meta meta, const Place<W, PIECE>& place,
                                        float threshold, int count, const List& list, Ring& ring) {
     constexpr int STEP = Place<W, PIECE>::SLOTS * W::TEAM * 4;
-    const int first = (place.slot * W::TEAM + threadIdx.x % W::TEAM) * 4, steps = ceil_div(count, STEP);
-    const u8* const values = m.values + granule * 16;
-    const u32* const meta = m.meta + granule / W::GRANULES_OF_GROUP;
+    const int first = (place.slot * W::TEAM + threadIdx.x % W::TEAM) * 4, end = place.active ? count : 0;
+    const int steps = ceil_div(count, STEP);
     const u64 policy = evict_first();
     auto fetch = [&](int step, int stage) {
         const int entry = step * STEP + first;
-        if (place.active && entry < count) {
+        if (entry < end) {
             const ushort4 four = *(const ushort4*)(list.rows + entry);
             const float4 x = MIXED ? *(const float4*)(list.values + entry) : make_float4(0, 0, 0, 0);
             const u16 rows[4] = {four.x, four.y, four.z, four.w};
-            const float values_of[4] = {x.x, x.y, x.z, x.w};
+            const float values[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const bool wanted = entry + r < count && (!MIXED || is_kept(values_of[r], threshold));
-                const u32 row = wanted ? rows[r] : 0;
-                fetch_row(&ring.rows[stage][r][threadIdx.x], values + (u64)row * W::ROW_BYTES, wanted, policy);
-                if (W::BITS < 16) fetch_word(&ring.meta[stage][r][threadIdx.x], meta + row * W::GROUPS, wanted);
+                const bool wanted = entry + r < end && (!MIXED || is_kept(values[r], threshold));
+                fetch_row(&ring.rows[stage][r][threadIdx.x], weights + (u64)rows[r] * W::ROW_BYTES, wanted, policy);
+                meta.fetch(stage, r, rows[r], wanted);
             }
         }
         close_fetches();
     };
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < STAGES - 1; s++) fetch(s, s);
     int stage = 0;
+#pragma unroll 1
     for (int step = 0; step < steps; step++) {
         await_fetches<STAGES - 2>();
         fetch(step + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
@@ -73,15 +96,17 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const Matrix& m, con
         uint4 rows[4] = {};
         u32 words[4] = {};
         float x[4] = {};
-        if (place.active && entry < count) {
+        if (entry < end) {
             const float4 four = *(const float4*)(list.values + entry);
-            const float values_of[4] = {four.x, four.y, four.z, four.w};
+            const ushort4 of_list = *(const ushort4*)(list.rows + entry);
+            const u16 places[4] = {of_list.x, of_list.y, of_list.z, of_list.w};
+            const float values[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int r = 0; r < 4; r++) {
+                const bool wanted = entry + r < end && (!MIXED || is_kept(values[r], threshold));
                 rows[r] = ring.rows[stage][r][threadIdx.x];
-                words[r] = W::BITS < 16 ? ring.meta[stage][r][threadIdx.x] : 0;
-                const bool wanted = entry + r < count && (!MIXED || is_kept(values_of[r], threshold));
-                x[r] = wanted ? values_of[r] : 0.0f;
+                words[r] = wanted ? meta.read(stage, r, places[r]) : 0;
+                x[r] = wanted ? values[r] : 0.0f;
             }
         }
         sums.add(rows, words, x);
@@ -97,17 +122,18 @@ __device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, const Place<W, PIEC
     if (!sums.finish(out) || !place.active) return;
     float4* to = (float4*)(slots + (place.slot * PIECE + place.granule) * W::COLUMNS);
 #pragma unroll
-    for (int i = 0; i < W::COLUMNS / 4; i++) to[i] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    for (int i = 0; i < W::COLUMNS / 4; i++)
+        to[i] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
 }
 
-// Values 2 pair and 2 pair + 1 of the piece, added over the slots in their order.
+// Values 2 pair and 2 pair + 1 of the piece, added over the slots in their order, times unscale.
 template <class W, int PIECE>
-__device__ __forceinline__ float2 sum_of_slots(const float* slots, int pair) {
+__device__ __forceinline__ float2 sum_of_slots(const float* slots, int pair, float unscale) {
     float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll 8
     for (int s = 0; s < Place<W, PIECE>::SLOTS; s++) {
         const float2 part = ((const float2*)(slots + s * PIECE * W::COLUMNS))[pair];
         total.x += part.x, total.y += part.y;
     }
-    return total;
+    return W::BITS == 4 ? make_float2(total.x * unscale, total.y * unscale) : total;
 }

@@ -56,20 +56,23 @@ __device__ __forceinline__ void float_head(const Matrix& m, float* logits, Best&
 }
 
 template <class W>
-__device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, Best& best, int count, Shared& s) {
+__device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, Best& best, Listed listed, Shared& s) {
     constexpr int PIECE = ceil_div(W::GRANULES, GRID);
     Place<W, PIECE> place;
     const int granule = blockIdx.x * PIECE + place.granule;
     place.active &= granule < W::GRANULES;
     Sums<W::BITS> sums;
-    gather<W, PIECE, false>(sums, m, place, granule, 0.0f, count, {s.list_values, s.list_rows}, s.ring);
+    const RowByRow<W> meta{m.meta + granule / W::GRANULES_OF_GROUP, s.words};
+    gather<W, PIECE, false>(sums, m.values + granule * 16, meta, place, 0.0f, listed.count,
+                            {s.list_values, s.list_rows}, s.ring);
+    const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, place, s.slots);
     __syncthreads();
     for (int pair = threadIdx.x; pair < PIECE * W::COLUMNS / 2; pair += THREADS) {
         const int at = blockIdx.x * PIECE + 2 * pair / W::COLUMNS;
         if (at >= W::GRANULES) continue;
-        const float2 sum = sum_of_slots<W, PIECE>(s.slots, pair);
+        const float2 sum = sum_of_slots<W, PIECE>(s.slots, pair, unscale);
         const int column = W::column(at, 2 * pair % W::COLUMNS);
         *(float2*)(logits + column) = sum;
         best.see(sum.x, column), best.see(sum.y, column + 1);

@@ -1,6 +1,8 @@
 """Loads the compiled program onto a GPU and launches it: cooperatively, so that all blocks run at once or none does."""
 
 import ctypes
+import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +14,7 @@ from teal.kernels.program.compiler import checked, cubin
 from teal.kernels.program.plan import Device, Plan
 
 KERNEL = b"decode_step"
+SCALE_BITS = 14  # scales are enlarged to below 2^14: times inputs below 2 they are within fp16
 
 
 def device_facts(device: torch.device) -> Device:
@@ -64,16 +67,26 @@ class Program:
         )
 
 
-def meta_words(weight: Weight) -> Tensor | None:
-    """The scales and zeros of a quantized weight as formats.cuh reads them, int32 [K, groups]; None for floats."""
+def meta_words(weight: Weight, by_group: bool = False) -> tuple[Tensor | None, float]:
+    """The scales and zeros of a quantized weight as formats.cuh reads them, and what its sums are multiplied with.
+
+    int32 [K, groups], or [groups, K] by_group; None and 1.0 for floats.
+    """
     if weight.scales is None:
-        return None
+        return None, 1.0
     if weight.zeros is None:
-        return weight.scales.float().view(torch.int32)
-    return weight.scales.contiguous().view(torch.int16).to(torch.int32) << 16 | weight.zeros.to(torch.int32)
+        words, unscale = weight.scales.float().view(torch.int32), 1.0
+    else:
+        largest = float(weight.scales.abs().max().float())
+        unscale = 2.0 ** (math.frexp(largest)[1] - SCALE_BITS) if 0 < largest < math.inf else 1.0
+        scales = (weight.scales.float() / unscale).to(weight.scales.dtype)
+        words = scales.view(torch.int16).to(torch.int32) << 16 | weight.zeros.to(torch.int32)
+    return (words.t() if by_group else words).contiguous(), unscale
 
 
-def matrix_words(weight: Weight, meta: Tensor | None, thresholds: Tensor, bias: Tensor | None) -> list[int]:
+def matrix_words(
+    weight: Weight, meta: tuple[Tensor | None, float], thresholds: Tensor, bias: Tensor | None
+) -> list[int]:
     """A Matrix of formats.cuh."""
-    pointers = [0 if t is None else t.data_ptr() for t in (weight.values, meta, thresholds, bias)]
-    return [*pointers, thresholds.numel()]
+    pointers = [0 if t is None else t.data_ptr() for t in (weight.values, meta[0], thresholds, bias)]
+    return [*pointers, thresholds.numel(), *struct.unpack("q", struct.pack("d", meta[1]))]

@@ -24,6 +24,7 @@ MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at mos
 GROUP_HEADS = 4  # query heads that a block attends with at once: their sums fill a lane's registers
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
 BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
+LAYER_WORDS = 29  # of 64 bits: shared.cuh's Layer
 MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
 # Bytes of a row that a block reads at once: scales come in sectors of 32 bytes, which serve 8 groups. Wider pieces
 # leave more splits, whose sums have to be added.
@@ -209,11 +210,21 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
 def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int) -> int:
     """What shared.cuh's Shared takes at most; the compiler checks it."""
     c = model.config
-    ring = max(stages * 4 * threads * 20, threads * 64, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
+    ring = max(stages * 64 * threads, 64 * threads, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
+    gate_up, granules = model.products[2], sizes["MLP_GRANULES"]
+    groups = 0 if gate_up.bits == 16 else groups_of(granules, gate_up.group // gate_up.columns)
+    ring += 4 * max(4 * stages * threads, (2 * groups + 1) * c.hidden_size)
     chunk = 2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"])
     lists = 6 * (max(c.hidden_size, chunk, sizes["MLP_GRANULES"] * model.products[2].columns) + 8)
-    heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim + 4 * c.num_heads * sizes["ATTENTION_SPLITS"]
-    return ring + lists + 8 * threads + heads + 2048
+    heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
+    return ring + lists + 8 * threads + heads + c.num_layers * (8 * LAYER_WORDS + 28) + 2048
+
+
+def groups_of(granules: int, of_group: int) -> int:
+    """How many groups so many neighbouring granules touch, which begin at a multiple of their number."""
+    if granules % of_group == 0:
+        return granules // of_group
+    return 1 if of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
 
 
 def _words(model: Model, sizes: dict[str, int]) -> int:

@@ -6,19 +6,18 @@
 // Two trips of half a microsecond, and no atomics: the order of every sum is fixed, so its bits are.
 #pragma once
 
-__device__ __forceinline__ float threshold_of(const Matrix& m, int segment) {
-    return rounded(m.thresholds[m.segments == 1 ? 0 : segment]);
-}
-
 // Gather piece number piece over the list and send the sums as those of split.
 template <class W, int PIECE, class Before>
-__device__ __forceinline__ void product(const Matrix& m, int piece, int split, int count, u64* partials, u32 epoch,
-                                        Shared& s, Before before_sending) {
+__device__ __forceinline__ void product(const Matrix& m, int piece, int split, Listed listed, u64* partials,
+                                        u32 epoch, Shared& s, Before before_sending) {
     Place<W, PIECE> place;
     const int granule = piece * PIECE + place.granule;
     place.active &= granule < W::GRANULES;
     Sums<W::BITS> sums;
-    gather<W, PIECE, false>(sums, m, place, granule, 0.0f, count, {s.list_values, s.list_rows}, s.ring);
+    const RowByRow<W> meta{m.meta + granule / W::GRANULES_OF_GROUP, s.words};
+    gather<W, PIECE, false>(sums, m.values + granule * 16, meta, place, 0.0f, listed.count,
+                            {s.list_values, s.list_rows}, s.ring);
+    const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, place, s.slots);
     before_sending();
@@ -27,7 +26,7 @@ __device__ __forceinline__ void product(const Matrix& m, int piece, int split, i
     for (int pair = threadIdx.x; pair < PIECE * W::COLUMNS / 2; pair += THREADS) {
         const int at = piece * PIECE + 2 * pair / W::COLUMNS;
         if (at >= W::GRANULES) continue;
-        const float2 sum = sum_of_slots<W, PIECE>(s.slots, pair);
+        const float2 sum = sum_of_slots<W, PIECE>(s.slots, pair, unscale);
         send(row + W::column(at, 2 * pair % W::COLUMNS), sum.x, sum.y, epoch);
     }
 }

@@ -29,12 +29,6 @@
 #include "mlp.cuh"
 #include "head.cuh"
 
-struct Layer {
-    Matrix qkv, o, gate_up, down;
-    const u16 *attention_norm, *ffn_norm, *q_norm, *k_norm;
-    i64 window;
-};
-
 struct Words {  // offsets of the exchanged vectors in the workspace, in words
     static constexpr i64 QKV_PARTS = 0, QKV = QKV_PARTS + (i64)QKV_SPLITS * Qkv::N, ATTENDED = QKV + Qkv::N;
     static constexpr i64 O_PARTS = ATTENDED + (i64)HEADS * ATTENTION_SPLITS * SLOT;
@@ -66,6 +60,7 @@ struct Step {
     const Arguments& a;
     Shared& s;
     Residual x;
+    u32 norm[X_PAIRS];  // weights of the next norm
     int position, layer;
     u32 epoch;
 
@@ -77,7 +72,8 @@ struct Step {
 
     __device__ void send_qkv(const Layer& l) {
         float y[2 * X_PAIRS];
-        x.normed(y, l.attention_norm, s);
+        x.normed(y, norm, s);
+        Residual::load_weight(norm, l.ffn_norm);
         const Turnstile turnstile{a.entered};
         turnstile.enter();  // normed's barrier stands behind the last read of the layer before
         constexpr int PIECES = Qkv::GRANULES / QKV_PIECE;
@@ -89,10 +85,10 @@ struct Step {
             __syncthreads();
             return;
         }
-        const u32 keep = kept(y, threshold_of(l.qkv, segment), split, QKV_SPLITS);
-        const int count = compact(y, keep, Residual::channel, s);
+        const u32 keep = kept(y, s.limits[layer].qkv[segment], split, QKV_SPLITS);
+        const Listed listed = compact<Qkv::BITS == 4>(y, keep, Residual::channel, s);
         stamp(1);
-        product<Qkv, QKV_PIECE>(l.qkv, piece, split, count, words(Words::QKV_PARTS), epoch, s,
+        product<Qkv, QKV_PIECE>(l.qkv, piece, split, listed, words(Words::QKV_PARTS), epoch, s,
                                 [&] { turnstile.pass(epoch); });
     }
 
@@ -119,9 +115,9 @@ struct Step {
         constexpr int PIECES = O::GRANULES / O_PIECE;
         const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
         if (split >= O_SPLITS) return;
-        const int count = list_attended(words(Words::ATTENDED), threshold_of(l.o, 0), split, epoch, s);
+        const Listed listed = list_attended(words(Words::ATTENDED), s.limits[layer].o, split, epoch, s);
         stamp(6);
-        product<O, O_PIECE>(l.o, piece, split, count, words(Words::O_PARTS), epoch, s, [] {});
+        product<O, O_PIECE>(l.o, piece, split, listed, words(Words::O_PARTS), epoch, s, [] {});
     }
 
     template <int SPLITS>
@@ -135,14 +131,15 @@ struct Step {
     __device__ void feed_forward(const Layer& l) {
         if (blockIdx.x >= MLP_BLOCKS) return;
         float y[2 * X_PAIRS];
-        x.normed(y, l.ffn_norm, s);
-        const u32 keep = kept(y, fminf(threshold_of(l.gate_up, 0), threshold_of(l.gate_up, 1)), 0, 1);
-        const int kept_count = compact(y, keep, Residual::channel, s);
+        x.normed(y, norm, s);
+        const Limits& limits = s.limits[layer];
+        const u32 keep = kept(y, fminf(limits.gate_up[0], limits.gate_up[1]), 0, 1);
+        const Listed inputs = compact<GateUp::BITS == 4>(y, keep, Residual::channel, s);
         stamp(9);
-        gate_and_up(l.gate_up, kept_count, s);
+        const float unscale = gate_and_up(l.gate_up, limits, inputs, s);
         stamp(10);
-        const int count = list_hidden(threshold_of(l.down, 0), s);
-        ::down(l.down, count, words(Words::DOWN_PARTS), epoch, s);
+        const Listed hidden = list_hidden(unscale, limits.down, s);
+        ::down(l.down, hidden, words(Words::DOWN_PARTS), epoch, s);
     }
 
     __device__ void run_layer(const Layer& l) {
@@ -158,10 +155,12 @@ struct Step {
         stamp(5);
         send_o(l);
         stamp(7);
+        if (GateUp::BITS < 16 && blockIdx.x < MLP_BLOCKS) fetch_panel(l.gate_up, s);
         reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
         stamp(8);
         feed_forward(l);
         stamp(11);
+        Residual::load_weight(norm, layer + 1 < LAYERS ? s.layers[layer + 1].attention_norm : a.norm);
         reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
         stamp(12);
     }
@@ -174,7 +173,7 @@ struct Step {
         }
         if (!a.logits) return;
         float y[2 * X_PAIRS];
-        x.normed(y, a.norm, s);
+        x.normed(y, norm, s);
         Best best{NOTHING, VOCAB};
         if constexpr (HEAD_BITS == 16) {
 #pragma unroll
@@ -183,8 +182,8 @@ struct Step {
             __syncthreads();
             float_head(a.head, a.logits, best, s);
         } else {
-            const int count = compact(y, kept(y, 0.0f, 0, 1), Residual::channel, s);
-            quantized_head<Head>(a.head, a.logits, best, count, s);
+            const Listed listed = compact<Head::BITS == 4>(y, kept(y, 0.0f, 0, 1), Residual::channel, s);
+            quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);
     }
@@ -197,10 +196,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     const u32 launches = *(volatile u32*)a.launches;
     for (int d = threadIdx.x; d < HEAD_DIM / 2; d += THREADS)
         sincosf(step.position * a.frequencies[d], &s.sines[d], &s.cosines[d]);
+    load_layers(a.layers, s);
     step.x.load(a.embedding + *a.token * HIDDEN);
+    __syncthreads();
+    Residual::load_weight(step.norm, s.layers[0].attention_norm);
     for (step.layer = 0; step.layer < LAYERS; step.layer++) {
         step.epoch = launches * LAYERS + step.layer + 1;
-        step.run_layer(a.layers[step.layer]);
+        step.run_layer(s.layers[step.layer]);
     }
     step.finish();
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.launches = launches + 1;

@@ -30,19 +30,19 @@ __device__ __forceinline__ float from_fp16(u16 bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
     return x;
 }
-// Two bf16, low in the lower half.
-__device__ __forceinline__ u32 bf16_pair(float low, float high) {
+// Two fp16, low in the lower half.
+__device__ __forceinline__ u32 fp16_pair(float low, float high) {
     u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
 
-// d += a b on tensor cores: a [16, 16] and b [16, 8] in bf16, d [16, 8] in fp32, spread over a warp. Lane 4 g + c has
+// d += a b on tensor cores: a [16, 16] and b [16, 8] in fp16, d [16, 8] in fp32, spread over a warp. Lane 4 g + c has
 //     a  rows g, g + 8, g, g + 8 at depths 2 c (+1), 2 c (+1), 2 c + 8 (+1), 2 c + 8 (+1)
 //     b  column g at depths 2 c (+1), 2 c + 8 (+1)
 //     d  row g, columns 2 c and 2 c + 1; row g + 8, the same
 __device__ __forceinline__ void multiply_add(float* d, const u32 (&a)[4], const u32 (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

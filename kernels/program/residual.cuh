@@ -20,7 +20,13 @@ struct Residual {
         }
     }
 
-    __device__ void add(const u64* delta, u32 epoch) {
+    // A norm's weights: asked for before what it is to norm is there.
+    static __device__ __forceinline__ void load_weight(u32 (&w)[X_PAIRS], const u16* weight) {
+#pragma unroll
+        for (int i = 0; i < X_PAIRS; i++) w[i] = has(i) ? ((const u32*)weight)[pair(i)] : 0;
+    }
+
+    __device__ __forceinline__ void add(const u64* delta, u32 epoch) {
         float2 d[X_PAIRS];
         receive(d, epoch, [&](int i) { return delta + 2 * pair(i); }, [](int i) { return has(i); });
 #pragma unroll
@@ -28,14 +34,10 @@ struct Residual {
     }
 
     // y = RMSNorm(x) * weight, rounded as the module does. Holds a __syncthreads.
-    __device__ void normed(float (&y)[2 * X_PAIRS], const u16* weight, Shared& s) const {
-        u32 w[X_PAIRS];
+    __device__ __forceinline__ void normed(float (&y)[2 * X_PAIRS], const u32 (&w)[X_PAIRS], Shared& s) const {
         float squares = 0.0f;
 #pragma unroll
-        for (int i = 0; i < X_PAIRS; i++) {
-            w[i] = has(i) ? ((const u32*)weight)[pair(i)] : 0;
-            squares += x[i].x * x[i].x + x[i].y * x[i].y;
-        }
+        for (int i = 0; i < X_PAIRS; i++) squares += x[i].x * x[i].x + x[i].y * x[i].y;
         const float scale = rsqrtf(sum_of_block(squares, s) / HIDDEN + NORM_EPS);
 #pragma unroll
         for (int i = 0; i < X_PAIRS; i++) {

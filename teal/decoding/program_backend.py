@@ -14,7 +14,8 @@ from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
 from teal.model import KVCache, OutputHead, RMSNorm, Transformer, rope_frequencies
 from teal.teal_layers import SparseLinear
 
-NO_MATRIX = [0, 0, 0, 0, 1]
+NO_MATRIX = [0, 0, 0, 0, 1, 0]
+GATE_UP = 2  # its place among the projections
 Projected = SparseLinear | QuantizedLinear
 
 
@@ -33,7 +34,11 @@ class ProgramBackend(Backend):
         device = model.embedding.weight.device
         self.program = Program(plan(_described(model), device_facts(device)), device)
         self.frequencies = rope_frequencies(model.config, device).contiguous()
-        self.meta = {module: meta_words(_weight(module)) for block in _projected(model) for module in block}
+        self.meta = {
+            module: meta_words(_weight(module), by_group=i == GATE_UP)
+            for block in _projected(model)
+            for i, module in enumerate(block)
+        }
         if isinstance(model.lm_head, QuantizedHead):
             self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
         self.no_threshold = torch.zeros(1, device=device)

@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -112,6 +113,11 @@ T __shfl_up_sync(u32, T x, int distance) {
     return from_lane(x, lane < distance ? lane : lane - distance);
 }
 
+inline u32 __reduce_max_sync(u32, u32 x) {
+    for (int distance = 16; distance; distance >>= 1) x = std::max(x, __shfl_xor_sync(0, x, distance));
+    return x;
+}
+
 inline u8* shared_memory() { return (u8*)(((uintptr_t)current->block->memory.get() + 15) / 16 * 16); }
 inline u16 bf16_bits(float x) {
     const u32 bits = as<u32>(x);
@@ -119,7 +125,7 @@ inline u16 bf16_bits(float x) {
 }
 inline u16 fp16_bits(float x) { return as<u16>((_Float16)x); }
 inline float from_fp16(u16 bits) { return (float)as<_Float16>(bits); }
-inline u32 bf16_pair(float low, float high) { return bf16_bits(low) | (u32)bf16_bits(high) << 16; }
+inline u32 fp16_pair(float low, float high) { return fp16_bits(low) | (u32)fp16_bits(high) << 16; }
 
 inline void multiply_add(float* d, const u32 (&a)[4], const u32 (&b)[2]) {
     Warp& warp = own_warp();
@@ -128,7 +134,7 @@ inline void multiply_add(float* d, const u32 (&a)[4], const u32 (&b)[2]) {
     memcpy(values[lane], a, 16);
     memcpy(values[lane] + 4, b, 8);
     meet(warp.barrier);
-    auto half = [](u32 pair, int k) { return as<float>(k % 2 ? pair & 0xffff0000 : pair << 16); };
+    auto half = [](u32 pair, int k) { return from_fp16(k % 2 ? pair >> 16 : pair); };
     for (int i = 0; i < 4; i++) {
         const int column = 2 * c + i % 2;
         for (int k = 0; k < 16; k++) {
