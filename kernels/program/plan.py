@@ -217,7 +217,7 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     chunk = 2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"])
     lists = 6 * (max(c.hidden_size, chunk, sizes["MLP_GRANULES"] * model.products[2].columns) + 8)
     heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
-    return ring + lists + 8 * threads + heads + c.num_layers * (8 * LAYER_WORDS + 28) + 2048
+    return ring + lists + 8 * threads + heads + (c.num_layers + 1) * (8 * LAYER_WORDS + 28) + 2048
 
 
 def groups_of(granules: int, of_group: int) -> int:

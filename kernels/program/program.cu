@@ -160,7 +160,7 @@ struct Step {
         stamp(8);
         feed_forward(l);
         stamp(11);
-        Residual::load_weight(norm, layer + 1 < LAYERS ? s.layers[layer + 1].attention_norm : a.norm);
+        Residual::load_weight(norm, s.layers[layer + 1].attention_norm);
         reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
         stamp(12);
     }
@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     const u32 launches = *(volatile u32*)a.launches;
     for (int d = threadIdx.x; d < HEAD_DIM / 2; d += THREADS)
         sincosf(step.position * a.frequencies[d], &s.sines[d], &s.cosines[d]);
-    load_layers(a.layers, s);
+    load_layers(a.layers, a.norm, s);
     step.x.load(a.embedding + *a.token * HIDDEN);
     __syncthreads();
     Residual::load_weight(step.norm, s.layers[0].attention_norm);

@@ -35,7 +35,7 @@ struct Shared {
     alignas(16) float list_values[LIST];
     alignas(16) u16 list_rows[LIST];
     alignas(16) float2 parts[THREADS];
-    Layer layers[LAYERS];  // read once: a pointer that has to be fetched first delays what it points to
+    Layer layers[LAYERS + 1];  // read once: a pointer that has to be fetched first delays what it points to
     Limits limits[LAYERS];
     float heads[(GROUP_HEADS + 2) * HEAD_DIM];  // query heads, key and value of an attention unit
     float cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2];
@@ -51,7 +51,9 @@ __device__ __forceinline__ float limit_of(const Matrix& m, int segment) {
     return rounded(m.thresholds[m.segments == 1 ? 0 : segment]);
 }
 
-__device__ __forceinline__ void load_layers(const Layer* layers, Shared& s) {
+// The last norm stands where a further layer's first one would.
+__device__ __forceinline__ void load_layers(const Layer* layers, const u16* last_norm, Shared& s) {
+    if (threadIdx.x == 0) s.layers[LAYERS].attention_norm = last_norm;
     const u64* const from = (const u64*)layers;
     for (int i = threadIdx.x; i < (int)sizeof(Layer) / 8 * LAYERS; i += THREADS) ((u64*)s.layers)[i] = from[i];
     for (int i = threadIdx.x; i < LAYERS; i += THREADS) {
