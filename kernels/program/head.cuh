@@ -62,7 +62,7 @@ __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, B
     const int granule = blockIdx.x * PIECE + place.granule;
     place.active &= granule < W::GRANULES;
     Sums<W::BITS> sums;
-    const RowByRow<W> meta{m.meta + granule / W::GRANULES_OF_GROUP, s.words};
+    const RowByRow<W> meta(m.meta + granule / W::GRANULES_OF_GROUP, s.words);
     gather<W, PIECE, false>(sums, m.values + granule * 16, meta, place, 0.0f, listed.count,
                             {s.list_values, s.list_rows}, s.ring);
     const float unscale = (float)m.unscale / listed.enlarged;

@@ -11,7 +11,7 @@
 constexpr int H_PAIRS = MLP_GRANULES * GateUp::COLUMNS / 2;  // of a block's h
 static_assert(H_PAIRS <= THREADS, "a block has more columns of the hidden layer than threads");
 
-// Ask for the scales and zeros of all channels in this block's groups.
+// Ask for the scales and zeros of all channels in this block's groups, while memory has nothing else to do.
 __device__ __forceinline__ void fetch_panel(const Matrix& m, Shared& s) {
     constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = HIDDEN / 4;
     for (int i = threadIdx.x; i < 2 * MLP_GROUPS * CHUNKS; i += THREADS) {
@@ -34,9 +34,16 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, const Limits& limi
     const int first_group = blockIdx.x * MLP_GRANULES / GateUp::GRANULES_OF_GROUP;
     const int group = column / GateUp::GRANULES_OF_GROUP - first_group + (is_up ? MLP_GROUPS : 0);
     Sums<GateUp::BITS> sums;
-    gather<GateUp, PIECE, true>(sums, m.values + granule * 16, Panel<GateUp>{s.panel[group]}, place,
-                                limits.gate_up[is_up] * listed.enlarged, listed.count, {s.list_values, s.list_rows},
-                                s.ring);
+    const u8* const weights = m.values + granule * 16;
+    const List list{s.list_values, s.list_rows};
+    const float limit = limits.gate_up[is_up] * listed.enlarged;
+    if constexpr (PANEL) {
+        gather<GateUp, PIECE, true>(sums, weights, Panel<GateUp>{s.panel[group]}, place, limit, listed.count, list,
+                                    s.ring);
+    } else {
+        const RowByRow<GateUp, 1> meta(m.meta + (u64)(granule / GateUp::GRANULES_OF_GROUP) * HIDDEN, s.words);
+        gather<GateUp, PIECE, true>(sums, weights, meta, place, limit, listed.count, list, s.ring);
+    }
     __syncthreads();
     lay_out<GateUp, PIECE>(sums, place, s.slots);
     __syncthreads();

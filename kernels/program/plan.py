@@ -10,6 +10,7 @@ A table of four products, each [K, N] of a format, is all that the kernel knows 
 A granule is 16 bytes of a row (formats.cuh).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at mos
 GROUP_HEADS = 4  # query heads that a block attends with at once: their sums fill a lane's registers
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
 BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
-LAYER_WORDS = 29  # of 64 bits: shared.cuh's Layer
+MIN_PANEL_STAGES = 3  # with less left for the ring, gate's and up's scales are fetched row by row
 MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
 # Bytes of a row that a block reads at once: scales come in sectors of 32 bytes, which serve 8 groups. Wider pieces
 # leave more splits, whose sums have to be added.
@@ -165,16 +166,17 @@ def _units(model: Model) -> int:
 
 def _cut(model: Model, device: Device) -> Plan | None:
     """The plan with as many threads and stages as shared memory has room for; None without room."""
-    for threads in BLOCK_THREADS:
+    for threads, panel in itertools.product(BLOCK_THREADS, (True, False)):
         sizes = _sizes(model, device.multiprocessors, threads)
+        panel = panel and model.products[2].bits < 16
         if sizes is None:
             continue
-        for stages in range(MAX_STAGES, 1, -1):
-            shared = _shared_bytes(model, sizes, threads, stages)
+        for stages in range(MAX_STAGES, 1 if not panel else MIN_PANEL_STAGES - 1, -1):
+            shared = _shared_bytes(model, sizes, threads, stages, panel)
             if shared <= device.shared_bytes:
                 words = _words(model, sizes)
-                source = _source(model, sizes | {"THREADS": threads, "STAGES": stages}, shared, words)
-                return Plan(sizes["GRID"], threads, shared, words, source)
+                constants = sizes | {"THREADS": threads, "STAGES": stages}
+                return Plan(sizes["GRID"], threads, shared, words, _source(model, constants, panel, shared, words))
     return None
 
 
@@ -207,17 +209,16 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     }
 
 
-def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int) -> int:
+def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, panel: bool) -> int:
     """What shared.cuh's Shared takes at most; the compiler checks it."""
-    c = model.config
-    ring = max(stages * 64 * threads, 64 * threads, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
-    gate_up, granules = model.products[2], sizes["MLP_GRANULES"]
-    groups = 0 if gate_up.bits == 16 else groups_of(granules, gate_up.group // gate_up.columns)
-    ring += 4 * max(4 * stages * threads, (2 * groups + 1) * c.hidden_size)
+    c, gate_up = model.config, model.products[2]
+    ring = max(64 * stages * threads, 64 * threads, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
+    groups = groups_of(sizes["MLP_GRANULES"], gate_up.group // gate_up.columns) if panel else 0
+    meta = max(16 * stages * threads, 8 * groups * c.hidden_size)
     chunk = 2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"])
-    lists = 6 * (max(c.hidden_size, chunk, sizes["MLP_GRANULES"] * model.products[2].columns) + 8)
+    lists = 6 * (max(c.hidden_size, chunk, sizes["MLP_GRANULES"] * gate_up.columns) + 8)
     heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
-    return ring + lists + 8 * threads + heads + (c.num_layers + 1) * (8 * LAYER_WORDS + 28) + 2048
+    return ring + meta + lists + 8 * threads + heads + 28 * c.num_layers + 2048
 
 
 def groups_of(granules: int, of_group: int) -> int:
@@ -234,7 +235,7 @@ def _words(model: Model, sizes: dict[str, int]) -> int:
     return of_products + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
 
 
-def _source(model: Model, sizes: dict[str, int], shared: int, words: int) -> str:
+def _source(model: Model, sizes: dict[str, int], panel: bool, shared: int, words: int) -> str:
     c = model.config
     constants = sizes | {
         "HIDDEN": c.hidden_size, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads, "HEAD_DIM": c.head_dim,
@@ -242,8 +243,9 @@ def _source(model: Model, sizes: dict[str, int], shared: int, words: int) -> str
         "HEAD_BITS": 16 if model.head is None else model.head.bits, "SHARED_BYTES": shared,
     }  # fmt: skip
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
-    is_bf16 = str(model.dtype == torch.bfloat16).lower()
-    lines += [f"constexpr bool FLOAT_IS_BF16 = {is_bf16};", f"constexpr long long WORKSPACE_WORDS = {words};"]
+    flags = {"FLOAT_IS_BF16": model.dtype == torch.bfloat16, "PANEL": panel}
+    lines += [f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
+    lines.append(f"constexpr long long WORKSPACE_WORDS = {words};")
     lines += [f"constexpr float NORM_EPS = {c.norm_eps!r}f, ATTENTION_SCALE = {1 / math.sqrt(c.head_dim)!r}f;"]
     names = ("Qkv", "O", "GateUp", "Down", "Head")
     head = model.head or Format(c.hidden_size, 8, 16, 1)  # of floats it is not read by gather.cuh

@@ -142,7 +142,10 @@ struct Step {
         ::down(l.down, hidden, words(Words::DOWN_PARTS), epoch, s);
     }
 
-    __device__ void run_layer(const Layer& l) {
+    __device__ void run_layer() {
+        const Layer& l = s.layers[layer % 2];
+        const bool carries = threadIdx.x < LAYER_WORDS && layer + 1 < LAYERS;
+        const u64 next = carries ? ((const u64*)(a.layers + layer + 1))[threadIdx.x] : 0;
         Attention attention;
         const bool attends = attention.place(position, (int)l.window);
         if (attends) attention.prefetch(a.cache, layer);
@@ -155,12 +158,16 @@ struct Step {
         stamp(5);
         send_o(l);
         stamp(7);
-        if (GateUp::BITS < 16 && blockIdx.x < MLP_BLOCKS) fetch_panel(l.gate_up, s);
+        if (PANEL && blockIdx.x < MLP_BLOCKS) fetch_panel(l.gate_up, s);
         reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
         stamp(8);
         feed_forward(l);
         stamp(11);
-        Residual::load_weight(norm, s.layers[layer + 1].attention_norm);
+        Layer& following = s.layers[(layer + 1) % 2];
+        if (carries) ((u64*)&following)[threadIdx.x] = next;
+        if (layer + 1 == LAYERS && threadIdx.x == 0) following.attention_norm = a.norm;
+        __syncthreads();
+        Residual::load_weight(norm, following.attention_norm);
         reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
         stamp(12);
     }
@@ -196,13 +203,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     const u32 launches = *(volatile u32*)a.launches;
     for (int d = threadIdx.x; d < HEAD_DIM / 2; d += THREADS)
         sincosf(step.position * a.frequencies[d], &s.sines[d], &s.cosines[d]);
-    load_layers(a.layers, a.norm, s);
+    if (threadIdx.x < LAYER_WORDS) ((u64*)s.layers)[threadIdx.x] = ((const u64*)a.layers)[threadIdx.x];
+    load_limits(a.layers, s);
     step.x.load(a.embedding + *a.token * HIDDEN);
     __syncthreads();
     Residual::load_weight(step.norm, s.layers[0].attention_norm);
     for (step.layer = 0; step.layer < LAYERS; step.layer++) {
         step.epoch = launches * LAYERS + step.layer + 1;
-        step.run_layer(s.layers[step.layer]);
+        step.run_layer();
     }
     step.finish();
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.launches = launches + 1;

@@ -30,12 +30,12 @@ struct Shared {
     };
     union {
         RingWords words;
-        u32 panel[2 * MLP_GROUPS + 1][HIDDEN];  // one for floats is never touched
+        u32 panel[PANEL ? 2 * MLP_GROUPS : 1][PANEL ? HIDDEN : 1];
     };
     alignas(16) float list_values[LIST];
     alignas(16) u16 list_rows[LIST];
     alignas(16) float2 parts[THREADS];
-    Layer layers[LAYERS + 1];  // read once: a pointer that has to be fetched first delays what it points to
+    Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
     Limits limits[LAYERS];
     float heads[(GROUP_HEADS + 2) * HEAD_DIM];  // query heads, key and value of an attention unit
     float cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2];
@@ -51,11 +51,10 @@ __device__ __forceinline__ float limit_of(const Matrix& m, int segment) {
     return rounded(m.thresholds[m.segments == 1 ? 0 : segment]);
 }
 
-// The last norm stands where a further layer's first one would.
-__device__ __forceinline__ void load_layers(const Layer* layers, const u16* last_norm, Shared& s) {
-    if (threadIdx.x == 0) s.layers[LAYERS].attention_norm = last_norm;
-    const u64* const from = (const u64*)layers;
-    for (int i = threadIdx.x; i < (int)sizeof(Layer) / 8 * LAYERS; i += THREADS) ((u64*)s.layers)[i] = from[i];
+constexpr int LAYER_WORDS = sizeof(Layer) / 8;
+static_assert(LAYER_WORDS <= THREADS, "a thread carries a word of the next layer's table");
+
+__device__ __forceinline__ void load_limits(const Layer* layers, Shared& s) {
     for (int i = threadIdx.x; i < LAYERS; i += THREADS) {
         const Layer& l = layers[i];
         s.limits[i] = {{limit_of(l.qkv, 0), limit_of(l.qkv, 1), limit_of(l.qkv, 2)}, limit_of(l.o, 0),

@@ -183,7 +183,7 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
 def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:
     """Name and reason of the fastest backend on a type of device; kernel_layout: see has_kernel_layout."""
     if device == "cuda" and kernel_layout:
-        return "program", "sparse or quantized weights on CUDA"
+        return "fused", "sparse or quantized weights on CUDA"
     if device == "cuda" and int8_cache:
         return "fused", "a KV cache in 8 bits on CUDA"
     if device == "cuda" and compile is None:

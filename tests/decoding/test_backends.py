@@ -86,8 +86,8 @@ def run(backend: Backend, parts: tuple[int, ...] = (6, 3), steps: int = 2) -> Te
         ("cuda", False, False, None, "compiled"),
         ("cuda", False, False, True, "compiled"),
         ("cuda", False, False, False, "eager"),
-        ("cuda", True, False, None, "program"),
-        ("cuda", True, False, False, "program"),
+        ("cuda", True, False, None, "fused"),
+        ("cuda", True, False, False, "fused"),
         ("cuda", False, True, None, "fused"),
     ],
 )
@@ -110,7 +110,8 @@ def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("teal.kernels.gemv.launch.kernels_run_on", lambda device: False)
     for arguments, message in (
         ((None, "fused"), "backend fused cannot run: its kernels need CUDA, and the model is on cpu"),
-        ((None, "fastest"), "backend fastest: unknown; expected one of auto, eager, compiled, fused"),
+        ((None, "program"), "backend program cannot run: its kernels need CUDA, and the model is on cpu"),
+        ((None, "fastest"), "backend fastest: unknown; expected one of auto, eager, compiled, fused, program"),
         ((True, "eager"), "backend eager contradicts compile=True"),
         ((False, "compiled"), "backend compiled contradicts compile=False"),
     ):

@@ -1,19 +1,22 @@
 """The decode program: what it refuses, how it is cut, that it compiles, and that it computes what the model says."""
 
 import math
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor, nn
 
 from teal.decoding.compilation import capture
 from teal.decoding.program_backend import ProgramBackend, build, model_obstacle
 from teal.errors import UserError
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
-from teal.kernels.program.plan import Device, Format, Model, obstacle, pieces_and_splits, plan
+from teal.kernels.program.plan import MAX_STAGES, Device, Format, Model, obstacle, pieces_and_splits, plan
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.quantized_linear import QuantConfig, pick_group_size, use_quantized_linears
 from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
@@ -30,6 +33,7 @@ LLAMA_3_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192)
 QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 8192, qkv_bias=True)
 LLAMA_1B = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192)
 A100, RTX_4090, H100 = Device(108, 166912, (8, 0)), Device(128, 101376, (8, 9)), Device(132, 232448, (9, 0))
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 THRESHOLDS = {"q": 0.5, "k": 0.6, "v": 0.4, "o": 0.1, "gate": 0.7, "up": 0.4, "down": 0.3}
 PROMPT, STEPS = 150, 2
 TINY = ModelConfig(
@@ -197,10 +201,16 @@ def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bit
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
 @pytest.mark.parametrize("device", [A100, RTX_4090, H100], ids=["sm_80", "sm_89", "sm_90"])
 @pytest.mark.parametrize("bits,head_bits", [(4, 8), (8, 16), (16, 16), (4, 4)])
-def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int) -> None:
+def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int, tmp_path: Path) -> None:
     found = plan(described(LLAMA_3_8B, bits, head_bits), device)
     assert found.shared_bytes <= device.shared_bytes
-    assert b"decode_step" in compile_source(found.source, f"sm_{device.capability[0]}{device.capability[1]}")
+    cubin = compile_source(found.source, f"sm_{device.capability[0]}{device.capability[1]}")
+    assert b"decode_step" in cubin
+    if DISASSEMBLER.exists():
+        (tmp_path / "cubin").write_bytes(cubin)
+        run = subprocess.run([DISASSEMBLER, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True)
+        odd = re.findall(r".*desc\[UR\d*[13579]\].*", run.stdout)
+        assert "LDGSTS" in run.stdout and not odd, f"a GPU refuses {odd[:1]}: see gather.cuh's Turn"
 
 
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
@@ -215,6 +225,14 @@ def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant
     seed = {None: 0, "int8": 1, "int4": 4}[quant]  # with which no entry is at its threshold but for rounding
     model = random_model(TINY, torch.float16, quant, lm_head, True, "cpu", seed)
     check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teal.kernels.program.plan.MIN_PANEL_STAGES", MAX_STAGES + 1)
+    model = random_model(TINY, torch.float16, "int4", False, False, "cpu")
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+    assert "PANEL = false" in (tmp_path / "config.cuh").read_text()
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
