@@ -115,7 +115,7 @@ def weight_obstacle(weights: Sequence[Weight]) -> str:
     return ""
 
 
-def obstacle(model: Model, device: Device) -> str:
+def shape_obstacle(model: Model, device: Device) -> str:
     """Why the kernel cannot run a model of these shapes on a device; empty if it can."""
     c, columns = model.config, model.products[0].columns
     if device.capability < (8, 0):
@@ -135,7 +135,7 @@ def obstacle(model: Model, device: Device) -> str:
 
 def plan(model: Model, device: Device) -> Plan:
     """The plan of a model that has no obstacle. Raises ValueError for another."""
-    if reason := obstacle(model, device):
+    if reason := shape_obstacle(model, device):
         raise ValueError(reason)
     found = _cut(model, device)
     assert found is not None

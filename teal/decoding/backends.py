@@ -4,68 +4,23 @@ A backend changes neither the model's methods nor its list of layers. All give t
 eager one is the reference. Prefill and decode are methods of their own.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from teal.decoding.backend import Backend, PositionTensors
 from teal.decoding.compilation import compile_blocks, mark_varying
-from teal.errors import ParameterError
+from teal.errors import ParameterError, UserError
 from teal.layers.int8_cache import has_int8_cache
-from teal.layers.phase import PhasedModule, call_state
-from teal.model import Block, KVCache, Transformer
+from teal.layers.phase import PhasedModule
+from teal.model import KVCache, Transformer
 from teal.options import BACKENDS, MAX_ROWS, check_choice
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
 
 # What the inputs of a block's projections are, in the order of fused_block.py's kernels.
 FUSED_INPUTS = ("normed", "attended", "normed", "activated")
-PositionTensors = Callable[[Tensor, int], tuple[Tensor, Tensor, dict[int | None, Tensor]]]
-
-
-class Backend(ABC):
-    """Runs the layers of model; reason says in one line why it was chosen."""
-
-    name: ClassVar[str]
-    compiles = False  # whether first calls take long, and steps may be captured in CUDA graphs
-
-    def __init__(self, model: Transformer, reason: str) -> None:
-        self.model, self.reason = model, reason
-        self.state = call_state(model)
-        self.norm: Callable[[Tensor], Tensor] = model.norm
-        self.position_tensors: PositionTensors = model.position_tensors  # of decode steps
-
-    @abstractmethod
-    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """Output of the last block, fp32 [B, T, C], for tokens at positions, int64 [B, T]; fills kv_cache there."""
-
-    def decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """As prefill, for one token a row (T = 1), sparse where the model is."""
-        assert tokens.shape[1] == 1, f"{tuple(tokens.shape)}: a decode step has one token a row"
-        with self.state.decoding():
-            return self._decode(tokens, positions, kv_cache)
-
-    @abstractmethod
-    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """As decode, in that phase."""
-
-    def choose(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor | None:
-        """A greedy step in one launch: logits fp32 [B, V]; tokens becomes their argmax, and positions one more.
-
-        None if this backend has none for these rows; then decode, logits and an argmax do it.
-        """
-        return None
-
-    def layers(self, kv_cache: KVCache) -> Iterator[tuple[Block, int | None, Tensor, Tensor]]:
-        """Each block with its attention window, and its keys and values in kv_cache."""
-        return zip(self.model.blocks, self.model.config.sliding_windows, kv_cache.k, kv_cache.v, strict=True)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits fp32 [..., V] of hidden states [..., C]."""
-        return self.model.lm_head(self.norm(hidden))
 
 
 class EagerBackend(Backend):
@@ -165,19 +120,26 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
         if forced == name:
             raise ParameterError("{backend} {} cannot run: {}", name, obstacle)
         name, reason = "eager" if compile is False else "compiled", f"{name} cannot run: {obstacle}"
-    compile_rest = device.type == "cuda" if compile is None else compile
-    if name == "program":
-        from teal.decoding.program_backend import build  # its kernel needs CUDA's libraries
+    if name not in ("fused", "program"):
+        return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
+    fused = FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
+    return fused if name == "fused" else _program_or_fused(fused, forced == "program")
 
-        backend = build(model, reason, compile_rest)
-        if not isinstance(backend, str):
-            return backend
-        if forced == "program":
-            raise ParameterError("{backend} program cannot run: {}", backend)
-        name, reason = "fused", f"{reason}; program cannot run: {backend}"
-    if name == "fused":
-        return FusedBackend(model, reason, compile_rest)
-    return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
+
+def _program_or_fused(fused: FusedBackend, forced: bool) -> Backend:
+    """The program backend beside a fused one; that one, which then says why, if the program cannot run.
+
+    Raises ParameterError if it is forced and cannot.
+    """
+    from teal.decoding.program_backend import ProgramBackend  # its kernel needs CUDA's libraries
+
+    try:
+        return ProgramBackend(fused)
+    except UserError as error:
+        if forced:
+            raise ParameterError("{backend} program cannot run: {}", error) from None
+        fused.reason += f"; program cannot run: {error}"
+        return fused
 
 
 def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:

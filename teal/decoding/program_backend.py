@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from teal.decoding.backends import Backend, FusedBackend
+from teal.decoding.backend import Backend
 from teal.errors import UserError
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program.compiler import compiler_obstacle
 from teal.kernels.program.launch import Program, device_facts, matrix_words, meta_words
-from teal.kernels.program.plan import Device, Format, Model, obstacle, plan, weight_obstacle
+from teal.kernels.program.plan import Device, Format, Model, plan, shape_obstacle, weight_obstacle
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
 from teal.model import KVCache, OutputHead, RMSNorm, Transformer, rope_frequencies
@@ -20,17 +20,21 @@ Projected = SparseLinear | QuantizedLinear
 
 
 class ProgramBackend(Backend):
-    """Decodes a single row by one launch; more rows, counted steps and prefill go to the fused backend.
+    """Decodes a single row by one launch; more rows, counted steps and prefill go to another backend.
 
-    Raises UserError if the program cannot run; see program_obstacle for what can be known before.
+    The others' projections are in the layout of the sparse kernels. Raises UserError, with the reason, if the program
+    cannot run.
     """
 
     name = "program"
 
-    def __init__(self, model: Transformer, reason: str, compile: bool) -> None:
-        self.others = FusedBackend(model, reason, compile)
-        super().__init__(model, reason)
-        self.compiles, self.norm, self.position_tensors = compile, self.others.norm, self.others.position_tensors
+    def __init__(self, others: Backend) -> None:
+        model = others.model
+        if obstacle := program_obstacle(model):
+            raise UserError(obstacle)
+        super().__init__(model, others.reason)
+        self.others, self.compiles = others, others.compiles
+        self.norm, self.position_tensors = others.norm, others.position_tensors
         device = model.embedding.weight.device
         self.program = Program(plan(_described(model), device_facts(device)), device)
         self.frequencies = rope_frequencies(model.config, device).contiguous()
@@ -135,7 +139,7 @@ def model_obstacle(model: Transformer, device: Device) -> str:
     formats = [tuple(Format.of(_weight(module)) for module in modules) for modules in blocks]
     if len(set(formats)) > 1:
         return "blocks of different formats are not supported"
-    return obstacle(_described(model), device)
+    return shape_obstacle(_described(model), device)
 
 
 def _described(model: Transformer) -> Model:
@@ -154,13 +158,3 @@ def _projected(model: Transformer) -> list[list[nn.Module]]:
 def _weight(module: nn.Module) -> Weight:
     assert isinstance(module, (SparseLinear, QuantizedLinear))
     return Weight(module.weight, module.scales, module.zeros, module.refined)
-
-
-def build(model: Transformer, reason: str, compile: bool) -> ProgramBackend | str:
-    """The backend, or why there is none."""
-    if found := program_obstacle(model):
-        return found
-    try:
-        return ProgramBackend(model, reason, compile)
-    except UserError as error:
-        return str(error)

@@ -129,6 +129,18 @@ def test_a_block_of_other_projections_is_not_fused(tmp_path: Path, monkeypatch: 
     assert chosen.name == "eager" and chosen.reason.startswith("fused cannot run: its kernels take inputs normed")
 
 
+def test_a_program_that_cannot_run_leaves_it_to_the_fused_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tmp_path, "sparse")
+    with pytest.raises(UserError, match="backend program cannot run: its kernel needs CUDA, and the model is on cpu"):
+        choose_backend(model, forced="program")
+    monkeypatch.setattr(backends, "best_backend", lambda *_: ("program", "sparse weights"))
+    chosen = choose_backend(model, compile=False)
+    assert chosen.name == "fused"
+    assert chosen.reason == "sparse weights; program cannot run: its kernel needs CUDA, and the model is on cpu"
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse", "quantized", "int8-cache"])
 def test_backends_agree_and_leave_the_model_alone(tmp_path: Path, kind: str, traced_only: None) -> None:
     model = tiny(tmp_path, kind)

@@ -11,7 +11,7 @@ import torch
 
 from teal.decoding import program_backend
 from teal.decoding.backends import EagerBackend
-from teal.decoding.program_backend import ProgramBackend
+from teal.decoding.program_backend import ProgramBackend, model_obstacle
 from teal.kernels.program import plan as plan_module
 from teal.kernels.program.plan import Device, Plan
 from teal.model import Transformer
@@ -44,6 +44,5 @@ def emulated_backend(model: Transformer, folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(plan_module, "BLOCK_THREADS", (128,))  # which are fibers of one thread
     monkeypatch.setattr(program_backend, "device_facts", lambda device: FEW_BLOCKS)
     monkeypatch.setattr(program_backend, "Program", lambda plan, device: EmulatedProgram(plan, folder))
-    monkeypatch.setattr(program_backend, "FusedBackend", lambda model, reason, compile: EagerBackend(model, reason))
-    assert not (found := program_backend.model_obstacle(model, FEW_BLOCKS)), found
-    return ProgramBackend(model, "test", False)
+    monkeypatch.setattr(program_backend, "program_obstacle", lambda model: model_obstacle(model, FEW_BLOCKS))
+    return ProgramBackend(EagerBackend(model, "test"))

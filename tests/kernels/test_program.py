@@ -12,11 +12,12 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from teal.decoding.backends import FusedBackend
 from teal.decoding.compilation import capture
-from teal.decoding.program_backend import ProgramBackend, build, model_obstacle
+from teal.decoding.program_backend import ProgramBackend, model_obstacle, program_obstacle
 from teal.errors import UserError
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
-from teal.kernels.program.plan import MAX_STAGES, Device, Format, Model, obstacle, pieces_and_splits, plan
+from teal.kernels.program.plan import MAX_STAGES, Device, Format, Model, pieces_and_splits, plan, shape_obstacle
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.quantized_linear import QuantConfig, pick_group_size, use_quantized_linears
 from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
@@ -152,7 +153,7 @@ def program_logits(backend: ProgramBackend, ids: Tensor) -> tuple[Tensor, Tensor
 )
 def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, message: str) -> None:
     model = described(replace(SMALL, **changes), 4, 8)
-    assert obstacle(model, device).startswith(message)
+    assert shape_obstacle(model, device).startswith(message)
     with pytest.raises(ValueError, match=message):
         plan(model, device)
 
@@ -184,7 +185,7 @@ def test_formats_that_are_refused(kind: str, message: str) -> None:
     if kind == "fp32":
         model.lm_head.to(torch.bfloat16)
     assert model_obstacle(model, H100) == message
-    assert build(model, "test", False) == "its kernel needs CUDA, and the model is on cpu"
+    assert program_obstacle(model) == "its kernel needs CUDA, and the model is on cpu"
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -260,8 +261,7 @@ def test_families(changes: dict[str, Any]) -> None:
 
 def check_on_gpu(model: Transformer, limit: float) -> None:
     """check_logits, and the same bits in every run."""
-    backend = build(model, "test", False)
-    assert isinstance(backend, ProgramBackend), backend
+    backend = ProgramBackend(FusedBackend(model, "test", compile=False))
     first = check_logits(backend, limit)
     for _ in range(10):
         assert all(map(torch.equal, program_logits(backend, some_ids(model)), first)), "bits differ between runs"
@@ -287,8 +287,7 @@ def check_logits(backend: ProgramBackend, limit: float) -> tuple[Tensor, Tensor]
 @torch.inference_mode()
 def test_a_graph_gives_the_same_tokens_and_sees_new_thresholds() -> None:
     model = random_model(SMALL, torch.bfloat16, "int4", True, True, "cuda")
-    backend = build(model, "test", False)
-    assert isinstance(backend, ProgramBackend), backend
+    backend = ProgramBackend(FusedBackend(model, "test", compile=False))
     cache, token, position = model.new_cache(1, 256), *(torch.zeros(1, 1, dtype=torch.int64).cuda() for _ in range(2))
 
     def text(step: Any, count: int = 20) -> list[int]:
