@@ -259,7 +259,9 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, float thres
         float2 seen[2 * COUNT], x = make_float2(0.0f, 0.0f);  // sums, then largest and weight, of each split
         receive(
             seen, epoch,
-            [&](int i) { return first + i % COUNT * LANES_OF_PAIR * SLOT + (i < COUNT ? channel % HEAD_DIM : HEAD_DIM); },
+            [&](int i) {
+                return first + i % COUNT * LANES_OF_PAIR * SLOT + (i < COUNT ? channel % HEAD_DIM : HEAD_DIM);
+            },
             [&](int i) { return live && part + i % COUNT * LANES_OF_PAIR < ATTENTION_SPLITS; });
         float highest = NOTHING, weight = 0.0f;
 #pragma unroll
@@ -280,6 +282,7 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, float thres
             x.x += __shfl_xor_sync(ALL_LANES, x.x, distance);
             x.y += __shfl_xor_sync(ALL_LANES, x.y, distance);
         }
+        if (!live) weight = 1.0f;
         values[2 * pass] = rounded(x.x / weight), values[2 * pass + 1] = rounded(x.y / weight);
 #pragma unroll
         for (int i = 2 * pass; i < 2 * pass + 2; i++)

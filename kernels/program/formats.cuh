@@ -3,7 +3,7 @@
 //     bits   columns of a granule   lanes that sum one granule together
 //     16     8                      1      fused multiply-adds in fp32
 //     8      16                     1      a byte becomes a float by a permutation and one subtraction
-//     4      32                     4      tensor cores, see Sums<4>
+//     4      32                     4      tensor cores, see Sums<4>: those above would be three instructions a weight
 //
 // A quantized weight's scales come as one word for each group, made once by the host ("meta"): for 8 bits the scale as
 // fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point.
@@ -94,13 +94,13 @@ struct Sums<8> {
 // 4 bits on tensor cores (mma.m16n8k16, sums in fp32). Lane 4 g + c has four rows of weights of its own; the four lanes
 // of a g have one granule. A's rows g and g + 8 are two columns of W, taken from those lanes' words; its depth is their
 // 16 rows. B's column g is x times scale of the very same rows. So of the product only D[g][g] and D[g + 8][g] mean
-// anything, and they lie in lane c = g / 2. Seven eighths of the tensor cores' work is wasted, which they have to spare.
+// anything, and they lie in lane c = g / 2. Seven eighths of the tensor cores' work is wasted, and they can spare it.
 //
 //     A[g]   = nibbles of lanes 4 g .. 4 g + 3        B[.][g] = x scale of lanes 4 g .. 4 g + 3
 //
-// One logical operation makes fp16 of two nibbles, by their bits: 1024 + n of a low one, 1024 + 16 n of a high one. What
-// that adds, and the zero points, are summed beside and taken off at the end. x scale is rounded to fp16, 2^-12 of it;
-// the list's entries (compact) and the scales have been multiplied by powers of two so that they fill its range.
+// One logical operation makes fp16 of two nibbles, by their bits: 1024 + n of a low one, 1024 + 16 n of a high one.
+// What that adds, and the zero points, are summed beside and taken off at the end. x scale is rounded to fp16, 2^-12 of
+// it; the list's entries (compact) and the scales have been multiplied by powers of two so that they fill its range.
 template <>
 struct Sums<4> {
     float sum[64] = {};  // tile t = word, half and pair of nibbles: sum[4 t ..] are its four results in this lane

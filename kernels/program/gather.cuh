@@ -45,6 +45,29 @@ struct List {
     const u16* rows;
 };
 
+// Four neighbouring entries of a list from entry on, before end. threshold: of MIXED lists, which have what any segment
+// of the output keeps; an entry that this one drops is not wanted. What is not wanted is row 0 times 0.
+template <bool MIXED>
+struct Four {
+    float x[4] = {};
+    int rows[4] = {};
+    bool wanted[4] = {};
+
+    __device__ __forceinline__ Four(const List& list, int entry, int end, float threshold) {
+        if (entry >= end) return;
+        const float4 values = *(const float4*)(list.values + entry);
+        const ushort4 of_list = *(const ushort4*)(list.rows + entry);
+        const float found[4] = {values.x, values.y, values.z, values.w};
+        const u16 places[4] = {of_list.x, of_list.y, of_list.z, of_list.w};
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            wanted[r] = entry + r < end && (!MIXED || is_kept(found[r], threshold));
+            x[r] = wanted[r] ? found[r] : 0.0f;
+            rows[r] = wanted[r] ? places[r] : 0;
+        }
+    }
+};
+
 template <class W, int STRIDE = W::GROUPS>  // words from a row to the next
 struct RowByRow {
     const u32* meta;  // of this thread's group, in row 0
@@ -84,8 +107,7 @@ struct Place {
     }
 };
 
-// weights: row 0 of this thread's granule. threshold: of the segment that it is in; the list has what any segment keeps
-// (MIXED), and the others must not see it.
+// weights: row 0 of this thread's granule. threshold: of the segment that it is in (Four).
 template <class W, int PIECE, bool MIXED, class Meta>
 __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, Meta meta, const Place<W, PIECE>& place,
                                        float threshold, int count, const List& list, Ring& ring) {
@@ -95,17 +117,12 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, M
     const u64 policy = evict_first();
     Turn<uint4> fetched(ring.rows[0][0]), used(ring.rows[0][0]);
     auto fetch = [&](int step) {
-        const int entry = step * STEP + first;
-        if (entry < end) {
-            const ushort4 four = *(const ushort4*)(list.rows + entry);
-            const float4 x = MIXED ? *(const float4*)(list.values + entry) : make_float4(0, 0, 0, 0);
-            const u16 rows[4] = {four.x, four.y, four.z, four.w};
-            const float values[4] = {x.x, x.y, x.z, x.w};
+        if (const int entry = step * STEP + first; entry < end) {
+            const Four<MIXED> four(list, entry, end, threshold);
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const bool wanted = entry + r < end && (!MIXED || is_kept(values[r], threshold));
-                fetch_row(fetched.row(r), weights + (u64)rows[r] * W::ROW_BYTES, wanted, policy);
-                meta.fetch(r, rows[r], wanted);
+                fetch_row(fetched.row(r), weights + (u64)four.rows[r] * W::ROW_BYTES, four.wanted[r], policy);
+                meta.fetch(r, four.rows[r], four.wanted[r]);
             }
         }
         close_fetches();
@@ -118,24 +135,15 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, M
     for (int step = 0; step < steps; step++) {
         await_fetches<STAGES - 2>();
         fetch(step + STAGES - 1);
-        const int entry = step * STEP + first;
-        uint4 rows[4] = {};
-        u32 words[4] = {};
-        float x[4] = {};
-        if (entry < end) {
-            const float4 four = *(const float4*)(list.values + entry);
-            const ushort4 of_list = *(const ushort4*)(list.rows + entry);
-            const u16 places[4] = {of_list.x, of_list.y, of_list.z, of_list.w};
-            const float values[4] = {four.x, four.y, four.z, four.w};
+        const Four<MIXED> four(list, step * STEP + first, end, threshold);
+        uint4 rows[4];
+        u32 words[4];
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const bool wanted = entry + r < end && (!MIXED || is_kept(values[r], threshold));
-                rows[r] = *used.row(r);
-                words[r] = wanted ? meta.read(r, places[r]) : 0;
-                x[r] = wanted ? values[r] : 0.0f;
-            }
+        for (int r = 0; r < 4; r++) {
+            rows[r] = four.wanted[r] ? *used.row(r) : make_uint4(0, 0, 0, 0);
+            words[r] = four.wanted[r] ? meta.read(r, four.rows[r]) : 0;
         }
-        sums.add(rows, words, x);
+        sums.add(rows, words, four.x);
         used.next();
         meta.next_use();
     }

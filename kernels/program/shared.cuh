@@ -13,7 +13,8 @@ struct Limits {  // thresholds of a layer, rounded to the model's dtype
 
 constexpr int X_PAIRS = ceil_div(HIDDEN / 2, THREADS);  // of the residual stream that a thread holds
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
-constexpr int LIST = max_of(HIDDEN, max_of(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2, MLP_GRANULES * GateUp::COLUMNS)) + 8;
+constexpr int O_CHANNELS = ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2, H_CHANNELS = MLP_GRANULES * GateUp::COLUMNS;
+constexpr int LIST = max_of(HIDDEN, max_of(O_CHANNELS, H_CHANNELS)) + 8;  // the longest list, and a rest of four
 
 // Groups of gate that a block's granules touch; of up as many.
 constexpr int groups_of(int granules, int of_group) {
@@ -78,8 +79,8 @@ struct Listed {
     float enlarged;  // by which power of two the list's values were multiplied
 };
 
-// List the values whose bit in keep is set, with row(i) of each, in the order of threads. ENLARGED: times a power of two
-// that makes the largest 1 to 2. Whatever this thread has fetched is there for the whole block afterwards.
+// List the values whose bit in keep is set, with row(i) of each, in the order of threads. ENLARGED: times a power of
+// two that makes the largest 1 to 2. Whatever this thread has fetched is there for the whole block afterwards.
 template <bool ENLARGED, int COUNT, class Row>
 __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Shared& s) {
     const int mine = __popc(keep), lane = lane_of_warp(), warp = warp_of_block();
