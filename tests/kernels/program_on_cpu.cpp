@@ -1,7 +1,8 @@
 // Runs kernels/program on a CPU: in place of ptx.cuh, and of what CUDA gives a kernel. Slow, exact, and deterministic.
 //
 // Every thread of every block is a fiber; one OS thread takes them in turn. A fiber gives way where it waits: at a
-// barrier, in a shuffle, and while it polls a word.
+// barrier, in a shuffle, and while it polls a word. Launches take the fibers forwards and backwards by turns. Copies
+// into shared memory happen at once or as late as they may. So a missing barrier or wait gives another result.
 #define PTX_CUH
 
 #include <ucontext.h>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -71,13 +73,21 @@ struct Block {
     Warp warps[THREADS / 32];
 };
 struct Index { u32 x; };
+struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+    int bytes, group;
+};
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<u8[]> stack;
     Block* block;
     Index thread, place;
     bool ended = false;
+    int closed = 0;  // groups of copies
+    std::deque<Copy> copies;
 };
+static bool late;  // whether copies wait until they are awaited
 static std::vector<Fiber> fibers;
 static Fiber* current;
 static ucontext_t scheduler;
@@ -157,11 +167,28 @@ inline u32 load_acquire(const u32* counter) {
 inline u64 evict_first() { return 0; }
 inline uint4 read_once(const u8* from) { return *(const uint4*)from; }
 inline void prefetch(const void*) {}
-inline void fetch_row(uint4* to, const u8* from, bool wanted, u64) { *to = wanted ? *(const uint4*)from : uint4{}; }
-inline void fetch_word(u32* to, const u32* from, bool wanted) { *to = wanted ? *from : 0; }
-inline void close_fetches() {}
+inline void carry_out(const Copy& copy) {
+    if (copy.from)
+        memcpy(copy.to, copy.from, copy.bytes);
+    else
+        memset(copy.to, 0, copy.bytes);
+}
+inline void fetch(void* to, const void* from, int bytes) {
+    const Copy copy{to, from, bytes, current->closed};
+    if (late)
+        current->copies.push_back(copy);
+    else
+        carry_out(copy);
+}
+inline void fetch_row(uint4* to, const u8* from, bool wanted, u64) { fetch(to, wanted ? from : nullptr, 16); }
+inline void fetch_word(u32* to, const u32* from, bool wanted) { fetch(to, wanted ? from : nullptr, 4); }
+inline void close_fetches() { current->closed++; }
 template <int OPEN>
-void await_fetches() {}
+void await_fetches() {
+    auto& copies = current->copies;
+    for (; !copies.empty() && copies.front().group < current->closed - OPEN; copies.pop_front())
+        carry_out(copies.front());
+}
 
 #include "program.cu"
 
@@ -176,6 +203,9 @@ static void enter() {
 // A launch, with program.cu's Arguments. Returns whether it ended; a round in which nothing ends is no proof of a
 // deadlock, but a hundred million are.
 extern "C" int launch(const Arguments* given) {
+    static int launches = 0;
+    const bool backwards = launches % 2;
+    late = launches++ / 2 % 2 == 0;
     arguments = given;
     std::vector<Block> blocks(GRID);
     fibers.clear();
@@ -197,7 +227,8 @@ extern "C" int launch(const Arguments* given) {
     size_t left = fibers.size();
     for (long turn = 0; left; turn++) {
         if (turn > 100000000 / (long)fibers.size()) return 0;
-        for (Fiber& fiber : fibers) {
+        for (size_t i = 0; i < fibers.size(); i++) {
+            Fiber& fiber = fibers[backwards ? fibers.size() - 1 - i : i];
             if (fiber.ended) continue;
             current = &fiber;
             swapcontext(&scheduler, &fiber.context);
