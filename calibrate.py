@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teal.cli import command_line as cli
 from teal.cli.options import add_model_arguments, add_text_arguments, model_options
@@ -90,10 +90,8 @@ def calibrate_model(args: argparse.Namespace) -> None:
     """Load the text and the model, calibrate for every target. What cannot be written is refused before the loading."""
     if args.output is not None:
         check_writable("-o", output_paths(args, "model")[0])
-    from teal.calibration.texts import read_texts
-
     settings = Settings(args.sparsity, args.method or Settings().method, args.step)
-    text = read_texts(args.text, args.field)
+    text = CalibrationText(args)
     if args.rotate is not None:
         rotate_model(args, text)
     paths = calibrated_paths(args)
@@ -101,13 +99,44 @@ def calibrate_model(args: argparse.Namespace) -> None:
         write_plans(args, settings, text, paths)
 
 
-def rotate_model(args: argparse.Namespace, text: str) -> None:
+class CalibrationText:
+    """The text that args name. The first model to be loaded cuts it, before minutes of work: it may be too short.
+
+    sequences: tokens to calibrate on, as args want them, int64 [N, L]; held_out: those to measure sparsity on.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from teal.calibration.texts import read_texts
+
+        self.args, self.text = args, read_texts(args.text, args.field)
+        self.sequences: Tensor | None = None
+        self.held_out: Tensor | None = None
+
+    def cut(self, model: "Described") -> None:
+        """Cut the text by the tokenizer of model, if no other did. Raises UserError if it is too short."""
+        from teal.calibration.texts import split_sequences
+        from teal.calibration.thresholds import HELD_OUT_SEQUENCES, QUICK_LENGTH
+
+        if self.sequences is None:
+            args, limit = self.args, model.config.max_seq_len
+            sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
+            rotated = model.is_rotated or args.rotate is not None
+            self.sequences, self.held_out = split_sequences(model.tokenizer.encode, self.text, *sizes, rotated)
+
+    def facts(self, sequences: "Tensor") -> dict[str, Any]:
+        """What is kept of the text and of sequences [N, L] cut from it."""
+        from teal.calibration.texts import text_hash
+
+        return {"text": text_hash(self.text), "sequences": len(sequences), "length": sequences.shape[1]}
+
+
+def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
     """Write the model of args to args.rotate in the basis found on a part of text, which args then name as theirs.
 
     A folder that an earlier call wrote is taken as it is. Raises UserError.
     """
     from teal.calibration.rotation import find_rotation
-    from teal.calibration.texts import rotation_text, spread_sequences, text_hash
+    from teal.calibration.texts import rotation_text, spread_sequences
     from teal.checkpoint.loading import load_for_decoding
     from teal.checkpoint.rotation import check_can_rotate, write_rotated
     from teal.checkpoint.source import resolve_checkpoint
@@ -115,16 +144,13 @@ def rotate_model(args: argparse.Namespace, text: str) -> None:
     if args.random_weights is not None:
         raise UserError("--rotate does not go with --random-weights: they have no energy to sort")
 
-    def check(model: "Described") -> None:  # of the plans, which come after
-        cut_text(args, text, model, rotated=True)
-
     with reserved(Output("--rotate", args.rotate, None)):
         source = resolve_checkpoint(args.checkpoint)
         if not check_can_rotate(source, args.rotate):
-            loaded = load_for_decoding(model_options(args, sparsity=0.0), check)
+            loaded = load_for_decoding(model_options(args, sparsity=0.0), text.cut)
             length = min(args.length, loaded.model.config.max_seq_len)
             most = ROTATION_SHARE * args.sequences
-            sequences = spread_sequences(loaded.tokenizer.encode, rotation_text(text), most, length)
+            sequences = spread_sequences(loaded.tokenizer.encode, rotation_text(text.text), most, length)
             channels = loaded.model.config.hidden_size
             if sequences.numel() < ROTATION_TOKENS * channels:
                 print(
@@ -133,51 +159,33 @@ def rotate_model(args: argparse.Namespace, text: str) -> None:
                 )  # fmt: skip
             rotation = find_rotation(loaded.model, sequences, args.offload)
             del loaded
-            facts = {"text": text_hash(text), "sequences": len(sequences), "length": length}
-            write_rotated(source, args.rotate, rotation, facts)
+            write_rotated(source, args.rotate, rotation, text.facts(sequences))
             print(args.rotate)
     args.checkpoint = str(args.rotate)
 
 
-def write_plans(args: argparse.Namespace, settings: Settings, text: str, paths: list[Path]) -> None:
+def write_plans(args: argparse.Namespace, settings: Settings, text: CalibrationText, paths: list[Path]) -> None:
     """Calibrate and write the plans at once, then again with the sparsities they achieve."""
-    from teal.calibration.texts import text_hash
     from teal.calibration.thresholds import calibrate, with_achieved
     from teal.checkpoint.loading import load_for_decoding
 
-    cut: list[Tensor] = []
-
-    def check(model: "Described") -> None:  # before the weights are read: the text may be too short
-        cut[:] = cut_text(args, text, model, model.is_rotated)
-
-    loaded = load_for_decoding(model_options(args, sparsity=0.0), check, sparse=True)
-    sequences, checked = cut
-    length = sequences.shape[1]
-    facts = {"text": text_hash(text), "sequences": args.sequences, "length": length}
+    loaded = load_for_decoding(model_options(args, sparsity=0.0), text.cut, sparse=True)
+    assert text.sequences is not None and text.held_out is not None
+    facts = text.facts(text.sequences)
     request = json.dumps([loaded.identity, facts, settings.targets, settings.method, settings.step])
     progress = cache_folder("calibration") / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
     seen: list[list[dict[str, Histogram]]] = []
     histograms = seen if args.plot else None
     plans = calibrate(
-        loaded.model, sequences, settings, facts, args.offload, progress, histograms, loaded.weights,
+        loaded.model, text.sequences, settings, facts, args.offload, progress, histograms, loaded.weights,
         save=lambda found: save(found, paths),
     )  # fmt: skip
     for plan, path in zip(plans, paths, strict=True):
-        measured = with_achieved(loaded.model, plan, checked)
+        measured = with_achieved(loaded.model, plan, text.held_out)
         measured.save(path)
-        if warning := measured.warning(measured.achieved, checked.numel(), "held-out text"):
+        if warning := measured.warning(measured.achieved, text.held_out.numel(), "held-out text"):
             print(warning, file=sys.stderr)
     draw(plans, args.plot, seen, loaded.model.config.projections())
-
-
-def cut_text(args: argparse.Namespace, text: str, model: "Described", rotated: bool) -> "tuple[Tensor, Tensor]":
-    """Tokens to calibrate on, as args want them, and to measure sparsity on. Raises UserError if text is too short."""
-    from teal.calibration.texts import split_sequences
-    from teal.calibration.thresholds import HELD_OUT_SEQUENCES, QUICK_LENGTH
-
-    limit = model.config.max_seq_len
-    sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
-    return split_sequences(model.tokenizer.encode, text, *sizes, rotated)
 
 
 def calibrated_paths(args: argparse.Namespace) -> list[Path]:

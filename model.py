@@ -347,11 +347,19 @@ class Transformer(nn.Module):
         """self.layers by their type."""
         return cast(list[Block], list(self.layers))
 
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, keys and values, and of weights in floats."""
+        return self.norm.weight.dtype
+
     def new_cache(self, batch: int, length: int, layers: int | None = None) -> KVCache:
         """An empty cache for all or so many layers, beside the weights, of what their attention keeps."""
-        weight = self.embedding.weight
-        width, dtype = self.blocks[0].attention.cached_vector(weight.dtype)
-        return KVCache(self.config, batch, length, weight.device, dtype, layers, width)
+        width, dtype = self.blocks[0].attention.cached_vector(self.dtype)
+        return KVCache(self.config, batch, length, self.device, dtype, layers, width)
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """Logits fp32 [B, T, V] of tokens at positions (both int64 [B, T]); writes keys and values into kv_cache."""

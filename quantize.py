@@ -13,7 +13,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teal.cli import command_line as cli
 from teal.cli.options import add_checkpoint_argument, add_device_argument, add_head_argument, add_text_arguments
@@ -63,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_head_argument(what, "quantize the output head too; mixed, with --mode mixed, to as many bits", "mixed")
     what.add_argument(
+        "--embedding", choices=("none", "int8"), default="none",
+        help="round the embedding too, which saves memory; with --lm-head where the head is the same weight",
+    )  # fmt: skip
+    what.add_argument(
         "--grouping",
         choices=("output", "input"),
         default="output",
@@ -86,12 +90,12 @@ def main() -> None:
     if args.checkpoint is not None:
         check_apart(args.output, Path(args.checkpoint).expanduser())
     check_output(args.output, args.force)
-    from teal.checkpoint.config import load_config, load_quantization
+    from teal.checkpoint.config import load_quantization
     from teal.checkpoint.source import resolve_checkpoint
-    from teal.checkpoint.weights import find_shards
+    from teal.checkpoint.weights import find_shards, stored_config
 
     source = resolve_checkpoint(args.checkpoint)
-    config = load_config(source)
+    config = stored_config(source)
     if load_quantization(source) is not None:
         raise UserError(f"--checkpoint {args.checkpoint}: is quantized already; give the original model")
     scheme = scheme_of(args, config)
@@ -129,11 +133,17 @@ def scheme_of(args: argparse.Namespace, config: "ModelConfig") -> "QuantConfig":
 
     head = args.lm_head != "none"
     group_size = pick_group_size(config, args.group_size, head)
+    scheme = QuantConfig(args.mode, group_size, head, args.grouping, args.embedding == "int8", **mixed_fields(args))
+    scheme.check_embedding(config)
+    return scheme
+
+
+def mixed_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What of a QuantConfig only mode mixed has."""
     if args.mode != "mixed":
-        return QuantConfig(args.mode, group_size, head, args.grouping)
+        return {}
     bits = DEFAULT_BITS if args.bits is None else args.bits
-    head_bits = 4 if args.lm_head == "mixed" else 8
-    return QuantConfig(args.mode, group_size, head, args.grouping, average_bits=bits, head_bits=head_bits)
+    return {"average_bits": bits, "head_bits": 4 if args.lm_head == "mixed" else 8}
 
 
 def mode_name(scheme: "QuantConfig") -> str:
@@ -253,7 +263,8 @@ def quantize_folder(
 def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
     """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files."""
     from teal.checkpoint.config import read_json
-    from teal.checkpoint.weights import copy_other_files, stored_config, stored_weights
+    from teal.checkpoint.identity import stored_weights
+    from teal.checkpoint.weights import copy_other_files, stored_config
     from teal.files import atomic_file, fingerprint
 
     copy_other_files(source, work)
@@ -272,7 +283,7 @@ def _start_or_resume(
     work: Path, source: Path, scheme: "QuantConfig", method: str, sequences: "Tensor | None"
 ) -> None:  # fmt: skip
     """Make work a folder of this very job. What another job left there goes. Raises UserError for other content."""
-    from teal.checkpoint.weights import model_identity
+    from teal.checkpoint.identity import model_identity
     from teal.files import atomic_file, sweep
 
     sweep(work, ".*.part")

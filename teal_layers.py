@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from teal.errors import UserError
 from teal.kernels.formats.packing import dequantize
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
@@ -66,6 +67,7 @@ class SparseLinear(PhasedModule):
             else:
                 merged.append((size, threshold))
         self.segments = [size for size, _ in merged]
+        self.state.replaced += 1
         limits = torch.tensor([t for _, t in merged], device=device)
         self._keep(limits, torch.tensor(thresholds, device=device))
 
@@ -138,8 +140,10 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
 
     A model that is sparse already only takes the new thresholds. Each weight is transposed and the
     old one dropped before the next, so memory grows by one weight at most. Raises UserError if the
-    plan is for another model.
+    plan is for another model, or model is none.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"sparsify takes a model, not {type(model).__name__}; an Engine's is engine.model")
     plan.check_fits(model.config)
     for block, modules, layer in zip(model.blocks, sparse_layers(model), plan.layers, strict=True):
         thresholds = {name: p.threshold for name, p in layer.items()}

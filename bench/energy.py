@@ -117,7 +117,7 @@ def rotated(block: Block, p: Projection, plain: Samples, Q: Tensor, R: Tensor) -
 def measure(model: Transformer, rotation: Rotation, sequences: Tensor, sparsity: float) -> dict[str, Measured]:
     """By WEIGHTS, on token ids int64 [N, L] that the rotation was not found on."""
     assert rotation.residual is not None
-    device = model.embedding.weight.device
+    device = model.device
     Q, found = rotation.residual.to(device), {weights: Measured() for weights in WEIGHTS}
     backward = BackwardPass(model, sequences, Settings().gradient_tokens)
     backward.forward()

@@ -78,7 +78,11 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser("Measure speculative decoding: acceptance, speed and whether the texts are the dense model's.")
     add_model_arguments(parser)
     group = parser.add_argument_group("measurement")
-    group.add_argument("--drafts", default="0.5", help="sparsities, int8:S or int4:S, or lookup; commas between")
+    group.add_argument(
+        "--drafts",
+        default="0.5",
+        help="sparsities, int8:S, int4:S or FOLDER:S (of quantize.py), or lookup; commas between",
+    )
     group.add_argument("--lengths", type=cli.positive_ints, default=(1, 2, 4), help="tokens drafted a round")
     group.add_argument(
         "--text", type=Path, help="UTF-8 file the prompts are cut from; without it a text that comes along"
@@ -92,17 +96,18 @@ def build_parser() -> cli.Parser:
 
 
 def parse_draft(text: str) -> DraftOptions:
-    """The draft that "0.5", "int4:0.5" or "lookup" means, of one token. Raises UserError."""
+    """The draft that "0.5", "int4:0.5", "FOLDER:0.5" or "lookup" means, of one token. Raises UserError."""
     if text == "lookup":
         return DraftOptions(length=1, lookup=True)
     rounded, _, sparsity = text.rpartition(":")
+    quant = rounded if rounded in QUANTS else None
     try:
-        share = float(sparsity)
+        return DraftOptions(
+            length=1, sparsity=float(sparsity), quant=quant, checkpoint=None if quant else rounded or None
+        )
     except ValueError:
-        share = -1.0
-    if rounded not in ("", *QUANTS) or not 0 < share < 1:
-        raise UserError(f"--drafts {text}: expected a sparsity (0.5), one with rounded weights (int4:0.5), or lookup")
-    return DraftOptions(length=1, sparsity=share, quant=rounded or None)
+        expected = "a sparsity (0.5), one of rounded weights (int4:0.5, FOLDER:0.5), or lookup"
+        raise UserError(f"--drafts {text}: expected {expected}") from None
 
 
 def prompts_of(args: argparse.Namespace, engine: Engine) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal.decoding.backends import Backend
+from teal.decoding.backend import Backend
 from teal.decoding.engine import Engine
 from teal.decoding.sampling import argmax_step
 from teal.layers.phase import Phase
@@ -109,7 +109,7 @@ def batched_step_s(backend: Backend, batch: int, context: int) -> float:
     channels than the rows of a server do.
     """
     model = backend.model
-    device = model.embedding.weight.device
+    device = model.device
     cache = model.new_cache(batch, context + 8)
     prompts = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=device)
     positions = torch.arange(context, device=device)[None]

@@ -44,7 +44,7 @@ projections = loaded.model.config.projections()
 plot_inputs([block[-1] for block in seen], plans[-1], projections, args.output / "inputs.png")
 
 # %% What it costs: perplexity, and how far the predictions move from the dense model's
-cases = [Case("dense", 0.0, None)] + [Case("uniform", plan.target, plan) for plan in plans]
+cases = [Case("dense", 0.0, None)] + [Case(plan.method, plan.target, plan) for plan in plans]
 rows = [
     result.as_row() for result in evaluate(loaded.model, first_tokens(encode, evaluating, args.tokens), cases, 512, 256)
 ]

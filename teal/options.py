@@ -26,6 +26,7 @@ DTYPE_NAMES = ("auto", "bf16", "fp16", "fp32")
 QUANTS = ("int8", "int4")  # what weights may be rounded to at load
 KV_CACHES = ("float", "int8")  # how keys and values are kept
 BACKENDS = ("auto", "eager", "compiled", "fused", "program")  # what runs a decode step
+MAX_THREADS = 1024  # of a process's own
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 10, 2048  # of tokens: the paper's calibration set
 METHODS = ("uniform", "greedy", "global")  # of calibration
@@ -42,7 +43,8 @@ class ModelOptions:
     random_weights: a known architecture instead. sparsity: the share of activations to drop, plan: a plan file instead.
     compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
     the weights at load, quant_lm_head those of the output head to 8 bits. kv_cache "int8" keeps keys and values in 8
-    bits. force_plan takes plans that were made for other weights.
+    bits. threads: how many a CPU computes with, in the whole process. None is the cores that affinity and quota allow
+    (teal.environment). force_plan takes plans that were made for other weights.
     """
 
     checkpoint: str | None = None
@@ -57,6 +59,7 @@ class ModelOptions:
     quant: str | None = None
     quant_lm_head: bool = False
     kv_cache: str = KV_CACHES[0]
+    threads: int | None = None
     force_plan: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class ModelOptions:
         elif self.quant_lm_head:
             raise ParameterError("{quant_lm_head} goes with {quant}; to keep the rest in floats is not supported")
         check_choice("kv_cache", self.kv_cache, KV_CACHES)
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ParameterError(f"{{threads}} {{}} is out of range; expected 1 to {MAX_THREADS}", self.threads)
 
     @property
     def is_sparse(self) -> bool:
@@ -87,13 +92,15 @@ class DraftOptions:
     """How to draft for speculative decoding. Raises UserError.
 
     length: tokens drafted at once at most. The draft is the model with this sparsity or the plan of a file; quant
-    rounds its weights, and no others. With lookup it is what followed the last few tokens where they stood before.
+    rounds its weights, and no others. checkpoint: a folder that quantize.py made of the same model, to draft with its
+    weights. With lookup the draft is what followed the last few tokens where they stood before.
     """
 
     length: int = LOOKUP_LENGTH
     sparsity: float = 0.5
     plan: str | None = None
     quant: str | None = None
+    checkpoint: str | None = None
     lookup: bool = False
 
     def __post_init__(self) -> None:
@@ -101,11 +108,25 @@ class DraftOptions:
         if self.quant is not None:
             check_choice("draft_quant", self.quant, QUANTS)
         if self.lookup:
-            for name, value in (("draft_plan", self.plan), ("draft_quant", self.quant)):
-                if value is not None:
-                    raise ParameterError(f"{{{name}}} does not go with {{draft_lookup}}, which runs no model")
-        elif self.plan is None and not 0 < self.sparsity < 1:
-            raise ParameterError("{draft_sparsity} {:g} is out of range; expected 0 < sparsity < 1", self.sparsity)
+            self._check_lookup()
+        elif self.quant is not None and self.checkpoint is not None:
+            raise ParameterError("{draft_quant} does not go with {draft_checkpoint}, which is rounded; choose one")
+        elif self.plan is None and not (0 < self.sparsity < 1 or (self.sparsity == 0 and self.has_own_weights)):
+            raise ParameterError(
+                "{draft_sparsity} {:g} is out of range; expected 0 < sparsity < 1, or 0 of rounded weights",
+                self.sparsity,
+            )
+
+    def _check_lookup(self) -> None:
+        given = {"draft_plan": self.plan, "draft_quant": self.quant, "draft_checkpoint": self.checkpoint}
+        for name, value in given.items():
+            if value is not None:
+                raise ParameterError(f"{{{name}}} does not go with {{draft_lookup}}, which runs no model")
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the draft's weights are others than the model's."""
+        return self.quant is not None or self.checkpoint is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +140,8 @@ class Settings:
     targets: tuple[float, ...] = (0.5,)
     method: str = METHODS[-1]
     step: float = 0.05
-    # SmolLM2-135M, rotated, 50%, 65,536 tokens of WikiText: KL .242 with 1,024 of them, .218 with 5,120.
-    gradient_tokens: int = 5120
+    # What each token drops meets its own gradient, which scatters: RESULTS.md's figures are from so many tokens.
+    gradient_tokens: int = 16384
 
     def __post_init__(self) -> None:
         for target in self.targets:

@@ -99,7 +99,7 @@ class ProjectionPlan:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Which weights a plan is for: a name for people, and what their content hashes to (checkpoint.weights_identity).
+    """Which weights a plan is for: a name for people, and what their content hashes to (checkpoint.identity).
 
     Rounded weights count as those they were rounded from: rounding hardly moves activations, nor so thresholds.
     """
@@ -278,8 +278,16 @@ def cached_plan(identity: str, how: str, dtype: torch.dtype, device: torch.devic
 
     A plan that 16 bits or another device have calibrated differs in the last digits of its thresholds, and so in text.
     """
-    number = f"{str(dtype).removeprefix('torch.')}-{device.type}"
-    return cache_folder("plans") / f"{identity}-{how}-{number}-{target:g}-v{PLAN_VERSION}.json"
+    return cache_folder("plans") / f"{_cached_name(identity, how, dtype, device)}-{target:g}-v{PLAN_VERSION}.json"
+
+
+def cached_curves(identity: str, how: str, dtype: torch.dtype, device: torch.device) -> Path:
+    """Where the errors are kept from which global plans of all sparsities are made. Parameters as for cached_plan."""
+    return cache_folder("calibration") / f"{_cached_name(identity, how, dtype, device)}-v{PLAN_VERSION}.safetensors"
+
+
+def _cached_name(identity: str, how: str, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{identity}-{how}-{str(dtype).removeprefix('torch.')}-{device.type}"
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:

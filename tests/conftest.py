@@ -30,6 +30,10 @@ from torch import Tensor, nn
 
 from teal.cli import command_line as cli
 from teal.cli import generate
+from tests import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.quicken()
 
 ROOT = Path(__file__).parent.parent
 TEXT = (
@@ -195,6 +199,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_j
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
     )
     (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def own_cache(folder: Path) -> Path:
+    """A cache folder for a test's own XDG_CACHE_HOME, empty but for the CPU kernels: compiling them takes 25 s."""
+    from teal.files import cache_folder
+    from teal.kernels.cpu.native import native_kernels
+
+    native_kernels()
+    (folder / "teal").mkdir(parents=True)
+    (folder / "teal" / "kernels").symlink_to(cache_folder("kernels"))
     return folder
 
 

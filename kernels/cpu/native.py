@@ -1,9 +1,10 @@
-"""Compiles and loads the CPU kernels, row_gather.cpp and dequantize.cpp: once per machine, source and torch version.
+"""Compiles and loads the CPU kernels, all .cpp files of this folder: once per processor, source and torch version.
 
 The library is built by the system's C++ compiler into the cache folder. Without a compiler all works through
 torch's own operations: correct, and slower.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -17,33 +18,47 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from teal.environment import usable_cores
 from teal.errors import UserError
 from teal.files import atomic_file, cache_folder, cpu_name
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("row_gather.cpp", "linear_fp32.cpp", "dequantize.cpp"))
-# Bits must not depend on how the compiler orders a sum, so no -ffast-math; torch's own OpenMP is used, found at load.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++20", "-fPIC", "-fopenmp")
-# GCC 13 fused products and sums in linear_fp32's code for some numbers of rows and not for others: other bits in fp32.
-# A weight's two parts (dequantize.cpp) are each rounded before they are added, as plain PyTorch does it.
-FLAGS_OF = {"linear_fp32.cpp": ("-ffp-contract=off",), "dequantize.cpp": ("-ffp-contract=off",)}
+FOLDER = Path(__file__).parent
+SOURCES, HEADERS = (tuple(sorted(FOLDER.rglob(pattern))) for pattern in ("*.cpp", "*.h"))
+# Bits must not depend on how the compiler orders or fuses sums, so no -ffast-math. GCC 13 fused products and sums for
+# some numbers of rows and not for others: what is to be fused says so. torch's own OpenMP is used, found at load.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-std=c++20", "-fPIC", "-fopenmp")
 
 
 @functools.cache
-def native_kernels() -> Any | None:
-    """The compiled ops, by name, or None, said once on stderr, if they cannot be built."""
+def native_library() -> ctypes.CDLL | None:
+    """The compiled C functions, or None, said once on stderr, if they cannot be built. A call releases the GIL."""
     try:
-        library = _built_library()
-        torch.ops.load_library(library)
+        path = _built_library()
+        torch.ops.load_library(path)
+        return ctypes.CDLL(str(path))
     except (UserError, OSError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         print(f"note: decoding on CPU runs without compiled kernels, slower: {reason}", file=sys.stderr)
         return None
-    return torch.ops.teal_cpu
+
+
+def native_kernels() -> Any | None:
+    """The compiled ops, by name, or None as native_library."""
+    return None if native_library() is None else torch.ops.teal_cpu
+
+
+def processor_features() -> str:
+    """The instructions that -march=native may use here: a machine of the same name may hide some."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""
 
 
 def _built_library() -> Path:
-    texts = (source.read_text(encoding="utf-8") for source in SOURCES)
-    key = "\n".join((*texts, torch.__version__, cpu_name(), *FLAGS, str(FLAGS_OF)))
+    texts = (source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS))
+    key = "\n".join((*texts, torch.__version__, cpu_name(), processor_features(), *FLAGS))
     path = cache_folder("kernels") / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
@@ -61,14 +76,11 @@ def _compile(output: Path) -> None:
         raise UserError("no C++ compiler found; install g++ or set CXX")
     objects = [f"{output}.{source.stem}.o" for source in SOURCES]
     options = (*FLAGS, *(f"-I{folder}" for folder in include_paths()))
-    commands = [
-        [compiler, *options, *FLAGS_OF.get(source.name, ()), "-c", str(source), "-o", to]
-        for source, to in zip(SOURCES, objects, strict=True)
-    ]
+    commands = [[compiler, *options, "-c", str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)]
     link = [compiler, "-shared", *objects, "-o", str(output)]
     link += [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
     try:
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             list(pool.map(_run, commands))
         _run(link)
     finally:

@@ -7,15 +7,14 @@ E[x_i^2 |g|^2] |D_i|^2 / 2N. Tokens count by their own gradients: massive activa
 the loss, do not rule the sum.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from teal.calibration.sensitivity import HEAD_TOKENS, BackwardPass, pieces_of
-from teal.model import Block, Projection, Transformer
+from teal.calibration.sensitivity import HEAD_TOKENS, BackwardPass, pieces_of, probes
+from teal.model import Projection, Transformer
 from teal.progress import progress
 
 ENERGY_TOKENS = 4096  # at most, spread over the text: means of squares need no more
@@ -32,65 +31,55 @@ class ChannelEnergy:
     gradients: float | Tensor
 
 
+@dataclass(slots=True)
 class _Sums:
-    """Sums over tokens at one module: of g^2 as a mean over each projection's outputs, and of x^2 times that."""
+    """Over tokens of one projection: of g^2 as a mean over outputs, fp32 [], and of x^2 times that, fp32 [K]."""
 
-    def __init__(self, projection: Projection, device: torch.device) -> None:
-        self.projection = projection
-        self.inputs = torch.zeros(len(projection.names), projection.in_features, device=device)
-        self.gradients = torch.zeros(len(projection.names), device=device)
-        self.tokens = 0
+    gradients: Tensor = field(default_factory=lambda: torch.zeros(()))
+    inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
+    tokens: int = 0
 
-    def note(self, x: Tensor, y: Tensor) -> None:
-        """Add a forward pass, x [1, T, K] to y [1, T, N], as soon as the gradient of y is known."""
-        squares = x.detach()[0].float().square()
-        y.register_hook(lambda gradient: self._add(squares, gradient[0].float()))
+    def add(self, squares: Tensor, gradient: Tensor) -> None:
+        """Some tokens more, of x^2 fp32 [T, K] and g [T, N]."""
+        weights = gradient.float().square().mean(1)
+        self.gradients = self.gradients + weights.sum()
+        self.inputs = self.inputs + weights @ squares
+        self.tokens += len(weights)
 
-    def _add(self, squares: Tensor, gradient: Tensor) -> None:
-        parts = gradient.square().split(self.projection.sizes, dim=1)
-        weights = torch.stack([part.mean(1) for part in parts])  # [projections, T]
-        self.inputs += weights @ squares
-        self.gradients += weights.sum(1)
-        self.tokens += len(squares)
-
-    def energies(self) -> dict[str, ChannelEnergy]:
-        """By the name of each stacked projection, in host memory."""
-        inputs = (self.inputs / self.gradients.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).cpu()
-        gradients = (self.gradients / self.tokens).tolist()
-        return {name: ChannelEnergy(*own) for name, *own in zip(self.projection.names, inputs, gradients, strict=True)}
+    def energy(self) -> ChannelEnergy:
+        """In host memory."""
+        inputs = self.inputs / self.gradients.clamp(min=torch.finfo(torch.float32).tiny)
+        return ChannelEnergy(inputs.cpu(), float(self.gradients) / self.tokens)
 
 
-@contextmanager
-def _noting(block: Block, device: torch.device) -> Iterator[list[_Sums]]:
-    """Within the context every projection module of block adds up what passes through it."""
-    found = [_Sums(p, device) for p in block.projections()]
-    handles = [
-        block.get_submodule(sums.projection.module).register_forward_hook(lambda _, x, y, s=sums: s.note(x[0], y))
-        for sums in found
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def _block_energies(backward: BackwardPass, i: int) -> dict[str, ChannelEnergy]:
+    """Of block i, through which gradients go back."""
+    sums: dict[str, _Sums] = defaultdict(_Sums)
+
+    def note(p: Projection, x: Tensor, gradients: dict[str, Tensor], _: dict[str, Tensor]) -> None:
+        squares = x.float().square()
+        for name, gradient in gradients.items():
+            sums[name].add(squares, gradient)
+
+    with probes(backward.model.blocks[i], note):
+        backward.through(i)
+    return {name: own.energy() for name, own in sums.items()}
 
 
 def channel_energies(model: Transformer, sequences: Tensor) -> list[dict[str, ChannelEnergy]]:
-    """Of every projection of a float model [layer][projection], from sequences int64 [S, L] of token ids."""
+    """Of every projection of a model [layer][projection], from sequences int64 [S, L] of token ids."""
     backward = BackwardPass(model, sequences, ENERGY_TOKENS)
     backward.forward()
-    energies: list[dict[str, ChannelEnergy]] = [{} for _ in model.blocks]
-    for i in progress(range(len(model.blocks))[::-1], "measuring energies", "block"):
-        with torch.inference_mode(False), _noting(model.blocks[i], model.embedding.weight.device) as found:
-            backward.through(i)
-        energies[i] = {name: energy for sums in found for name, energy in sums.energies().items()}
-    return energies
+    found = [
+        _block_energies(backward, i) for i in progress(range(len(model.blocks))[::-1], "measuring energies", "block")
+    ]
+    return found[::-1]
 
 
 @torch.inference_mode()
 def head_energy(model: Transformer, sequences: Tensor) -> ChannelEnergy:
     """Of the output head. E[g^2] of a token's logit is E[p(1 - p)], which no backward pass has to find."""
-    device = model.embedding.weight.device
+    device = model.device
     inputs = torch.zeros(model.config.hidden_size, device=device)
     gradients = torch.zeros(model.config.vocab_size, device=device)
     tokens = 0

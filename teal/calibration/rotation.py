@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teal.calibration.sensitivity import BackwardPass
-from teal.calibration.stages import BlockStages, Stream
+from teal.calibration.stages import BlockStages, Positions, Stream
 from teal.checkpoint.rotation import Rotation
 from teal.errors import ParameterError
 from teal.model import RMSNorm, Transformer
@@ -30,13 +30,13 @@ def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) 
             "{rotate}: {} tokens cannot tell the energy of {} channels; give a longer {text}, or more sequences",
             sequences.numel(), model.config.hidden_size,
         )  # fmt: skip
-    c, device = model.config, model.embedding.weight.device
+    c, positions = model.config, Positions(model, sequences.shape[1])
     weights = norm_weights(model, sequences)
-    stream = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
-    residual = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64, device=device)
+    stream = Stream.embedded(model, sequences, offload)
+    residual = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64, device=stream.device)
     heads = []
     for i in progress(range(len(model.blocks)), "measuring covariances", "block"):
-        stages = BlockStages(model, i, sequences.shape[1])
+        stages = BlockStages(positions, i)
         for p in stages.projections:
             inputs = stages.inputs(p, stream)
             if p.input == "normed":

@@ -14,20 +14,34 @@ def weight_counts(projections: Iterable[Projection]) -> dict[str, int]:
     return {name: size * p.in_features for p in projections for name, size in zip(p.names, p.sizes, strict=True)}
 
 
+class Positions:
+    """Where the tokens of sequences of one length stand: what depends on it is computed once for all blocks."""
+
+    def __init__(self, model: Transformer, length: int, batch: int = 1) -> None:
+        self.model = model
+        with torch.inference_mode(False):  # gradients may pass what is multiplied by them
+            self.positions = torch.arange(length, device=model.device).expand(batch, length)
+            self.cos, self.sin, self.masks = model.position_tensors(self.positions, length)
+
+    def context(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What block i is called with beside x. The cache is new: gradients pass what a call writes into it."""
+        batch, length = self.positions.shape
+        cache = self.model.new_cache(batch, length, layers=1)
+        mask = self.masks[self.model.config.sliding_windows[i]]
+        return self.cos, self.sin, mask, self.positions, cache.k[0], cache.v[0]
+
+
 class BlockStages:
     """One block of a model, run projection by projection over sequences of one length.
 
     A block is a chain of sublayers. Each begins with a norm and adds the result of its last projection to its input.
     """
 
-    def __init__(self, model: Transformer, index: int, length: int, batch: int = 1) -> None:
-        weight = model.embedding.weight
-        self.model, self.index, self.block = model, index, model.blocks[index]
-        self.device = weight.device
-        positions = torch.arange(length, device=weight.device).expand(batch, length)
-        cos, sin, masks = model.position_tensors(positions, length)
-        cache = model.new_cache(batch, length, layers=1)
-        self.context = (cos, sin, masks[model.config.sliding_windows[index]], positions, cache.k[0], cache.v[0])
+    def __init__(self, positions: Positions, index: int) -> None:
+        self.model, self.index = positions.model, index
+        self.block = self.model.blocks[index]
+        self.device = positions.positions.device
+        self.context = positions.context(index)
         self.projections = self.block.projections()
         self.sizes = weight_counts(self.projections)
 
@@ -72,6 +86,12 @@ class Stream:
         self.home = torch.device("cpu") if offload else device
         self.device = device
         self.parts = [part.to(self.home) for part in parts]
+
+    @classmethod
+    def embedded(cls, model: Transformer, sequences: Tensor, offload: bool) -> "Stream":
+        """What the first block reads of sequences, token ids [N, L]."""
+        device = model.device
+        return cls([model.embed(row[None].to(device)) for row in sequences], device, offload)
 
     def map(self, function: Callable[..., Tensor], *others: "Stream") -> "Stream":
         """A stream of function(own part, parts of the others)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from teal.calibration.allocation import allocate_by_layer
 from teal.calibration.greedy import block_error, check_targets, greedy_sparsities
 from teal.calibration.sensitivity import GRID, error_curves
-from teal.calibration.stages import BlockStages, Stream, weight_counts
+from teal.calibration.stages import BlockStages, Positions, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
 from teal.files import atomic_file
@@ -55,25 +55,27 @@ def calibrate(
     seen: list[list[dict[str, Histogram]]] | None = None,
     weights: Weights | None = None,
     save: Callable[[list[SparsityPlan]], None] | None = None,
+    curves: Path | None = None,
 ) -> list[SparsityPlan]:
     """A plan for each of settings.targets, from sequences [N, L] of token ids; leaves model sparse with the last.
 
     facts are kept in the plans, and whose weights these are. Finished blocks are written to progress_file and not
     computed again if a call with the same model, sequences and settings finds them there. It is removed at the end,
-    after save(plans), so that nothing can come between. A list given as seen receives [block][target][projection], the
-    histograms behind the thresholds. Raises UserError.
+    after save(plans), so that nothing can come between. curves: a file that keeps what the global method estimates, for
+    calls with other targets. A list given as seen receives [block][target][projection], the histograms behind the
+    thresholds. Raises UserError.
     """
-    key = _progress_key(model, sequences, settings, facts)
+    work = _work(model, sequences, settings, facts)
+    key = work | {"settings": [list(settings.targets), settings.method, settings.step]}
     done = _read_progress(progress_file, key) if seen is None else []  # resumed blocks have no histograms
     notes = None if progress_file is None else progress_file.with_suffix(".safetensors")
     is_global = settings.method == "global" and len(done) < len(model.blocks)
-    fixed = allocate_globally(model, sequences, settings, notes, json.dumps(key)) if is_global else None
-    device = model.embedding.weight.device
-    dense = Stream([model.embed(row[None].to(device)) for row in sequences], device, offload)
+    fixed = allocate_globally(model, sequences, settings, curves or notes, json.dumps(work)) if is_global else None
+    positions, dense = Positions(model, sequences.shape[1]), Stream.embedded(model, sequences, offload)
     streams = [dense for _ in settings.targets]
     blocks: list[list[Layer]] = []
     for i in progress(range(len(model.blocks)), "calibrating", "block"):
-        stages = BlockStages(model, i, sequences.shape[1])
+        stages = BlockStages(positions, i)
         sparsify_block(stages.block, dict.fromkeys(stages.sizes, 0.0))
         if i < len(done):
             blocks.append(done[i])
@@ -86,15 +88,21 @@ def calibrate(
             _write_progress(progress_file, key, blocks)
         if settings.method == "greedy" and i + 1 < len(model.blocks):
             dense = dense.map(stages.forward)
-    plans = [
-        SparsityPlan(config_fields(model.config), settings.method, t, tuple(b[j] for b in blocks), facts, weights)
-        for j, t in enumerate(settings.targets)
-    ]
+    plans = _plans(model, settings, blocks, facts, weights)
     if save is not None:
         save(plans)
     for path in filter(None, (progress_file, notes)):
         path.unlink(missing_ok=True)
     return plans
+
+
+def _plans(
+    model: Transformer, settings: Settings, blocks: list[list[Layer]], facts: dict[str, Any], weights: Weights | None
+) -> list[SparsityPlan]:
+    """A plan for each target, of the layers [block][target]."""
+    layers = zip(*blocks, strict=True)
+    fields = config_fields(model.config), settings.method
+    return [SparsityPlan(*fields, t, own, facts, weights) for t, own in zip(settings.targets, layers, strict=True)]
 
 
 def use_layer(block: Block, layer: Layer) -> None:
@@ -178,7 +186,7 @@ def allocate_greedily(stages: BlockStages, dense: Stream, settings: Settings) ->
         x = stages.after(p, x, inputs)
     length = min(GREEDY_LENGTH, dense.parts[0].shape[1])
     short_x = torch.cat([part[:, :length] for part in dense.parts[:GREEDY_SEQUENCES]]).to(stages.device)
-    short = BlockStages(model, stages.index, length, batch=len(short_x))
+    short = BlockStages(Positions(model, length, batch=len(short_x)), stages.index)
     expected = short.forward(short_x)
 
     def error(sparsities: dict[str, float]) -> float:
@@ -210,15 +218,15 @@ def allocate_globally(
     ]
 
 
-def _progress_key(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+def _work(model: Transformer, sequences: Tensor, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the global method's estimates depend on: the key of what is kept of them."""
     tokens = text_hash(",".join(map(str, sequences.flatten().tolist())))
-    weights = sum(float(p.detach().float().abs().sum()) for p in model.blocks[0].parameters())
-    settings_key = [list(settings.targets), settings.method, settings.step, settings.gradient_tokens]
+    weights = sum(float(p.detach().double().abs().sum()) for p in model.blocks[0].parameters())
     return {
         "model": config_fields(model.config),
-        "weights": weights,
+        "weights": f"{weights:.9g}",  # a sparse model's weights are transposed, and their sum rounded otherwise
         "tokens": tokens,
-        "settings": settings_key,
+        "gradient_tokens": settings.gradient_tokens,
     } | facts
 
 
@@ -251,17 +259,19 @@ def calibrate_quickly(
     weights: Weights | None = None,
     save: Callable[[list[SparsityPlan]], None] | None = None,
     rotated: bool = False,
+    curves: Path | None = None,
 ) -> SparsityPlan:
     """Sparsify model, in place, for the first of settings.targets, on few tokens; the plan has measured sparsities.
 
     encode turns text into token ids; weights is kept in the plan. save gets the plan before sparsities are measured.
-    rotated: as for split_text. Raises UserError if the text is too short or sparsity is out of range.
+    rotated: as for split_text; curves: as for calibrate. Raises UserError if the text is too short or sparsity is out
+    of range.
     """
     length = min(QUICK_LENGTH, model.config.max_seq_len)
     sizes = (QUICK_SEQUENCES, length), (HELD_OUT_SEQUENCES, length)
     sequences, held_out = split_sequences(encode, text, *sizes, rotated)
     facts = {"text": text_hash(text), "sequences": QUICK_SEQUENCES, "length": length}
-    plan = calibrate(model, sequences, settings, facts, weights=weights, save=save)[0]
+    plan = calibrate(model, sequences, settings, facts, weights=weights, save=save, curves=curves)[0]
     return with_achieved(model, plan, held_out)
 
 
@@ -279,15 +289,14 @@ def with_achieved(model: Transformer, plan: SparsityPlan, sequences: Tensor) -> 
 @torch.inference_mode()
 def measure_sparsity(model: Transformer, sequences: Tensor) -> list[dict[str, float]]:
     """Achieved sparsity [layer][projection] of a sparsified model over sequences [N, L], sparse on every token."""
-    weight = model.embedding.weight
     length = sequences.shape[1]
     cache = model.new_cache(1, length)
-    positions = torch.arange(length, device=weight.device)[None]
+    positions = torch.arange(length, device=model.device)[None]
     set_counting(model, True)
     try:
         with sparse_prefill(model):
             for row in progress(list(sequences), "measuring", "sequence"):
-                model.hidden_states(row[None].to(weight.device), positions, cache)
+                model.hidden_states(row[None].to(model.device), positions, cache)
         return achieved_sparsity(model)
     finally:
         set_counting(model, False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,19 @@ TOOLS_MESSAGE = (
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates and clients use for the same
 CONTINUED = "\ufdd1 "  # stands where a continued message ends; the space shows whether the template trims
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How to render a conversation. documents and template_kwargs: what its template may read, each by its own names.
+
+    continue_final_message: the last message stays open, and no generation prompt follows it.
+    """
+
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: dict[str, Any] | None = None
 
 
 class Arguments(dict[str, Any]):
@@ -94,10 +108,7 @@ class ChatTemplates:
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
-        documents: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        template_kwargs: dict[str, Any] | None,
+        options: ChatOptions,
         control: ControlTokens | None = None,
     ) -> str:
         """The conversation as text; with control tokens named in its content marked, if control is given.
@@ -105,8 +116,8 @@ class ChatTemplates:
         Raises UserError.
         """
         source = self.source(tools is not None)
-        options = template_kwargs or {}
-        if wrong := next((name for name in RESERVED if name in options), None):
+        documents, variables = options.documents, options.template_kwargs or {}
+        if wrong := next((name for name in RESERVED if name in variables), None):
             raise UserError(f"chat_template_kwargs: {wrong} is set by the request itself; leave it out here")
         if not messages:
             raise UserError("messages: the conversation is empty; give at least one message")
@@ -120,15 +131,15 @@ class ChatTemplates:
         messages = [m | {"content": convert(m["content"])} if "content" in m else m for m in messages]
         if control is not None:
             messages = control.mark_messages(messages)
-            tools, documents, options = control.mark(tools), control.mark(documents), control.mark(options)
-        final = _open_end(messages) if continue_final_message else None
+            tools, documents, variables = control.mark(tools), control.mark(documents), control.mark(variables)
+        final = _open_end(messages) if options.continue_final_message else None
         text = _run(
             source,
-            **self.variables | options,
+            **self.variables | variables,
             messages=messages,
             tools=tools,
             documents=documents,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            add_generation_prompt=options.add_generation_prompt and not options.continue_final_message,
         )
         return text if final is None else _cut_at_open_end(text, final)
 

@@ -9,19 +9,20 @@ from pathlib import Path
 import torch
 
 from teal.checkpoint.config import load_config, load_quantization
+from teal.checkpoint.identity import model_identity, stored_weights
 from teal.checkpoint.presets import find_preset, random_model
 from teal.checkpoint.rotation import rotation_record
 from teal.checkpoint.source import resolve_checkpoint
 from teal.checkpoint.token_backends import IdBackend
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from teal.checkpoint.weights import load_model, model_identity, stored_weights
+from teal.checkpoint.weights import load_model
 from teal.errors import ParameterError, UserError
 from teal.hardware import pick_device, pick_dtype
-from teal.layers.int8_cache import use_int8_cache
+from teal.layers.int8_cache import has_int8_cache, use_int8_cache
 from teal.layers.output_head import use_native_head
 from teal.layers.quantized_linear import is_quantized, pick_group_size
 from teal.layers.rounding import quantize
-from teal.model import ModelConfig, Transformer
+from teal.model import ModelConfig, OutputHead, Transformer
 from teal.options import DraftOptions, ModelOptions
 from teal.plan import SparsityPlan, Weights, load_fitting_plan, plan_file
 
@@ -70,9 +71,12 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     """Load the model that options name, dense, with the weights and the cache that they ask for.
 
     check may refuse the model, by a UserError, before its weights are read. sparse says whether the model will run
-    sparse, None that options do: it decides the faster dtype on a CPU. Raises UserError.
+    sparse, None that options do: it decides the faster dtype on a CPU. options.threads holds for the whole process from
+    now on. Raises UserError.
     """
     start = time.perf_counter()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     described = describe(options.checkpoint, options.random_weights)
     check_fit(options, described)
@@ -117,7 +121,41 @@ def check_draft_fit(draft: DraftOptions, model: Described, force_plan: bool) -> 
         return
     if draft.quant is not None:
         _check_rounding(model, "draft_quant", draft.quant, quant_lm_head=True)
+    if draft.checkpoint is not None:
+        model = _described_draft(draft.checkpoint, model)
     _check_plan(model, draft.sparsity, draft.plan, force_plan)
+
+
+def _described_draft(checkpoint: str, model: Described) -> Described:
+    """The checkpoint that drafts for model. Raises UserError unless it was rounded from model's weights."""
+    draft = describe(checkpoint, None)
+    assert draft.folder is not None
+    if not draft.is_quantized:
+        raise ParameterError("{draft_checkpoint} {}: is not quantized; give a folder of quantize.py", checkpoint)
+    its = stored_weights(draft.folder, draft.folder.name)
+    own = None if model.folder is None else stored_weights(model.folder, model.folder.name)
+    if its is None or own is None or its.identity != own.identity:
+        raise ParameterError(
+            "{draft_checkpoint} {}: was made from {}, not from {}, whose keys and values it would share; quantize that",
+            checkpoint, its or "unnamed weights", own or model.name,
+        )  # fmt: skip
+    return draft
+
+
+def load_draft(checkpoint: str, target: LoadedModel) -> LoadedModel:
+    """A checkpoint that check_draft_fit let pass, in the device, dtype and cache of the model that it drafts for.
+
+    Embedding and, if neither is rounded, head are target's: both were made from the same weights. Raises UserError.
+    """
+    model = target.model
+    loaded = _load(describe(checkpoint, None), model.device, model.dtype)
+    loaded.model.embedding = model.embedding
+    if isinstance(model.lm_head, OutputHead) and isinstance(loaded.model.lm_head, OutputHead):
+        loaded.model.lm_head = model.lm_head
+    if has_int8_cache(model):
+        use_int8_cache(loaded.model)
+    loaded.force_plan = target.force_plan
+    return loaded
 
 
 def _check_rounding(model: Described, parameter: str, quant: str, quant_lm_head: bool) -> None:

@@ -22,15 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teal.checkpoint.config import load_quantization, read_json
+from teal.checkpoint.identity import weights_identity
 from teal.checkpoint.weights import (
     block_targets,
+    check_finite,
     copy_other_files,
-    is_finite,
     layer_prefix,
     open_shard,
     stored_config,
     tensor_files,
-    weights_identity,
     write_index,
 )
 from teal.errors import ParameterError, UserError
@@ -150,10 +150,7 @@ def write_rotated(source: Path, output: Path, rotation: Rotation, facts: dict[st
     def read(name: str) -> Tensor:
         with open_shard(where[name]) as tensors:
             tensor = tensors.get_tensor(name)
-        if not is_finite(tensor):
-            raise UserError(
-                f"{where[name]}: {name} holds NaN or infinity; the checkpoint is damaged, download it again"
-            )
+        check_finite(tensor, where[name], name)
         return tensor
 
     with atomic_folder(output) as folder:

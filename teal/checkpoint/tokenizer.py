@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from teal.checkpoint.chat_template import ChatTemplates, find_templates
+from teal.checkpoint.chat_template import ChatOptions, ChatTemplates, find_templates
 from teal.checkpoint.config import read_tokenizer_settings
 from teal.checkpoint.control_tokens import ControlTokens
 from teal.checkpoint.text_length import TextBound, text_bound
@@ -76,23 +76,16 @@ class Tokenizer:
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
-        *,
-        documents: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: dict[str, Any] | None = None,
+        options: ChatOptions = ChatOptions(),
         context: int | None = None,
     ) -> list[int]:
         """Ids of a conversation ({"role", "content"} dicts), ready for the assistant's next answer.
 
-        Names of control tokens in messages, tools, documents and template_kwargs are text.
+        Names of control tokens in messages, tools and options are text.
         tools: function descriptions for the template, or for a system message if it has no place for them.
-        continue_final_message: the last message stays open, and no generation prompt follows it.
         context is encode's. Raises UserError if the folder has no chat template or the template rejects the messages.
         """
-        text = self.templates.render(
-            messages, tools, documents, add_generation_prompt, continue_final_message, template_kwargs, self.control
-        )
+        text = self.templates.render(messages, tools, options, self.control)
         return self._encoded(self.control.parts(text), context)
 
     def _encoded(self, parts: Sequence[str | int], context: int | None) -> list[int]:
@@ -108,16 +101,10 @@ class Tokenizer:
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
-        *,
-        documents: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: dict[str, Any] | None = None,
+        options: ChatOptions = ChatOptions(),
     ) -> str:
         """The conversation as the text the model was trained on. Arguments and errors are encode_chat's."""
-        return self.templates.render(
-            messages, tools, documents, add_generation_prompt, continue_final_message, template_kwargs
-        )
+        return self.templates.render(messages, tools, options)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""

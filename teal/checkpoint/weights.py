@@ -6,12 +6,11 @@ names, shapes and dtypes are checked before the first byte is copied. Pickle fil
 code.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -25,21 +24,14 @@ from teal.checkpoint.awq_gptq import Packing
 from teal.checkpoint.config import load_config, load_quantization, read_json
 from teal.errors import ParameterError, UserError
 from teal.kernels.formats.packing import check_refined
-from teal.layers.quantized_linear import (
-    QUANT_METHOD,
-    QuantConfig,
-    QuantizedLinear,
-    use_input_groups,
-    use_quantized_linears,
-)
+from teal.layers.quantized_embedding import QuantizedEmbedding, use_quantized_modules
+from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, use_input_groups
 from teal.model import Block, ModelConfig, Transformer
-from teal.plan import Weights
 from teal.progress import progress
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 READABLE_DTYPES = ("F32", "F16", "BF16")
-HASHED_ROWS = 4  # of a matrix, for its identity
 COMPARED_ROWS = 1024  # of head and embedding at a time
 PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
 
@@ -55,7 +47,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
     shards = find_shards(folder)
     packing = quantized if isinstance(quantized, Packing) else None
     if isinstance(quantized, QuantConfig):
-        quantize: Callable[[Transformer], None] | None = partial(use_quantized_linears, config=quantized)
+        quantize: Callable[[Transformer], None] | None = partial(use_quantized_modules, config=quantized)
     elif packing is not None and _can_be_repacked(config, packing, shards):
         quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
     else:
@@ -140,8 +132,7 @@ class Targets:
         target.copy_(values.to(target.device))
         if not target.is_floating_point() or is_finite(target):
             return
-        if not is_finite(values):
-            raise UserError(f"{shard}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        check_finite(values, shard, name)
         dtype, wider = ("bf16", "fp32") if target.dtype == torch.bfloat16 else ("fp16", "bf16 or fp32")
         largest, limit = float(values.abs().max()), torch.finfo(target.dtype).max
         raise ParameterError(
@@ -165,6 +156,12 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite. aminmax reads at memory's speed, isfinite at a twentieth of it."""
     low, high = torch.aminmax(tensor)  # of a tensor with a NaN both are NaN
     return bool(low.isfinite() and high.isfinite())
+
+
+def check_finite(tensor: Tensor, path: Path, name: str) -> None:
+    """Raise UserError if tensor, called name in the file at path, holds NaN or infinity."""
+    if tensor.is_floating_point() and not is_finite(tensor):
+        raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
 
 
 def stored_config(folder: Path) -> ModelConfig:
@@ -218,7 +215,10 @@ def empty_model(
 def weight_targets(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face tensor name -> the tensor (often a slice of a stacked weight) that takes its values."""
     c = model.config
-    targets = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
+    targets: dict[str, Tensor] = {"model.norm.weight": model.norm.weight}
+    for suffix, parameter in model.embedding.named_parameters():
+        is_packed = suffix == "weight" and isinstance(model.embedding, QuantizedEmbedding)
+        targets[f"model.embed_tokens.{'qweight' if is_packed else suffix}"] = parameter
     if not c.tie_embeddings or isinstance(model.lm_head, QuantizedLinear):
         targets |= projection_targets(model.lm_head, {"lm_head": c.vocab_size})
     for i, block in enumerate(model.blocks):
@@ -346,52 +346,3 @@ def _check_shards(shards: list[Path], targets: dict[str, Tensor], config: ModelC
                     )
     if missing:
         raise UserError(f"{shards[0].parent}: missing tensor {min(missing)} ({len(missing)} missing in all)")
-
-
-def config_hash(config: ModelConfig) -> str:
-    """16 hex digits that name an architecture: equal for models whose plans are interchangeable in shape."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def model_identity(folder: Path) -> str:
-    """16 hex digits that name the model in folder by content: its architecture and its weights."""
-    parts = config_hash(load_config(folder)) + weights_identity(folder)
-    return hashlib.sha256(parts.encode()).hexdigest()[:16]
-
-
-def weights_identity(folder: Path) -> str:
-    """16 hex digits that name the weights in folder by content, however they are split into files.
-
-    A few rows of each tensor are hashed, and all of a vector: whole models take too long. A fine-tune, also one that
-    was merged into some projections only, changes all rows of a tensor. A change of single rows may go unseen.
-    """
-    digests: dict[str, bytes] = {}
-    for shard in find_shards(folder):
-        with open_shard(shard) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                stored = tensors.get_slice(name)
-                shape = stored.get_shape()
-                digest = hashlib.sha256(f"{name} {stored.get_dtype()} {shape}".encode())
-                if len(shape) > 1:
-                    places = [(shape[0] - 1) * i // (HASHED_ROWS - 1) for i in range(HASHED_ROWS)]
-                    sample = torch.cat([stored[i : i + 1] for i in places])
-                else:
-                    sample = tensors.get_tensor(name)
-                digest.update(sample.reshape(-1).view(torch.uint8).numpy().tobytes())
-                digests[name] = digest.digest()
-    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:16]
-
-
-def stored_weights(folder: Path, name: str) -> Weights | None:
-    """The weights in folder, called name, as plans know them; those that quantize.py rounded are its source's.
-
-    None if it did not record them yet. Raises UserError.
-    """
-    raw = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
-        return Weights(name, weights_identity(folder))
-    source = raw.get("source")
-    try:
-        return None if source is None else Weights(**source)
-    except (TypeError, UserError) as error:
-        raise UserError(f"{folder / 'config.json'}: quantization_config: source: {error}") from None

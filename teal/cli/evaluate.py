@@ -290,8 +290,7 @@ def calibrated_plans(
     count, length = sequences.shape
     facts = {"text": text_hash(text), "sequences": count, "length": length}
     how = f"{facts['text']}-{count}x{length}-{method}"
-    weight = loaded.model.embedding.weight
-    paths = {t: cached_plan(loaded.identity, how, weight.dtype, weight.device, t) for t in targets}
+    paths = {t: cached_plan(loaded.identity, how, loaded.model.dtype, loaded.model.device, t) for t in targets}
     wanted = tuple(t for t, path in paths.items() if not path.exists())
     if wanted:
         settings = Settings(wanted, method)

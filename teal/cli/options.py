@@ -61,6 +61,10 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, default=MODEL.backend,
         help="what runs a decode step; auto: what suits device, dtype and formats",
     )  # fmt: skip
+    how.add_argument(
+        "--threads", type=cli.positive_int, default=MODEL.threads, metavar="N",
+        help="threads on a CPU; otherwise as many as there are cores that the process may use",
+    )  # fmt: skip
 
 
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +75,11 @@ def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-sparsity", type=cli.sparsity, default=DRAFT.sparsity, help="share of activations that they drop"
     )
     draft.add_argument("--draft-plan", help="sparsity plan (JSON) to use instead of --draft-sparsity")
-    draft.add_argument("--draft-quant", choices=QUANTS, help="round the weights of those steps, and of no other")
+    weights = draft.add_mutually_exclusive_group()
+    weights.add_argument("--draft-quant", choices=QUANTS, help="round the weights of those steps, and of no other")
+    weights.add_argument(
+        "--draft-checkpoint", metavar="FOLDER", help="weights of those steps: what quantize.py made of this model"
+    )
     draft.add_argument(
         "--speculate-lookup", action="store_true",
         help=f"draft what followed the last words before; up to {LOOKUP_LENGTH} tokens without --speculate",
@@ -150,9 +158,9 @@ def model_options(args: argparse.Namespace, **other: Any) -> ModelOptions:
 def draft_options(args: argparse.Namespace) -> DraftOptions | None:
     """How to draft, None if args do not ask for it. Raises UserError if they do in part, or for a sparse text."""
     if args.speculate is None and not args.speculate_lookup:
-        for option, value in (("--draft-plan", args.draft_plan), ("--draft-quant", args.draft_quant)):
-            if value is not None:
-                raise UserError(f"{option} goes with --speculate K")
+        for name in ("draft_plan", "draft_quant", "draft_checkpoint"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with --speculate K")
         if args.draft_sparsity != DRAFT.sparsity:
             raise UserError("--draft-sparsity goes with --speculate K")
         return None
@@ -162,6 +170,7 @@ def draft_options(args: argparse.Namespace) -> DraftOptions | None:
         sparsity=args.draft_sparsity,
         plan=args.draft_plan,
         quant=args.draft_quant,
+        checkpoint=args.draft_checkpoint,
         lookup=args.speculate_lookup,
     )
 

@@ -1,14 +1,22 @@
-"""What a backend is: it runs a model's layers in prefill and in decode steps. Those that there are: backends.py."""
+"""What a backend is, and the two that run a model's modules: as they are, or compiled.
+
+A backend runs a model's layers. It changes neither the model's methods nor its list of layers. All give the same result
+but for rounding; the eager one is the reference. Prefill and decode are methods of their own.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from teal.decoding.compilation import compile_blocks, mark_varying
 from teal.layers.phase import call_state
 from teal.model import Block, KVCache, Transformer
 
+# What the inputs of a block's projections are, in the order of the kernels that run a whole block or step.
+FUSED_INPUTS = ("normed", "attended", "normed", "activated")
 PositionTensors = Callable[[Tensor, int], tuple[Tensor, Tensor, dict[int | None, Tensor]]]
 
 
@@ -17,6 +25,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     compiles = False  # whether first calls take long, and steps may be captured in CUDA graphs
+    keeps_modules = False  # whether all but decode runs the modules as they are, so that they may be calibrated
 
     def __init__(self, model: Transformer, reason: str) -> None:
         self.model, self.reason = model, reason
@@ -52,3 +61,52 @@ class Backend(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits fp32 [..., V] of hidden states [..., C]."""
         return self.model.lm_head(self.norm(hidden))
+
+
+class EagerBackend(Backend):
+    """The modules as they are."""
+
+    name = "eager"
+    keeps_modules = True
+
+    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As Backend.prefill."""
+        return self.model.hidden_states(tokens, positions, kv_cache)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        return self.model.hidden_states(tokens, positions, kv_cache)
+
+
+class CompiledBackend(Backend):
+    """Blocks by torch.compile, and on CUDA what surrounds them; the work happens at the first calls."""
+
+    name = "compiled"
+    compiles = True
+
+    def __init__(self, model: Transformer, reason: str) -> None:
+        super().__init__(model, reason)
+        device = model.device
+        self.run_block = compile_blocks(device)
+        if device.type == "cuda":  # some 20 small kernels otherwise, 2 us each
+            self.norm = torch.compile(model.norm.forward, fullgraph=True)
+            self.position_tensors = torch.compile(model.position_tensors, fullgraph=True)
+
+    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As Backend.prefill. A single token goes through the modules: it would be compiled for its length alone."""
+        if tokens.shape[1] == 1:
+            return self.model.hidden_states(tokens, positions, kv_cache)
+        return self._through_blocks(tokens, positions, kv_cache, self.model.position_tensors)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        return self._through_blocks(tokens, positions, kv_cache, self.position_tensors)
+
+    def _through_blocks(
+        self, tokens: Tensor, positions: Tensor, kv_cache: KVCache, position_tensors: PositionTensors
+    ) -> Tensor:
+        x = self.model.embed(tokens)
+        cos, sin, masks = position_tensors(positions, kv_cache.length)
+        for block, window, k, v in self.layers(kv_cache):
+            context = (cos, sin, masks[window], positions, k, v)
+            mark_varying(self.state.phase, x, *context)
+            x = self.run_block(block, x, *context)
+        return x

@@ -1,16 +1,11 @@
-"""What runs a model's layers: modules, compiled blocks, fused kernels, one program. Chosen once, after replacements.
-
-A backend changes neither the model's methods nor its list of layers. All give the same result but for rounding; the
-eager one is the reference. Prefill and decode are methods of their own.
-"""
+"""Which backend runs a model: its modules, compiled blocks, fused kernels or one program. Chosen after replacements."""
 
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
-from teal.decoding.backend import Backend, PositionTensors
-from teal.decoding.compilation import compile_blocks, mark_varying
+from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
+from teal.decoding.cpu_program import CpuProgramBackend
 from teal.errors import ParameterError, UserError
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule
@@ -18,57 +13,6 @@ from teal.model import KVCache, Transformer
 from teal.options import BACKENDS, MAX_ROWS, check_choice
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
-
-# What the inputs of a block's projections are, in the order of fused_block.py's kernels.
-FUSED_INPUTS = ("normed", "attended", "normed", "activated")
-
-
-class EagerBackend(Backend):
-    """The modules as they are."""
-
-    name = "eager"
-
-    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """As Backend.prefill."""
-        return self.model.hidden_states(tokens, positions, kv_cache)
-
-    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        return self.model.hidden_states(tokens, positions, kv_cache)
-
-
-class CompiledBackend(Backend):
-    """Blocks by torch.compile, and on CUDA what surrounds them; the work happens at the first calls."""
-
-    name = "compiled"
-    compiles = True
-
-    def __init__(self, model: Transformer, reason: str) -> None:
-        super().__init__(model, reason)
-        device = model.embedding.weight.device
-        self.run_block = compile_blocks(device)
-        if device.type == "cuda":  # some 20 small kernels otherwise, 2 us each
-            self.norm = torch.compile(model.norm.forward, fullgraph=True)
-            self.position_tensors = torch.compile(model.position_tensors, fullgraph=True)
-
-    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """As Backend.prefill. A single token goes through the modules: it would be compiled for its length alone."""
-        if tokens.shape[1] == 1:
-            return self.model.hidden_states(tokens, positions, kv_cache)
-        return self._through_blocks(tokens, positions, kv_cache, self.model.position_tensors)
-
-    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        return self._through_blocks(tokens, positions, kv_cache, self.position_tensors)
-
-    def _through_blocks(
-        self, tokens: Tensor, positions: Tensor, kv_cache: KVCache, position_tensors: PositionTensors
-    ) -> Tensor:
-        x = self.model.embed(tokens)
-        cos, sin, masks = position_tensors(positions, kv_cache.length)
-        for block, window, k, v in self.layers(kv_cache):
-            context = (cos, sin, masks[window], positions, k, v)
-            mark_varying(self.state.phase, x, *context)
-            x = self.run_block(block, x, *context)
-        return x
 
 
 class FusedBackend(Backend):
@@ -112,34 +56,41 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     check_choice("backend", forced, BACKENDS)
     if (forced, compile) in (("eager", True), ("compiled", False)):
         raise ParameterError("{backend} {} contradicts compile={}; give one of them", forced, compile)
-    device = model.embedding.weight.device
+    device = model.device
     name, reason = forced, "asked for"
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
-    if name in ("fused", "program") and (obstacle := _fused_obstacle(model)):
-        if forced == name:
-            raise ParameterError("{backend} {} cannot run: {}", name, obstacle)
-        name, reason = "eager" if compile is False else "compiled", f"{name} cannot run: {obstacle}"
-    if name not in ("fused", "program"):
-        return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
-    fused = FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
-    return fused if name == "fused" else _program_or_fused(fused, forced == "program")
+    beneath = name  # a program leaves to it what it does not take
+    if name == "program":
+        beneath = "fused" if device.type == "cuda" else "compiled" if compile else "eager"
+    if beneath == "fused" and (obstacle := _fused_obstacle(model)):
+        if forced in ("fused", "program"):
+            raise ParameterError("{backend} {} cannot run: {}", forced, obstacle)
+        name = beneath = "eager" if compile is False else "compiled"
+        reason = f"fused cannot run: {obstacle}"
+    if beneath == "fused":
+        backend: Backend = FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
+    else:
+        backend = CompiledBackend(model, reason) if beneath == "compiled" else EagerBackend(model, reason)
+    return _program(backend, forced == "program") if name == "program" else backend
 
 
-def _program_or_fused(fused: FusedBackend, forced: bool) -> Backend:
-    """The program backend beside a fused one; that one, which then says why, if the program cannot run.
+def _program(others: Backend, forced: bool) -> Backend:
+    """The program of the model's device, or others, which then say why, where it cannot run.
 
     Raises ParameterError if it is forced and cannot.
     """
-    from teal.decoding.program_backend import ProgramBackend  # its kernel needs CUDA's libraries
-
     try:
-        return ProgramBackend(fused)
+        if others.model.device.type == "cpu":
+            return CpuProgramBackend(others)
+        from teal.decoding.cuda_program import CudaProgramBackend  # its kernel needs CUDA's libraries
+
+        return CudaProgramBackend(others)
     except UserError as error:
         if forced:
             raise ParameterError("{backend} program cannot run: {}", error) from None
-        fused.reason += f"; program cannot run: {error}"
-        return fused
+        others.reason = f"program cannot run: {error}"
+        return others
 
 
 def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:
@@ -152,6 +103,8 @@ def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bo
         return "compiled", "dense weights in floats on CUDA"
     if compile:
         return "compiled", "compiling was asked for"
+    if device == "cpu":
+        return "program", "a step is one native call on a CPU"
     return "eager", f"compiling was {'not asked for' if compile is None else 'refused'}"
 
 
@@ -170,5 +123,5 @@ def _fused_obstacle(model: Transformer) -> str:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on
 
-    device = model.embedding.weight.device
+    device = model.device
     return "" if kernels_run_on(device) else f"its kernels need CUDA, and the model is on {device.type}"

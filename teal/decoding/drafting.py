@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal.decoding.backends import Backend
+from teal.decoding.backend import Backend
 from teal.decoding.sampling import argmax_step, draw, probabilities
 from teal.model import KVCache
 from teal.options import MAX_DRAFT, SamplingParams, check_length
@@ -67,7 +67,7 @@ class Drafter:
         self.adapts = True  # False: every round drafts length tokens
         self.backend = None if draft is None else draft.backend
         self.cost = LOOKUP_COST if draft is None else draft.cost
-        device = target.model.embedding.weight.device
+        device = target.model.device
         with torch.inference_mode():  # tensors made outside and inside it would each be compiled for
             self.drafted = torch.zeros(MAX_DRAFT, dtype=torch.int64, device=device)
             self.outcome = torch.zeros(MAX_DRAFT + 2, dtype=torch.int64, device=device)

@@ -12,7 +12,8 @@ from typing_extensions import Self
 from teal.calibration.choose import choose_plan
 from teal.checkpoint.loading import Check, LoadedModel, load_for_decoding
 from teal.checkpoint.tokenizer import Tokenizer
-from teal.decoding.backends import Backend, choose_backend
+from teal.decoding.backend import Backend
+from teal.decoding.backends import choose_backend
 from teal.decoding.decoder import PREFILL_CHUNK, Decoder
 from teal.decoding.exclusive import Exclusive
 from teal.decoding.plan_switch import PlanSwitch
@@ -100,7 +101,7 @@ class Engine(ModelRunner):
         self.require_sparse()
         assert self.loaded is not None
         with self.use.taken():
-            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=self.backend.name == "eager"))
+            self.switch_plan(choose_plan(self.loaded, sparsity, None, can_calibrate=self.backend.keeps_modules))
 
     @property
     def calibrate_s(self) -> float:

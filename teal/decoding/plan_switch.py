@@ -62,6 +62,7 @@ class PlanSwitch:
                 module.thresholds = thresholds
             if module.name_thresholds is not name_thresholds:
                 module.name_thresholds = name_thresholds
+        self.state.replaced += 1
         torch._foreach_copy_(layout.tensors, values)
         return number
 

@@ -1,7 +1,7 @@
 """A model ready to decode: beside its layers the backend that runs them, its plan, and what drafts for it."""
 
 from teal.checkpoint.tokenizer import Tokenizer
-from teal.decoding.backends import Backend
+from teal.decoding.backend import Backend
 from teal.decoding.drafting import Drafter
 from teal.decoding.plan_switch import PlanSwitch
 from teal.errors import UserError
@@ -20,9 +20,8 @@ class ModelRunner:
         self.weights: Weights | None = None  # what plans know the model by
         self.layout = 0
         self.drafter: Drafter | None = None
-        weight = self.model.embedding.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.use_graph = backend.compiles and weight.is_cuda
+        self.device, self.dtype = self.model.device, self.model.dtype
+        self.use_graph = backend.compiles and self.model.device.type == "cuda"
 
     def require_sparse(self) -> PlanSwitch:
         """What switches plans. Raises UserError if the model is dense."""

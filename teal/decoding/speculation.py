@@ -1,7 +1,8 @@
 """Engines that draft: the dense model's own text, several tokens a pass (drafting.py).
 
-The draft is the same model with sparse activations, whose tensors and KV cache it shares. With weights rounded to 8 or
-4 bits for it, it has those of its own and shares the rest. Or it looks up what followed the last few tokens before.
+The draft is the same model with sparse activations, whose tensors and KV cache it shares. With rounded weights, made
+at load or by quantize.py, it has those of its own and shares the rest. Or it looks up what followed the last few tokens
+before.
 """
 
 import copy
@@ -11,15 +12,24 @@ from typing import Any
 from typing_extensions import Self
 
 from teal.calibration.choose import choose_plan
-from teal.checkpoint.loading import Check, Described, LoadedModel, check_draft_fit, load_for_decoding, round_weights
+from teal.checkpoint.loading import (
+    Check,
+    Described,
+    LoadedModel,
+    check_draft_fit,
+    load_draft,
+    load_for_decoding,
+    round_weights,
+)
 from teal.decoding.drafting import Draft, Drafter
 from teal.decoding.engine import Engine
+from teal.layers.quantized_linear import QuantizedLinear
 from teal.options import DraftOptions, ModelOptions, check_speculation
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
 
 SAVED_BY_SPARSITY = 0.8  # of a draft step's time at sparsity 1: 40% less at 50%, as on an H100 (BENCHMARKS.md)
-ROUNDED_COST = {None: 1.0, "int8": 0.63, "int4": 0.48}  # of a step with these weights, at 50%, there too
+STEP_COST = {16: 1.0, 8: 0.63, 4: 0.48}  # of a step with weights of so many bits, at 50%, there too
 
 
 class SpeculativeEngine(Engine):
@@ -39,10 +49,10 @@ class SpeculativeEngine(Engine):
             engine = cls.load(model, check=check_both)
             engine.look_up(draft.length)
             return engine
-        loaded = load_for_decoding(model, check_both, sparse=draft.quant is None)
+        loaded = load_for_decoding(model, check_both, sparse=not draft.has_own_weights)
         drafter = make_draft(loaded, draft, model.compile)
         # A draft with the same weights needs them in the sparse layout, and the dense model then keeps all of them.
-        plan = keep_all_plan(loaded.model.config) if draft.quant is None else None
+        plan = None if draft.has_own_weights else keep_all_plan(loaded.model.config)
         engine = cls.from_loaded(loaded, plan, model.compile, model.backend)
         engine.draft_with(drafter, draft.length)
         return engine
@@ -62,22 +72,38 @@ class SpeculativeEngine(Engine):
 
 
 def make_draft(loaded: LoadedModel, options: DraftOptions, compile: bool | None = None) -> Draft:
-    """A sparse copy of loaded that shares its tensors; with options.quant its projections and head are its own.
+    """A sparse copy of loaded that shares its tensors; with weights of its own its projections and head do not.
 
-    Without quant loaded becomes sparse in place, at sparsity 0. Raises UserError.
+    Without them loaded becomes sparse in place, at sparsity 0. Raises UserError.
     """
-    if options.quant is None:
+    if not options.has_own_weights:
+        cost = 1.0
         plan = choose_plan(loaded, options.sparsity, options.plan)
         sparsify(loaded.model, keep_all_plan(loaded.model.config))
-        copied = sharing_copy(loaded)
+        draft = sharing_copy(loaded)
     else:
-        copied = sharing_copy(loaded)
-        round_weights(copied, options.quant, quant_lm_head=True, parameter="draft_quant")
-        plan = choose_plan(copied, options.sparsity, options.plan)
-        loaded.calibrate_s = copied.calibrate_s  # which began with loaded's
-    engine = Engine.from_loaded(copied, plan, compile)
-    cost = ROUNDED_COST[options.quant] * (1 - SAVED_BY_SPARSITY * plan.target)
-    return Draft(engine.backend, cost, engine.compile_s)
+        draft = rounded_draft(loaded, options)
+        cost = step_cost(draft) / step_cost(loaded)
+        plan = choose_plan(draft, options.sparsity, options.plan)
+        loaded.calibrate_s += draft.calibrate_s
+    engine = Engine.from_loaded(draft, plan, compile)
+    return Draft(engine.backend, cost * (1 - SAVED_BY_SPARSITY * plan.target), engine.compile_s)
+
+
+def rounded_draft(loaded: LoadedModel, options: DraftOptions) -> LoadedModel:
+    """A dense draft with the rounded weights that options ask for. Raises UserError."""
+    if options.checkpoint is not None:
+        return load_draft(options.checkpoint, loaded)
+    draft = replace(sharing_copy(loaded), calibrate_s=0.0)
+    assert options.quant is not None
+    round_weights(draft, options.quant, quant_lm_head=True, parameter="draft_quant")
+    return draft
+
+
+def step_cost(loaded: LoadedModel) -> float:
+    """The time of its decode step over that of one with weights in 16 bits; loaded is dense."""
+    modules = loaded.model.layers.modules()
+    return STEP_COST[next((module.bits for module in modules if isinstance(module, QuantizedLinear)), 16)]
 
 
 def sharing_copy(loaded: LoadedModel) -> LoadedModel:

@@ -47,12 +47,11 @@ def make_items(tokens: Tensor, items: int) -> Tensor:
 @torch.inference_mode()
 def log_likelihoods(model: Transformer, items: Tensor) -> Tensor:
     """Of each item's pieces after its passage, fp32 [N, 4], for items as make_items gives them."""
-    weight = model.embedding.weight
     N, pieces, length = items.shape
     found = []
     for rows in progress(list(items.view(N * pieces, length).split(ITEMS_AT_ONCE * pieces)), "choosing", "batch"):
-        ids = rows.to(weight.device)
-        positions = torch.arange(length, device=weight.device).expand(len(ids), length)
+        ids = rows.to(model.device)
+        positions = torch.arange(length, device=model.device).expand(len(ids), length)
         hidden = model.hidden_states(ids, positions, model.new_cache(len(ids), length))
         log_probs = model.logits(hidden[:, PASSAGE - 1 : -1]).float().log_softmax(-1)
         found.append(log_probs.gather(2, ids[:, PASSAGE:, None]).sum(dim=(1, 2)).cpu())

@@ -1,5 +1,6 @@
 """Adapter to lm-evaluation-harness (the optional package lm_eval): our models, dense or sparse, on its tasks."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,13 @@ class HarnessModel(TemplateLM):
     def _log_probs(self, context: list[int], continuation: list[int]) -> tuple[Tensor, Tensor]:
         """fp32 log-probabilities [n, V] that predict the continuation, and its ids [n]."""
         ids = (context + continuation)[-(self.max_length + 1) :]
-        weight = self.model.embedding.weight
-        tokens = torch.tensor([ids[:-1]], device=weight.device)
+        tokens = torch.tensor([ids[:-1]], device=self.model.device)
         cache = self.model.new_cache(1, tokens.shape[1])
-        positions = torch.arange(tokens.shape[1], device=weight.device)[None]
+        positions = torch.arange(tokens.shape[1], device=self.model.device)[None]
         with sparse_prefill(self.model, self.sparse_share):
             hidden = self.model.hidden_states(tokens, positions, cache)
         logits = self.model.logits(hidden[0, -len(continuation) :]).float()
-        return logits.log_softmax(-1), torch.tensor(ids[-len(continuation) :], device=weight.device)
+        return logits.log_softmax(-1), torch.tensor(ids[-len(continuation) :], device=self.model.device)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
@@ -115,6 +115,12 @@ class HarnessModel(TemplateLM):
         return texts
 
 
+@functools.cache
+def _task_manager(folder: Path | None) -> TaskManager:
+    """The harness' own tasks and those of folder. They are found once for all sparsities: it takes 5 s."""
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
 def run_tasks(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -127,7 +133,7 @@ def run_tasks(
 
     Raises UserError for a task the harness does not know.
     """
-    manager = TaskManager(include_path=str(folder) if folder is not None else None)
+    manager = _task_manager(folder)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ParameterError(

@@ -138,12 +138,11 @@ def evaluate(
     check_tokens(len(tokens))
     counts = weight_counts(model.config.projections())
     results = [Result(case, counts) for case in cases]
-    weight = model.embedding.weight
     sums: list[list[dict[str, float]]] = [[] for _ in cases]  # of achieved sparsities times tokens
     spans = list(windows(len(tokens), length, stride))
     total = sum(end - begin for begin, _, end in spans)
     for begin, first, end in progress(spans, "evaluating", "window"):
-        ids = tokens[None, begin:end].to(weight.device)
+        ids = tokens[None, begin:end].to(model.device)
         dense = window_logits(model, ids, first - begin)
         expected = dense if reference is None else window_logits(reference, ids, first - begin)
         for i, result in enumerate(results):
@@ -173,9 +172,8 @@ def add_shares(sums: list[dict[str, float]], shares: list[dict[str, float]], wei
 
 def window_logits(model: Transformer, ids: Tensor, first: int) -> Tensor:
     """fp32 logits [n, V] that predict the tokens ids[0, first:] of ids [1, L]."""
-    weight = model.embedding.weight
     cache = model.new_cache(1, ids.shape[1])
-    positions = torch.arange(ids.shape[1], device=weight.device)[None]
+    positions = torch.arange(ids.shape[1], device=model.device)[None]
     hidden = model.hidden_states(ids, positions, cache)
     return model.logits(hidden[0, first - 1 : -1]).float()
 
@@ -199,13 +197,12 @@ def decode_score(model: Transformer, tokens: Tensor) -> Score:
 
     The decode policy's batched figure on one window of T tokens is the same but for rounding.
     """
-    weight = model.embedding.weight
     cache = model.new_cache(1, len(tokens))
     score = Score()
-    ids = tokens.to(weight.device)
+    ids = tokens.to(model.device)
     with decoding(model):
         for i in progress(range(len(ids) - 1), "decoding", "token"):
-            position = torch.full((1, 1), i, device=weight.device)
+            position = torch.full((1, 1), i, device=model.device)
             logits = model(ids[None, i : i + 1], position, cache)[0].float()
             add_score(score, logits, logits, ids[i + 1 : i + 2])
     return score
@@ -214,15 +211,14 @@ def decode_score(model: Transformer, tokens: Tensor) -> Score:
 @torch.inference_mode()
 def continue_greedily(model: Transformer, prompts: Tensor, count: int) -> Tensor:
     """The count most likely next tokens [B, count] after prompts [B, P]: dense prefill, then token by token."""
-    weight = model.embedding.weight
     B, P = prompts.shape
     cache = model.new_cache(B, P + count)
-    positions = torch.arange(P, device=weight.device).expand(B, P)
-    hidden = model.hidden_states(prompts.to(weight.device), positions, cache)
+    positions = torch.arange(P, device=model.device).expand(B, P)
+    hidden = model.hidden_states(prompts.to(model.device), positions, cache)
     made = [model.logits(hidden[:, -1:]).argmax(-1)]
     with decoding(model):
         for i in range(count - 1):
-            position = torch.full((B, 1), P + i, device=weight.device)
+            position = torch.full((B, 1), P + i, device=model.device)
             made.append(model(made[-1], position, cache).argmax(-1))
     return torch.cat(made, dim=1)
 

@@ -25,6 +25,7 @@ class CallState:
         self.phase = Phase.PREFILL
         self.sparse_share = 0.0  # of a prefill's tokens, the last ones
         self.counting = False  # of the entries that sparse projections keep
+        self.replaced = 0  # grows when a module's thresholds become other tensors or segments
 
     @contextmanager
     def decoding(self) -> Iterator[None]:

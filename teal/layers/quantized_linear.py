@@ -33,6 +33,7 @@ from teal.user_text import is_number
 
 QUANT_METHOD = "teal"
 VERSIONS = {"int8": 1, "int4": 1, "mixed": 2}  # of quantization_config, by mode
+EMBEDDING_VERSION = 3  # of one whose embedding is rounded, whatever the mode
 BITS = {"int8": 8, "int4": 4, "mixed": 4}  # of a stored value; refined channels have two rows of 4
 MIXED_FIELDS = ("average_bits", "head_bits", "refined", "refined_head")  # of QuantConfig, which other modes leave alone
 GROUPINGS = ("output", "input")
@@ -44,7 +45,7 @@ class QuantConfig:
     """How a checkpoint's projections are quantized.
 
     lm_head: whether the head is too, in head_bits with groups along the output. grouping: the dimension along which the
-    groups of all others lie.
+    groups of all others lie. embedding: whether it is in 8 bits, with groups along a token's vector.
 
     Mode "mixed" is of 4 bits with refined channels (kernels/formats/packing.py). average_bits: what a weight has on
     average, at most. refined: how many channels each module of each layer refines. refined_head: how many the head
@@ -55,6 +56,7 @@ class QuantConfig:
     group_size: int
     lm_head: bool = False
     grouping: str = "output"
+    embedding: bool = False
     average_bits: float | None = None
     head_bits: int = 8
     refined: tuple[tuple[int, ...], ...] = ()
@@ -67,6 +69,8 @@ class QuantConfig:
             raise UserError(f"group size {self.group_size} is not usable; expected one of {GROUP_SIZES}")
         if self.grouping not in GROUPINGS:
             raise UserError(f"grouping {self.grouping!r} is unknown; expected one of {', '.join(GROUPINGS)}")
+        if not isinstance(self.embedding, bool):
+            raise UserError(f"embedding {self.embedding!r:.200} is not usable; expected true or false")
         if self.is_mixed:
             self._check_mixed()
         elif (self.average_bits, self.head_bits, self.refined, self.refined_head) != (None, 8, (), 0):
@@ -91,7 +95,9 @@ class QuantConfig:
         object.__setattr__(self, "refined", tuple(map(tuple, layers)))
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raise UserError unless refined names channels that this architecture's modules have."""
+        """Raise UserError unless this architecture has the modules, channels and whole groups that are named."""
+        self.check_embedding(config)
+        pick_group_size(config, self.group_size, self.lm_head)
         if not self.is_mixed:
             return
         projections = config.projections()
@@ -103,6 +109,13 @@ class QuantConfig:
                     raise UserError(f"refined: layer {i} {p.name} has {count}; expected at most {p.in_features}")
         if self.refined_head > config.hidden_size:
             raise UserError(f"refined_head is {self.refined_head}; expected at most {config.hidden_size}")
+
+    def check_embedding(self, config: ModelConfig) -> None:
+        """Raise UserError for a rounded embedding whose head would keep the same weight in floats."""
+        if self.embedding and config.tie_embeddings and not self.lm_head:
+            raise ParameterError(
+                "{embedding} int8: this model's head is the same weight; round it too, by {quant_lm_head}"
+            )
 
     @property
     def is_mixed(self) -> bool:
@@ -116,12 +129,19 @@ class QuantConfig:
     def by_input(self) -> bool:
         return self.grouping == "input"
 
+    @property
+    def version(self) -> int:
+        """Of quantization_config: readers that know less refuse it."""
+        return EMBEDDING_VERSION if self.embedding else VERSIONS[self.mode]
+
     def as_json(self) -> dict[str, Any]:
         """What config.json keeps under quantization_config."""
         fields = {name: value for name, value in asdict(self).items() if self.is_mixed or name not in MIXED_FIELDS}
         if self.is_mixed:
             fields["refined"] = [list(counts) for counts in self.refined]  # what a file gives back
-        return {"quant_method": QUANT_METHOD, "version": VERSIONS[self.mode], **fields}
+        if not self.embedding:
+            del fields["embedding"]
+        return {"quant_method": QUANT_METHOD, "version": self.version, **fields}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> "QuantConfig":
@@ -131,7 +151,7 @@ class QuantConfig:
             raise UserError(
                 f"{where}: quantization_config quant_method {found!r} is not supported; expected teal, awq or gptq"
             )
-        version, known = raw.get("version"), sorted(set(VERSIONS.values()))
+        version, known = raw.get("version"), sorted({*VERSIONS.values(), EMBEDDING_VERSION})
         if version not in known:
             expected = " and ".join(map(str, known))
             raise UserError(f"{where}: quantization version {version!r:.200}; this code reads {expected}")
@@ -140,8 +160,8 @@ class QuantConfig:
             config = cls(**fields)
         except (TypeError, UserError) as error:
             raise UserError(f"{where}: quantization_config: {error}") from None
-        if version != VERSIONS[config.mode]:
-            raise UserError(f"{where}: mode {config.mode} has version {version}; expected {VERSIONS[config.mode]}")
+        if version != config.version:
+            raise UserError(f"{where}: mode {config.mode} has version {version}; expected {config.version}")
         return config
 
 
@@ -214,8 +234,10 @@ def group_scales(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor,
     """Scales in dtype and zeros fp32, both [..., G], that cover groups fp32 [..., G, group_size]."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = torch.maximum(-low, high) / 127 if bits == 8 else (high - low) / 15
-    smallest = torch.finfo(dtype).tiny
-    scales = torch.where(scales < smallest, 1.0, scales).to(dtype)  # a group of zeros: any scale will do
+    # Subnormal ones are used: in fp16 those of 8-bit groups within 0.0078 are below the smallest normal number, 6e-5.
+    # Where a scale is 0, the group is of zeros, and any will do.
+    scales = scales.to(dtype)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     zeros = torch.zeros_like(low) if bits == 8 else (-low / scales.float()).round().clamp(0, 15)
     return scales, zeros
 

@@ -1,7 +1,8 @@
 """Round a model's weights in memory, as quantize.py does those of a folder: `from teal import quantize`."""
 
 from teal.errors import UserError
-from teal.layers.quantized_linear import QuantConfig, is_quantized, pick_group_size, use_quantized_linears
+from teal.layers.quantized_embedding import use_quantized_modules
+from teal.layers.quantized_linear import QuantConfig, is_quantized, pick_group_size
 from teal.model import Transformer
 from teal.options import QUANTS, check_choice
 from teal.teal_layers import sparse_layers
@@ -13,13 +14,15 @@ def quantize(
     group_size: int | None = None,
     lm_head: bool = False,
     grouping: str = "output",
+    embedding: bool = False,
 ) -> Transformer:
     """Round the projections of every block to nearest, in place, and return the model.
 
     Each nn.Linear [N, K] becomes a QuantizedLinear: integers [K, N] in 8 or 4 bits, scales in the weight's dtype.
     mode: "int8" (symmetric) or "int4" (with zero points). group_size: weights to a scale; None takes the largest of
     128, 64 and 32 that divides every width. lm_head: round the output head too, to 8 bits.
-    grouping: "output" keeps a group within one input channel, "input" is the usual kind.
+    grouping: "output" keeps a group within one input channel, "input" is the usual kind. embedding: round it too, to 8
+    bits; a head that is tied to it must be rounded then.
 
     To combine it with sparsity, quantize first and sparsify then. Raises UserError for an unknown mode or grouping, and
     for a group size that does not divide the widths. So it does for a model that is quantized or sparse already.
@@ -29,6 +32,7 @@ def quantize(
     if is_quantized(model):
         raise UserError("the model is quantized already; start from its original weights")
     check_choice("mode", mode, QUANTS)
-    scheme = QuantConfig(mode, pick_group_size(model.config, group_size, lm_head), lm_head, grouping)
-    use_quantized_linears(model, scheme, fill=True)
+    scheme = QuantConfig(mode, pick_group_size(model.config, group_size, lm_head), lm_head, grouping, embedding)
+    scheme.check_embedding(model.config)
+    use_quantized_modules(model, scheme, fill=True)
     return model

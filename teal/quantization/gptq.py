@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teal.calibration.thresholds import BlockStages, Stream
+from teal.calibration.stages import BlockStages, Positions, Stream
 from teal.checkpoint.config import load_config
 from teal.checkpoint.weights import block_targets, hf_projection_names, layer_prefix, open_shard, projection_targets
 from teal.kernels.formats.packing import dequantize
@@ -125,9 +125,8 @@ class BlockwiseGptq:
             self.model = Transformer(load_config(source)).eval().requires_grad_(False)
         embedding = self._read("model.embed_tokens.weight")
         self.stream = Stream([embedding[ids][None].float() for ids in sequences], device, offload=False)
-        self.length = sequences.shape[1]
-        tells_device_and_dtype = torch.empty(1, 1, device=device)
-        self.model.embedding.weight = nn.Parameter(tells_device_and_dtype, requires_grad=False)
+        self.model.norm.to_empty(device=device)  # which tells the model's device and dtype
+        self.positions = Positions(self.model, sequences.shape[1])
 
     def _read(self, name: str) -> Tensor:
         with open_shard(self.where[name]) as tensors:
@@ -162,7 +161,7 @@ class BlockwiseGptq:
     def layer(self, i: int) -> dict[str, Tensor]:
         """The quantized tensors of block i's projections, by name; the text moves on through the quantized block."""
         dtype = self._load(i)
-        block, stages = self.model.blocks[i], BlockStages(self.model, i, self.length)
+        block, stages = self.model.blocks[i], BlockStages(self.positions, i)
         found: dict[str, Tensor] = {}
 
         def quantize(p: Projection) -> None:
@@ -202,5 +201,5 @@ class BlockwiseGptq:
     def skip(self, i: int, shard: Path) -> None:
         """As layer(i), whose result is in shard already."""
         self._load(i, shard)
-        self.stream = self.stream.map(BlockStages(self.model, i, self.length).forward)
+        self.stream = self.stream.map(BlockStages(self.positions, i).forward)
         self.model.blocks[i].to_empty(device="meta")

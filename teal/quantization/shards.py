@@ -11,8 +11,8 @@ from torch import Tensor
 
 from teal.checkpoint.config import load_config
 from teal.checkpoint.weights import (
+    check_finite,
     hf_projection_names,
-    is_finite,
     layer_prefix,
     open_shard,
     stored_config,
@@ -27,7 +27,7 @@ from teal.progress import progress
 from teal.quantization.gptq import BlockwiseGptq
 from teal.quantization.half_quadratic import half_quadratic
 
-HEAD = "lm_head"
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 METHODS = {"rtn": round_to_nearest, "hqq": half_quadratic}  # of a weight by itself
 
 
@@ -35,7 +35,8 @@ METHODS = {"rtn": round_to_nearest, "hqq": half_quadratic}  # of a weight by its
 class Rounding:
     """How weights are rounded: by "rtn", "hqq" or, on device and for sequences of token ids [S, L], by "gptq".
 
-    refined: the channels with a second row, int32 [E], by the name of a projection. The head is rounded to nearest.
+    refined: the channels with a second row, int32 [E], by the name of a projection. Head and embedding are rounded to
+    nearest.
     """
 
     method: str = "rtn"
@@ -44,7 +45,9 @@ class Rounding:
     device: str = "auto"
 
     def weight(self, name: str, weight: Tensor, scheme: QuantConfig) -> Packed | None:
-        """The parts of a projection's or the head's weight [N, K]; None if gptq makes them."""
+        """The parts of a projection's or the head's weight [N, K], or an embedding [V, C]; None if gptq makes them."""
+        if name == EMBEDDING:
+            return round_to_nearest(weight, 8, scheme.group_size)
         head = name == HEAD
         if self.method == "gptq" and not head:
             return None
@@ -94,7 +97,7 @@ def _jobs(source: Path, scheme: QuantConfig) -> list[dict[str, Path]]:
     """The tensors of each output shard by name, with the file that holds them: the layers, then all else."""
     where, config = tensor_files(source), stored_config(source)
     if scheme.lm_head and config.tie_embeddings:
-        where[f"{HEAD}.weight"] = where["model.embed_tokens.weight"]
+        where[f"{HEAD}.weight"] = where[f"{EMBEDDING}.weight"]
     elif config.tie_embeddings:
         where.pop(f"{HEAD}.weight", None)
     prefixes = [layer_prefix(i) for i in range(config.num_layers)]
@@ -114,12 +117,12 @@ def quantized_tensors(
     dtypes: dict[Any, str] = {}
     for name, path in sorted(names.items()):
         with open_shard(path) as tensors:
-            stored = "model.embed_tokens.weight" if name not in tensors.keys() else name  # noqa: SIM118 - a tied head
+            stored = f"{EMBEDDING}.weight" if name not in tensors.keys() else name  # noqa: SIM118 - a tied head
             tensor = tensors.get_tensor(stored)
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise UserError(f"{path}: {name} holds NaN or infinity; the checkpoint is damaged, download it again")
+        check_finite(tensor, path, name)
         prefix, _, part = name.rpartition(".")
-        is_rounded = prefix in projections or (prefix == HEAD and scheme.lm_head)
+        is_end = (prefix == HEAD and scheme.lm_head) or (prefix == EMBEDDING and scheme.embedding)
+        is_rounded = prefix in projections or is_end
         if part != "weight" or not is_rounded:
             result[name] = tensor.contiguous()
             continue

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+from teal.checkpoint.chat_template import ChatOptions
 from teal.decoding.constrained import Grammars, JsonMatcher
 from teal.decoding.engine import Engine
 from teal.decoding.requests import Done, Piece, Request, TokenLogprob
@@ -75,12 +76,12 @@ class Service:
         prompting = (
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
         )
+        options = ChatOptions(
+            documents=body.documents, add_generation_prompt=prompting,
+            continue_final_message=body.continue_final_message, template_kwargs=body.chat_template_kwargs,
+        )  # fmt: skip
         try:
-            return self.engine.tokenizer.encode_chat(
-                messages, body.described_tools, documents=body.documents, add_generation_prompt=prompting,
-                continue_final_message=body.continue_final_message, template_kwargs=body.chat_template_kwargs,
-                context=self.scheduler.context,
-            )  # fmt: skip
+            return self.engine.tokenizer.encode_chat(messages, body.described_tools, options, self.scheduler.context)
         except UserError as error:
             raise BadRequest(f"messages: {error}", "messages") from None
 

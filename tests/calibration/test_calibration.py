@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 
 from teal.calibration import thresholds as calibration
-from teal.calibration.thresholds import (
-    BlockStages,
-    Settings,
-    Stream,
-    calibrate,
-    measure_sparsity,
-    use_layer,
-    with_achieved,
-)
+from teal.calibration.sensitivity import BackwardPass
+from teal.calibration.stages import BlockStages, Positions, Stream, weight_counts
+from teal.calibration.thresholds import calibrate, measure_sparsity, use_layer, with_achieved
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.layers.phase import decoding
 from teal.model import KVCache, Transformer
+from teal.options import Settings
 from teal.plan import SparsityPlan
 from teal.teal_layers import (
     achieved_sparsity,
@@ -66,7 +61,7 @@ def test_achieved_sparsity_is_the_planned_one(method: str, model: Transformer, s
 
 def test_stages_make_up_the_block(model: Transformer, sequences: Tensor) -> None:
     sparsify_block(model.blocks[1], dict.fromkeys(PROJECTIONS, 0.3))
-    stages = BlockStages(model, 1, sequences.shape[1])
+    stages = BlockStages(Positions(model, sequences.shape[1]), 1)
     with torch.inference_mode(), sparse_prefill(model):
         x = model.embedding(sequences[:1])
         stream = Stream([x], CPU, offload=False)
@@ -87,7 +82,7 @@ def test_several_targets_at_once_equal_one_at_a_time(tiny_folder: Path, sequence
 
 def test_global_sparsities_meet_the_target_by_memory(model: Transformer, sequences: Tensor) -> None:
     [plan] = calibrate(model, sequences, Settings((0.5,), "global"), FACTS)
-    sizes = BlockStages(model, 0, 4).sizes
+    sizes = weight_counts(model.config.projections())
     shares = [[p.sparsity * sizes[name] for name, p in layer.items()] for layer in plan.layers]
     assert sum(map(sum, shares)) / (len(shares) * sum(sizes.values())) == pytest.approx(0.5, abs=1e-5)
     assert len({p.sparsity for layer in plan.layers for p in layer.values()}) > len(PROJECTIONS)
@@ -143,11 +138,29 @@ def test_progress_of_other_work_is_not_used(model: Transformer, sequences: Tenso
         assert len(plan.layers) == 3 and set(plan.layers[0]) == set(PROJECTIONS)
 
 
+def test_estimated_errors_serve_all_targets(
+    tiny_folder: Path, sequences: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept in a file, they give another target the plan that it would have had; another text has its own."""
+
+    def plans(text: Tensor, target: float, curves: Path | None = None) -> list[SparsityPlan]:
+        return calibrate(load_model(tiny_folder, CPU, torch.float32), text, Settings((target,)), FACTS, curves=curves)
+
+    expected, curves = plans(sequences, 0.6), tmp_path / "curves.safetensors"
+    sparse = load_model(tiny_folder, CPU, torch.float32)
+    calibrate(sparse, sequences, Settings((0.4,)), FACTS, curves=curves)
+    with monkeypatch.context() as patch:
+        patch.setattr(BackwardPass, "forward", None)
+        assert plans(sequences, 0.6, curves) == expected
+        assert calibrate(sparse, sequences, Settings((0.6,)), FACTS, curves=curves) == expected, "of a sparse model"
+    assert plans(sequences[:2], 0.6, curves) == plans(sequences[:2], 0.6)
+
+
 def test_greedy_hurts_each_block_less_than_uniform(model: Transformer, sequences: Tensor) -> None:
     plans = {m: calibrate(model, sequences, Settings((0.5,), m), FACTS)[0] for m in ("uniform", "greedy")}
     dense = load_dense_errors(model, sequences, plans)
     assert dense["greedy"][0] < dense["uniform"][0]
-    sizes = BlockStages(model, 0, 8).sizes
+    sizes = weight_counts(model.config.projections())
     for layer in plans["greedy"].layers:
         share = sum(layer[n].sparsity * size for n, size in sizes.items()) / sum(sizes.values())
         assert share == pytest.approx(0.5, abs=1e-4)
@@ -157,9 +170,9 @@ def test_greedy_hurts_each_block_less_than_uniform(model: Transformer, sequences
 def load_dense_errors(model: Transformer, sequences: Tensor, plans: dict[str, SparsityPlan]) -> dict[str, list[float]]:
     """Relative error of each block's output, by plan, on the dense model's activations."""
     errors: dict[str, list[float]] = {name: [] for name in plans}
-    x = model.embedding(sequences[:1])
+    x, positions = model.embedding(sequences[:1]), Positions(model, sequences.shape[1])
     for i, block in enumerate(model.blocks):
-        stages = BlockStages(model, i, sequences.shape[1])
+        stages = BlockStages(positions, i)
         expected = stages.forward(x)
         for name, plan in plans.items():
             use_layer(block, plan.layers[i])
@@ -180,7 +193,7 @@ def test_seen_histograms_explain_the_thresholds(model: Transformer, sequences: T
 
 def test_counting_works_after_calibration(model: Transformer, sequences: Tensor) -> None:
     """Calibration runs in inference mode; what it leaves in the model must be usable outside."""
-    calibrate(model, sequences, Settings((0.5,)), FACTS)
+    calibrate(model, sequences, Settings((0.5,), "uniform"), FACTS)
     set_counting(model, True)
     with torch.inference_mode(), decoding(model):
         model(sequences[:1, :1], torch.zeros(1, 1, dtype=torch.int64), KVCache(model.config, 1, 8, CPU, torch.float32))

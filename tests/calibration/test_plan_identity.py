@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from teal.checkpoint.weights import weights_identity
+from teal.checkpoint.identity import weights_identity
 from teal.cli import calibrate, evaluate, generate, quantize
 from teal.decoding.engine import Engine
 from teal.errors import UserError

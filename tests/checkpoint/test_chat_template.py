@@ -10,6 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from teal.checkpoint.chat_template import ChatOptions
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from teal.errors import UserError
 from tests.chat_families import FAMILIES, QWEN3, QWEN25, conversations, tools
@@ -71,20 +72,21 @@ def test_text_is_that_of_transformers(
     takes_tools = "tools" in (template if isinstance(template, str) else template["tool_use"])
     given_tools = data.draw(st.one_of(st.none(), tools())) if takes_tools else None
     prompt = data.draw(st.booleans())
-    options: dict[str, Any] = data.draw(st.sampled_from([{}, {"enable_thinking": False}, {"date_string": "1 <May>"}]))
+    variables: dict[str, Any] = data.draw(st.sampled_from([{}, {"enable_thinking": False}, {"date_string": "1 <May>"}]))
+    options = ChatOptions(add_generation_prompt=prompt, template_kwargs=variables)
     ours = families[family]
     sent = data.draw(st.sampled_from([messages, with_strings(messages)]))
     theirs = byte_level.theirs
     theirs.chat_template = template
     try:
         expected = theirs.apply_chat_template(
-            messages, tools=given_tools, tokenize=False, add_generation_prompt=prompt, **options
+            messages, tools=given_tools, tokenize=False, add_generation_prompt=prompt, **variables
         )
     except Exception:
         with pytest.raises(UserError):
-            ours.render_chat(sent, given_tools, add_generation_prompt=prompt, template_kwargs=options)
+            ours.render_chat(sent, given_tools, options)
         return
-    assert ours.render_chat(sent, given_tools, add_generation_prompt=prompt, template_kwargs=options) == expected
+    assert ours.render_chat(sent, given_tools, options) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,28 +139,29 @@ def test_continued_message_stays_open(content: Any, trim: str, load: Any, byte_l
     byte_level.theirs.chat_template = template
     expected = byte_level.theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
     ours = load(template)
-    assert ours.render_chat(messages, continue_final_message=True) == expected
-    assert ours.decode(ours.encode_chat(messages, continue_final_message=True)).endswith(expected.split("start|>")[-1])
+    is_open = ChatOptions(continue_final_message=True)
+    assert ours.render_chat(messages, options=is_open) == expected
+    assert ours.decode(ours.encode_chat(messages, options=is_open)).endswith(expected.split("start|>")[-1])
 
 
 def test_message_that_the_template_hides_cannot_be_continued(load: Any) -> None:
     messages = [*USER, {"role": "assistant", "content": "So far"}]
     with pytest.raises(UserError, match="continue_final_message: the chat template does not show"):
-        load("{{ messages[0].content }}").render_chat(messages, continue_final_message=True)
+        load("{{ messages[0].content }}").render_chat(messages, options=ChatOptions(continue_final_message=True))
     calls = [*USER, {"role": "assistant", "content": None, "tool_calls": []}]
     with pytest.raises(UserError, match="continue_final_message: the last message has no text"):
-        load(QWEN25).render_chat(calls, continue_final_message=True)
+        load(QWEN25).render_chat(calls, options=ChatOptions(continue_final_message=True))
 
 
 def test_thinking_is_switched_off_and_documents_arrive(load: Any) -> None:
     ours = load(QWEN3)
-    off = ours.render_chat(USER, template_kwargs={"enable_thinking": False})
+    off = ours.render_chat(USER, options=ChatOptions(template_kwargs={"enable_thinking": False}))
     assert off == ours.render_chat(USER) + "<think>\n\n</think>\n\n"
-    assert not ours.render_chat(USER, add_generation_prompt=False).endswith("assistant\n")
+    assert not ours.render_chat(USER, options=ChatOptions(add_generation_prompt=False)).endswith("assistant\n")
     ours = load("{% for d in documents %}{{ d.title }}: {{ d.text }}{% endfor %}{{ messages[0].content }}")
-    assert ours.render_chat(USER, documents=[{"title": "A", "text": "b"}]) == "A: bHi"
+    assert ours.render_chat(USER, options=ChatOptions(documents=[{"title": "A", "text": "b"}])) == "A: bHi"
     with pytest.raises(UserError, match="chat_template_kwargs: messages is set by the request"):
-        ours.render_chat(USER, template_kwargs={"messages": []})
+        ours.render_chat(USER, options=ChatOptions(template_kwargs={"messages": []}))
 
 
 @pytest.mark.parametrize("wanted", ["string", "parts", "either"])

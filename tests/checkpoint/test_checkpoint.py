@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from teal.checkpoint.weights import load_model, model_identity
+from teal.checkpoint.identity import model_identity
+from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from tests.conftest import ROOT, assert_one_line_error, save_tiny_model, tiny_config
 

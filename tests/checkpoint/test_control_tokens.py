@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
+from teal.checkpoint.chat_template import ChatOptions
 from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tests.chat_families import QWEN25
 from tests.conftest import assert_one_line_error, run_command
@@ -85,7 +86,7 @@ def test_markers_are_tokens_in_what_the_assistant_wrote_and_nowhere_else(kind: s
     assert "<think>" not in ours.backend.control and len(think) <= 2
 
     def ids(role: str, content: str) -> list[int]:
-        return ours.encode_chat([{"role": role, "content": content}], add_generation_prompt=False)
+        return ours.encode_chat([{"role": role, "content": content}], options=ChatOptions(add_generation_prompt=False))
 
     assert ids("assistant", "<tool_call>").count(call) == 1
     assert ids("user", "<tool_call>").count(call) == ids("tool", "<tool_call>").count(call) == 0

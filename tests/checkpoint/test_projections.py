@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal.calibration.thresholds import BlockStages, Settings, calibrate, measure_sparsity
+from teal.calibration.stages import Positions
+from teal.calibration.thresholds import Settings, calibrate, measure_sparsity
 from teal.checkpoint.weights import hf_projection_names, weight_targets
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, pick_group_size, use_quantized_linears
@@ -114,8 +115,8 @@ def test_a_block_can_be_cut_by_its_description(config: ModelConfig) -> None:
             for parameter, value in zip(own.parameters(), part_of(whole, p, rank, ranks), strict=True):
                 parameter.copy_(value)
         parts.append(part)
-    context = BlockStages(model, 0, 8).context
-    contexts = [BlockStages(part, 0, 8).context for part in parts]
+    context = Positions(model, 8).context(0)
+    contexts = [Positions(part, 8).context(0) for part in parts]
     sublayers = [part.blocks[0] for part in parts]
     for name in ("attention", "feed_forward"):
         expected = getattr(block, name)(x, *(context if name == "attention" else ()))
@@ -199,12 +200,12 @@ def test_another_family_is_quantized(ungated: Transformer) -> None:
     assert_near("output", run(ungated, tokens), expected, 0.02)
 
 
-# What only the model, what replaces its attention, and what computes one block by kernels may name.
+# What only the model, what replaces its attention, and what computes a block or a step by kernels may name.
 ANATOMY = re.compile(
     r"\bwqkv\b|\bgate_up\b|\.wo\b|_proj\b|\bq_size\b|\bkv_size\b|\.attention_norm\b|\.ffn_norm\b|\bfeed_forward\b"
     r"|\"q\", \"k\", \"v\", \"o\""
 )
-MAY_NAME_IT = {"model.py", "fused_block.py", "int8_cache.py"}
+MAY_NAME_IT = {"model.py", "fused_block.py", "cpu_program.py", "int8_cache.py"}
 
 
 def test_nothing_else_knows_the_anatomy_of_a_block() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from teal.calibration.rotation import find_rotation
 from teal.calibration.texts import default_text, first_tokens, rotation_text, split_text, spread_sequences
 from teal.checkpoint.config import FAMILIES, load_config
+from teal.checkpoint.identity import stored_weights, weights_identity
 from teal.checkpoint.loading import describe
 from teal.checkpoint.rotation import Rotation, rotation_record, write_rotated
 from teal.checkpoint.tokenizer import load_tokenizer
-from teal.checkpoint.weights import load_model, stored_weights, weights_identity
+from teal.checkpoint.weights import load_model
 from teal.cli import calibrate, quantize
 from teal.errors import UserError
 from teal.evaluation.quality import continue_greedily
@@ -168,6 +169,15 @@ def test_the_command(
     assert (turned / "config.json").stat().st_mtime_ns == before
 
 
+def test_a_short_text_is_refused_before_the_model_is_rotated(
+    command: list[str], call_main: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("a few words")
+    code, _, err = call_main(calibrate.main, *command)
+    assert_one_line_error(code, err, "3 sequences of 32 tokens are needed", "the 2/5 for calibration")
+    assert not (tmp_path / "turned").exists()
+
+
 @pytest.mark.parametrize("what", ["again", "another folder", "quantized", "random"])
 def test_refused_in_one_line(
     what: str, command: list[str], call_main: Callable[..., tuple[int, str, str]], tmp_path: Path
@@ -218,14 +228,16 @@ def test_an_unknown_record_is_refused(tmp_path: Path) -> None:
 def test_text_of_a_real_model_stays(default_folder: Path, tmp_path: Path) -> None:
     """Greedy text of the default model in the basis that was found for it, in fp32: the original's to the last token.
 
-    The files' 16 bits would be rounded once more, so here they are 32.
+    The files' 16 bits would be rounded once more, so here they are 32. The basis is orthogonal to fp32's last digits
+    whatever it was found in.
     """
     wide = link_files(default_folder, tmp_path / "wide", "*.safetensors*")
     tensors = {name: t.float() for path in default_folder.glob("*.safetensors") for name, t in load_file(path).items()}
     save_file(tensors, wide / "model.safetensors", {"format": "pt"})
     encode = load_tokenizer(default_folder).encode
     model = load_model(wide, CPU, torch.float32)
-    rotation = find_rotation(model, spread_sequences(encode, rotation_text(default_text()), 8, 128))
+    tokens = spread_sequences(encode, rotation_text(default_text()), 8, 128)
+    rotation = find_rotation(load_model(default_folder, CPU, torch.bfloat16), tokens)
     write_rotated(wide, tmp_path / "turned", rotation, {})
     turned = load_model(tmp_path / "turned", CPU, torch.float32)
     prompts = first_tokens(encode, split_text(default_text())[1], PROMPTS * 64).view(PROMPTS, 64)

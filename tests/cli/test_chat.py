@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, own_cache, run_command
 
 
 @pytest.fixture
@@ -68,9 +68,10 @@ class Terminal:
 
     def __init__(self, options: tuple[str, ...], cache: Path) -> None:
         self.main, other = pty.openpty()
+        environment = {"XDG_CACHE_HOME": str(own_cache(cache)), "TERM": "vt100"}
         self.process = subprocess.Popen(
             [sys.executable, "generate.py", *options], cwd=ROOT, stdin=other, stdout=other, stderr=other,
-            close_fds=True, start_new_session=True, env=os.environ | {"XDG_CACHE_HOME": str(cache), "TERM": "vt100"},
+            close_fds=True, start_new_session=True, env=os.environ | environment,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(other)

@@ -13,14 +13,8 @@ from torch._dynamo.utils import counters
 from teal.checkpoint.loading import load_for_decoding
 from teal.checkpoint.weights import load_model
 from teal.decoding import backends
-from teal.decoding.backends import (
-    Backend,
-    CompiledBackend,
-    EagerBackend,
-    FusedBackend,
-    best_backend,
-    choose_backend,
-)
+from teal.decoding.backend import Backend, CompiledBackend, EagerBackend
+from teal.decoding.backends import FusedBackend, best_backend, choose_backend
 from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.layers.int8_cache import use_int8_cache
@@ -80,8 +74,8 @@ def run(backend: Backend, parts: tuple[int, ...] = (6, 3), steps: int = 2) -> Te
 @pytest.mark.parametrize(
     "device,kernel_layout,int8_cache,compile,expected",
     [
-        ("cpu", False, False, None, "eager"),
-        ("cpu", True, True, False, "eager"),
+        ("cpu", False, False, None, "program"),
+        ("cpu", True, True, False, "program"),
         ("cpu", True, False, True, "compiled"),
         ("cuda", False, False, None, "compiled"),
         ("cuda", False, False, True, "compiled"),
@@ -105,12 +99,27 @@ def test_a_forced_backend_is_the_engines(tiny_folder: Path, forced: str, kind: t
     assert len(list(engine.generate([5, 9, 33], max_new_tokens=4, ignore_eos=True))) == 4
 
 
+def test_a_cpu_decodes_by_the_program_or_says_why_not(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_for_decoding(ModelOptions(str(tiny_folder), device="cpu", dtype="fp32"))
+    engine = Engine.from_loaded(loaded, None)
+    assert (engine.backend.name, engine.backend.reason) == ("program", "a step is one native call on a CPU")
+    assert engine.backend.keeps_modules, "a sparsity may be calibrated beside it"
+    expected = list(engine.generate([5, 9, 33], max_new_tokens=20, ignore_eos=True))
+    eager = Engine.from_loaded(loaded, None, backend="eager")
+    assert list(eager.generate([5, 9, 33], max_new_tokens=20, ignore_eos=True)) == expected
+    assert choose_backend(loaded.model, forced="program").reason == "asked for"
+    monkeypatch.setattr("teal.decoding.cpu_program.native_kernels", lambda: None)
+    chosen = choose_backend(loaded.model)
+    assert (chosen.name, chosen.reason) == ("eager", "program cannot run: there are no compiled kernels")
+    with pytest.raises(UserError, match="backend program cannot run: there are no compiled kernels"):
+        choose_backend(loaded.model, forced="program")
+
+
 def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(tmp_path, "dense")
     monkeypatch.setattr("teal.kernels.gemv.launch.kernels_run_on", lambda device: False)
     for arguments, message in (
         ((None, "fused"), "backend fused cannot run: its kernels need CUDA, and the model is on cpu"),
-        ((None, "program"), "backend program cannot run: its kernels need CUDA, and the model is on cpu"),
         ((None, "fastest"), "backend fastest: unknown; expected one of auto, eager, compiled, fused, program"),
         ((True, "eager"), "backend eager contradicts compile=True"),
         ((False, "compiled"), "backend compiled contradicts compile=False"),
@@ -127,18 +136,6 @@ def test_a_block_of_other_projections_is_not_fused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(backends, "best_backend", lambda *_: ("fused", "sparse weights on CUDA"))
     chosen = choose_backend(model, compile=False)
     assert chosen.name == "eager" and chosen.reason.startswith("fused cannot run: its kernels take inputs normed")
-
-
-def test_a_program_that_cannot_run_leaves_it_to_the_fused_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny(tmp_path, "sparse")
-    with pytest.raises(UserError, match="backend program cannot run: its kernel needs CUDA, and the model is on cpu"):
-        choose_backend(model, forced="program")
-    monkeypatch.setattr(backends, "best_backend", lambda *_: ("program", "sparse weights"))
-    chosen = choose_backend(model, compile=False)
-    assert chosen.name == "fused"
-    assert chosen.reason == "sparse weights; program cannot run: its kernel needs CUDA, and the model is on cpu"
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "quantized", "int8-cache"])

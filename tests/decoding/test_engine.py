@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from teal.calibration import choose
+from teal.calibration.sensitivity import BackwardPass
 from teal.decoding.engine import Engine
 from teal.decoding.rows import CACHE_STEP
 from teal.decoding.scheduler import generate_batch
@@ -160,6 +161,17 @@ def test_sparsity_calibrates_once_and_keeps_the_plan(
     assert list(again.generate(PROMPT, max_new_tokens=9)) == expected  # sparse, with a warm cache
     with_plan = Engine.load(str(tiny_folder), plan=str(path), device="cpu", dtype="fp32")
     assert list(with_plan.generate(PROMPT, max_new_tokens=9)) == expected
+
+
+def test_another_sparsity_uses_what_the_first_one_estimated(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "alone"))
+    alone = Engine.load(str(tiny_folder), sparsity=0.6, device="cpu", dtype="fp32").plan
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "after"))
+    Engine.load(str(tiny_folder), sparsity=0.4, device="cpu", dtype="fp32")
+    monkeypatch.setattr(BackwardPass, "forward", None)
+    assert Engine.load(str(tiny_folder), sparsity=0.6, device="cpu", dtype="fp32").plan == alone
 
 
 def test_a_plan_does_not_depend_on_what_other_dtypes_left_in_the_cache(

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from teal import quantize
 from teal.checkpoint.weights import load_model
-from teal.decoding.backends import Backend, EagerBackend, FusedBackend
+from teal.decoding.backend import Backend, EagerBackend
+from teal.decoding.backends import FusedBackend
 from teal.decoding.engine import Engine
 from teal.layers.int8_cache import use_int8_cache
+from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedLinear, replace_projections, round_in_two_terms
 from teal.model import Block, Transformer
 from teal.options import SamplingParams
@@ -97,7 +100,7 @@ def test_logits_equal_the_unfused_layers(
 @pytest.mark.parametrize("batch", [1, 3])
 def test_refined_channels_reach_every_product(batch: int, tmp_path: Path) -> None:
     """Each projection has its own. Without the second rows of any one, logits would be others."""
-    save_tiny_model(tiny_config("llama", **QUANTIZABLE), tmp_path)
+    save_tiny_model(tiny_config("llama", **QUANTIZABLE, num_hidden_layers=2), tmp_path)
     model = load_model(tmp_path, DEVICE, torch.float32)
     generator = torch.Generator().manual_seed(0)
 
@@ -117,8 +120,19 @@ def test_refined_channels_reach_every_product(batch: int, tmp_path: Path) -> Non
         assert module.scales is not None
         second = module.scales[-9:].clone()
         module.scales[-9:] = 0.0
-        assert relative_error(decode_logits(fused(model), batch), expected) > 1e-3, f"logits without {module.names}"
+        assert relative_error(decode_logits(eager(model), batch), expected) > 1e-3, f"logits without {module.names}"
         module.scales[-9:] = second
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_embedding_in_8_bits(batch: int, tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama", **QUANTIZABLE, num_hidden_layers=2), tmp_path)
+    model = quantize(load_model(tmp_path, DEVICE, torch.float32), "int8", embedding=True)
+    expected = decode_logits(eager(model), batch)
+    assert_near("logits", decode_logits(fused(model), batch), expected, 1e-5)
+    assert isinstance(model.embedding, QuantizedEmbedding)
+    model.embedding.scales[:, 0] *= 2
+    assert relative_error(decode_logits(fused(model), batch), expected) > 1e-3, "logits of another embedding"
 
 
 @pytest.mark.parametrize("name,batch", [("mistral-sliding", 1), ("qwen3-head-norms", 3)])
@@ -134,11 +148,11 @@ def test_a_cache_in_8_bits(name: str, batch: int, tmp_path: Path) -> None:
 
 
 def default_model(folder: Path, dtype: torch.dtype) -> Transformer:
-    """The default model, sparse; where its kernels are interpreted, at seconds a block, only its first ten blocks."""
+    """The default model, sparse; where its kernels are interpreted, at a second a block, only its first four blocks."""
     model = sparse_model(folder, dtype)
     if DEVICE.type == "cpu":
-        model.layers = model.layers[:10]
-        model.config = replace(model.config, num_layers=10, sliding_windows=model.config.sliding_windows[:10])
+        model.layers = model.layers[:4]
+        model.config = replace(model.config, num_layers=4, sliding_windows=model.config.sliding_windows[:4])
     return model
 
 

@@ -249,14 +249,14 @@ def never_begun(engine: Engine) -> None:
 
 
 def step_failed(engine: Engine) -> None:
-    hidden = engine.model.hidden_states
+    choose = engine.backend.choose
     stream = start(engine)
-    engine.model.hidden_states = lambda *arguments: 1 / 0  # type: ignore[method-assign, assignment]
+    engine.backend.choose = lambda *arguments: 1 / 0  # type: ignore[method-assign, assignment]
     try:
         with pytest.raises(ZeroDivisionError):
             next(stream)
     finally:
-        engine.model.hidden_states = hidden  # type: ignore[method-assign]
+        engine.backend.choose = choose  # type: ignore[method-assign]
 
 
 def scheduled(engine: Engine) -> None:

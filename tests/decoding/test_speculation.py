@@ -18,7 +18,7 @@ from teal.layers.quantized_linear import is_quantized
 from teal.model import KVCache
 from teal.options import MAX_DRAFT, DraftOptions, ModelOptions, SamplingParams
 from teal.teal_layers import sparse_layers
-from tests.conftest import assert_near
+from tests.conftest import assert_near, save_tiny_model, tiny_config
 
 PROMPTS = [[5, 9, 33, 120, 7, 250, 61], [8, 8], [i * 7 % 190 + 5 for i in range(40)], [11, 12, 13] * 6]
 
@@ -127,11 +127,18 @@ def test_verified_tokens_follow_the_models_distribution(lookup: bool) -> None:
     assert chi_square_p(first, p[1]) < 1e-9  # the test can tell
 
 
-def test_sampled_text_follows_the_dense_models_distribution(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """20,000 rounds from the same place: the first token of each, after the prompt and its greedy continuation."""
-    engine = speculative(tiny_folder, 2, 0.7)
+def test_sampled_text_follows_the_dense_models_distribution(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20,000 rounds from the same place: the first token of each, after the prompt and its greedy continuation.
+
+    Of a model of one layer: each round runs its draft twice.
+    """
+    save_tiny_model(tiny_config("llama", vocab_size=300, num_hidden_layers=1), tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to(tiny_folder / "tokenizer.json")
+    engine = speculative(tmp_path, 2, 0.7)
     params = SamplingParams(temperature=0.5, top_k=8)
-    dense = Engine.load(str(tiny_folder), device="cpu", dtype="fp32")
+    dense = Engine.load(str(tmp_path), device="cpu", dtype="fp32")
     first = next(dense.generate(PROMPTS[0], max_new_tokens=1))
     logits = []
     for text in (PROMPTS[0], [*PROMPTS[0], first]):

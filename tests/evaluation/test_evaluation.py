@@ -328,14 +328,14 @@ def test_interrupted_calibration_keeps_its_progress_and_writes_no_plan(tmp_path:
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
     )
     progress = tmp_path / "cache" / "teal" / "calibration"
-    deadline = time.monotonic() + 300  # a first run compiles the kernels
-    while not list(progress.glob("*.json")):
+    deadline = time.monotonic() + 300
+    while not list(progress.glob("*.safetensors")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == b"" and b"Traceback" not in err
-    assert not (tmp_path / "plan.json").exists() and len(list(progress.glob("*.json"))) == 1
+    assert not (tmp_path / "plan.json").exists() and len(list(progress.glob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("script", ["calibrate.py", "evaluate.py"])

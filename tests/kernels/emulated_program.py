@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.decoding import program_backend
-from teal.decoding.backends import EagerBackend
-from teal.decoding.program_backend import ProgramBackend, model_obstacle
+from teal.decoding import cuda_program
+from teal.decoding.backend import EagerBackend
+from teal.decoding.cuda_program import CudaProgramBackend, model_obstacle
 from teal.kernels.program import plan as plan_module
 from teal.kernels.program.plan import Device, Plan
 from teal.model import Transformer
@@ -39,10 +39,10 @@ class EmulatedProgram:
         assert self.library.launch(ctypes.byref(values)), "the blocks wait for each other for ever"
 
 
-def emulated_backend(model: Transformer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ProgramBackend:
+def emulated_backend(model: Transformer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> CudaProgramBackend:
     """A program backend of a model on the CPU, whose prefill is the eager one's."""
     monkeypatch.setattr(plan_module, "BLOCK_THREADS", (128,))  # which are fibers of one thread
-    monkeypatch.setattr(program_backend, "device_facts", lambda device: FEW_BLOCKS)
-    monkeypatch.setattr(program_backend, "Program", lambda plan, device: EmulatedProgram(plan, folder))
-    monkeypatch.setattr(program_backend, "program_obstacle", lambda model: model_obstacle(model, FEW_BLOCKS))
-    return ProgramBackend(EagerBackend(model, "test"))
+    monkeypatch.setattr(cuda_program, "device_facts", lambda device: FEW_BLOCKS)
+    monkeypatch.setattr(cuda_program, "Program", lambda plan, device: EmulatedProgram(plan, folder))
+    monkeypatch.setattr(cuda_program, "program_obstacle", lambda model: model_obstacle(model, FEW_BLOCKS))
+    return CudaProgramBackend(EagerBackend(model, "test"))

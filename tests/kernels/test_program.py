@@ -12,13 +12,15 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from teal.decoding.backend import EagerBackend
 from teal.decoding.backends import FusedBackend
 from teal.decoding.compilation import capture
-from teal.decoding.program_backend import ProgramBackend, model_obstacle, program_obstacle
+from teal.decoding.cuda_program import CudaProgramBackend, model_obstacle
 from teal.errors import UserError
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
 from teal.kernels.program.plan import MAX_STAGES, Device, Format, Model, pieces_and_splits, plan, shape_obstacle
 from teal.layers.int8_cache import use_int8_cache
+from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantConfig, pick_group_size, use_quantized_linears
 from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan
@@ -122,7 +124,7 @@ def expected_logits(model: Transformer, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def program_logits(backend: ProgramBackend, ids: Tensor) -> tuple[Tensor, Tensor]:
+def program_logits(backend: CudaProgramBackend, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The program's, by the model's own head; and those of its head [1, V], after the first of these tokens."""
     device, cache = ids.device, backend.model.new_cache(1, PROMPT + STEPS + 8)
     backend.prefill(ids[:, :PROMPT], torch.arange(PROMPT, device=device)[None], cache)
@@ -166,6 +168,7 @@ def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, messag
         ("input groups", "groups along the input are not supported"),
         ("mixed", "weights of mixed bits are not supported"),
         ("int8 cache", "a KV cache in 8 bits is not supported"),
+        ("embedding", "an embedding of QuantizedEmbedding is not supported"),
         ("dense", "weights are not in the kernels' layout"),
     ],
 )
@@ -182,10 +185,13 @@ def test_formats_that_are_refused(kind: str, message: str) -> None:
         use_quantized_linears(model, QuantConfig("int4", 128, grouping=grouping))
     if kind == "int8 cache":
         use_int8_cache(model)
+    if kind == "embedding":
+        model.embedding = QuantizedEmbedding(model.embedding, 128)  # type: ignore[assignment]
     if kind == "fp32":
         model.lm_head.to(torch.bfloat16)
     assert model_obstacle(model, H100) == message
-    assert program_obstacle(model) == "its kernel needs CUDA, and the model is on cpu"
+    with pytest.raises(UserError, match="its kernel needs CUDA, and the model is on cpu"):
+        CudaProgramBackend(EagerBackend(model, "test"))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -261,7 +267,7 @@ def test_families(changes: dict[str, Any]) -> None:
 
 def check_on_gpu(model: Transformer, limit: float) -> None:
     """check_logits, and the same bits in every run."""
-    backend = ProgramBackend(FusedBackend(model, "test", compile=False))
+    backend = CudaProgramBackend(FusedBackend(model, "test", compile=False))
     first = check_logits(backend, limit)
     for _ in range(10):
         assert all(map(torch.equal, program_logits(backend, some_ids(model)), first)), "bits differ between runs"
@@ -273,7 +279,7 @@ def some_ids(model: Transformer) -> Tensor:
     return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.embedding.weight.device)
 
 
-def check_logits(backend: ProgramBackend, limit: float) -> tuple[Tensor, Tensor]:
+def check_logits(backend: CudaProgramBackend, limit: float) -> tuple[Tensor, Tensor]:
     """The program's logits, which are the reference's."""
     ids = some_ids(backend.model)
     expected = expected_logits(backend.model, ids)
@@ -287,7 +293,7 @@ def check_logits(backend: ProgramBackend, limit: float) -> tuple[Tensor, Tensor]
 @torch.inference_mode()
 def test_a_graph_gives_the_same_tokens_and_sees_new_thresholds() -> None:
     model = random_model(SMALL, torch.bfloat16, "int4", True, True, "cuda")
-    backend = ProgramBackend(FusedBackend(model, "test", compile=False))
+    backend = CudaProgramBackend(FusedBackend(model, "test", compile=False))
     cache, token, position = model.new_cache(1, 256), *(torch.zeros(1, 1, dtype=torch.int64).cuda() for _ in range(2))
 
     def text(step: Any, count: int = 20) -> list[int]:

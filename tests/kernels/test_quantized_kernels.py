@@ -9,7 +9,8 @@ from torch import Tensor
 
 from teal.checkpoint.weights import load_model
 from teal.cli import quantize
-from teal.decoding.backends import Backend, EagerBackend, FusedBackend
+from teal.decoding.backend import Backend, EagerBackend
+from teal.decoding.backends import FusedBackend
 from teal.kernels import dequantize as dequantize_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
 from teal.kernels.attention_gemv import attention_gemv

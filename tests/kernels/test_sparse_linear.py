@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.kernels.cpu.native import native_kernels
+from teal.kernels.cpu.native import native_kernels, native_library
 from teal.kernels.reference import sparse_linear_reference
-from teal.kernels.sparse_linear import MAX_GATHER_ROWS, sparse_linear, sparse_linear_op
+from teal.kernels.sparse_linear import MAX_GATHER_ROWS, drop_small, sparse_linear, sparse_linear_op
+from teal.options import MAX_ROWS
 from tests.conftest import relative_error
 
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
@@ -23,7 +24,9 @@ SHAPES = [
     (3, 100, 7),
     (4, 65, 130),
     (7, 96, 33),
+    (MAX_ROWS + 1, 96, 33),
 ]
+ROWS = (1, MAX_GATHER_ROWS + 1, MAX_ROWS + 1)  # of one call to the gather kernel, of two, of a dense product
 
 
 def inputs(B: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +57,7 @@ def test_against_fp32_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("B", [1, 3, MAX_GATHER_ROWS + 1])
+@pytest.mark.parametrize("B", [*ROWS, 3])
 def test_each_segment_has_its_threshold(B: int, device: torch.device) -> None:
     x, weight = inputs(B, 96, 150, torch.float32, device)
     thresholds = torch.tensor([0.1, 2.0, 0.7], device=device)
@@ -77,14 +80,24 @@ def test_threshold_is_compared_in_the_dtype_of_x() -> None:
     x = torch.full((1, 8), 0.3, dtype=torch.bfloat16)
     weight = torch.ones(8, 8, dtype=torch.bfloat16)
     thresholds = torch.tensor([0.3])  # below it in fp32, equal after rounding
-    for rows in (1, MAX_GATHER_ROWS + 1):
+    for rows in ROWS:
         assert (sparse_linear(x.expand(rows, -1).contiguous(), weight, thresholds, [8]) != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_what_is_below_the_threshold_is_dropped(dtype: torch.dtype) -> None:
+    threshold = torch.tensor(0.3, dtype=dtype)
+    below = torch.nextafter(threshold, torch.zeros_like(threshold))
+    x = torch.stack([threshold, -threshold, threshold * 0 + math.inf, below, -below, threshold * 0])
+    assert torch.equal(drop_small(x, threshold), torch.cat((x[:3], torch.zeros_like(x[3:]))))
+    assert torch.equal(drop_small(x, threshold * 0), x)
+    assert drop_small(threshold * 0 + math.nan, threshold).isnan()
 
 
 def test_nan_is_not_hidden() -> None:
     """A threshold drops small entries; NaN is not small, and a broken activation must stay visible."""
     x = torch.tensor([[0.1, math.nan, 2.0, 3.0]])
-    for rows in (1, MAX_GATHER_ROWS + 1):
+    for rows in ROWS:
         y = sparse_linear(x.expand(rows, -1).contiguous(), torch.ones(4, 40), torch.tensor([0.5]), [40])
         assert y.isnan().all()
 
@@ -108,7 +121,7 @@ def test_without_a_compiler_the_result_is_the_same(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/bin/false")
-    native_kernels.cache_clear()
+    native_library.cache_clear()
     try:
         x, weight = inputs(1, 77, 131, torch.float32, torch.device("cpu"))
         thresholds = torch.tensor([0.5])
@@ -119,7 +132,7 @@ def test_without_a_compiler_the_result_is_the_same(
         err = capsys.readouterr().err.splitlines()
         assert [line for line in err if line.startswith("note: ")] == err[1:] and len(err) == 2, err
     finally:
-        native_kernels.cache_clear()
+        native_library.cache_clear()
 
 
 def test_the_compiled_kernel_is_what_runs() -> None:

@@ -23,17 +23,14 @@ def blocks(page: Path, kind: str) -> list[str]:
 
 def stories(lines: list[str]) -> list[list[str]]:
     """Commands, in order, grouped so that those which name the same file under /tmp/ stay together."""
-    found: list[tuple[set[str], list[str]]] = []
-    for line in lines:
-        files = set(re.findall(rf"{FOLDER}([\w-]+)", line))
-        for known, story in found:
-            if known & files:
-                known |= files
-                story.append(line)
-                break
-        else:
-            found.append((files, [line]))
-    return [story for _, story in found]
+    found: list[tuple[set[str], list[int]]] = []  # files and numbers of lines
+    for number, line in enumerate(lines):
+        files, numbers = set(re.findall(rf"{FOLDER}([\w-]+)", line)), [number]
+        for story in [story for story in found if story[0] & files]:
+            found.remove(story)
+            files, numbers = files | story[0], story[1] + numbers
+        found.append((files, sorted(numbers)))
+    return [[lines[number] for number in numbers] for numbers in sorted(numbers for _, numbers in found)]
 
 
 def commands(page: Path) -> list[list[str]]:

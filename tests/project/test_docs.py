@@ -45,11 +45,10 @@ def test_tests_named_exist(name: str, line: str) -> None:
 
 
 def test_commands_that_share_a_file_stay_together() -> None:
-    assert stories(["a -o /tmp/x", "b", "c /tmp/x/y -o /tmp/z", "d /tmp/z.json /tmp/z", "e -o /tmp/w"]) == [
-        ["a -o /tmp/x", "c /tmp/x/y -o /tmp/z", "d /tmp/z.json /tmp/z"],
-        ["b"],
-        ["e -o /tmp/w"],
-    ]
+    lines = ["a -o /tmp/x", "b", "c /tmp/x/y -o /tmp/z", "d /tmp/z.json /tmp/z", "e -o /tmp/w"]
+    assert stories(lines) == [[lines[0], *lines[2:4]], ["b"], ["e -o /tmp/w"]]
+    both = "f /tmp/z /tmp/w"
+    assert stories([*lines, both]) == [[lines[0], *lines[2:], both], ["b"]]
 
 
 @pytest.mark.parametrize("name,body", EXCERPTS, ids=[f"{n} {i}" for i, (n, _) in enumerate(EXCERPTS)])

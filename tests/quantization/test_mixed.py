@@ -16,7 +16,6 @@ from teal.checkpoint.weights import find_shards, load_model
 from teal.cli import quantize
 from teal.errors import UserError
 from teal.kernels.formats.packing import dequantize
-from teal.layers.phase import decoding
 from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, round_in_two_terms
 from teal.model import Transformer
 from teal.plan import keep_all_plan
@@ -24,10 +23,10 @@ from teal.quantization import gptq, refinement
 from teal.quantization.gptq import BlockwiseGptq
 from teal.teal_layers import sparse_layers, sparsify
 from tests.conftest import ROOT, assert_near, assert_one_line_error, relative_error
+from tests.token_logits import SEQUENCES, logits
 
 Command = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
-SEQUENCES = torch.randint(5, 300, (4, 64), generator=torch.Generator().manual_seed(0))
 MIXED = QuantConfig("mixed", 32, average_bits=5.0)
 TEXT = ("--text", ROOT / "README.md", "--sequences", "3", "--length", "100")
 
@@ -58,17 +57,6 @@ def modules(model: Transformer) -> list[torch.nn.Module]:
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for shard in find_shards(folder) for name, tensor in load_file(shard).items()}
-
-
-@torch.inference_mode()
-def logits(model: Transformer, tokens: int = 24) -> Tensor:
-    """Of a prompt of 10 tokens and then one token a call."""
-    ids = SEQUENCES[:1, :tokens]
-    cache, at = model.new_cache(1, tokens), torch.arange(tokens)[None]
-    parts = [model(ids[:, :10], at[:, :10], cache)]
-    with decoding(model):
-        parts += [model(ids[:, i : i + 1], at[:, i : i + 1], cache) for i in range(10, tokens)]
-    return torch.cat(parts, dim=1)
 
 
 def twin(folder: Path, quantized: Transformer) -> Transformer:

@@ -11,7 +11,7 @@ from teal.kernels.formats.packing import dequantize, pack_int4, unpack_int4
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.reference import sparse_linear_reference
 from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
-from teal.layers.quantized_linear import pick_group_size, round_to_nearest
+from teal.layers.quantized_linear import pick_group_size, round_in_two_terms, round_to_nearest
 from teal.quantization.gptq import gptq, gptq_input_groups
 from teal.quantization.half_quadratic import half_quadratic
 from tests.conftest import assert_near, relative_error
@@ -42,6 +42,23 @@ def test_rounding_errs_by_half_a_step(bits: int, dtype: torch.dtype) -> None:
     # int4: the zero point is rounded as well, which can cut off half a step at one end
     assert ((exact - weight.float()).abs() <= steps * (0.51 if bits == 8 else 1.01)).all()
     assert_near("weight", exact, weight.float(), 0.01 if bits == 8 else 0.11)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3])
+def test_small_weights_of_fp16_are_rounded_as_large_ones(size: float) -> None:
+    """Their scales are below the smallest normal number. A rotation makes such rows; as zeros they cost 0.14 nats."""
+    weight = (size * torch.randn(6, 128, generator=torch.Generator().manual_seed(0))).half()
+    refined = torch.arange(6, dtype=torch.int32)
+    packed = {
+        "8 bits": (round_to_nearest(weight, 8, 64), None, 0.01),
+        "4 bits": (round_to_nearest(weight, 4, 64), None, 0.12),
+        "both rows": (round_in_two_terms(weight, refined, 64), refined, 0.02),
+    }
+    x = torch.randn(1, 6, generator=torch.Generator().manual_seed(1)).half()
+    for name, (parts, rows, limit) in packed.items():
+        assert_near(name, dequantize(*parts, rows), weight, limit)
+        product = sparse_linear(x, parts[0], torch.zeros(1), [128], parts[1], parts[2], rows, torch.float32)
+        assert_near(f"product of {name}", product, x.float() @ weight.float(), 2 * limit)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -19,7 +19,7 @@ GATE_UP = 2  # its place among the projections
 Projected = SparseLinear | QuantizedLinear
 
 
-class ProgramBackend(Backend):
+class CudaProgramBackend(Backend):
     """Decodes a single row by one launch; more rows, counted steps and prefill go to another backend.
 
     The others' projections are in the layout of the sparse kernels. Raises UserError, with the reason, if the program
@@ -35,7 +35,7 @@ class ProgramBackend(Backend):
         super().__init__(model, others.reason)
         self.others, self.compiles = others, others.compiles
         self.norm, self.position_tensors = others.norm, others.position_tensors
-        device = model.embedding.weight.device
+        device = model.device
         self.program = Program(plan(_described(model), device_facts(device)), device)
         self.frequencies = rope_frequencies(model.config, device).contiguous()
         self.meta = {
@@ -77,7 +77,7 @@ class ProgramBackend(Backend):
         """program.cu's Arguments, and the launch."""
         assert tokens.dtype == positions.dtype == torch.int64, "tokens and positions are int64"
         model, k, v = self.model, kv_cache.k, kv_cache.v
-        assert k.dtype == model.embedding.weight.dtype and k.stride() == v.stride() and k.stride(4) == 1
+        assert k.dtype == model.dtype and k.stride() == v.stride() and k.stride(4) == 1
         rows = self._layer_table()
         head = self._matrix(model.lm_head, self.no_threshold)
         self.program.launch([
@@ -114,7 +114,7 @@ class ProgramBackend(Backend):
 
 def program_obstacle(model: Transformer) -> str:
     """Why the program cannot run model; empty if nothing that can be known before it is built stands against it."""
-    device = model.embedding.weight.device
+    device = model.device
     if device.type != "cuda":
         return f"its kernel needs CUDA, and the model is on {device.type}"
     return model_obstacle(model, device_facts(device)) or compiler_obstacle()
@@ -136,6 +136,8 @@ def model_obstacle(model: Transformer, device: Device) -> str:
         return f"a head of {type(head).__name__} in {head.weight.dtype} is not supported"
     if reason := weight_obstacle(weights):
         return reason
+    if type(model.embedding) is not nn.Embedding:
+        return f"an embedding of {type(model.embedding).__name__} is not supported"
     formats = [tuple(Format.of(_weight(module)) for module in modules) for modules in blocks]
     if len(set(formats)) > 1:
         return "blocks of different formats are not supported"
@@ -147,7 +149,7 @@ def _described(model: Transformer) -> Model:
     formats = [Format.of(_weight(module)) for module in _projected(model)[0]]
     head = Format.of(_weight(model.lm_head)) if isinstance(model.lm_head, QuantizedHead) else None
     qkv, o, gate_up, down = formats
-    return Model(model.config, model.embedding.weight.dtype, (qkv, o, gate_up, down), head)
+    return Model(model.config, model.dtype, (qkv, o, gate_up, down), head)
 
 
 def _projected(model: Transformer) -> list[list[nn.Module]]:

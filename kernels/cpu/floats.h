@@ -1,0 +1,173 @@
+// Floats of a weight's dtype in and out of fp32, one by one and LANES at a time. Compiled for the processor at hand;
+// where it lacks a vector instruction the compiler makes one of several.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace teal {
+
+using c10::BFloat16;
+using c10::Half;
+
+enum class Dtype : int32_t { FP32, BF16, FP16 };
+
+inline float widen(float value) { return value; }
+inline float widen(BFloat16 value) { return static_cast<float>(value); }
+// c10::Half's own conversion may be one scalar instruction, which keeps a loop from being vectorized.
+inline float widen(Half value) { return c10::detail::fp16_ieee_to_fp32_value(value.x); }
+
+// f with a value of dtype's type: one place for the switch that templates need.
+template <typename F>
+auto by_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::BF16: return f(BFloat16{});
+    case Dtype::FP16: return f(Half{});
+    default: return f(float{});
+  }
+}
+
+// sum + a b in one rounding where the processor can. Terms are added to a sum one by one, in their order. A row of x
+// then has the same bits alone and beside other rows, whose terms add 0.
+inline float add_product(float sum, float a, float b) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+constexpr int64_t LANES = 16;  // a register of AVX-512
+using Lanes = float __attribute__((vector_size(4 * LANES)));
+using Bytes = int8_t __attribute__((vector_size(LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Integers = int32_t __attribute__((vector_size(4 * LANES)));
+
+inline int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+inline Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
+inline Lanes load(const BFloat16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Lanes lanes;
+  std::memcpy(&lanes, &words, sizeof(lanes));
+  return lanes;
+}
+
+inline Lanes load(const Half* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Words words = __builtin_convertvector(halves, Words);
+  const Words sign = (words & 0x8000) << 16, magnitude = (words & 0x7fff) << 13;
+  Lanes lanes;
+  std::memcpy(&lanes, &magnitude, sizeof(lanes));
+  lanes *= 0x1p112f;  // the difference of the exponents' biases; subnormal numbers come out right, too
+  Words bits;
+  std::memcpy(&bits, &lanes, sizeof(bits));
+  bits |= sign | (Words((words & 0x7c00) == 0x7c00) & 0x7f800000);  // infinity and NaN
+  std::memcpy(&lanes, &bits, sizeof(lanes));
+  return lanes;
+}
+
+inline Lanes load(const int8_t* from) {
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, Lanes);
+}
+
+inline void store(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
+
+// The first count values, then zeros.
+template <typename T>
+Lanes load_part(const T* from, int64_t count) {
+  T part[LANES] = {};
+  std::memcpy(part, from, count * sizeof(T));
+  return load(part);
+}
+
+// As add_product, for each lane.
+inline Lanes add_product(const Lanes& sum, const Lanes& a, const Lanes& b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  Lanes result;
+  for (int64_t i = 0; i < LANES; ++i) result[i] = __builtin_fmaf(a[i], b[i], sum[i]);
+  return result;
+#else
+  return sum + a * b;
+#endif
+}
+
+inline Lanes larger(const Lanes& a, const Lanes& b) { return a > b ? a : b; }  // b where one of them is NaN
+
+// The sum of all lanes, in a fixed order.
+inline float total(const Lanes& sums) {
+  using Half8 = float __attribute__((vector_size(2 * LANES)));
+  using Quarter = float __attribute__((vector_size(LANES)));
+  Half8 halves[2];
+  std::memcpy(halves, &sums, sizeof(halves));
+  const Half8 half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof(quarters));
+  const Quarter quarter = quarters[0] + quarters[1];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+inline float largest(const Lanes& lanes) {
+  float found = lanes[0];
+  for (int64_t i = 1; i < LANES; ++i) found = lanes[i] > found ? lanes[i] : found;
+  return found;
+}
+
+// e^x with a relative error of 2e-7, for x between -87 and 88, to which others are clamped; NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; e^r is a polynomial, and 2^n goes into the exponent (Cephes, expf).
+inline Lanes exponential(Lanes x) {
+  const Lanes zero = {};
+  x = x < -87.0f ? zero - 87.0f : x;
+  x = x > 88.0f ? zero + 88.0f : x;
+  const Lanes magic = zero + 0x1.8p23f;  // x + magic - magic rounds x to a whole number
+  const Lanes n = add_product(magic, x, zero + 1.44269504f) - magic;
+  Lanes r = add_product(x, n, zero - 0.693359375f);
+  r = add_product(r, n, zero + 2.12194440e-4f);
+  Lanes p = zero + 1.9875691500e-4f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = add_product(zero + c, p, r);
+  p = add_product(r + 1.0f, p, r * r);
+  const Integers shift = __builtin_convertvector(x == x ? n : zero, Integers) << 23;
+  Integers bits;
+  std::memcpy(&bits, &p, sizeof(bits));
+  bits += shift;
+  std::memcpy(&p, &bits, sizeof(p));
+  return x == x ? p : x;
+}
+
+// count values of dtype as fp32.
+inline void widen_values(const void* from, Dtype dtype, int64_t count, float* to) {
+  by_dtype(dtype, [&](auto type) {
+    const auto* values = static_cast<const decltype(type)*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(values[i]);
+  });
+}
+
+// fp32 values, each rounded to a dtype and back.
+template <typename T>
+float rounded(float value) {
+  return widen(static_cast<T>(value));
+}
+
+}  // namespace teal

@@ -1,0 +1,364 @@
+// A decode step of a few rows: embedding, blocks, head and argmax as phases of one job (team.h).
+//
+//     between phases, by one thread                       a phase's tasks, by all
+//     residual += down; norm; list kept channels          q,k,v       blocks of columns
+//     norms of heads, rotation, into the cache            attention   row x key head x chunk of positions
+//     combine chunks; list                                o           blocks of columns
+//     residual += o; norm; list                           gate,up     blocks of both, and silu(gate) * up
+//     list                                                down        blocks of columns
+//     after the last block: norm; list                    head        blocks of columns, and the argmax of each
+//
+// Every sum belongs to one task and has a fixed order, whatever the number of threads and the rows beside it.
+
+#include "step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "activations.h"
+#include "attention.h"
+#include "product.h"
+#include "team.h"
+
+namespace teal {
+namespace {
+
+// Blocks of columns that a thread finds in a phase: with one alone a paused thread would hold up the other for long.
+constexpr int64_t TASKS_PER_THREAD = 2, HEAD_TASKS_PER_THREAD = 8;
+
+struct Chunk {
+  int64_t row, begin, end;  // positions
+};
+
+struct Best {
+  float value;
+  int64_t index;
+};
+
+bool beats(float value, float best) { return value > best || (value != value && best == best); }
+
+// Memory of a step, kept for the next one. The team's holder has it. It grows before the first phase alone: there it
+// may fail.
+struct Workspace {
+  std::vector<float> residual, input, y, activated, q, cos, sin, partials, kept_values;
+  std::vector<int32_t> kept_channels;
+  std::vector<Chunk> chunks;
+  std::vector<Best> best;
+};
+
+template <typename T>
+T* grown(std::vector<T>& memory, int64_t count) {
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+  return memory.data();
+}
+
+class Step final : public Job {
+ public:
+  Step(const Model& model, const Call& call, Workspace& memory, int64_t threads);
+  void task(int64_t index) override;
+  int64_t next() override;
+
+ private:
+  enum class Phase { BEGIN, QKV, ATTENTION, O, GATE_UP, DOWN, HEAD };
+
+  void find_angles();
+  int64_t begin_block();
+  int64_t begin_attention();
+  int64_t begin_o();
+  int64_t begin_gate_up();
+  int64_t begin_head();
+  void finish();
+
+  int64_t begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns);
+  void multiply(int64_t begin, int64_t end);
+  void attend_task(int64_t index);
+  void argmax_task(int64_t index, int64_t begin, int64_t end);
+  void cache_heads(int64_t row, const CacheLayout& cache);
+  void add_to_residual();
+  void normalize(const void* weight);
+  CacheLayout cache_layout() const {
+    return {model_.dtype, model_.int8_cache != 0, model_.head_dim, call_.slot_stride};
+  }
+
+  const Model& model_;
+  const Call& call_;
+  Workspace& memory_;
+  const int64_t threads_, rows_, q_size_, kv_size_;
+  Phase phase_ = Phase::BEGIN;
+  int64_t layer_ = 0;
+  float *residual_, *input_, *activated_, *q_;
+  int64_t y_stride_;
+  Product product_;
+  int64_t first_chunk_[STEP_ROWS + 1] = {};  // of a row's attention
+};
+
+Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t threads)
+    : model_(model),
+      call_(call),
+      memory_(memory),
+      threads_(threads),
+      rows_(call.rows),
+      q_size_(model.heads * model.head_dim),
+      kv_size_(model.kv_heads * model.head_dim),
+      product_(model.dtype) {
+  const int64_t widest = std::max({model.hidden, q_size_, model.intermediate});
+  int64_t most_refined = model.head.E;
+  for (int64_t i = 0; i < model.layer_count; ++i)
+    for (const Matrix* m : {&model.layers[i].qkv, &model.layers[i].o, &model.layers[i].gate_up, &model.layers[i].down})
+      most_refined = std::max(most_refined, m->E);
+  residual_ = grown(memory.residual, rows_ * model.hidden);
+  input_ = grown(memory.input, rows_ * padded(widest));
+  activated_ = grown(memory.activated, rows_ * padded(model.intermediate));
+  q_ = grown(memory.q, (rows_ * model.heads + 2) * padded(model.head_dim));  // and two vectors to spare
+  y_stride_ = padded(std::max({q_size_ + 2 * kv_size_, 2 * model.intermediate, model.hidden}));
+  grown(memory.y, rows_ * y_stride_);
+  product_.use(grown(memory.kept_channels, Product::LISTS * Kept::room(widest, most_refined)),
+               grown(memory.kept_values, Product::LISTS * Kept::room(widest, most_refined) * GATHER_ROWS),
+               Kept::room(widest, most_refined));
+  int64_t chunks = 0;  // of a layer without a window
+  for (int64_t r = 0; r < rows_ && call.hidden_in == nullptr; ++r) chunks += call.positions[r] / CHUNK + 1;
+  memory.chunks.reserve(chunks);
+  grown(memory.partials, chunks * model.heads * partial_size(model.head_dim));
+  grown(memory.cos, rows_ * model.head_dim / 2);
+  grown(memory.sin, rows_ * model.head_dim / 2);
+  grown(memory.best, rows_ * (threads * HEAD_TASKS_PER_THREAD + 1));
+}
+
+int64_t Step::next() {
+  switch (phase_) {
+    case Phase::BEGIN:
+      if (call_.hidden_in != nullptr) {
+        std::copy(call_.hidden_in, call_.hidden_in + rows_ * model_.hidden, residual_);
+        return begin_head();
+      }
+      for (int64_t r = 0; r < rows_; ++r) {
+        const int64_t row_bytes = model_.hidden * (model_.dtype == Dtype::FP32 ? 4 : 2);
+        const char* row = static_cast<const char*>(model_.embedding) + call_.tokens[r] * row_bytes;
+        widen_values(row, model_.dtype, model_.hidden, residual_ + r * model_.hidden);
+      }
+      find_angles();
+      return begin_block();
+    case Phase::QKV: return begin_attention();
+    case Phase::ATTENTION: return begin_o();
+    case Phase::O: add_to_residual(); return begin_gate_up();
+    case Phase::GATE_UP:
+      return begin_product(Phase::DOWN, model_.layers[layer_].down, activated_, model_.hidden);
+    case Phase::DOWN:
+      add_to_residual();
+      return ++layer_ < model_.layer_count ? begin_block() : begin_head();
+    default: finish(); return 0;
+  }
+}
+
+void Step::task(int64_t index) {
+  if (phase_ == Phase::ATTENTION) return attend_task(index);
+  const auto [begin, end] = product_.columns(index);
+  multiply(begin, end);
+  if (phase_ == Phase::HEAD) return argmax_task(index, begin, end);
+  if (phase_ != Phase::GATE_UP) return;
+  const int64_t I = model_.intermediate;
+  multiply(I + begin, I + end);
+  by_dtype(model_.dtype, [&](auto type) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const float* gate = product_.y(r) + begin;
+      silu_product<decltype(type)>(gate, gate + I, end - begin, activated_ + r * padded(I) + begin);
+    }
+  });
+}
+
+// y of columns begin to end, rounded as a module's result; the head's is not.
+void Step::multiply(int64_t begin, int64_t end) {
+  product_.multiply(begin, end);
+  if (phase_ == Phase::HEAD) return;
+  by_dtype(model_.dtype, [&](auto type) {
+    for (int64_t r = 0; r < rows_; ++r)
+      round_and_add<decltype(type)>(product_.y(r) + begin, product_.bias(), begin, end - begin);
+  });
+}
+
+int64_t Step::begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns) {
+  phase_ = phase;
+  return product_.begin({&matrix, x, memory_.y.data(), y_stride_, columns}, rows_, threads_ * TASKS_PER_THREAD);
+}
+
+// A block
+
+void Step::find_angles() {
+  const int64_t half = model_.head_dim / 2;
+  float *cos = memory_.cos.data(), *sin = memory_.sin.data();
+  for (int64_t r = 0; r < rows_; ++r)
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(call_.positions[r]) * model_.frequencies[i];
+      cos[r * half + i] = std::cos(angle);
+      sin[r * half + i] = std::sin(angle);
+    }
+}
+
+void Step::normalize(const void* weight) {
+  const int64_t C = model_.hidden;
+  by_dtype(model_.dtype, [&](auto type) {
+    for (int64_t r = 0; r < rows_; ++r)
+      rms_norm<decltype(type)>(residual_ + r * C, weight, C, model_.eps, input_ + r * padded(C));
+  });
+}
+
+void Step::add_to_residual() {
+  const int64_t C = model_.hidden;
+  for (int64_t r = 0; r < rows_; ++r)
+    for (int64_t n = 0; n < C; ++n) residual_[r * C + n] += product_.y(r)[n];
+}
+
+int64_t Step::begin_block() {
+  const Layer& layer = model_.layers[layer_];
+  normalize(layer.attention_norm);
+  return begin_product(Phase::QKV, layer.qkv, input_, layer.qkv.N);
+}
+
+int64_t Step::begin_gate_up() {
+  const Layer& layer = model_.layers[layer_];
+  normalize(layer.ffn_norm);
+  return begin_product(Phase::GATE_UP, layer.gate_up, input_, model_.intermediate);
+}
+
+// Norms and rotation of a row's heads; its keys and values go into the cache.
+void Step::cache_heads(int64_t row, const CacheLayout& cache) {
+  const int64_t D = model_.head_dim, H = model_.heads, KV = model_.kv_heads;
+  const Layer& layer = model_.layers[layer_];
+  const float* y = product_.y(row);
+  const float *cos = memory_.cos.data() + row * D / 2, *sin = memory_.sin.data() + row * D / 2;
+  float* spare = memory_.q.data() + rows_ * H * padded(D);
+  const int64_t at = layer_ * call_.layer_stride + row * call_.row_stride + call_.positions[row] * call_.slot_stride;
+  by_dtype(model_.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t h = 0; h < H + KV; ++h) {
+      const float* head = y + h * D;
+      float* out = h < H ? q_ + (row * H + h) * padded(D) : spare;
+      if (const void* norm = h < H ? layer.q_norm : layer.k_norm) {
+        rms_norm<T>(head, norm, D, model_.eps, spare + padded(D));
+        rotate<T>(spare + padded(D), cos, sin, D, out);
+      } else {
+        rotate<T>(head, cos, sin, D, out);
+      }
+      if (h >= H) write_slot(out, cache, call_.k + at + (h - H) * call_.head_stride);
+    }
+  });
+  for (int64_t h = 0; h < KV; ++h)
+    write_slot(y + q_size_ + kv_size_ + h * D, cache, call_.v + at + h * call_.head_stride);
+}
+
+int64_t Step::begin_attention() {
+  phase_ = Phase::ATTENTION;
+  const CacheLayout cache = cache_layout();
+  const int64_t window = model_.layers[layer_].window;
+  std::vector<Chunk>& chunks = memory_.chunks;
+  chunks.clear();
+  for (int64_t r = 0; r < rows_; ++r) {
+    cache_heads(r, cache);
+    const int64_t end = call_.positions[r] + 1;
+    int64_t begin = window ? std::max<int64_t>(0, end - window) : 0;
+    first_chunk_[r] = chunks.size();
+    for (; begin < end; begin = (begin / CHUNK + 1) * CHUNK)
+      chunks.push_back({r, begin, std::min(end, (begin / CHUNK + 1) * CHUNK)});
+  }
+  first_chunk_[rows_] = chunks.size();
+  return first_chunk_[rows_] * model_.kv_heads;
+}
+
+void Step::attend_task(int64_t index) {
+  const int64_t D = model_.head_dim, H = model_.heads, KV = model_.kv_heads, shared = H / KV;
+  const Chunk& chunk = memory_.chunks[index / KV];
+  const int64_t head = index % KV;
+  const int64_t at = layer_ * call_.layer_stride + chunk.row * call_.row_stride + head * call_.head_stride;
+  const float* q = q_ + (chunk.row * H + head * shared) * padded(D);
+  float* partial = memory_.partials.data() + (index / KV * H + head * shared) * partial_size(D);
+  attend(q, shared, call_.k + at, call_.v + at, cache_layout(), model_.attention_scale, chunk.begin, chunk.end,
+         partial);
+}
+
+int64_t Step::begin_o() {
+  const int64_t D = model_.head_dim, H = model_.heads, size = partial_size(D);
+  by_dtype(model_.dtype, [&](auto type) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* out = input_ + r * padded(q_size_);
+      const float* partial = memory_.partials.data() + first_chunk_[r] * H * size;
+      for (int64_t h = 0; h < H; ++h)
+        combine(partial + h * size, first_chunk_[r + 1] - first_chunk_[r], H * size, D, out + h * D);
+      for (int64_t n = 0; n < q_size_; ++n) out[n] = rounded<decltype(type)>(out[n]);
+      zero_tail(out, q_size_);
+    }
+  });
+  return begin_product(Phase::O, model_.layers[layer_].o, input_, model_.hidden);
+}
+
+// The head
+
+int64_t Step::begin_head() {
+  if (call_.hidden_out != nullptr) std::copy(residual_, residual_ + rows_ * model_.hidden, call_.hidden_out);
+  if (call_.logits == nullptr) return 0;
+  normalize(model_.norm);
+  phase_ = Phase::HEAD;
+  const Product::Work work{&model_.head, input_, call_.logits, model_.vocabulary, model_.vocabulary};
+  return product_.begin(work, rows_, threads_ * HEAD_TASKS_PER_THREAD);
+}
+
+// The largest logit of a block, the first of equal ones; NaN is larger than all.
+void Step::argmax_task(int64_t index, int64_t begin, int64_t end) {
+  if (!call_.choose) return;
+  for (int64_t r = 0; r < rows_; ++r) {
+    const float* logits = call_.logits + r * model_.vocabulary;
+    Best best{logits[begin], begin};
+    for (int64_t n = begin + 1; n < end; ++n)
+      if (beats(logits[n], best.value)) best = {logits[n], n};
+    memory_.best[index * rows_ + r] = best;
+  }
+}
+
+void Step::finish() {
+  if (!call_.choose) return;
+  for (int64_t r = 0; r < rows_; ++r) {
+    Best best = memory_.best[r];
+    for (int64_t i = 1; i < product_.tasks(); ++i)
+      if (beats(memory_.best[i * rows_ + r].value, best.value)) best = memory_.best[i * rows_ + r];
+    call_.tokens[r] = best.index;
+    ++call_.positions[r];
+  }
+}
+
+Outcome check(const Model& model, const Call& call) {
+  if (call.hidden_in != nullptr) return Outcome::DONE;
+  for (int64_t r = 0; r < call.rows; ++r) {
+    if (call.tokens[r] < 0 || call.tokens[r] >= model.vocabulary) return Outcome::UNKNOWN_TOKEN;
+    if (call.positions[r] < 0 || call.positions[r] >= call.slots) return Outcome::NO_SLOT;
+  }
+  return Outcome::DONE;
+}
+
+}  // namespace
+}  // namespace teal
+
+// A step on so many threads. Nothing is changed unless the outcome is DONE.
+extern "C" int32_t teal_cpu_step(const teal::Model* model, const teal::Call* call, int64_t threads) {
+  teal::Outcome outcome = teal::check(*model, *call);
+  if (outcome == teal::Outcome::DONE) {
+    teal::Team& team = teal::Team::instance();
+    const auto held = team.hold();
+    static teal::Workspace* memory = new teal::Workspace;
+    try {
+      teal::Step step(*model, *call, *memory, threads);
+      team.run(step, threads);
+    } catch (const std::bad_alloc&) {
+      outcome = teal::Outcome::NO_MEMORY;
+    }
+  }
+  return static_cast<int32_t>(outcome);
+}
+
+// Bytes of the structs that the caller fills in: Matrix, Layer, Model, Call.
+extern "C" void teal_cpu_struct_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(teal::Matrix);
+  sizes[1] = sizeof(teal::Layer);
+  sizes[2] = sizeof(teal::Model);
+  sizes[3] = sizeof(teal::Call);
+}
