@@ -6,7 +6,12 @@
 //     4      32                     4      tensor cores, see Sums<4>: those above would be three instructions a weight
 //
 // A quantized weight's scales come as one word for each group, made once by the host ("meta"): for 8 bits the scale as
-// fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point.
+// fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point. What meets the
+// weights of a row is a word, too, made of an input x and such a scale (Format::word):
+//
+//     16 bits    x
+//      8 bits    x scale
+//      4 bits    x scale as fp16 below the zero point as fp16
 #pragma once
 
 struct Matrix {
@@ -35,6 +40,12 @@ struct Format {
         const int group = granule / GRANULES_OF_GROUP, word = granule % GRANULES_OF_GROUP * 4 + i % 4;
         return group * GROUP + i / 4 * (GROUP / 8) + word;
     }
+
+    static __device__ __forceinline__ u32 word(float x, u32 meta) {
+        if (BITS == 16) return __float_as_uint(x);
+        if (BITS == 8) return __float_as_uint(x * __uint_as_float(meta));
+        return fp16_pair(x * high_of(meta), (float)(meta & 0xff));
+    }
 };
 
 template <int BITS>
@@ -44,14 +55,15 @@ template <>
 struct Sums<16> {
     float sum[8] = {};
 
-    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&)[4], const float (&x)[4]) {
+    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&factors)[4]) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             const u32 words[4] = {rows[r].x, rows[r].y, rows[r].z, rows[r].w};
+            const float x = __uint_as_float(factors[r]);
 #pragma unroll
             for (int w = 0; w < 4; w++) {
-                sum[2 * w] += x[r] * low_of(words[w]);
-                sum[2 * w + 1] += x[r] * high_of(words[w]);
+                sum[2 * w] += x * low_of(words[w]);
+                sum[2 * w + 1] += x * high_of(words[w]);
             }
         }
     }
@@ -67,18 +79,18 @@ template <>
 struct Sums<8> {
     float sum[16] = {};
 
-    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&meta)[4], const float (&x)[4]) {
+    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&factors)[4]) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             const u32 words[4] = {rows[r].x, rows[r].y, rows[r].z, rows[r].w};
-            const float a = x[r] * __uint_as_float(meta[r]);
+            const float x = __uint_as_float(factors[r]);
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 const u32 unsigned_bytes = words[w] ^ 0x80808080;  // q + 128
 #pragma unroll
                 for (int b = 0; b < 4; b++) {  // 2^23 + q + 128 by its bits
                     const float q = __uint_as_float(__byte_perm(unsigned_bytes, 0x4b000000, 0x7440 | b));
-                    sum[4 * w + b] += a * (q - 8388736.0f);
+                    sum[4 * w + b] += x * (q - 8388736.0f);
                 }
             }
         }
@@ -99,22 +111,19 @@ struct Sums<8> {
 //     A[g]   = nibbles of lanes 4 g .. 4 g + 3        B[.][g] = x scale of lanes 4 g .. 4 g + 3
 //
 // One logical operation makes fp16 of two nibbles, by their bits: 1024 + n of a low one, 1024 + 16 n of a high one.
-// What that adds, and the zero points, are summed beside and taken off at the end. x scale is rounded to fp16, 2^-12 of
-// it; the list's entries (compact) and the scales have been multiplied by powers of two so that they fill its range.
+// What that adds, and the zero points, one more product gives, with zero points in A's row g and ones in row g + 8; it
+// is taken off at the end. x scale is rounded to fp16, 2^-12 of it; the list's values (compact) and the scales have
+// been multiplied by powers of two so that they fill its range.
 template <>
 struct Sums<4> {
     float sum[64] = {};  // tile t = word, half and pair of nibbles: sum[4 t ..] are its four results in this lane
-    float inputs = 0.0f, zeros = 0.0f;
+    float beside[4] = {};
 
-    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&meta)[4], const float (&x)[4]) {
-        u32 b[2];
-#pragma unroll
-        for (int r = 0; r < 4; r += 2) {
-            b[r / 2] = fp16_pair(x[r] * high_of(meta[r]), x[r + 1] * high_of(meta[r + 1]));
-            const float first = from_fp16((u16)b[r / 2]), second = from_fp16((u16)(b[r / 2] >> 16));
-            inputs += first + second;
-            zeros += first * (float)(meta[r] & 0xff) + second * (float)(meta[r + 1] & 0xff);
-        }
+    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&factors)[4]) {
+        constexpr u32 ONES = 0x3c003c00;
+        const u32 b[2] = {__byte_perm(factors[0], factors[1], 0x5410), __byte_perm(factors[2], factors[3], 0x5410)};
+        multiply_add(beside, {__byte_perm(factors[0], factors[1], 0x7632), ONES,
+                              __byte_perm(factors[2], factors[3], 0x7632), ONES}, b);
         const u32 words[4][4] = {{rows[0].x, rows[1].x, rows[2].x, rows[3].x},
                                  {rows[0].y, rows[1].y, rows[2].y, rows[3].y},
                                  {rows[0].z, rows[1].z, rows[2].z, rows[3].z},
@@ -127,9 +136,9 @@ struct Sums<4> {
                 u32 second = __byte_perm(words[w][2], words[w][3], half ? 0x7632 : 0x5410);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    const u32 a[4] = {(first & 0x000f000f) | 0x64006400, (first & 0x00f000f0) | 0x64006400,
-                                      (second & 0x000f000f) | 0x64006400, (second & 0x00f000f0) | 0x64006400};
-                    multiply_add(sum + 4 * ((w * 2 + half) * 2 + pair), a, b);
+                    multiply_add(sum + 4 * ((w * 2 + half) * 2 + pair),
+                                 {low_nibbles(first), high_nibbles(first), low_nibbles(second), high_nibbles(second)},
+                                 b);
                     first >>= 8, second >>= 8;
                 }
             }
@@ -138,12 +147,8 @@ struct Sums<4> {
 
     // out[4 n + w]: nibble n of word w. Returns whether this lane is the one of its four that has them.
     __device__ __forceinline__ bool finish(float (&out)[32]) {
-#pragma unroll
-        for (int distance = 1; distance < 4; distance <<= 1) {
-            inputs += __shfl_xor_sync(ALL_LANES, inputs, distance);
-            zeros += __shfl_xor_sync(ALL_LANES, zeros, distance);
-        }
         const int g = lane_of_warp() >> 2, c = lane_of_warp() & 3;
+        const float zeros = g % 2 ? beside[1] : beside[0], inputs = g % 2 ? beside[3] : beside[2];
 #pragma unroll
         for (int w = 0; w < 4; w++) {
 #pragma unroll

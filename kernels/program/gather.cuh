@@ -11,10 +11,10 @@
 // another lane, and loads of the next steps are in flight during this one's arithmetic without holding registers.
 // Weights leave L2 first: what blocks hand each other stays there.
 //
-// Scales and zeros come in one of two ways. RowByRow fetches a word beside each granule: where a piece has several
-// groups, they share a sector of 32 bytes. Panel has those of all channels already, for gate and up: a block's piece
-// has one group there, whose words would each cost a sector. Measured so, they took 8.7 us of 41 in a dense layer of
-// Llama-3-8B in int4.
+// Integers are half the rate of floats on an H100 and 4-bit weights are unpacked by them, so what the loop does beside
+// has been moved out of it. A list's "words" are value and scale already multiplied (formats.cuh), one row of words for
+// each group of the piece; whoever makes the list has the scales of all channels in shared memory (panels, shared.cuh).
+// Only the head, whose piece has too many groups, fetches a word beside each granule: SCALED is false.
 #pragma once
 
 struct Ring {
@@ -23,74 +23,10 @@ struct Ring {
 
 using RingWords = u32[STAGES][4][THREADS];
 
-// Where a thread is in the ring: its own place in the stages, one after the other. Kept as a pointer that moves on, not
-// as the number of a stage: from that NVRTC 13.0 makes an address in two registers of a kind that cp.async with a cache
-// policy has no room for, and the GPU refuses the instruction.
-template <class T>
-struct Turn {
-    T* at;
-    T* const end;
-
-    __device__ __forceinline__ explicit Turn(T (&first)[THREADS])
-        : at(&first[threadIdx.x]), end(&first[threadIdx.x] + STAGES * 4 * THREADS) {}
-    __device__ __forceinline__ T* row(int r) const { return at + r * THREADS; }
-    __device__ __forceinline__ void next() {
-        at += 4 * THREADS;
-        if (at == end) at -= STAGES * 4 * THREADS;
-    }
-};
-
 struct List {
-    const float* values;
     const u16* rows;
-};
-
-// Four neighbouring entries of a list from entry on, before end. threshold: of MIXED lists, which have what any segment
-// of the output keeps; an entry that this one drops is not wanted. What is not wanted is row 0 times 0.
-template <bool MIXED>
-struct Four {
-    float x[4] = {};
-    int rows[4] = {};
-    bool wanted[4] = {};
-
-    __device__ __forceinline__ Four(const List& list, int entry, int end, float threshold) {
-        if (entry >= end) return;
-        const float4 values = *(const float4*)(list.values + entry);
-        const ushort4 of_list = *(const ushort4*)(list.rows + entry);
-        const float found[4] = {values.x, values.y, values.z, values.w};
-        const u16 places[4] = {of_list.x, of_list.y, of_list.z, of_list.w};
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            wanted[r] = entry + r < end && (!MIXED || is_kept(found[r], threshold));
-            x[r] = wanted[r] ? found[r] : 0.0f;
-            rows[r] = wanted[r] ? places[r] : 0;
-        }
-    }
-};
-
-template <class W, int STRIDE = W::GROUPS>  // words from a row to the next
-struct RowByRow {
-    const u32* meta;  // of this thread's group, in row 0
-    Turn<u32> fetched, used;
-
-    __device__ __forceinline__ RowByRow(const u32* meta, RingWords& ring)
-        : meta(meta), fetched(ring[0][0]), used(ring[0][0]) {}
-    __device__ __forceinline__ void fetch(int r, int row, bool wanted) {
-        if (W::BITS < 16) fetch_word(fetched.row(r), meta + row * STRIDE, wanted);
-    }
-    __device__ __forceinline__ u32 read(int r, int) { return W::BITS < 16 ? *used.row(r) : 0; }
-    __device__ __forceinline__ void next_fetch() { fetched.next(); }
-    __device__ __forceinline__ void next_use() { used.next(); }
-};
-
-template <class W>
-struct Panel {
-    const u32* words;  // of this thread's group, one for each row
-
-    __device__ __forceinline__ void fetch(int, int, bool) {}
-    __device__ __forceinline__ u32 read(int, int row) { return W::BITS < 16 ? words[row] : 0; }
-    __device__ __forceinline__ void next_fetch() {}
-    __device__ __forceinline__ void next_use() {}
+    const u32* words;  // of this thread's group; 0 where a row is not wanted
+    int count;
 };
 
 // Where a thread stands in a piece of PIECE granules.
@@ -107,45 +43,54 @@ struct Place {
     }
 };
 
-// weights: row 0 of this thread's granule. threshold: of the segment that it is in (Four).
-template <class W, int PIECE, bool MIXED, class Meta>
-__device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, Meta meta, const Place<W, PIECE>& place,
-                                       float threshold, int count, const List& list, Ring& ring) {
-    constexpr int STEP = Place<W, PIECE>::SLOTS * W::TEAM * 4;
-    const int first = (place.slot * W::TEAM + threadIdx.x % W::TEAM) * 4, end = place.active ? count : 0;
-    const int steps = ceil_div(count, STEP);
+// weights: row 0 of this thread's granule. MIXED: of the list's rows some are not wanted. meta: unless SCALED, scales
+// and zeros of this thread's group in row 0, META_STRIDE words from a row to the next, which travel through words.
+template <class W, int PIECE, bool MIXED, bool SCALED, int META_STRIDE = W::GROUPS>
+__device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, const u32* meta,
+                                       const Place<W, PIECE>& place, const List& list, Ring& ring, RingWords& words) {
+    constexpr int STAGE = 4 * THREADS, TURN = STAGES * STAGE, STEP = Place<W, PIECE>::SLOTS * W::TEAM * 4;
+    constexpr bool FETCHES_META = !SCALED && W::BITS < 16;
+    const int end = place.active ? list.count : 0, own = (place.slot * W::TEAM + threadIdx.x % W::TEAM) * 4;
     const u64 policy = evict_first();
-    Turn<uint4> fetched(ring.rows[0][0]), used(ring.rows[0][0]);
-    auto fetch = [&](int step) {
-        if (const int entry = step * STEP + first; entry < end) {
-            const Four<MIXED> four(list, entry, end, threshold);
+    uint4* const my_rows = &ring.rows[0][0][threadIdx.x];
+    u32* const my_meta = &words[0][0][threadIdx.x];
+    auto fetch = [&](int entry, int turn) {
+        if (entry < end) {
+            const ushort4 of_list = *(const ushort4*)(list.rows + entry);
+            const u32 rows[4] = {of_list.x, of_list.y, of_list.z, of_list.w};
+            bool wanted[4] = {true, true, true, true};
+            if (MIXED) {
+                const uint4 w = *(const uint4*)(list.words + entry);
+                wanted[0] = w.x != 0, wanted[1] = w.y != 0, wanted[2] = w.z != 0, wanted[3] = w.w != 0;
+            }
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                fetch_row(fetched.row(r), weights + (u64)four.rows[r] * W::ROW_BYTES, four.wanted[r], policy);
-                meta.fetch(r, four.rows[r], four.wanted[r]);
+                fetch_row(my_rows + turn + r * THREADS, weights + (u64)rows[r] * W::ROW_BYTES, wanted[r], policy);
+                if (FETCHES_META)
+                    fetch_word(my_meta + turn + r * THREADS, meta + (u64)rows[r] * META_STRIDE, wanted[r]);
             }
         }
         close_fetches();
-        fetched.next();
-        meta.next_fetch();
     };
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(own + stage * STEP, stage * STAGE);
+    int used = 0, free = (STAGES - 1) * STAGE;
 #pragma unroll 1
-    for (int step = 0; step < STAGES - 1; step++) fetch(step);
-#pragma unroll 1
-    for (int step = 0; step < steps; step++) {
+    for (int entry = own; entry - own < list.count; entry += STEP) {
         await_fetches<STAGES - 2>();
-        fetch(step + STAGES - 1);
-        const Four<MIXED> four(list, step * STEP + first, end, threshold);
+        fetch(entry + (STAGES - 1) * STEP, free);
+        const bool live = entry < end;
+        const uint4 w = live ? *(const uint4*)(list.words + entry) : make_uint4(0, 0, 0, 0);
+        u32 factors[4] = {w.x, w.y, w.z, w.w};
         uint4 rows[4];
-        u32 words[4];
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            rows[r] = four.wanted[r] ? *used.row(r) : make_uint4(0, 0, 0, 0);
-            words[r] = four.wanted[r] ? meta.read(r, four.rows[r]) : 0;
+            rows[r] = my_rows[used + r * THREADS];
+            if (FETCHES_META) factors[r] = W::word(__uint_as_float(factors[r]), live ? my_meta[used + r * THREADS] : 0);
         }
-        sums.add(rows, words, four.x);
-        used.next();
-        meta.next_use();
+        if (W::BITS == 4 || live) sums.add(rows, factors);  // where not live, 4 bits meet factors of 0
+        free = used;
+        used = used + STAGE == TURN ? 0 : used + STAGE;
     }
     await_fetches<0>();
 }

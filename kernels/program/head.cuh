@@ -26,15 +26,15 @@ struct Best {  // the largest logit and the first place of it; a NaN is larger t
     }
 };
 
-// Logits of x, which stands in s.list_values.
-__device__ __forceinline__ void float_head(const Matrix& m, float* logits, Best& best, const Shared& s) {
+// Logits of x, fp32 [HIDDEN].
+__device__ __forceinline__ void float_head(const Matrix& m, const float* of_x, float* logits, Best& best) {
     constexpr int ROWS = 4, PER_BLOCK = ceil_div(VOCAB, GRID);
     const int end = (blockIdx.x + 1) * PER_BLOCK < VOCAB ? (blockIdx.x + 1) * PER_BLOCK : VOCAB;
     for (int row = blockIdx.x * PER_BLOCK + warp_of_block() * ROWS; row < end; row += WARPS * ROWS) {
         float sum[ROWS] = {};
 #pragma unroll 2
         for (int c = lane_of_warp(); c < HIDDEN / 8; c += 32) {
-            const float4 a = ((const float4*)s.list_values)[2 * c], b = ((const float4*)s.list_values)[2 * c + 1];
+            const float4 a = ((const float4*)of_x)[2 * c], b = ((const float4*)of_x)[2 * c + 1];
             const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
@@ -62,9 +62,8 @@ __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, B
     const int granule = blockIdx.x * PIECE + place.granule;
     place.active &= granule < W::GRANULES;
     Sums<W::BITS> sums;
-    const RowByRow<W> meta(m.meta + granule / W::GRANULES_OF_GROUP, s.words);
-    gather<W, PIECE, false>(sums, m.values + granule * 16, meta, place, 0.0f, listed.count,
-                            {s.list_values, s.list_rows}, s.ring);
+    gather<W, PIECE, false, false>(sums, m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, place,
+                                   {s.list_rows, s.list_words, listed.count}, s.ring, s.ring_words);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, place, s.slots);

@@ -11,39 +11,54 @@
 constexpr int H_PAIRS = MLP_GRANULES * GateUp::COLUMNS / 2;  // of a block's h
 static_assert(H_PAIRS <= THREADS, "a block has more columns of the hidden layer than threads");
 
+__host__ __device__ constexpr int first_group_of(int block) { return block * MLP_GRANULES / GateUp::GRANULES_OF_GROUP; }
+
 // Ask for the scales and zeros of all channels in this block's groups, while memory has nothing else to do.
-__device__ __forceinline__ void fetch_panel(const Matrix& m, Shared& s) {
+__device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
+    if (!SCALED || GateUp::BITS == 16 || blockIdx.x >= MLP_BLOCKS) return;
     constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = HIDDEN / 4;
     for (int i = threadIdx.x; i < 2 * MLP_GROUPS * CHUNKS; i += THREADS) {
-        const int group = i / CHUNKS, first = blockIdx.x * MLP_GRANULES / GateUp::GRANULES_OF_GROUP;
-        const int in_half = first + group % max_of(MLP_GROUPS, 1);
+        const int group = i / CHUNKS, in_half = first_group_of(blockIdx.x) + group % MLP_GROUPS;
         const bool wanted = in_half < ALL;
-        const u32* const from = m.meta + (u64)(in_half + (group < MLP_GROUPS ? 0 : ALL)) * HIDDEN;
-        fetch_row((uint4*)s.panel[group] + i % CHUNKS, (const u8*)(from + i % CHUNKS * 4), wanted, evict_first());
+        const u32* const from = m.meta + (u64)(wanted ? in_half + (group < MLP_GROUPS ? 0 : ALL) : 0) * HIDDEN;
+        fetch_row((uint4*)s.mlp_panel[group] + i % CHUNKS, (const u8*)(from + i % CHUNKS * 4), wanted, evict_first());
     }
     close_fetches();
 }
 
+// What this block's rows of down have of scales and zeros.
+__device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
+    if (blockIdx.x >= MLP_BLOCKS) return;
+    auto channel = [](int i) {
+        const int at = blockIdx.x * MLP_GRANULES + i / GateUp::COLUMNS;
+        return GateUp::column(at, i % GateUp::COLUMNS);
+    };
+    fetch_panel<Down, DOWN_GROUPS>(m, 0, MLP_GRANULES * GateUp::COLUMNS, channel, s);
+}
+
+// List the inputs that gate or up keeps: words of gate's groups, then of up's, 0 where that one does not keep it.
+__device__ __forceinline__ Listed list_inputs(const float (&y)[2 * X_PAIRS], const Limits& limits, Shared& s) {
+    const u32 keep = kept(y, fminf(limits.gate_up[0], limits.gate_up[1]), 0, 1);
+    auto word = [&](int group, int i, float value) {
+        const bool is_up = group >= MLP_GROUPS;
+        if (!is_kept(y[i], limits.gate_up[is_up])) return 0u;
+        return listed_word<GateUp>(value, s.mlp_panel[SCALED ? group : 0][SCALED ? Residual::channel(i) : 0]);
+    };
+    return compact<GateUp::BITS == 4, 2 * MLP_GROUPS, X_CHANNELS>(y, keep, Residual::channel, word, s);
+}
+
 // Sums of gate and up over the list into s.slots; returns what they have to be multiplied with.
-__device__ __forceinline__ float gate_and_up(const Matrix& m, const Limits& limits, Listed listed, Shared& s) {
+__device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, Shared& s) {
     constexpr int PIECE = 2 * MLP_GRANULES, HALF = GateUp::GRANULES / 2;
     Place<GateUp, PIECE> place;
     const bool is_up = place.granule >= MLP_GRANULES;
     const int column = blockIdx.x * MLP_GRANULES + place.granule % MLP_GRANULES, granule = column + (is_up ? HALF : 0);
     place.active &= column < HALF;
-    const int first_group = blockIdx.x * MLP_GRANULES / GateUp::GRANULES_OF_GROUP;
-    const int group = column / GateUp::GRANULES_OF_GROUP - first_group + (is_up ? MLP_GROUPS : 0);
+    const int in_panel = SCALED && GateUp::BITS < 16 ? column / GateUp::GRANULES_OF_GROUP - first_group_of(blockIdx.x) : 0;
     Sums<GateUp::BITS> sums;
-    const u8* const weights = m.values + granule * 16;
-    const List list{s.list_values, s.list_rows};
-    const float limit = limits.gate_up[is_up] * listed.enlarged;
-    if constexpr (PANEL) {
-        gather<GateUp, PIECE, true>(sums, weights, Panel<GateUp>{s.panel[group]}, place, limit, listed.count, list,
-                                    s.ring);
-    } else {
-        const RowByRow<GateUp, 1> meta(m.meta + (u64)(granule / GateUp::GRANULES_OF_GROUP) * HIDDEN, s.words);
-        gather<GateUp, PIECE, true>(sums, weights, meta, place, limit, listed.count, list, s.ring);
-    }
+    const List list{s.list_rows, s.list_words + (in_panel + (is_up ? MLP_GROUPS : 0)) * X_CHANNELS, listed.count};
+    const u32* const meta = m.meta + (u64)(granule / GateUp::GRANULES_OF_GROUP) * HIDDEN;
+    gather<GateUp, PIECE, true, SCALED, 1>(sums, m.values + granule * 16, meta, place, list, s.ring, s.ring_words);
     __syncthreads();
     lay_out<GateUp, PIECE>(sums, place, s.slots);
     __syncthreads();
@@ -65,7 +80,10 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, Sh
     }
     const int column = GateUp::column(at, 2 * pair % GateUp::COLUMNS);
     const u32 keep = live ? (is_kept(h[0], threshold) ? 1u : 0u) | (is_kept(h[1], threshold) ? 2u : 0u) : 0u;
-    return compact<Down::BITS == 4>(h, keep, [&](int i) { return column + i; }, s);
+    auto word = [&](int group, int i, float value) {
+        return listed_word<Down>(value, s.panel[SCALED ? (2 * pair + i) * DOWN_GROUPS + group : 0]);
+    };
+    return compact<Down::BITS == 4, DOWN_GROUPS, H_CHANNELS>(h, keep, [&](int i) { return column + i; }, word, s);
 }
 
 __device__ __forceinline__ void down(const Matrix& m, Listed listed, u64* partials, u32 epoch, Shared& s) {
@@ -73,6 +91,6 @@ __device__ __forceinline__ void down(const Matrix& m, Listed listed, u64* partia
 #pragma unroll 1
     for (int piece = 0; piece < ceil_div(Down::GRANULES, PIECE); piece++) {
         if (piece) __syncthreads();  // s.slots is still being read
-        product<Down, PIECE>(m, piece, blockIdx.x, listed, partials, epoch, s, [] {});
+        product<Down, PIECE, H_CHANNELS>(m, piece, 0, blockIdx.x, listed, partials, epoch, s, [] {});
     }
 }

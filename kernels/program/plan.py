@@ -25,7 +25,7 @@ MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at mos
 GROUP_HEADS = 4  # query heads that a block attends with at once: their sums fill a lane's registers
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
 BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
-MIN_PANEL_STAGES = 3  # with less left for the ring, gate's and up's scales are fetched row by row
+MIN_SCALED_STAGES = 3  # with less left for the ring, scales are fetched row by row
 MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
 # Bytes of a row that a block reads at once: scales come in sectors of 32 bytes, which serve 8 groups. Wider pieces
 # leave more splits, whose sums have to be added.
@@ -166,17 +166,17 @@ def _units(model: Model) -> int:
 
 def _cut(model: Model, device: Device) -> Plan | None:
     """The plan with as many threads and stages as shared memory has room for; None without room."""
-    for threads, panel in itertools.product(BLOCK_THREADS, (True, False)):
+    for threads, scaled in itertools.product(BLOCK_THREADS, (True, False)):
         sizes = _sizes(model, device.multiprocessors, threads)
-        panel = panel and model.products[2].bits < 16
+        scaled = scaled and model.products[2].bits < 16
         if sizes is None:
             continue
-        for stages in range(MAX_STAGES, 1 if not panel else MIN_PANEL_STAGES - 1, -1):
-            shared = _shared_bytes(model, sizes, threads, stages, panel)
+        for stages in range(MAX_STAGES, 1 if not scaled else MIN_SCALED_STAGES - 1, -1):
+            shared = _shared_bytes(model, sizes, threads, stages, scaled)
             if shared <= device.shared_bytes:
                 words = _words(model, sizes)
                 constants = sizes | {"THREADS": threads, "STAGES": stages}
-                return Plan(sizes["GRID"], threads, shared, words, _source(model, constants, panel, shared, words))
+                return Plan(sizes["GRID"], threads, shared, words, _source(model, constants, scaled, shared, words))
     return None
 
 
@@ -209,20 +209,32 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     }
 
 
-def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, panel: bool) -> int:
+def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, scaled: bool) -> int:
     """What shared.cuh's Shared takes at most; the compiler checks it."""
-    c, gate_up = model.config, model.products[2]
+    c, (qkv, o, gate_up, down) = model.config, model.products
+    splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
+    of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
+    of_h, of_x = 4 * math.ceil(sizes["MLP_GRANULES"] * gate_up.columns / 4), 4 * math.ceil(c.hidden_size / 4)
+    groups = [
+        _groups(product, granules) if scaled else 1
+        for product, granules in (
+            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["MLP_GRANULES"]), (down, down.granules),
+        )
+    ]  # fmt: skip
+    small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
+    inputs = 2 * groups[2] * of_x
+    panels = 4 * (inputs + small) if scaled else 0
     ring = max(64 * stages * threads, 64 * threads, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
-    groups = groups_of(sizes["MLP_GRANULES"], gate_up.group // gate_up.columns) if panel else 0
-    meta = max(16 * stages * threads, 8 * groups * c.hidden_size)
-    chunk = 2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"])
-    lists = 6 * (max(c.hidden_size, chunk, sizes["MLP_GRANULES"] * gate_up.columns) + 8)
+    lists = 4 * max(inputs, small) + 2 * max(of_qkv, of_o, of_h, of_x)
     heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
-    return ring + meta + lists + 8 * threads + heads + 28 * c.num_layers + 2048
+    return ring + max(16 * stages * threads, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536
 
 
-def groups_of(granules: int, of_group: int) -> int:
+def _groups(product: Format, granules: int) -> int:
     """How many groups so many neighbouring granules touch, which begin at a multiple of their number."""
+    of_group = product.group // product.columns
+    if product.bits == 16:
+        return 1
     if granules % of_group == 0:
         return granules // of_group
     return 1 if of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
@@ -235,7 +247,7 @@ def _words(model: Model, sizes: dict[str, int]) -> int:
     return of_products + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
 
 
-def _source(model: Model, sizes: dict[str, int], panel: bool, shared: int, words: int) -> str:
+def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, words: int) -> str:
     c = model.config
     constants = sizes | {
         "HIDDEN": c.hidden_size, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads, "HEAD_DIM": c.head_dim,
@@ -243,7 +255,7 @@ def _source(model: Model, sizes: dict[str, int], panel: bool, shared: int, words
         "HEAD_BITS": 16 if model.head is None else model.head.bits, "SHARED_BYTES": shared,
     }  # fmt: skip
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
-    flags = {"FLOAT_IS_BF16": model.dtype == torch.bfloat16, "PANEL": panel}
+    flags = {"FLOAT_IS_BF16": model.dtype == torch.bfloat16, "SCALED": scaled}
     lines += [f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
     lines.append(f"constexpr long long WORKSPACE_WORDS = {words};")
     lines += [f"constexpr float NORM_EPS = {c.norm_eps!r}f, ATTENTION_SCALE = {1 / math.sqrt(c.head_dim)!r}f;"]

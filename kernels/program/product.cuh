@@ -6,17 +6,18 @@
 // Two trips of half a microsecond, and no atomics: the order of every sum is fixed, so its bits are.
 #pragma once
 
-// Gather piece number piece over the list and send the sums as those of split.
-template <class W, int PIECE, class Before>
-__device__ __forceinline__ void product(const Matrix& m, int piece, int split, Listed listed, u64* partials,
-                                        u32 epoch, Shared& s, Before before_sending) {
+// Gather piece number piece over the list and send the sums as those of split. The list's words are STRIDE apart, those
+// of first_group first. before_sending: what must have happened.
+template <class W, int PIECE, int STRIDE, class Before>
+__device__ __forceinline__ void product(const Matrix& m, int piece, int first_group, int split, Listed listed,
+                                        u64* partials, u32 epoch, Shared& s, Before before_sending) {
     Place<W, PIECE> place;
-    const int granule = piece * PIECE + place.granule;
+    const int granule = piece * PIECE + place.granule, group = granule / W::GRANULES_OF_GROUP;
     place.active &= granule < W::GRANULES;
     Sums<W::BITS> sums;
-    const RowByRow<W> meta(m.meta + granule / W::GRANULES_OF_GROUP, s.words);
-    gather<W, PIECE, false>(sums, m.values + granule * 16, meta, place, 0.0f, listed.count,
-                            {s.list_values, s.list_rows}, s.ring);
+    const List list{s.list_rows, s.list_words + (SCALED && W::BITS < 16 ? group - first_group : 0) * STRIDE,
+                    listed.count};
+    gather<W, PIECE, false, SCALED>(sums, m.values + granule * 16, m.meta + group, place, list, s.ring, s.ring_words);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, place, s.slots);

@@ -70,6 +70,22 @@ struct Step {
         if (a.stamps && threadIdx.x == 0) a.stamps[(layer * STAMPS + part) * GRID + blockIdx.x] = clock64();
     }
 
+    // Scales and zeros of the channels that this block's split may list.
+    __device__ void fetch_qkv_panel(const Layer& l) {
+        constexpr int PIECES = Qkv::GRANULES / QKV_PIECE;
+        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
+        if (split >= QKV_SPLITS) return;
+        auto channel = [&](int i) { return 2 * (i / 2 * QKV_SPLITS + split) + i % 2; };
+        fetch_panel<Qkv, QKV_GROUPS>(l.qkv, piece * QKV_PIECE / Qkv::GRANULES_OF_GROUP, QKV_CHANNELS, channel, s);
+    }
+    __device__ void fetch_o_panel(const Layer& l) {
+        constexpr int PIECES = O::GRANULES / O_PIECE;
+        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
+        if (split >= O_SPLITS) return;
+        auto channel = [&](int i) { return 2 * (i / 2 * O_SPLITS + split) + i % 2; };
+        fetch_panel<O, O_GROUPS>(l.o, piece * O_PIECE / O::GRANULES_OF_GROUP, O_CHANNELS, channel, s);
+    }
+
     __device__ void send_qkv(const Layer& l) {
         float y[2 * X_PAIRS];
         x.normed(y, norm, s);
@@ -86,10 +102,15 @@ struct Step {
             return;
         }
         const u32 keep = kept(y, s.limits[layer].qkv[segment], split, QKV_SPLITS);
-        const Listed listed = compact<Qkv::BITS == 4>(y, keep, Residual::channel, s);
+        auto word = [&](int group, int i, float value) {
+            const int channel = Residual::pair(i / 2) / QKV_SPLITS * 2 + i % 2;  // of this split's, as in the panel
+            return listed_word<Qkv>(value, s.panel[SCALED ? channel * QKV_GROUPS + group : 0]);
+        };
+        const Listed listed =
+            compact<Qkv::BITS == 4, QKV_GROUPS, QKV_CHANNELS>(y, keep, Residual::channel, word, s);
         stamp(1);
-        product<Qkv, QKV_PIECE>(l.qkv, piece, split, listed, words(Words::QKV_PARTS), epoch, s,
-                                [&] { turnstile.pass(epoch); });
+        product<Qkv, QKV_PIECE, QKV_CHANNELS>(l.qkv, piece, piece * QKV_PIECE / Qkv::GRANULES_OF_GROUP, split, listed,
+                                              words(Words::QKV_PARTS), epoch, s, [&] { turnstile.pass(epoch); });
     }
 
     __device__ void reduce_qkv(const Layer& l) {
@@ -117,7 +138,8 @@ struct Step {
         if (split >= O_SPLITS) return;
         const Listed listed = list_attended(words(Words::ATTENDED), s.limits[layer].o, split, epoch, s);
         stamp(6);
-        product<O, O_PIECE>(l.o, piece, split, listed, words(Words::O_PARTS), epoch, s, [] {});
+        product<O, O_PIECE, O_CHANNELS>(l.o, piece, piece * O_PIECE / O::GRANULES_OF_GROUP, split, listed,
+                                        words(Words::O_PARTS), epoch, s, [] {});
     }
 
     template <int SPLITS>
@@ -133,10 +155,9 @@ struct Step {
         float y[2 * X_PAIRS];
         x.normed(y, norm, s);
         const Limits& limits = s.limits[layer];
-        const u32 keep = kept(y, fminf(limits.gate_up[0], limits.gate_up[1]), 0, 1);
-        const Listed inputs = compact<GateUp::BITS == 4>(y, keep, Residual::channel, s);
+        const Listed inputs = list_inputs(y, limits, s);
         stamp(9);
-        const float unscale = gate_and_up(l.gate_up, limits, inputs, s);
+        const float unscale = gate_and_up(l.gate_up, inputs, s);
         stamp(10);
         const Listed hidden = list_hidden(unscale, limits.down, s);
         ::down(l.down, hidden, words(Words::DOWN_PARTS), epoch, s);
@@ -151,14 +172,16 @@ struct Step {
         if (attends) attention.prefetch(a.cache, layer);
         stamp(0);
         send_qkv(l);
+        fetch_o_panel(l);
+        fetch_mlp_panel(l.gate_up, s);
         stamp(2);
         reduce_qkv(l);
         stamp(3);
         if (attends) attend(l, attention);
         stamp(5);
         send_o(l);
+        fetch_down_panel(l.down, s);
         stamp(7);
-        if (PANEL && blockIdx.x < MLP_BLOCKS) fetch_panel(l.gate_up, s);
         reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
         stamp(8);
         feed_forward(l);
@@ -167,6 +190,7 @@ struct Step {
         if (carries) ((u64*)&following)[threadIdx.x] = next;
         if (layer + 1 == LAYERS && threadIdx.x == 0) following.attention_norm = a.norm;
         __syncthreads();
+        if (layer + 1 < LAYERS) fetch_qkv_panel(following);
         Residual::load_weight(norm, following.attention_norm);
         reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
         stamp(12);
@@ -183,13 +207,16 @@ struct Step {
         x.normed(y, norm, s);
         Best best{NOTHING, VOCAB};
         if constexpr (HEAD_BITS == 16) {
+            float* const of_x = (float*)s.list_words;
 #pragma unroll
             for (int i = 0; i < X_PAIRS; i++)
-                if (Residual::has(i)) ((float2*)s.list_values)[Residual::pair(i)] = make_float2(y[2 * i], y[2 * i + 1]);
+                if (Residual::has(i)) ((float2*)of_x)[Residual::pair(i)] = make_float2(y[2 * i], y[2 * i + 1]);
             __syncthreads();
-            float_head(a.head, a.logits, best, s);
+            float_head(a.head, of_x, a.logits, best);
         } else {
-            const Listed listed = compact<Head::BITS == 4>(y, kept(y, 0.0f, 0, 1), Residual::channel, s);
+            auto word = [](int, int, float value) { return __float_as_uint(value); };
+            const u32 keep = kept(y, 0.0f, 0, 1);
+            const Listed listed = compact<Head::BITS == 4, 1, X_CHANNELS>(y, keep, Residual::channel, word, s);
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);
@@ -207,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     load_limits(a.layers, s);
     step.x.load(a.embedding + *a.token * HIDDEN);
     __syncthreads();
+    step.fetch_qkv_panel(s.layers[0]);
     Residual::load_weight(step.norm, s.layers[0].attention_norm);
     for (step.layer = 0; step.layer < LAYERS; step.layer++) {
         step.epoch = launches * LAYERS + step.layer + 1;

@@ -37,6 +37,18 @@ __device__ __forceinline__ u32 fp16_pair(float low, float high) {
     return pair;
 }
 
+// fp16 of two nibbles, one in each half: 1024 + n of bits 0 to 3, and 1024 + 16 n of bits 4 to 7.
+__device__ __forceinline__ u32 low_nibbles(u32 x) {
+    u32 pair;
+    asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(pair) : "r"(x));
+    return pair;
+}
+__device__ __forceinline__ u32 high_nibbles(u32 x) {
+    u32 pair;
+    asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(pair) : "r"(x));
+    return pair;
+}
+
 // d += a b on tensor cores: a [16, 16] and b [16, 8] in fp16, d [16, 8] in fp32, spread over a warp. Lane 4 g + c has
 //     a  rows g, g + 8, g, g + 8 at depths 2 c (+1), 2 c (+1), 2 c + 8 (+1), 2 c + 8 (+1)
 //     b  column g at depths 2 c (+1), 2 c + 8 (+1)

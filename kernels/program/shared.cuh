@@ -13,15 +13,25 @@ struct Limits {  // thresholds of a layer, rounded to the model's dtype
 
 constexpr int X_PAIRS = ceil_div(HIDDEN / 2, THREADS);  // of the residual stream that a thread holds
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
-constexpr int O_CHANNELS = ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2, H_CHANNELS = MLP_GRANULES * GateUp::COLUMNS;
-constexpr int LIST = max_of(HIDDEN, max_of(O_CHANNELS, H_CHANNELS)) + 8;  // the longest list, and a rest of four
 
-// Groups of gate that a block's granules touch; of up as many.
-constexpr int groups_of(int granules, int of_group) {
-    if (granules % of_group == 0) return granules / of_group;
-    return of_group % granules == 0 ? 1 : (granules + of_group - 2) / of_group + 1;
+// Channels that a block may list of each product, in multiples of four, and groups that its columns touch: rows of
+// words. SCALED: the panels below have room. A list of floats, or without SCALED, has one row of words of x itself.
+constexpr int fours(int x) { return ceil_div(x, 4) * 4; }
+template <class W>
+constexpr int groups_of(int granules) {
+    constexpr int OF_GROUP = W::GRANULES_OF_GROUP;
+    if (W::BITS == 16 || !SCALED) return 1;
+    if (granules % OF_GROUP == 0) return granules / OF_GROUP;
+    return OF_GROUP % granules == 0 ? 1 : (granules + OF_GROUP - 2) / OF_GROUP + 1;
 }
-constexpr int MLP_GROUPS = GateUp::BITS == 16 ? 0 : groups_of(MLP_GRANULES, GateUp::GRANULES_OF_GROUP);
+constexpr int QKV_CHANNELS = fours(ceil_div(HIDDEN / 2, QKV_SPLITS) * 2), QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
+constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), O_GROUPS = groups_of<O>(O_PIECE);
+constexpr int X_CHANNELS = fours(HIDDEN), MLP_GROUPS = groups_of<GateUp>(MLP_GRANULES);  // of gate; of up as many
+constexpr int H_CHANNELS = fours(MLP_GRANULES * GateUp::COLUMNS), DOWN_GROUPS = groups_of<Down>(Down::GRANULES);
+constexpr int LIST = max_of(max_of(X_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS));
+constexpr int LIST_WORDS = max_of(max_of(2 * MLP_GROUPS * X_CHANNELS, QKV_GROUPS * QKV_CHANNELS),
+                                  max_of(O_GROUPS * O_CHANNELS, DOWN_GROUPS * H_CHANNELS));
+constexpr int PANEL_WORDS = max_of(QKV_GROUPS * QKV_CHANNELS, max_of(O_GROUPS * O_CHANNELS, DOWN_GROUPS * H_CHANNELS));
 
 struct Shared {
     union {
@@ -30,10 +40,13 @@ struct Shared {
         alignas(16) float attended[WARPS][GROUP_HEADS][HEAD_DIM];
     };
     union {
-        RingWords words;
-        u32 panel[PANEL ? 2 * MLP_GROUPS : 1][PANEL ? HIDDEN : 1];
+        RingWords ring_words;
+        struct {  // scales and zeros of all channels, [group][channel]; and of those of the next small product
+            u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? HIDDEN : 4];
+            u32 panel[SCALED ? PANEL_WORDS : 4];
+        };
     };
-    alignas(16) float list_values[LIST];
+    alignas(16) u32 list_words[LIST_WORDS];
     alignas(16) u16 list_rows[LIST];
     alignas(16) float2 parts[THREADS];
     Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
@@ -74,15 +87,35 @@ __device__ __forceinline__ float sum_of_block(float x, Shared& s) {
     return total;
 }
 
+// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1) in a piece's groups, [channel][group], while
+// memory has nothing else to do. The list before, which read the panel, is behind a __syncthreads.
+template <class W, int GROUPS, class Channel>
+__device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, int channels, Channel channel, Shared& s) {
+    if (!SCALED || W::BITS == 16) return;
+    for (int i = threadIdx.x; i < channels * GROUPS; i += THREADS) {
+        const int row = channel(i / GROUPS), group = first_group + i % GROUPS;
+        const bool wanted = row < W::K && group < W::GROUPS;
+        fetch_word(&s.panel[i], m.meta + (wanted ? row * W::GROUPS + group : 0), wanted);
+    }
+    close_fetches();
+}
+
+// What a list has of a value: with its scale if there are panels.
+template <class W>
+__device__ __forceinline__ u32 listed_word(float value, const u32& meta) {
+    return W::BITS == 16 || !SCALED ? __float_as_uint(value) : W::word(value, meta);
+}
+
 struct Listed {
     int count;
     float enlarged;  // by which power of two the list's values were multiplied
 };
 
-// List the values whose bit in keep is set, with row(i) of each, in the order of threads. ENLARGED: times a power of
-// two that makes the largest 1 to 2. Whatever this thread has fetched is there for the whole block afterwards.
-template <bool ENLARGED, int COUNT, class Row>
-__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Shared& s) {
+// List the values whose bit in keep is set: row(i) of each, and word(group, i, value) for so many groups, STRIDE words
+// apart; in the order of threads. ENLARGED: values times a power of two that makes the largest 1 to 2. Whatever this
+// thread has fetched is there for the whole block before words are made.
+template <bool ENLARGED, int GROUPS, int STRIDE, int COUNT, class Row, class Word>
+__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Word word, Shared& s) {
     const int mine = __popc(keep), lane = lane_of_warp(), warp = warp_of_block();
     int inclusive = mine;
 #pragma unroll
@@ -115,9 +148,16 @@ __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         if (keep >> i & 1) {
-            s.list_values[at] = values[i] * factor;
-            s.list_rows[at++] = (u16)row(i);
+            s.list_rows[at] = (u16)row(i);
+#pragma unroll 8
+            for (int group = 0; group < GROUPS; group++)
+                s.list_words[group * STRIDE + at] = word(group, i, values[i] * factor);
+            at++;
         }
+    }
+    if (const int rest = total + threadIdx.x; rest < fours(total)) {  // the last four are read together
+        s.list_rows[rest] = 0;
+        for (int group = 0; group < GROUPS; group++) s.list_words[group * STRIDE + rest] = 0;
     }
     __syncthreads();
     return {total, factor};

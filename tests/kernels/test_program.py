@@ -236,10 +236,10 @@ def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teal.kernels.program.plan.MIN_PANEL_STAGES", MAX_STAGES + 1)
+    monkeypatch.setattr("teal.kernels.program.plan.MIN_SCALED_STAGES", MAX_STAGES + 1)
     model = random_model(TINY, torch.float16, "int4", False, False, "cpu")
     check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
-    assert "PANEL = false" in (tmp_path / "config.cuh").read_text()
+    assert "SCALED = false" in (tmp_path / "config.cuh").read_text()
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
