@@ -1,7 +1,7 @@
 // Attention of one new token: flash-decoding (Dao et al. 2023), split over the cache's positions.
 //
 //     unit    a key/value head and up to GROUP_HEADS of its query heads
-//     block   (unit, split): an equal run of the earlier positions; split 0 has the new token, too, and stores it
+//     block   (unit, split): an equal run of the positions; the last one's block stores the new token's key and value
 //     lanes   HEAD_DIM / 8 to a position, 16 bytes of its key and value each
 //
 // Every block rotates its own query heads: less than a trip to have it done once. What it sends of each head is the
@@ -75,15 +75,17 @@ __device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
 }
 
 struct Attention {
-    int unit, split, kv, begin, end;  // end is where the new token's position starts
+    int unit, split, kv, begin, end;
     int position;
+    bool stores;  // the new token's key and value
 
     __device__ bool place(int position_, int window) {
         unit = blockIdx.x % UNITS, split = blockIdx.x / UNITS, kv = unit / HEAD_GROUPS, position = position_;
         const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
-        const int length = ceil_div(position - first, ATTENTION_SPLITS);
+        const int length = ceil_div(position + 1 - first, ATTENTION_SPLITS);
         begin = first + split * length;
-        end = begin + length < position ? begin + length : position;
+        end = begin + length < position + 1 ? begin + length : position + 1;
+        stores = begin <= position && end == position + 1;
         return split < ATTENTION_SPLITS;
     }
 
@@ -96,7 +98,7 @@ struct Attention {
     __device__ void prefetch(const Cache& cache, int layer) const {
         constexpr int LINES = HEAD_DIM * 2 / 128 > 0 ? HEAD_DIM * 2 / 128 : 1;
         const int at = begin + threadIdx.x / LINES;
-        if (at >= end) return;
+        if (at >= end || at == position) return;
         const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position + threadIdx.x % LINES * 64;
         ::prefetch(cache.k + offset);
         ::prefetch(cache.v + offset);
@@ -109,7 +111,7 @@ struct Attention {
         auto index = [](int i) { return (int)threadIdx.x + i * THREADS; };
         auto wanted = [&](int i) {
             const int h = index(i) / HALF;
-            return h < GROUP_HEADS ? has_head(h) : h < GROUP_HEADS + 2 && split == 0;
+            return h < GROUP_HEADS ? has_head(h) : h < GROUP_HEADS + 2 && stores;
         };
         receive(
             loaded, epoch,
@@ -129,7 +131,7 @@ struct Attention {
     __device__ void rotate(const u16* q_norm, const u16* k_norm, Shared& s) const {
         constexpr int HALF = HEAD_DIM / 2;
         for (int h = warp_of_block(); h <= GROUP_HEADS; h += WARPS) {
-            if (h < GROUP_HEADS ? !has_head(h) : split != 0) continue;
+            if (h < GROUP_HEADS ? !has_head(h) : !stores) continue;
             float* const x = s.heads + h * HEAD_DIM;
             const u16* const norm = h < GROUP_HEADS ? q_norm : k_norm;
             float squares = 0.0f;
@@ -148,8 +150,9 @@ struct Attention {
         __syncthreads();
     }
 
+    // Blocks of one key/value head store the same, and each reads what it stored itself.
     __device__ void store_new(const Cache& cache, int layer, const Shared& s) const {
-        if (split != 0 || unit % HEAD_GROUPS != 0) return;
+        if (!stores) return;
         const i64 offset = layer * cache.layer + kv * cache.head + position * cache.position;
         for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) {
             cache.k[offset + d] = bits_of(s.heads[GROUP_HEADS * HEAD_DIM + d]);
@@ -165,16 +168,6 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 q[h][i] = has_head(h) ? s.heads[h * HEAD_DIM + d + i] * (LOG2E * ATTENTION_SCALE) : 0.0f;
-        auto see = [&](const float(&k)[8], const float(&v)[8], bool live) {
-            float part[GROUP_HEADS];
-#pragma unroll
-            for (int h = 0; h < GROUP_HEADS; h++) {
-                part[h] = 0.0f;
-#pragma unroll
-                for (int i = 0; i < 8; i++) part[h] += q[h][i] * k[i];
-            }
-            run.see(part, v, live);
-        };
         constexpr int STRIDE = WARPS * SEATS, AHEAD = 2;  // positions of a round; rounds whose loads are in flight
         const u16* const keys = cache.k + layer * cache.layer + kv * cache.head + d;
         const u16* const values = cache.v + layer * cache.layer + kv * cache.head + d;
@@ -189,19 +182,14 @@ struct Attention {
             }
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
-                float wide_k[8], wide_v[8];
+                float wide_k[8], wide_v[8], part[GROUP_HEADS] = {};
                 widen(wide_k, k[i]), widen(wide_v, v[i]);
-                see(wide_k, wide_v, base + seat + i * STRIDE < end);
-            }
-        }
-        if (split == 0 && warp_of_block() == 0) {  // the new token
-            float k[8], v[8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                k[i] = s.heads[GROUP_HEADS * HEAD_DIM + d + i];
-                v[i] = s.heads[(GROUP_HEADS + 1) * HEAD_DIM + d + i];
+                for (int h = 0; h < GROUP_HEADS; h++)
+#pragma unroll
+                    for (int j = 0; j < 8; j++) part[h] += q[h][j] * wide_k[j];
+                run.see(part, wide_v, base + seat + i * STRIDE < end);
             }
-            see(k, v, seat == 0);
         }
     }
 

@@ -15,25 +15,35 @@ __device__ __forceinline__ void send(u64* to, float first, float second, u32 epo
     store_words(to, a, b);
 }
 
-// COUNT pairs of words, at(i) for pair i where has(i): all loads are in flight before the first is looked at. All lanes
-// of a warp call it together.
+// COUNT pairs of words, at(i) for pair i where has(i): all loads are in flight before the first is looked at, and what
+// is missing is asked for again. All lanes of a warp call it together.
 template <int COUNT, class At, class Has>
 __device__ __forceinline__ void receive(float2 (&pairs)[COUNT], u32 epoch, At at, Has has) {
-    u64 a[COUNT], b[COUNT];
-    bool missing;
+    u64 a[COUNT] = {}, b[COUNT] = {};
+    u32 missing = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) missing |= has(i) ? 1u << i : 0u;
     __syncwarp();  // lanes that still have to send must not be kept waiting by those that poll
-    do {
-        missing = false;
+    while (missing) {
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            a[i] = b[i] = (u64)epoch << 32;
-            if (has(i)) load_words(at(i), a[i], b[i]);
-        }
+        for (int i = 0; i < COUNT; i++)
+            if (missing >> i & 1) load_words(at(i), a[i], b[i]);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) missing |= (u32)(a[i] >> 32) != epoch || (u32)(b[i] >> 32) != epoch;
-    } while (missing);
+        for (int i = 0; i < COUNT; i++)
+            if ((u32)(a[i] >> 32) == epoch && (u32)(b[i] >> 32) == epoch) missing &= ~(1u << i);
+    }
 #pragma unroll
     for (int i = 0; i < COUNT; i++) pairs[i] = make_float2(__uint_as_float((u32)a[i]), __uint_as_float((u32)b[i]));
+}
+
+// Until a word is there. For a block that has long to wait: it must not take bandwidth from those that work.
+__device__ __forceinline__ void wait_idly(const u64* word, u32 epoch) {
+    if (threadIdx.x == 0) {
+        u64 a, b;
+        do load_words(word, a, b);
+        while ((u32)(a >> 32) != epoch);
+    }
+    __syncthreads();
 }
 
 // A barrier in two halves: enter() says that this block has read all of the layers before; pass() waits until all

@@ -72,7 +72,7 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, c
         }
         close_fetches();
     };
-#pragma unroll
+#pragma unroll 1
     for (int stage = 0; stage < STAGES - 1; stage++) fetch(own + stage * STEP, stage * STAGE);
     int used = 0, free = (STAGES - 1) * STAGE;
 #pragma unroll 1

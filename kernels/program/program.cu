@@ -126,6 +126,7 @@ struct Step {
         stamp(4);
         attention.rotate(l.q_norm, l.k_norm, s);
         attention.store_new(a.cache, layer, s);
+        __syncthreads();
         Running run;
         attention.attend(run, a.cache, layer, s);
         attention.send_seen(run, words(Words::ATTENDED), epoch, s);
@@ -186,6 +187,7 @@ struct Step {
         stamp(8);
         feed_forward(l);
         stamp(11);
+        if (blockIdx.x >= MLP_BLOCKS) wait_idly(words(Words::DOWN_PARTS) + 2 * blockIdx.x, epoch);
         Layer& following = s.layers[(layer + 1) % 2];
         if (carries) ((u64*)&following)[threadIdx.x] = next;
         if (layer + 1 == LAYERS && threadIdx.x == 0) following.attention_norm = a.norm;

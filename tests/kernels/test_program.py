@@ -194,12 +194,13 @@ def test_formats_that_are_refused(kind: str, message: str) -> None:
         CudaProgramBackend(EagerBackend(model, "test"))
 
 
+@pytest.mark.parametrize("piece_bytes", [128, 512])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("config", [LLAMA_3_8B, QWEN_7B, LLAMA_1B, SMALL], ids=["8B", "qwen", "1B", "small"])
-def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bits: int) -> None:
+def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bits: int, piece_bytes: int) -> None:
     qkv = described(config, bits, 16).products[0]
     unit = math.gcd(config.q_size, config.kv_size) // qkv.columns
-    piece, splits = pieces_and_splits(qkv, unit, H100.multiprocessors, 512)
+    piece, splits = pieces_and_splits(qkv, unit, H100.multiprocessors, 512, piece_bytes)
     assert qkv.granules % piece == 0 and qkv.granules // piece * splits <= H100.multiprocessors
     for end in (config.q_size, config.q_size + config.kv_size):
         assert end % (piece * qkv.columns) == 0, "a piece has columns of two projections"
