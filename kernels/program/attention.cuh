@@ -12,6 +12,7 @@
 constexpr int LANES = HEAD_DIM / 8, SEATS = 32 / LANES;  // of a position; positions of a warp at once
 constexpr int SLOT = HEAD_DIM + 2;                       // words of a head and split: sum, largest, weight
 constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
+constexpr int AHEAD = 2;                                 // rounds of positions, a lane each, that are loaded together
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct Cache {
@@ -73,6 +74,10 @@ __device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
 #pragma unroll
     for (int i = 0; i < 4; i++) to[2 * i] = low_of(words[i]), to[2 * i + 1] = high_of(words[i]);
 }
+
+struct Rounds {
+    uint4 k[AHEAD], v[AHEAD];
+};
 
 struct Attention {
     int unit, split, kv, begin, end;
@@ -150,9 +155,8 @@ struct Attention {
         __syncthreads();
     }
 
-    // Blocks of one key/value head store the same, and each reads what it stored itself.
     __device__ void store_new(const Cache& cache, int layer, const Shared& s) const {
-        if (!stores) return;
+        if (!stores || unit % HEAD_GROUPS != 0) return;
         const i64 offset = layer * cache.layer + kv * cache.head + position * cache.position;
         for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) {
             cache.k[offset + d] = bits_of(s.heads[GROUP_HEADS * HEAD_DIM + d]);
@@ -160,35 +164,50 @@ struct Attention {
         }
     }
 
-    __device__ void attend(Running& run, const Cache& cache, int layer, const Shared& s) const {
-        const int seat = lane_of_warp() / LANES, d = lane_of_warp() % LANES * 8;
+    // The first position of this warp, and of this lane at a round from base on.
+    __device__ int first() const { return begin + warp_of_block() * SEATS; }
+    __device__ int at(int base, int round) const { return base + round * WARPS * SEATS + lane_of_warp() / LANES; }
+
+    // Ask for the keys and values of AHEAD rounds from base on. The new token's are not in the cache yet.
+    __device__ __forceinline__ Rounds load(const Cache& cache, int layer, int base) const {
+        const i64 offset = layer * cache.layer + kv * cache.head + lane_of_warp() % LANES * 8;
+        Rounds rounds = {};
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int place = at(base, i);
+            if (place >= end || place == position) continue;
+            rounds.k[i] = *(const uint4*)(cache.k + offset + place * cache.position);
+            rounds.v[i] = *(const uint4*)(cache.v + offset + place * cache.position);
+        }
+        return rounds;
+    }
+
+    __device__ __forceinline__ void attend(Running& run, Rounds rounds, const Cache& cache, int layer,
+                                           const Shared& s) const {
+        const int d = lane_of_warp() % LANES * 8;
         float q[GROUP_HEADS][8];
 #pragma unroll
         for (int h = 0; h < GROUP_HEADS; h++)
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 q[h][i] = has_head(h) ? s.heads[h * HEAD_DIM + d + i] * (LOG2E * ATTENTION_SCALE) : 0.0f;
-        constexpr int STRIDE = WARPS * SEATS, AHEAD = 2;  // positions of a round; rounds whose loads are in flight
-        const u16* const keys = cache.k + layer * cache.layer + kv * cache.head + d;
-        const u16* const values = cache.v + layer * cache.layer + kv * cache.head + d;
-        for (int base = begin + warp_of_block() * SEATS; base < end; base += AHEAD * STRIDE) {
-            uint4 k[AHEAD] = {}, v[AHEAD] = {};
+        for (int base = first(); base < end; base += AHEAD * WARPS * SEATS) {
+            if (base != first()) rounds = load(cache, layer, base);
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
-                const int at = base + seat + i * STRIDE;
-                if (at >= end) continue;
-                k[i] = *(const uint4*)(keys + at * cache.position);
-                v[i] = *(const uint4*)(values + at * cache.position);
-            }
+                if (base + i * WARPS * SEATS >= end) break;  // for all lanes
+                float k[8], v[8], part[GROUP_HEADS] = {};
+                widen(k, rounds.k[i]), widen(v, rounds.v[i]);
+                if (stores && at(base, i) == position) {
+                    const float* const own = s.heads + GROUP_HEADS * HEAD_DIM + d;
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                float wide_k[8], wide_v[8], part[GROUP_HEADS] = {};
-                widen(wide_k, k[i]), widen(wide_v, v[i]);
+                    for (int j = 0; j < 8; j++) k[j] = own[j], v[j] = own[HEAD_DIM + j];
+                }
 #pragma unroll
                 for (int h = 0; h < GROUP_HEADS; h++)
 #pragma unroll
-                    for (int j = 0; j < 8; j++) part[h] += q[h][j] * wide_k[j];
-                run.see(part, wide_v, base + seat + i * STRIDE < end);
+                    for (int j = 0; j < 8; j++) part[h] += q[h][j] * k[j];
+                run.see(part, v, at(base, i) < end);
             }
         }
     }

@@ -122,13 +122,13 @@ struct Step {
     }
 
     __device__ void attend(const Layer& l, Attention& attention) {
+        const Rounds rounds = attention.load(a.cache, layer, attention.first());
         attention.take_heads(words(Words::QKV), epoch, s);
         stamp(4);
         attention.rotate(l.q_norm, l.k_norm, s);
         attention.store_new(a.cache, layer, s);
-        __syncthreads();
         Running run;
-        attention.attend(run, a.cache, layer, s);
+        attention.attend(run, rounds, a.cache, layer, s);
         attention.send_seen(run, words(Words::ATTENDED), epoch, s);
         __syncthreads();
     }

@@ -51,7 +51,7 @@ struct Shared {
     alignas(16) float2 parts[THREADS];
     Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
     Limits limits[LAYERS];
-    float heads[(GROUP_HEADS + 2) * HEAD_DIM];  // query heads, key and value of an attention unit
+    alignas(16) float heads[(GROUP_HEADS + 2) * HEAD_DIM];  // query heads, key and value of an attention unit
     float cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2];
     float largest[WARPS][GROUP_HEADS], weight[WARPS][GROUP_HEADS];
     alignas(16) int warp_counts[WARPS];
