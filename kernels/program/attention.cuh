@@ -295,10 +295,10 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, float thres
         for (int i = 2 * pass; i < 2 * pass + 2; i++)
             if (live && part == 0 && is_kept(values[i], threshold)) keep |= 1u << i;
     }
-    auto word = [&](int group, int i, float value) {
-        const int channel = (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2;  // of this split's, as in the panel
-        return listed_word<O>(value, s.panel[SCALED ? channel * O_GROUPS + group : 0]);
-    };
     auto row = [&](int i) { return 2 * pair(i / 2) + i % 2; };
-    return compact<O::BITS == 4, O_GROUPS, O_CHANNELS>(values, keep, row, word, s);
+    auto meta = [&](int group, int i) {
+        const int channel = (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2;  // of this split's, as in the panel
+        return s.panel[SCALED ? channel * O_GROUPS + group : 0];
+    };
+    return compact<O::BITS == 4, false, O_GROUPS, O_CHANNELS>(values, keep, s.list_words, row, meta, ListedWord<O>(), s);
 }

@@ -14,14 +14,12 @@
 // Integers are half the rate of floats on an H100 and 4-bit weights are unpacked by them, so what the loop does beside
 // has been moved out of it. A list's "words" are value and scale already multiplied (formats.cuh), one row of words for
 // each group of the piece; whoever makes the list has the scales of all channels in shared memory (panels, shared.cuh).
-// Only the head, whose piece has too many groups, fetches a word beside each granule: SCALED is false.
+// Only the head, whose piece has too many groups, fetches a word beside each granule.
 #pragma once
 
 struct Ring {
     uint4 rows[STAGES][4][THREADS];
 };
-
-using RingWords = u32[STAGES][4][THREADS];
 
 struct List {
     const u16* rows;
@@ -43,17 +41,17 @@ struct Place {
     }
 };
 
-// weights: row 0 of this thread's granule. MIXED: of the list's rows some are not wanted. meta: unless SCALED, scales
-// and zeros of this thread's group in row 0, META_STRIDE words from a row to the next, which travel through words.
-template <class W, int PIECE, bool MIXED, bool SCALED, int META_STRIDE = W::GROUPS>
+// weights: row 0 of this thread's granule. MIXED: of the list's rows some are not wanted. meta: unless HAS_SCALES, scales
+// and zeros of this thread's group in row 0, META_STRIDE words from a row to the next, which travel through ring_words.
+template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS>
 __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, const u32* meta,
-                                       const Place<W, PIECE>& place, const List& list, Ring& ring, RingWords& words) {
+                                       const Place<W, PIECE>& place, const List& list, Ring& ring, u32* ring_words) {
     constexpr int STAGE = 4 * THREADS, TURN = STAGES * STAGE, STEP = Place<W, PIECE>::SLOTS * W::TEAM * 4;
-    constexpr bool FETCHES_META = !SCALED && W::BITS < 16;
+    constexpr bool FETCHES_META = !HAS_SCALES && W::BITS < 16;
     const int end = place.active ? list.count : 0, own = (place.slot * W::TEAM + threadIdx.x % W::TEAM) * 4;
     const u64 policy = evict_first();
     uint4* const my_rows = &ring.rows[0][0][threadIdx.x];
-    u32* const my_meta = &words[0][0][threadIdx.x];
+    u32* const my_meta = ring_words + threadIdx.x;
     auto fetch = [&](int entry, int turn) {
         if (entry < end) {
             const ushort4 of_list = *(const ushort4*)(list.rows + entry);

@@ -63,7 +63,7 @@ __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, B
     place.active &= granule < W::GRANULES;
     Sums<W::BITS> sums;
     gather<W, PIECE, false, false>(sums, m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, place,
-                                   {s.list_rows, s.list_words, listed.count}, s.ring, s.ring_words);
+                                   {s.list_rows, s.list_words, listed.count}, s.ring, s.ring_words[0][0]);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, place, s.slots);

@@ -39,12 +39,13 @@ __device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
 // List the inputs that gate or up keeps: words of gate's groups, then of up's, 0 where that one does not keep it.
 __device__ __forceinline__ Listed list_inputs(const float (&y)[2 * X_PAIRS], const Limits& limits, Shared& s) {
     const u32 keep = kept(y, fminf(limits.gate_up[0], limits.gate_up[1]), 0, 1);
-    auto word = [&](int group, int i, float value) {
-        const bool is_up = group >= MLP_GROUPS;
-        if (!is_kept(y[i], limits.gate_up[is_up])) return 0u;
-        return listed_word<GateUp>(value, s.mlp_panel[SCALED ? group : 0][SCALED ? Residual::channel(i) : 0]);
+    u32* const words = SCALED ? s.mlp_panel[0] : s.mlp_words[0];
+    auto meta = [&](int group, int i) { return s.mlp_panel[SCALED ? group : 0][SCALED ? Residual::channel(i) : 0]; };
+    auto word = [&](int group, int i, float value, u32 meta) {
+        return is_kept(y[i], limits.gate_up[group >= MLP_GROUPS]) ? ListedWord<GateUp>()(group, i, value, meta) : 0;
     };
-    return compact<GateUp::BITS == 4, 2 * MLP_GROUPS, X_CHANNELS>(y, keep, Residual::channel, word, s);
+    return compact<GateUp::BITS == 4, SCALED, 2 * MLP_GROUPS, X_CHANNELS>(y, keep, words, Residual::channel, meta, word,
+                                                                          s);
 }
 
 // Sums of gate and up over the list into s.slots; returns what they have to be multiplied with.
@@ -56,9 +57,10 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, Sha
     place.active &= column < HALF;
     const int in_panel = SCALED && GateUp::BITS < 16 ? column / GateUp::GRANULES_OF_GROUP - first_group_of(blockIdx.x) : 0;
     Sums<GateUp::BITS> sums;
-    const List list{s.list_rows, s.list_words + (in_panel + (is_up ? MLP_GROUPS : 0)) * X_CHANNELS, listed.count};
+    const u32* const words = SCALED ? s.mlp_panel[0] : s.mlp_words[0];
+    const List list{s.list_rows, words + (in_panel + (is_up ? MLP_GROUPS : 0)) * X_CHANNELS, listed.count};
     const u32* const meta = m.meta + (u64)(granule / GateUp::GRANULES_OF_GROUP) * HIDDEN;
-    gather<GateUp, PIECE, true, SCALED, 1>(sums, m.values + granule * 16, meta, place, list, s.ring, s.ring_words);
+    gather<GateUp, PIECE, true, SCALED, 1>(sums, m.values + granule * 16, meta, place, list, s.ring, s.ring_words[0][0]);
     __syncthreads();
     lay_out<GateUp, PIECE>(sums, place, s.slots);
     __syncthreads();
@@ -80,10 +82,10 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, Sh
     }
     const int column = GateUp::column(at, 2 * pair % GateUp::COLUMNS);
     const u32 keep = live ? (is_kept(h[0], threshold) ? 1u : 0u) | (is_kept(h[1], threshold) ? 2u : 0u) : 0u;
-    auto word = [&](int group, int i, float value) {
-        return listed_word<Down>(value, s.panel[SCALED ? (2 * pair + i) * DOWN_GROUPS + group : 0]);
-    };
-    return compact<Down::BITS == 4, DOWN_GROUPS, H_CHANNELS>(h, keep, [&](int i) { return column + i; }, word, s);
+    auto row = [&](int i) { return column + i; };
+    auto meta = [&](int group, int i) { return s.panel[SCALED ? (2 * pair + i) * DOWN_GROUPS + group : 0]; };
+    return compact<Down::BITS == 4, false, DOWN_GROUPS, H_CHANNELS>(h, keep, s.list_words, row, meta, ListedWord<Down>(),
+                                                                    s);
 }
 
 __device__ __forceinline__ void down(const Matrix& m, Listed listed, u64* partials, u32 epoch, Shared& s) {

@@ -222,12 +222,12 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
         )
     ]  # fmt: skip
     small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
-    inputs = 2 * groups[2] * of_x
-    panels = 4 * (inputs + small) if scaled else 0
+    by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
+    panels = 4 * (2 * groups[2] * of_x + small) if scaled else 32
     ring = max(64 * stages * threads, 64 * threads, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
-    lists = 4 * max(inputs, small) + 2 * max(of_qkv, of_o, of_h, of_x)
+    lists = 4 * max(small, of_x) + 2 * max(of_qkv, of_o, of_h, of_x) + (16 if scaled else 8 * of_x)
     heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
-    return ring + max(16 * stages * threads, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536
+    return ring + max(by_ring, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536
 
 
 def _groups(product: Format, granules: int) -> int:

@@ -102,12 +102,12 @@ struct Step {
             return;
         }
         const u32 keep = kept(y, s.limits[layer].qkv[segment], split, QKV_SPLITS);
-        auto word = [&](int group, int i, float value) {
+        auto meta = [&](int group, int i) {
             const int channel = Residual::pair(i / 2) / QKV_SPLITS * 2 + i % 2;  // of this split's, as in the panel
-            return listed_word<Qkv>(value, s.panel[SCALED ? channel * QKV_GROUPS + group : 0]);
+            return s.panel[SCALED ? channel * QKV_GROUPS + group : 0];
         };
-        const Listed listed =
-            compact<Qkv::BITS == 4, QKV_GROUPS, QKV_CHANNELS>(y, keep, Residual::channel, word, s);
+        const Listed listed = compact<Qkv::BITS == 4, false, QKV_GROUPS, QKV_CHANNELS>(
+            y, keep, s.list_words, Residual::channel, meta, ListedWord<Qkv>(), s);
         stamp(1);
         product<Qkv, QKV_PIECE, QKV_CHANNELS>(l.qkv, piece, piece * QKV_PIECE / Qkv::GRANULES_OF_GROUP, split, listed,
                                               words(Words::QKV_PARTS), epoch, s, [&] { turnstile.pass(epoch); });
@@ -216,9 +216,10 @@ struct Step {
             __syncthreads();
             float_head(a.head, of_x, a.logits, best);
         } else {
-            auto word = [](int, int, float value) { return __float_as_uint(value); };
-            const u32 keep = kept(y, 0.0f, 0, 1);
-            const Listed listed = compact<Head::BITS == 4, 1, X_CHANNELS>(y, keep, Residual::channel, word, s);
+            auto no_meta = [](int, int) { return 0u; };
+            auto word = [](int, int, float value, u32) { return __float_as_uint(value); };
+            const Listed listed = compact<Head::BITS == 4, false, 1, X_CHANNELS>(
+                y, kept(y, 0.0f, 0, 1), s.list_words, Residual::channel, no_meta, word, s);
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);

@@ -29,9 +29,8 @@ constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), 
 constexpr int X_CHANNELS = fours(HIDDEN), MLP_GROUPS = groups_of<GateUp>(MLP_GRANULES);  // of gate; of up as many
 constexpr int H_CHANNELS = fours(MLP_GRANULES * GateUp::COLUMNS), DOWN_GROUPS = groups_of<Down>(Down::GRANULES);
 constexpr int LIST = max_of(max_of(X_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS));
-constexpr int LIST_WORDS = max_of(max_of(2 * MLP_GROUPS * X_CHANNELS, QKV_GROUPS * QKV_CHANNELS),
-                                  max_of(O_GROUPS * O_CHANNELS, DOWN_GROUPS * H_CHANNELS));
 constexpr int PANEL_WORDS = max_of(QKV_GROUPS * QKV_CHANNELS, max_of(O_GROUPS * O_CHANNELS, DOWN_GROUPS * H_CHANNELS));
+constexpr bool FETCHES_META = HEAD_BITS < 16 || (!SCALED && GateUp::BITS < 16);  // row by row, through the ring
 
 struct Shared {
     union {
@@ -40,13 +39,14 @@ struct Shared {
         alignas(16) float attended[WARPS][GROUP_HEADS][HEAD_DIM];
     };
     union {
-        RingWords ring_words;
-        struct {  // scales and zeros of all channels, [group][channel]; and of those of the next small product
-            u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? HIDDEN : 4];
+        u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
+        struct {  // scales and zeros: of all channels, where the list's words replace them; of a small product's
+            alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? X_CHANNELS : 4];
             u32 panel[SCALED ? PANEL_WORDS : 4];
         };
     };
-    alignas(16) u32 list_words[LIST_WORDS];
+    alignas(16) u32 mlp_words[SCALED ? 1 : 2][SCALED ? 4 : X_CHANNELS];
+    alignas(16) u32 list_words[max_of(PANEL_WORDS, X_CHANNELS)];
     alignas(16) u16 list_rows[LIST];
     alignas(16) float2 parts[THREADS];
     Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
@@ -100,22 +100,25 @@ __device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, in
     close_fetches();
 }
 
-// What a list has of a value: with its scale if there are panels.
+// The word of a value in a list of a small product: with its scale if there are panels.
 template <class W>
-__device__ __forceinline__ u32 listed_word(float value, const u32& meta) {
-    return W::BITS == 16 || !SCALED ? __float_as_uint(value) : W::word(value, meta);
-}
+struct ListedWord {
+    __device__ __forceinline__ u32 operator()(int, int, float value, u32 meta) const {
+        return W::BITS == 16 || !SCALED ? __float_as_uint(value) : W::word(value, meta);
+    }
+};
 
 struct Listed {
     int count;
     float enlarged;  // by which power of two the list's values were multiplied
 };
 
-// List the values whose bit in keep is set: row(i) of each, and word(group, i, value) for so many groups, STRIDE words
-// apart; in the order of threads. ENLARGED: values times a power of two that makes the largest 1 to 2. Whatever this
-// thread has fetched is there for the whole block before words are made.
-template <bool ENLARGED, int GROUPS, int STRIDE, int COUNT, class Row, class Word>
-__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Word word, Shared& s) {
+// List the values whose bit in keep is set: row(i) of each, and word(group, i, value, meta(group, i)) for so many
+// groups, STRIDE words apart; in the order of threads. ENLARGED: values times a power of two that makes the largest 1
+// to 2. IN_PLACE: meta reads what words replace. Whatever this thread has fetched is there for the whole block before.
+template <bool ENLARGED, bool IN_PLACE, int GROUPS, int STRIDE, int COUNT, class Row, class Meta, class Word>
+__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, u32* words, Row row, Meta meta,
+                                          Word word, Shared& s) {
     const int mine = __popc(keep), lane = lane_of_warp(), warp = warp_of_block();
     int inclusive = mine;
 #pragma unroll
@@ -135,6 +138,14 @@ __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep
     if (lane == 31) s.warp_counts[warp] = inclusive, s.warp_largest[warp] = largest;
     await_fetches<0>();
     __syncthreads();
+    u32 metas[IN_PLACE ? COUNT : 1][IN_PLACE ? GROUPS : 1];
+    if constexpr (IN_PLACE) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) metas[i][group] = keep >> i & 1 ? meta(group, i) : 0;
+        __syncthreads();
+    }
     int at = inclusive - mine, total = 0;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) {
@@ -149,15 +160,18 @@ __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep
     for (int i = 0; i < COUNT; i++) {
         if (keep >> i & 1) {
             s.list_rows[at] = (u16)row(i);
+#pragma unroll
+            for (int group = 0; group < (IN_PLACE ? GROUPS : 0); group++)
+                words[group * STRIDE + at] = word(group, i, values[i] * factor, metas[i * IN_PLACE][group * IN_PLACE]);
 #pragma unroll 8
-            for (int group = 0; group < GROUPS; group++)
-                s.list_words[group * STRIDE + at] = word(group, i, values[i] * factor);
+            for (int group = 0; group < (IN_PLACE ? 0 : GROUPS); group++)
+                words[group * STRIDE + at] = word(group, i, values[i] * factor, meta(group, i));
             at++;
         }
     }
     if (const int rest = total + threadIdx.x; rest < fours(total)) {  // the last four are read together
         s.list_rows[rest] = 0;
-        for (int group = 0; group < GROUPS; group++) s.list_words[group * STRIDE + rest] = 0;
+        for (int group = 0; group < GROUPS; group++) words[group * STRIDE + rest] = 0;
     }
     __syncthreads();
     return {total, factor};
