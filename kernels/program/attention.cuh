@@ -2,6 +2,7 @@
 //
 //     unit    a key/value head and up to GROUP_HEADS of its query heads
 //     block   (unit, split): an equal run of the positions; the last one's block stores the new token's key and value
+//     warp    one of the query heads, and every so many positions of the run
 //     lanes   HEAD_DIM / 8 to a position, 16 bytes of its key and value each
 //
 // Every block rotates its own query heads: less than a trip to have it done once. What it sends of each head is the
@@ -12,7 +13,8 @@
 constexpr int LANES = HEAD_DIM / 8, SEATS = 32 / LANES;  // of a position; positions of a warp at once
 constexpr int SLOT = HEAD_DIM + 2;                       // words of a head and split: sum, largest, weight
 constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
-constexpr int AHEAD = 2;                                 // rounds of positions, a lane each, that are loaded together
+constexpr int AHEAD = 4;                                 // rounds of positions, a lane each, that are loaded together
+constexpr int PARTS = WARPS / GROUP_HEADS;               // warps of a query head
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct Cache {
@@ -20,52 +22,35 @@ struct Cache {
     i64 layer, head, position;  // strides, in elements
 };
 
-struct Running {  // softmax so far, of GROUP_HEADS query heads over the positions that a lane has seen
-    float largest[GROUP_HEADS], weight[GROUP_HEADS], sum[GROUP_HEADS][8];
+struct Running {  // softmax so far, of a query head over the positions that a lane has seen
+    float largest = NOTHING, weight = 0.0f, sum[8] = {};
 
-    __device__ Running() {
+    __device__ __forceinline__ void scale(float factor) {
+        weight *= factor;
 #pragma unroll
-        for (int h = 0; h < GROUP_HEADS; h++) {
-            largest[h] = NOTHING, weight[h] = 0.0f;
-#pragma unroll
-            for (int d = 0; d < 8; d++) sum[h][d] = 0.0f;
-        }
-    }
-
-    __device__ __forceinline__ void scale(int h, float factor) {
-        weight[h] *= factor;
-#pragma unroll
-        for (int d = 0; d < 8; d++) sum[h][d] *= factor;
+        for (int d = 0; d < 8; d++) sum[d] *= factor;
     }
 
     // part: this lane's part of q k. All lanes of a warp call it; those without a position are not live.
-    __device__ __forceinline__ void see(float (&part)[GROUP_HEADS], const float (&v)[8], bool live) {
+    __device__ __forceinline__ void see(float part, const float (&v)[8], bool live) {
 #pragma unroll
-        for (int distance = LANES / 2; distance; distance >>= 1)
+        for (int distance = LANES / 2; distance; distance >>= 1) part += __shfl_xor_sync(ALL_LANES, part, distance);
+        const float score = live ? part : NOTHING, highest = fmaxf(largest, score);
+        const float p = live ? exp2f(score - highest) : 0.0f;
+        scale(live ? exp2f(largest - highest) : 1.0f);
+        largest = highest, weight += p;
 #pragma unroll
-            for (int h = 0; h < GROUP_HEADS; h++) part[h] += __shfl_xor_sync(ALL_LANES, part[h], distance);
-#pragma unroll
-        for (int h = 0; h < GROUP_HEADS; h++) {
-            const float score = live ? part[h] : NOTHING, highest = fmaxf(largest[h], score);
-            const float p = live ? exp2f(score - highest) : 0.0f;
-            scale(h, live ? exp2f(largest[h] - highest) : 1.0f);
-            largest[h] = highest, weight[h] += p;
-#pragma unroll
-            for (int d = 0; d < 8; d++) sum[h][d] += p * v[d];
-        }
+        for (int d = 0; d < 8; d++) sum[d] += p * v[d];
     }
 
     // Add what the lanes at a distance have seen.
     __device__ __forceinline__ void join(int distance) {
+        const float highest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
+        scale(highest == NOTHING ? 0.0f : exp2f(largest - highest));
+        weight += __shfl_xor_sync(ALL_LANES, weight, distance);
 #pragma unroll
-        for (int h = 0; h < GROUP_HEADS; h++) {
-            const float highest = fmaxf(largest[h], __shfl_xor_sync(ALL_LANES, largest[h], distance));
-            scale(h, highest == NOTHING ? 0.0f : exp2f(largest[h] - highest));
-            weight[h] += __shfl_xor_sync(ALL_LANES, weight[h], distance);
-#pragma unroll
-            for (int d = 0; d < 8; d++) sum[h][d] += __shfl_xor_sync(ALL_LANES, sum[h][d], distance);
-            largest[h] = highest;
-        }
+        for (int d = 0; d < 8; d++) sum[d] += __shfl_xor_sync(ALL_LANES, sum[d], distance);
+        largest = highest;
     }
 };
 
@@ -164,9 +149,14 @@ struct Attention {
         }
     }
 
-    // The first position of this warp, and of this lane at a round from base on.
-    __device__ int first() const { return begin + warp_of_block() * SEATS; }
-    __device__ int at(int base, int round) const { return base + round * WARPS * SEATS + lane_of_warp() / LANES; }
+    // This warp's head and first position, and this lane's position at a round from base on.
+    static constexpr int STRIDE = PARTS * SEATS;
+    __device__ static int head() { return warp_of_block() % GROUP_HEADS; }
+    __device__ int first() const {
+        const int part = warp_of_block() / GROUP_HEADS;
+        return part < PARTS && has_head(head()) ? begin + part * SEATS : end;
+    }
+    __device__ int at(int base, int round) const { return base + round * STRIDE + lane_of_warp() / LANES; }
 
     // Ask for the keys and values of AHEAD rounds from base on. The new token's are not in the cache yet.
     __device__ __forceinline__ Rounds load(const Cache& cache, int layer, int base) const {
@@ -185,18 +175,15 @@ struct Attention {
     __device__ __forceinline__ void attend(Running& run, Rounds rounds, const Cache& cache, int layer,
                                            const Shared& s) const {
         const int d = lane_of_warp() % LANES * 8;
-        float q[GROUP_HEADS][8];
+        float q[8];
 #pragma unroll
-        for (int h = 0; h < GROUP_HEADS; h++)
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                q[h][i] = has_head(h) ? s.heads[h * HEAD_DIM + d + i] * (LOG2E * ATTENTION_SCALE) : 0.0f;
-        for (int base = first(); base < end; base += AHEAD * WARPS * SEATS) {
+        for (int i = 0; i < 8; i++) q[i] = s.heads[head() * HEAD_DIM + d + i] * (LOG2E * ATTENTION_SCALE);
+        for (int base = first(); base < end; base += AHEAD * STRIDE) {
             if (base != first()) rounds = load(cache, layer, base);
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
-                if (base + i * WARPS * SEATS >= end) break;  // for all lanes
-                float k[8], v[8], part[GROUP_HEADS] = {};
+                if (base + i * STRIDE >= end) break;  // for all lanes
+                float k[8], v[8], part = 0.0f;
                 widen(k, rounds.k[i]), widen(v, rounds.v[i]);
                 if (stores && at(base, i) == position) {
                     const float* const own = s.heads + GROUP_HEADS * HEAD_DIM + d;
@@ -204,27 +191,22 @@ struct Attention {
                     for (int j = 0; j < 8; j++) k[j] = own[j], v[j] = own[HEAD_DIM + j];
                 }
 #pragma unroll
-                for (int h = 0; h < GROUP_HEADS; h++)
-#pragma unroll
-                    for (int j = 0; j < 8; j++) part[h] += q[h][j] * k[j];
+                for (int j = 0; j < 8; j++) part += q[j] * k[j];
                 run.see(part, v, at(base, i) < end);
             }
         }
     }
 
-    // Join all lanes of the block and send what they have seen.
+    // Join all lanes and warps of each head and send what they have seen.
     __device__ void send_seen(Running& run, u64* attended, u32 epoch, Shared& s) const {
 #pragma unroll
         for (int distance = LANES; distance < 32; distance <<= 1) run.join(distance);
         const int warp = warp_of_block(), lane = lane_of_warp();
-#pragma unroll
-        for (int h = 0; h < GROUP_HEADS; h++) {
-            if (lane == 0) s.largest[warp][h] = run.largest[h], s.weight[warp][h] = run.weight[h];
-            if (lane < LANES) {
-                float4* const to = (float4*)(s.attended[warp][h] + lane * 8);
-                to[0] = make_float4(run.sum[h][0], run.sum[h][1], run.sum[h][2], run.sum[h][3]);
-                to[1] = make_float4(run.sum[h][4], run.sum[h][5], run.sum[h][6], run.sum[h][7]);
-            }
+        if (lane == 0) s.largest[warp] = run.largest, s.weight[warp] = run.weight;
+        if (lane < LANES) {
+            float4* const to = (float4*)(s.attended[warp] + lane * 8);
+            to[0] = make_float4(run.sum[0], run.sum[1], run.sum[2], run.sum[3]);
+            to[1] = make_float4(run.sum[4], run.sum[5], run.sum[6], run.sum[7]);
         }
         __syncthreads();
         for (int i = threadIdx.x; i < GROUP_HEADS * SLOT / 2; i += THREADS) {
@@ -233,12 +215,12 @@ struct Attention {
             float highest = NOTHING, weight = 0.0f;
             float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, s.largest[w][h]);
+            for (int w = h; w < PARTS * GROUP_HEADS; w += GROUP_HEADS) highest = fmaxf(highest, s.largest[w]);
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const float factor = highest == NOTHING ? 0.0f : exp2f(s.largest[w][h] - highest);
-                weight += factor * s.weight[w][h];
-                if (d < HEAD_DIM) total.x += factor * s.attended[w][h][d], total.y += factor * s.attended[w][h][d + 1];
+            for (int w = h; w < PARTS * GROUP_HEADS; w += GROUP_HEADS) {
+                const float factor = highest == NOTHING ? 0.0f : exp2f(s.largest[w] - highest);
+                weight += factor * s.weight[w];
+                if (d < HEAD_DIM) total.x += factor * s.attended[w][d], total.y += factor * s.attended[w][d + 1];
             }
             u64* const to = attended + ((u64)query_head(h) * ATTENTION_SPLITS + split) * SLOT + d;
             if (d < HEAD_DIM)
@@ -296,9 +278,6 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, float thres
             if (live && part == 0 && is_kept(values[i], threshold)) keep |= 1u << i;
     }
     auto row = [&](int i) { return 2 * pair(i / 2) + i % 2; };
-    auto meta = [&](int group, int i) {
-        const int channel = (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2;  // of this split's, as in the panel
-        return s.panel[SCALED ? channel * O_GROUPS + group : 0];
-    };
-    return compact<O::BITS == 4, false, O_GROUPS, O_CHANNELS>(values, keep, s.list_words, row, meta, ListedWord<O>(), s);
+    auto in_panel = [&](int i) { return (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2; };
+    return compact<O, O_GROUPS, O_CHANNELS>(values, keep, row, in_panel, s);
 }

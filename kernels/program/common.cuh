@@ -8,6 +8,8 @@ constexpr u32 ALL_LANES = 0xffffffff;
 __device__ __forceinline__ int warp_of_block() { return threadIdx.x >> 5; }
 __device__ __forceinline__ int lane_of_warp() { return threadIdx.x & 31; }
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int power_of_two(int x) { return x < 2 ? 1 : 2 * power_of_two(x / 2); }  // x or less
 __host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // The model's 16-bit floats by their bits; FLOAT_IS_BF16 comes from the generated config.

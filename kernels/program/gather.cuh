@@ -93,24 +93,33 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, c
     await_fetches<0>();
 }
 
+// Four values, number four of granule, in a slot of PIECE * COLUMNS floats. Turned about with the granule for 4 bits,
+// whose eight lanes that store would all meet the same banks.
+template <class W>
+__device__ __forceinline__ int place_in_slot(int granule, int four) {
+    return granule * (W::COLUMNS / 4) + (W::BITS == 4 ? four ^ (granule & 7) : four);
+}
+
 // Put the sums of all slots side by side, [SLOTS][PIECE * COLUMNS]. The ring must be free: it may lie there, too.
 template <class W, int PIECE>
 __device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, const Place<W, PIECE>& place, float* slots) {
     float out[W::COLUMNS];
     if (!sums.finish(out) || !place.active) return;
-    float4* to = (float4*)(slots + (place.slot * PIECE + place.granule) * W::COLUMNS);
+    float4* const to = (float4*)(slots + place.slot * PIECE * W::COLUMNS);
 #pragma unroll
     for (int i = 0; i < W::COLUMNS / 4; i++)
-        to[i] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+        to[place_in_slot<W>(place.granule, i)] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
 }
 
-// Values 2 pair and 2 pair + 1 of the piece, added over the slots in their order, times unscale.
+// Values 2 pair and 2 pair + 1 of the piece, added over slots first, first + step ... in their order, times unscale.
 template <class W, int PIECE>
-__device__ __forceinline__ float2 sum_of_slots(const float* slots, int pair, float unscale) {
+__device__ __forceinline__ float2 sum_of_slots(const float* slots, int pair, float unscale, int first = 0,
+                                               int step = 1) {
+    const int at = 2 * place_in_slot<W>(2 * pair / W::COLUMNS, pair % (W::COLUMNS / 2) / 2) + pair % 2;
     float2 total = make_float2(0.0f, 0.0f);
-#pragma unroll 8
-    for (int s = 0; s < Place<W, PIECE>::SLOTS; s++) {
-        const float2 part = ((const float2*)(slots + s * PIECE * W::COLUMNS))[pair];
+#pragma unroll 4
+    for (int s = first; s < Place<W, PIECE>::SLOTS; s += step) {
+        const float2 part = ((const float2*)(slots + s * PIECE * W::COLUMNS))[at];
         total.x += part.x, total.y += part.y;
     }
     return W::BITS == 4 ? make_float2(total.x * unscale, total.y * unscale) : total;

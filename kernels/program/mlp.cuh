@@ -33,19 +33,58 @@ __device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
         const int at = blockIdx.x * MLP_GRANULES + i / GateUp::COLUMNS;
         return GateUp::column(at, i % GateUp::COLUMNS);
     };
-    fetch_panel<Down, DOWN_GROUPS>(m, 0, MLP_GRANULES * GateUp::COLUMNS, channel, s);
+    fetch_panel<Down, DOWN_GROUPS, H_CHANNELS>(m, 0, channel, s);
 }
 
-// List the inputs that gate or up keeps: words of gate's groups, then of up's, 0 where that one does not keep it.
+__device__ __forceinline__ u32* mlp_words(Shared& s) { return SCALED ? s.mlp_panel[0] : s.mlp_words[0]; }
+
+// List the inputs that gate or up keeps: words of gate's groups, then of up's, 0 where that one does not keep it. With
+// a panel, words replace scales; so all are read first.
 __device__ __forceinline__ Listed list_inputs(const float (&y)[2 * X_PAIRS], const Limits& limits, Shared& s) {
-    const u32 keep = kept(y, fminf(limits.gate_up[0], limits.gate_up[1]), 0, 1);
-    u32* const words = SCALED ? s.mlp_panel[0] : s.mlp_words[0];
-    auto meta = [&](int group, int i) { return s.mlp_panel[SCALED ? group : 0][SCALED ? Residual::channel(i) : 0]; };
-    auto word = [&](int group, int i, float value, u32 meta) {
-        return is_kept(y[i], limits.gate_up[group >= MLP_GROUPS]) ? ListedWord<GateUp>()(group, i, value, meta) : 0;
-    };
-    return compact<GateUp::BITS == 4, SCALED, 2 * MLP_GROUPS, X_CHANNELS>(y, keep, words, Residual::channel, meta, word,
-                                                                          s);
+    constexpr bool HAS_SCALES = SCALED && GateUp::BITS < 16;
+    constexpr int COUNT = 2 * X_PAIRS, GROUPS = 2 * MLP_GROUPS;
+    const u32 keep = residual::kept(y, fminf(limits.gate_up[0], limits.gate_up[1]));
+    int at;
+    const Listed listed = enumerate<GateUp::BITS == 4>(at, y, keep, s);
+    u32 metas[GROUPS][HAS_SCALES ? COUNT : 1];
+    if constexpr (HAS_SCALES) {
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i += 2) {
+                if (!residual::has(i / 2)) continue;
+                const uint2 two = ((const uint2*)s.mlp_panel[group])[residual::pair(i / 2)];
+                metas[group][i] = two.x, metas[group][i + 1] = two.y;
+            }
+        }
+        __syncthreads();
+    }
+    u32* const words = mlp_words(s);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        if (!(keep >> i & 1)) continue;
+        s.list_rows[at] = (u16)residual::channel(i);
+        const float value = y[i] * listed.enlarged;
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            const u32 word = HAS_SCALES ? GateUp::word(value, metas[group][i * HAS_SCALES]) : __float_as_uint(value);
+            words[group * X_CHANNELS + at] = is_kept(y[i], limits.gate_up[group >= MLP_GROUPS]) ? word : 0;
+        }
+        at++;
+    }
+    if (const int rest = listed.count + threadIdx.x; rest < fours(listed.count)) {
+        s.list_rows[rest] = 0;
+        for (int group = 0; group < GROUPS; group++) words[group * X_CHANNELS + rest] = 0;
+    }
+    __syncthreads();
+    return listed;
+}
+
+// Ask for the rows of a list, a row a thread of some block. So memory gives each row in one run, and the blocks take
+// their pieces, which are narrow, from L2.
+__device__ __forceinline__ void ask_for_rows(const Matrix& m, const List& list) {
+    const int entry = blockIdx.x + threadIdx.x * MLP_BLOCKS;
+    if (entry < list.count) prefetch_row(m.values + (u64)list.rows[entry] * GateUp::ROW_BYTES, GateUp::ROW_BYTES);
 }
 
 // Sums of gate and up over the list into s.slots; returns what they have to be multiplied with.
@@ -57,8 +96,8 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, Sha
     place.active &= column < HALF;
     const int in_panel = SCALED && GateUp::BITS < 16 ? column / GateUp::GRANULES_OF_GROUP - first_group_of(blockIdx.x) : 0;
     Sums<GateUp::BITS> sums;
-    const u32* const words = SCALED ? s.mlp_panel[0] : s.mlp_words[0];
-    const List list{s.list_rows, words + (in_panel + (is_up ? MLP_GROUPS : 0)) * X_CHANNELS, listed.count};
+    const List list{s.list_rows, mlp_words(s) + (in_panel + (is_up ? MLP_GROUPS : 0)) * X_CHANNELS, listed.count};
+    ask_for_rows(m, list);
     const u32* const meta = m.meta + (u64)(granule / GateUp::GRANULES_OF_GROUP) * HIDDEN;
     gather<GateUp, PIECE, true, SCALED, 1>(sums, m.values + granule * 16, meta, place, list, s.ring, s.ring_words[0][0]);
     __syncthreads();
@@ -67,25 +106,31 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, Sha
     return (float)m.unscale / listed.enlarged;
 }
 
-// List this block's h where it reaches down's threshold.
+// List this block's h where it reaches down's threshold. Several lanes to a pair of columns add the slots.
 __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, Shared& s) {
-    constexpr int PIECE = 2 * MLP_GRANULES;
-    float h[2] = {0.0f, 0.0f};
-    const int pair = threadIdx.x, at = blockIdx.x * MLP_GRANULES + 2 * pair / GateUp::COLUMNS;
+    constexpr int PIECE = 2 * MLP_GRANULES, LANES_OF_PAIR = power_of_two(min_of(THREADS / H_PAIRS, 16));
+    const int pair = threadIdx.x / LANES_OF_PAIR, part = threadIdx.x % LANES_OF_PAIR;
+    const int at = blockIdx.x * MLP_GRANULES + 2 * pair / GateUp::COLUMNS;
     const bool live = pair < H_PAIRS && at < GateUp::GRANULES / 2;
+    float2 gate = make_float2(0.0f, 0.0f), up = gate;
     if (live) {
-        const float2 gate = sum_of_slots<GateUp, PIECE>(s.slots, pair, unscale);
-        const float2 up = sum_of_slots<GateUp, PIECE>(s.slots, pair + H_PAIRS, unscale);
-        const float a = rounded(gate.x), b = rounded(gate.y);
-        h[0] = rounded(a / (1.0f + __expf(-a)) * rounded(up.x));
-        h[1] = rounded(b / (1.0f + __expf(-b)) * rounded(up.y));
+        gate = sum_of_slots<GateUp, PIECE>(s.slots, pair, unscale, part, LANES_OF_PAIR);
+        up = sum_of_slots<GateUp, PIECE>(s.slots, pair + H_PAIRS, unscale, part, LANES_OF_PAIR);
     }
+#pragma unroll
+    for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1) {
+        gate.x += __shfl_xor_sync(ALL_LANES, gate.x, distance), gate.y += __shfl_xor_sync(ALL_LANES, gate.y, distance);
+        up.x += __shfl_xor_sync(ALL_LANES, up.x, distance), up.y += __shfl_xor_sync(ALL_LANES, up.y, distance);
+    }
+    const float a = rounded(gate.x), b = rounded(gate.y);
+    const float h[2] = {rounded(a / (1.0f + __expf(-a)) * rounded(up.x)),
+                        rounded(b / (1.0f + __expf(-b)) * rounded(up.y))};
     const int column = GateUp::column(at, 2 * pair % GateUp::COLUMNS);
-    const u32 keep = live ? (is_kept(h[0], threshold) ? 1u : 0u) | (is_kept(h[1], threshold) ? 2u : 0u) : 0u;
+    const u32 keep =
+        live && part == 0 ? (is_kept(h[0], threshold) ? 1u : 0u) | (is_kept(h[1], threshold) ? 2u : 0u) : 0u;
     auto row = [&](int i) { return column + i; };
-    auto meta = [&](int group, int i) { return s.panel[SCALED ? (2 * pair + i) * DOWN_GROUPS + group : 0]; };
-    return compact<Down::BITS == 4, false, DOWN_GROUPS, H_CHANNELS>(h, keep, s.list_words, row, meta, ListedWord<Down>(),
-                                                                    s);
+    auto place = [&](int i) { return 2 * pair + i; };
+    return compact<Down, DOWN_GROUPS, H_CHANNELS>(h, keep, row, place, s);
 }
 
 __device__ __forceinline__ void down(const Matrix& m, Listed listed, u64* partials, u32 epoch, Shared& s) {

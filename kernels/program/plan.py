@@ -214,7 +214,7 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     c, (qkv, o, gate_up, down) = model.config, model.products
     splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
     of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
-    of_h, of_x = 4 * math.ceil(sizes["MLP_GRANULES"] * gate_up.columns / 4), 4 * math.ceil(c.hidden_size / 4)
+    of_h, of_x = 4 * math.ceil(sizes["MLP_GRANULES"] * gate_up.columns / 4) + 4, 4 * math.ceil(c.hidden_size / 4)
     groups = [
         _groups(product, granules) if scaled else 1
         for product, granules in (
@@ -224,8 +224,9 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
     by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
     panels = 4 * (2 * groups[2] * of_x + small) if scaled else 32
-    ring = max(64 * stages * threads, 64 * threads, threads // 32 * sizes["GROUP_HEADS"] * c.head_dim * 4)
+    ring = max(64 * stages * threads, 64 * threads, threads // 8 * c.head_dim)
     lists = 4 * max(small, of_x) + 2 * max(of_qkv, of_o, of_h, of_x) + (16 if scaled else 8 * of_x)
+    lists += 6 * max(of_qkv, of_o, of_h) + 4 * c.hidden_size
     heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
     return ring + max(by_ring, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536
 

@@ -56,11 +56,22 @@ struct Arguments {
 };
 constexpr int STAMPS = 13;
 
+// A block's part of q, k and v: a piece of the columns, and every QKV_SPLITS-th pair of channels.
+struct QkvPart {
+    static constexpr int PIECES = Qkv::GRANULES / QKV_PIECE, COUNT = ceil_div(QKV_CHANNELS, THREADS);
+    const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
+    const int first_group = piece * QKV_PIECE / Qkv::GRANULES_OF_GROUP;
+
+    __device__ int channel(int i) const { return 2 * (i / 2 * QKV_SPLITS + split) + i % 2; }
+    __device__ int own(int i) const { return threadIdx.x + i * THREADS; }
+    __device__ bool has(int i) const { return own(i) < QKV_CHANNELS && channel(own(i)) < HIDDEN; }
+};
+
 struct Step {
     const Arguments& a;
     Shared& s;
-    Residual x;
-    u32 norm[X_PAIRS];  // weights of the next norm
+    float squares;                  // of this thread's channels of x
+    u16 weight[QkvPart::COUNT];  // of the next norm before q, k and v
     int position, layer;
     u32 epoch;
 
@@ -70,47 +81,52 @@ struct Step {
         if (a.stamps && threadIdx.x == 0) a.stamps[(layer * STAMPS + part) * GRID + blockIdx.x] = clock64();
     }
 
-    // Scales and zeros of the channels that this block's split may list.
-    __device__ void fetch_qkv_panel(const Layer& l) {
-        constexpr int PIECES = Qkv::GRANULES / QKV_PIECE;
-        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
-        if (split >= QKV_SPLITS) return;
-        auto channel = [&](int i) { return 2 * (i / 2 * QKV_SPLITS + split) + i % 2; };
-        fetch_panel<Qkv, QKV_GROUPS>(l.qkv, piece * QKV_PIECE / Qkv::GRANULES_OF_GROUP, QKV_CHANNELS, channel, s);
-    }
-    __device__ void fetch_o_panel(const Layer& l) {
-        constexpr int PIECES = O::GRANULES / O_PIECE;
-        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
-        if (split >= O_SPLITS) return;
-        auto channel = [&](int i) { return 2 * (i / 2 * O_SPLITS + split) + i % 2; };
-        fetch_panel<O, O_GROUPS>(l.o, piece * O_PIECE / O::GRANULES_OF_GROUP, O_CHANNELS, channel, s);
+    __device__ void load_weight(const Layer& l) {
+        const QkvPart part;
+#pragma unroll
+        for (int i = 0; i < QkvPart::COUNT; i++)
+            weight[i] = part.has(i) ? l.attention_norm[part.channel(part.own(i))] : 0;
     }
 
     __device__ void send_qkv(const Layer& l) {
-        float y[2 * X_PAIRS];
-        x.normed(y, norm, s);
-        Residual::load_weight(norm, l.ffn_norm);
+        const QkvPart part;
+        constexpr int COUNT = QkvPart::COUNT;
+        const float scale = residual::norm_scale(squares, s);
         const Turnstile turnstile{a.entered};
-        turnstile.enter();  // normed's barrier stands behind the last read of the layer before
-        constexpr int PIECES = Qkv::GRANULES / QKV_PIECE;
-        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
-        const int column = Qkv::column(piece * QKV_PIECE, 0);
-        const int segment = column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2;
-        if (split >= QKV_SPLITS) {
+        turnstile.enter();  // norm_scale's barrier stands behind the last read of the layer before
+        if (part.split >= QKV_SPLITS) {
             turnstile.pass(epoch);
             __syncthreads();
             return;
         }
-        const u32 keep = kept(y, s.limits[layer].qkv[segment], split, QKV_SPLITS);
-        auto meta = [&](int group, int i) {
-            const int channel = Residual::pair(i / 2) / QKV_SPLITS * 2 + i % 2;  // of this split's, as in the panel
-            return s.panel[SCALED ? channel * QKV_GROUPS + group : 0];
-        };
-        const Listed listed = compact<Qkv::BITS == 4, false, QKV_GROUPS, QKV_CHANNELS>(
-            y, keep, s.list_words, Residual::channel, meta, ListedWord<Qkv>(), s);
+        const int column = Qkv::column(part.piece * QKV_PIECE, 0);
+        const float limit = s.limits[layer].qkv[column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2];
+        float y[COUNT];
+        u32 keep = 0;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            y[i] = part.has(i) ? residual::normed(s.x[part.channel(part.own(i))], scale, float_of(weight[i])) : 0.0f;
+            if (part.has(i) && is_kept(y[i], limit)) keep |= 1u << i;
+        }
+        auto row = [&](int i) { return part.channel(part.own(i)); };
+        auto place = [&](int i) { return part.own(i); };
+        const Listed listed = compact<Qkv, QKV_GROUPS, QKV_CHANNELS>(y, keep, row, place, s);
         stamp(1);
-        product<Qkv, QKV_PIECE, QKV_CHANNELS>(l.qkv, piece, piece * QKV_PIECE / Qkv::GRANULES_OF_GROUP, split, listed,
+        product<Qkv, QKV_PIECE, QKV_CHANNELS>(l.qkv, part.piece, part.first_group, part.split, listed,
                                               words(Words::QKV_PARTS), epoch, s, [&] { turnstile.pass(epoch); });
+    }
+
+    __device__ void fetch_qkv_panel(const Layer& l) {
+        const QkvPart part;
+        auto channel = [&](int i) { return part.channel(i); };
+        if (part.split < QKV_SPLITS) fetch_panel<Qkv, QKV_GROUPS, QKV_CHANNELS>(l.qkv, part.first_group, channel, s);
+    }
+    __device__ void fetch_o_panel(const Layer& l) {
+        constexpr int PIECES = O::GRANULES / O_PIECE;
+        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
+        auto channel = [&](int i) { return 2 * (i / 2 * O_SPLITS + split) + i % 2; };
+        const int first_group = piece * O_PIECE / O::GRANULES_OF_GROUP;
+        if (split < O_SPLITS) fetch_panel<O, O_GROUPS, O_CHANNELS>(l.o, first_group, channel, s);
     }
 
     __device__ void reduce_qkv(const Layer& l) {
@@ -148,13 +164,13 @@ struct Step {
         reduce<HIDDEN, SPLITS>(words(parts), epoch, s, [&](int column, float2 sum) {
             send(words(to) + column, sum.x + bias_of(m, column), sum.y + bias_of(m, column + 1), epoch);
         });
-        x.add(words(to), epoch);
+        squares = residual::add(words(to), epoch, s);
     }
 
-    __device__ void feed_forward(const Layer& l) {
+    __device__ void feed_forward(const Layer& l, const u32 (&weight)[X_PAIRS]) {
         if (blockIdx.x >= MLP_BLOCKS) return;
         float y[2 * X_PAIRS];
-        x.normed(y, norm, s);
+        residual::normed_pairs(y, weight, residual::norm_scale(squares, s), s);
         const Limits& limits = s.limits[layer];
         const Listed inputs = list_inputs(y, limits, s);
         stamp(9);
@@ -183,43 +199,50 @@ struct Step {
         send_o(l);
         fetch_down_panel(l.down, s);
         stamp(7);
+        u32 ffn_weight[X_PAIRS];
+        residual::load_weight(ffn_weight, l.ffn_norm);
         reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
         stamp(8);
-        feed_forward(l);
+        feed_forward(l, ffn_weight);
         stamp(11);
         if (blockIdx.x >= MLP_BLOCKS) wait_idly(words(Words::DOWN_PARTS) + 2 * blockIdx.x, epoch);
         Layer& following = s.layers[(layer + 1) % 2];
         if (carries) ((u64*)&following)[threadIdx.x] = next;
-        if (layer + 1 == LAYERS && threadIdx.x == 0) following.attention_norm = a.norm;
         __syncthreads();
-        if (layer + 1 < LAYERS) fetch_qkv_panel(following);
-        Residual::load_weight(norm, following.attention_norm);
+        if (layer + 1 < LAYERS) load_weight(following), fetch_qkv_panel(following);
         reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
         stamp(12);
     }
 
     __device__ void finish() {
-        if (a.hidden && blockIdx.x == 0) {
-#pragma unroll
-            for (int i = 0; i < X_PAIRS; i++)
-                if (Residual::has(i)) ((float2*)a.hidden)[Residual::pair(i)] = x.x[i];
-        }
+        if (a.hidden && blockIdx.x == 0)
+            for (int i = threadIdx.x; i < HIDDEN / 2; i += THREADS) ((float2*)a.hidden)[i] = ((const float2*)s.x)[i];
         if (!a.logits) return;
+        u32 weight[X_PAIRS];
+        residual::load_weight(weight, a.norm);
         float y[2 * X_PAIRS];
-        x.normed(y, norm, s);
+        residual::normed_pairs(y, weight, residual::norm_scale(squares, s), s);
         Best best{NOTHING, VOCAB};
         if constexpr (HEAD_BITS == 16) {
             float* const of_x = (float*)s.list_words;
 #pragma unroll
             for (int i = 0; i < X_PAIRS; i++)
-                if (Residual::has(i)) ((float2*)of_x)[Residual::pair(i)] = make_float2(y[2 * i], y[2 * i + 1]);
+                if (residual::has(i)) ((float2*)of_x)[residual::pair(i)] = make_float2(y[2 * i], y[2 * i + 1]);
             __syncthreads();
             float_head(a.head, of_x, a.logits, best);
         } else {
-            auto no_meta = [](int, int) { return 0u; };
-            auto word = [](int, int, float value, u32) { return __float_as_uint(value); };
-            const Listed listed = compact<Head::BITS == 4, false, 1, X_CHANNELS>(
-                y, kept(y, 0.0f, 0, 1), s.list_words, Residual::channel, no_meta, word, s);
+            int at;
+            const u32 keep = residual::kept(y, 0.0f);
+            const Listed listed = enumerate<Head::BITS == 4>(at, y, keep, s);
+#pragma unroll
+            for (int i = 0; i < 2 * X_PAIRS; i++) {
+                if (!(keep >> i & 1)) continue;
+                s.list_rows[at] = (u16)residual::channel(i);
+                s.list_words[at++] = __float_as_uint(y[i] * listed.enlarged);
+            }
+            if (const int rest = listed.count + threadIdx.x; rest < fours(listed.count))
+                s.list_rows[rest] = 0, s.list_words[rest] = 0;
+            __syncthreads();
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);
@@ -235,10 +258,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         sincosf(step.position * a.frequencies[d], &s.sines[d], &s.cosines[d]);
     if (threadIdx.x < LAYER_WORDS) ((u64*)s.layers)[threadIdx.x] = ((const u64*)a.layers)[threadIdx.x];
     load_limits(a.layers, s);
-    step.x.load(a.embedding + *a.token * HIDDEN);
+    step.squares = residual::load(a.embedding + *a.token * HIDDEN, s);
     __syncthreads();
+    step.load_weight(s.layers[0]);
     step.fetch_qkv_panel(s.layers[0]);
-    Residual::load_weight(step.norm, s.layers[0].attention_norm);
     for (step.layer = 0; step.layer < LAYERS; step.layer++) {
         step.epoch = launches * LAYERS + step.layer + 1;
         step.run_layer();

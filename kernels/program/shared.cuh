@@ -11,7 +11,7 @@ struct Limits {  // thresholds of a layer, rounded to the model's dtype
     float qkv[3], o, gate_up[2], down;
 };
 
-constexpr int X_PAIRS = ceil_div(HIDDEN / 2, THREADS);  // of the residual stream that a thread holds
+constexpr int X_PAIRS = ceil_div(HIDDEN / 2, THREADS);  // of the residual stream that a thread adds to
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
 
 // Channels that a block may list of each product, in multiples of four, and groups that its columns touch: rows of
@@ -27,16 +27,18 @@ constexpr int groups_of(int granules) {
 constexpr int QKV_CHANNELS = fours(ceil_div(HIDDEN / 2, QKV_SPLITS) * 2), QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
 constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), O_GROUPS = groups_of<O>(O_PIECE);
 constexpr int X_CHANNELS = fours(HIDDEN), MLP_GROUPS = groups_of<GateUp>(MLP_GRANULES);  // of gate; of up as many
-constexpr int H_CHANNELS = fours(MLP_GRANULES * GateUp::COLUMNS), DOWN_GROUPS = groups_of<Down>(Down::GRANULES);
+constexpr int H_CHANNELS = fours(MLP_GRANULES * GateUp::COLUMNS) + 4;  // off the same banks
+constexpr int DOWN_GROUPS = groups_of<Down>(Down::GRANULES);
 constexpr int LIST = max_of(max_of(X_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS));
 constexpr int PANEL_WORDS = max_of(QKV_GROUPS * QKV_CHANNELS, max_of(O_GROUPS * O_CHANNELS, DOWN_GROUPS * H_CHANNELS));
+constexpr int SMALL_LIST = max_of(QKV_CHANNELS, max_of(O_CHANNELS, H_CHANNELS));
 constexpr bool FETCHES_META = HEAD_BITS < 16 || (!SCALED && GateUp::BITS < 16);  // row by row, through the ring
 
 struct Shared {
     union {
         Ring ring;
         float slots[THREADS * 16];  // sums of a product; Format::TEAMS * COLUMNS at most
-        alignas(16) float attended[WARPS][GROUP_HEADS][HEAD_DIM];
+        alignas(16) float attended[WARPS][HEAD_DIM];
     };
     union {
         u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
@@ -47,13 +49,16 @@ struct Shared {
     };
     alignas(16) u32 mlp_words[SCALED ? 1 : 2][SCALED ? 4 : X_CHANNELS];
     alignas(16) u32 list_words[max_of(PANEL_WORDS, X_CHANNELS)];
+    float list_values[SMALL_LIST];  // of a small product, until they are words; and where in the panel their scales are
+    u16 list_places[SMALL_LIST];
+    alignas(16) float x[HIDDEN];  // the residual stream
     alignas(16) u16 list_rows[LIST];
     alignas(16) float2 parts[THREADS];
     Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
     Limits limits[LAYERS];
     alignas(16) float heads[(GROUP_HEADS + 2) * HEAD_DIM];  // query heads, key and value of an attention unit
     float cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2];
-    float largest[WARPS][GROUP_HEADS], weight[WARPS][GROUP_HEADS];
+    float largest[WARPS], weight[WARPS];
     alignas(16) int warp_counts[WARPS];
     alignas(16) u32 warp_largest[WARPS];
     alignas(16) float warp_sums[WARPS];
@@ -87,38 +92,30 @@ __device__ __forceinline__ float sum_of_block(float x, Shared& s) {
     return total;
 }
 
-// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1) in a piece's groups, [channel][group], while
-// memory has nothing else to do. The list before, which read the panel, is behind a __syncthreads.
-template <class W, int GROUPS, class Channel>
-__device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, int channels, Channel channel, Shared& s) {
+// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1) in a piece's groups, panel [GROUPS][CHANNELS],
+// while memory has nothing else to do. The list before, which read the panel, is behind a __syncthreads.
+template <class W, int GROUPS, int CHANNELS, class Channel>
+__device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, Channel channel, Shared& s) {
     if (!SCALED || W::BITS == 16) return;
-    for (int i = threadIdx.x; i < channels * GROUPS; i += THREADS) {
-        const int row = channel(i / GROUPS), group = first_group + i % GROUPS;
-        const bool wanted = row < W::K && group < W::GROUPS;
-        fetch_word(&s.panel[i], m.meta + (wanted ? row * W::GROUPS + group : 0), wanted);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < CHANNELS * GROUPS; i += THREADS) {  // neighbouring lanes read neighbouring words
+        const int row = channel(i / GROUPS), group = i % GROUPS;
+        const bool wanted = row < W::K && first_group + group < W::GROUPS;
+        const u32* const from = m.meta + (wanted ? row * W::GROUPS + first_group + group : 0);
+        fetch_word(&s.panel[group * CHANNELS + i / GROUPS], from, wanted);
     }
     close_fetches();
 }
-
-// The word of a value in a list of a small product: with its scale if there are panels.
-template <class W>
-struct ListedWord {
-    __device__ __forceinline__ u32 operator()(int, int, float value, u32 meta) const {
-        return W::BITS == 16 || !SCALED ? __float_as_uint(value) : W::word(value, meta);
-    }
-};
 
 struct Listed {
     int count;
     float enlarged;  // by which power of two the list's values were multiplied
 };
 
-// List the values whose bit in keep is set: row(i) of each, and word(group, i, value, meta(group, i)) for so many
-// groups, STRIDE words apart; in the order of threads. ENLARGED: values times a power of two that makes the largest 1
-// to 2. IN_PLACE: meta reads what words replace. Whatever this thread has fetched is there for the whole block before.
-template <bool ENLARGED, bool IN_PLACE, int GROUPS, int STRIDE, int COUNT, class Row, class Meta, class Word>
-__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, u32* words, Row row, Meta meta,
-                                          Word word, Shared& s) {
+// Where this thread's values go in a list: those whose bit in keep is set, in the order of threads. ENLARGED: values
+// will be multiplied by a power of two that makes the largest 1 to 2. Whatever was fetched before is there afterwards.
+template <bool ENLARGED, int COUNT>
+__device__ __forceinline__ Listed enumerate(int& at, const float (&values)[COUNT], u32 keep, Shared& s) {
     const int mine = __popc(keep), lane = lane_of_warp(), warp = warp_of_block();
     int inclusive = mine;
 #pragma unroll
@@ -138,15 +135,8 @@ __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep
     if (lane == 31) s.warp_counts[warp] = inclusive, s.warp_largest[warp] = largest;
     await_fetches<0>();
     __syncthreads();
-    u32 metas[IN_PLACE ? COUNT : 1][IN_PLACE ? GROUPS : 1];
-    if constexpr (IN_PLACE) {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) metas[i][group] = keep >> i & 1 ? meta(group, i) : 0;
-        __syncthreads();
-    }
-    int at = inclusive - mine, total = 0;
+    int total = 0;
+    at = inclusive - mine;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) {
         const int count = s.warp_counts[i];
@@ -155,24 +145,42 @@ __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep
         if (ENLARGED && s.warp_largest[i] > largest) largest = s.warp_largest[i];
     }
     const u32 exponent = largest >> 23 < 1 ? 127 : largest >> 23 > 253 ? 253 : largest >> 23;
-    const float factor = ENLARGED ? __uint_as_float(254 - exponent << 23) : 1.0f;
+    return {total, ENLARGED ? __uint_as_float(254 - exponent << 23) : 1.0f};
+}
+
+// The list of a small product: row(i) of each value kept, and its words of all groups, [GROUPS][CHANNELS], whose scales
+// are at place(i) in the panel. First the values, then the words by all threads.
+template <class W, int GROUPS, int CHANNELS, int COUNT, class Row, class Place>
+__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
+    constexpr bool HAS_SCALES = SCALED && W::BITS < 16;
+    int at;
+    const Listed listed = enumerate<W::BITS == 4>(at, values, keep, s);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        if (keep >> i & 1) {
-            s.list_rows[at] = (u16)row(i);
-#pragma unroll
-            for (int group = 0; group < (IN_PLACE ? GROUPS : 0); group++)
-                words[group * STRIDE + at] = word(group, i, values[i] * factor, metas[i * IN_PLACE][group * IN_PLACE]);
-#pragma unroll 8
-            for (int group = 0; group < (IN_PLACE ? 0 : GROUPS); group++)
-                words[group * STRIDE + at] = word(group, i, values[i] * factor, meta(group, i));
-            at++;
-        }
+        if (!(keep >> i & 1)) continue;
+        const float value = values[i] * listed.enlarged;
+        s.list_rows[at] = (u16)row(i);
+        if (HAS_SCALES)
+            s.list_values[at] = value, s.list_places[at] = (u16)place(i);
+        else
+            s.list_words[at] = __float_as_uint(value);
+        at++;
     }
-    if (const int rest = total + threadIdx.x; rest < fours(total)) {  // the last four are read together
+    const int count = listed.count, end = fours(count);  // the last four are read together
+    if (const int rest = count + threadIdx.x; rest < end) {
         s.list_rows[rest] = 0;
-        for (int group = 0; group < GROUPS; group++) words[group * STRIDE + rest] = 0;
+        if (!HAS_SCALES) s.list_words[rest] = 0;
     }
     __syncthreads();
-    return {total, factor};
+    if (!HAS_SCALES) return listed;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < GROUPS * CHANNELS; i += THREADS) {
+        const int entry = i % CHANNELS, group = i / CHANNELS;
+        if (entry >= end) continue;
+        const u32 word = entry < count
+            ? W::word(s.list_values[entry], s.panel[group * CHANNELS + s.list_places[entry]]) : 0;
+        s.list_words[i] = word;
+    }
+    __syncthreads();
+    return listed;
 }

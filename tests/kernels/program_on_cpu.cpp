@@ -29,6 +29,7 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
 struct alignas(8) float2 { float x, y; };
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(8) ushort4 { u16 x, y, z, w; };
@@ -169,6 +170,7 @@ inline u32 load_acquire(const u32* counter) {
 inline u64 evict_first() { return 0; }
 inline uint4 read_once(const u8* from) { return *(const uint4*)from; }
 inline void prefetch(const void*) {}
+inline void prefetch_row(const u8*, u32) {}
 inline void carry_out(const Copy& copy) {
     if (copy.from)
         memcpy(copy.to, copy.from, copy.bytes);
