@@ -27,9 +27,11 @@ MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
 BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
 MIN_SCALED_STAGES = 3  # with less left for the ring, scales are fetched row by row
 MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
-# Bytes of a row that a block reads at once of q,k,v and of o. Narrow pieces leave few splits, whose sums have to be
-# added and whose lists are of more even length. But o's list is made of all splits of attention: it should be short.
+# Bytes of a row that a block reads at once of q,k,v and of o, about. Narrow pieces leave few splits, whose sums have to
+# be added and whose lists are of more even length. o has enough splits that a block makes its list in one pass: every
+# pass reads what attention sent anew, 1.5 us.
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
+LANES_OF_PAIR = 8  # of attention.cuh's list_attended
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,13 @@ def plan(model: Model, device: Device) -> Plan:
     return found
 
 
-def pieces_and_splits(product: Format, unit: int, grid: int, threads: int, piece_bytes: int) -> tuple[int, int]:
-    """(granules of a piece, splits of the channels): whole pieces, about piece_bytes, that keep most blocks busy."""
+def pieces_and_splits(
+    product: Format, unit: int, grid: int, threads: int, piece_bytes: int, least: int = 1
+) -> tuple[int, int]:
+    """(granules of a piece, splits of the channels): whole pieces, about piece_bytes, that keep most blocks busy.
+
+    least: splits that come before all else.
+    """
     most = min(unit, product.teams(threads))
     found = []
     for piece in (p for p in range(1, most + 1) if unit % p == 0):
@@ -152,10 +159,10 @@ def pieces_and_splits(product: Format, unit: int, grid: int, threads: int, piece
             continue
         splits = min(grid // pieces, max(1, product.K // 16))
         distance = abs(math.log2(16 * piece / piece_bytes))
-        found.append((round(pieces * splits / grid, 1), -distance, piece, splits))
+        found.append((splits >= least, round(pieces * splits / grid, 1), -distance, piece, splits))
     if not found:
         return most, 1
-    _, _, piece, splits = max(found)
+    *_, piece, splits = max(found)
     return piece, splits
 
 
@@ -185,7 +192,8 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     c, (qkv, o, gate_up, _) = model.config, model.products
     unit = math.gcd(c.q_size, c.kv_size) // qkv.columns
     qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES)
-    o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES)
+    one_pass = math.ceil(c.q_size / 2 / (threads // LANES_OF_PAIR))
+    o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
     half = gate_up.granules // 2
     mlp_granules = math.ceil(half / grid)
     widest = max(2 * mlp_granules, qkv_piece, o_piece)

@@ -168,7 +168,7 @@ struct Step {
     }
 
     __device__ void feed_forward(const Layer& l, const u32 (&weight)[X_PAIRS]) {
-        if (blockIdx.x >= MLP_BLOCKS) return;
+        if (!MlpBlock().active) return;
         float y[2 * X_PAIRS];
         residual::normed_pairs(y, weight, residual::norm_scale(squares, s), s);
         const Limits& limits = s.limits[layer];
@@ -205,7 +205,7 @@ struct Step {
         stamp(8);
         feed_forward(l, ffn_weight);
         stamp(11);
-        if (blockIdx.x >= MLP_BLOCKS) wait_idly(words(Words::DOWN_PARTS) + 2 * blockIdx.x, epoch);
+        if (!MlpBlock().active) wait_idly(words(Words::DOWN_PARTS) + 2 * blockIdx.x, epoch);
         Layer& following = s.layers[(layer + 1) % 2];
         if (carries) ((u64*)&following)[threadIdx.x] = next;
         __syncthreads();

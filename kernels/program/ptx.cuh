@@ -90,13 +90,6 @@ __device__ __forceinline__ uint4 read_once(const u8* from) {
     return x;
 }
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-// Ask for a whole row; its bytes are a multiple of 16. Before sm_90 there is no instruction for it.
-__device__ __forceinline__ void prefetch_row(const u8* from, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 // Copies into shared memory that go on by themselves: 16 or 4 bytes, or zeros where not wanted.
 __device__ __forceinline__ void fetch_row(uint4* to, const u8* from, bool wanted, u64 policy) {
     const u32 address = (u32)__cvta_generic_to_shared(to);

@@ -170,7 +170,6 @@ inline u32 load_acquire(const u32* counter) {
 inline u64 evict_first() { return 0; }
 inline uint4 read_once(const u8* from) { return *(const uint4*)from; }
 inline void prefetch(const void*) {}
-inline void prefetch_row(const u8*, u32) {}
 inline void carry_out(const Copy& copy) {
     if (copy.from)
         memcpy(copy.to, copy.from, copy.bytes);
