@@ -1,34 +1,43 @@
-// gate, up and down without an exchange between them.
+// gate, up and down, with nothing between them but an exchange within a small team of blocks.
 //
-//     block b     columns b U .. (b + 1) U granules of gate, and the same of up, for all input channels
-//                 h = silu(gate) * up of these columns
+//     team t      columns t S U .. (t + 1) S U granules of gate, and the same of up: S = MLP_SHARE blocks
+//     rank r      of the channels, the r-th eight of every S eights: sums over these
+//     block       adds the sums of its team for its own U granules, h = silu(gate) * up
 //                 the rows of down that these h meet, all columns: partial sums of the whole output
 //
-// Every block walks the same list of kept channels, so gate's and up's load is even, and neighbouring pieces of a row
-// are read at about the same time. down's is not: blocks keep different shares of their h.
+// A block alone (S = 1) would read 64 bytes of each row in 4 bits, and memory gives such pieces at two thirds of its
+// speed. gate's and up's load is even. down's is not: blocks keep different shares of their h.
 #pragma once
 
 constexpr int H_PAIRS = MLP_GRANULES * GateUp::COLUMNS / 2;  // of a block's h
-static_assert(H_PAIRS <= THREADS, "a block has more columns of the hidden layer than threads");
+constexpr int TEAM_GRANULES = MLP_SHARE * MLP_GRANULES, MLP_PIECE = 2 * TEAM_GRANULES;
+static_assert(H_PAIRS * (MLP_SHARE > 1 ? 2 * MLP_SHARE : 1) <= THREADS, "a block has more columns than threads");
 
 // Which of the MLP_BLOCKS a block is. Those that are none of them are spread over the grid, so that no part of the GPU
-// has more than its share of the others: a GPC whose SMs all read is slower, up to 20% measured.
+// has more than its share of the others: a half of it whose SMs all read is slower, up to 20% measured.
 struct MlpBlock {
     const int index = blockIdx.x * MLP_BLOCKS / GRID;
     const bool active = (int)blockIdx.x == ceil_div(index * GRID, MLP_BLOCKS);
-    __device__ int first_group() const { return index * MLP_GRANULES / GateUp::GRANULES_OF_GROUP; }
+    const int team = index / MLP_SHARE, rank = index % MLP_SHARE;
+
+    __device__ int first_group() const { return team * TEAM_GRANULES / GateUp::GRANULES_OF_GROUP; }
+    __device__ int channel(int i) const { return (i / 8 * MLP_SHARE + rank) * 8 + i % 8; }
+    __device__ static int pair(int i) { return threadIdx.x + i * THREADS; }  // of its channels, that this thread lists
+    __device__ bool has(int i) const { return 2 * pair(i) < MLP_CHANNELS && channel(2 * pair(i)) < HIDDEN; }
 };
 
-// Ask for the scales and zeros of all channels in this block's groups, while memory has nothing else to do.
+// Ask for the scales and zeros of this block's channels in its team's groups, while memory has nothing else to do.
 __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
     const MlpBlock mlp;
     if (!SCALED || GateUp::BITS == 16 || !mlp.active) return;
-    constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = HIDDEN / 4;
+    constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = MLP_CHANNELS / 4;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * MLP_GROUPS * CHUNKS; i += THREADS) {
         const int group = i / CHUNKS, in_half = mlp.first_group() + group % MLP_GROUPS;
-        const bool wanted = in_half < ALL;
-        const u32* const from = m.meta + (u64)(wanted ? in_half + (group < MLP_GROUPS ? 0 : ALL) : 0) * HIDDEN;
-        fetch_row((uint4*)s.mlp_panel[group] + i % CHUNKS, (const u8*)(from + i % CHUNKS * 4), wanted, evict_first());
+        const int channel = mlp.channel(i % CHUNKS * 4);
+        const bool wanted = in_half < ALL && channel < HIDDEN;
+        const u32* const from = m.meta + (u64)(in_half + (group < MLP_GROUPS ? 0 : ALL)) * HIDDEN + channel;
+        fetch_row((uint4*)s.mlp_panel[group] + i % CHUNKS, (const u8*)(wanted ? from : m.meta), wanted, evict_first());
     }
     close_fetches();
 }
@@ -46,12 +55,31 @@ __device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
 
 __device__ __forceinline__ u32* mlp_words(Shared& s) { return SCALED ? s.mlp_panel[0] : s.mlp_words[0]; }
 
+// The norm's weights of the channels that this thread lists: asked for before what it is to norm is there.
+__device__ __forceinline__ void load_mlp_weight(u32 (&w)[MLP_PAIRS], const u16* weight) {
+    const MlpBlock mlp;
+#pragma unroll
+    for (int i = 0; i < MLP_PAIRS; i++) w[i] = mlp.has(i) ? *(const u32*)(weight + mlp.channel(2 * mlp.pair(i))) : 0;
+}
+
 // List the inputs that gate or up keeps: words of gate's groups, then of up's, 0 where that one does not keep it. With
 // a panel, words replace scales; so all are read first.
-__device__ __forceinline__ Listed list_inputs(const float (&y)[2 * X_PAIRS], const Limits& limits, Shared& s) {
+__device__ __forceinline__ Listed list_inputs(const u32 (&weight)[MLP_PAIRS], float scale, const Limits& limits,
+                                              Shared& s) {
     constexpr bool HAS_SCALES = SCALED && GateUp::BITS < 16;
-    constexpr int COUNT = 2 * X_PAIRS, GROUPS = 2 * MLP_GROUPS;
-    const u32 keep = residual::kept(y, fminf(limits.gate_up[0], limits.gate_up[1]));
+    constexpr int COUNT = 2 * MLP_PAIRS, GROUPS = 2 * MLP_GROUPS;
+    const MlpBlock mlp;
+    const float lower = fminf(limits.gate_up[0], limits.gate_up[1]);
+    float y[COUNT];
+    u32 keep = 0;
+#pragma unroll
+    for (int i = 0; i < MLP_PAIRS; i++) {
+        if (!mlp.has(i)) continue;
+        const float2 x = *(const float2*)(s.x + mlp.channel(2 * mlp.pair(i)));
+        y[2 * i] = residual::normed(x.x, scale, low_of(weight[i]));
+        y[2 * i + 1] = residual::normed(x.y, scale, high_of(weight[i]));
+        keep |= (is_kept(y[2 * i], lower) ? 1u << 2 * i : 0u) | (is_kept(y[2 * i + 1], lower) ? 2u << 2 * i : 0u);
+    }
     int at;
     const Listed listed = enumerate<GateUp::BITS == 4>(at, y, keep, s);
     u32 metas[GROUPS][HAS_SCALES ? COUNT : 1];
@@ -59,10 +87,10 @@ __device__ __forceinline__ Listed list_inputs(const float (&y)[2 * X_PAIRS], con
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
 #pragma unroll
-            for (int i = 0; i < COUNT; i += 2) {
-                if (!residual::has(i / 2)) continue;
-                const uint2 two = ((const uint2*)s.mlp_panel[group])[residual::pair(i / 2)];
-                metas[group][i] = two.x, metas[group][i + 1] = two.y;
+            for (int i = 0; i < MLP_PAIRS; i++) {
+                if (!mlp.has(i)) continue;
+                const uint2 two = ((const uint2*)s.mlp_panel[group])[mlp.pair(i)];
+                metas[group][2 * i] = two.x, metas[group][2 * i + 1] = two.y;
             }
         }
         __syncthreads();
@@ -71,18 +99,18 @@ __device__ __forceinline__ Listed list_inputs(const float (&y)[2 * X_PAIRS], con
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         if (!(keep >> i & 1)) continue;
-        s.list_rows[at] = (u16)residual::channel(i);
+        s.list_rows[at] = (u16)mlp.channel(2 * mlp.pair(i / 2) + i % 2);
         const float value = y[i] * listed.enlarged;
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             const u32 word = HAS_SCALES ? GateUp::word(value, metas[group][i * HAS_SCALES]) : __float_as_uint(value);
-            words[group * X_CHANNELS + at] = is_kept(y[i], limits.gate_up[group >= MLP_GROUPS]) ? word : 0;
+            words[group * MLP_CHANNELS + at] = is_kept(y[i], limits.gate_up[group >= MLP_GROUPS]) ? word : 0;
         }
         at++;
     }
     if (const int rest = listed.count + threadIdx.x; rest < fours(listed.count)) {
         s.list_rows[rest] = 0;
-        for (int group = 0; group < GROUPS; group++) words[group * X_CHANNELS + rest] = 0;
+        for (int group = 0; group < GROUPS; group++) words[group * MLP_CHANNELS + rest] = 0;
     }
     __syncthreads();
     return listed;
@@ -90,40 +118,78 @@ __device__ __forceinline__ Listed list_inputs(const float (&y)[2 * X_PAIRS], con
 
 // Sums of gate and up over the list into s.slots; returns what they have to be multiplied with.
 __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, Shared& s) {
-    constexpr int PIECE = 2 * MLP_GRANULES, HALF = GateUp::GRANULES / 2;
+    constexpr int HALF = GateUp::GRANULES / 2;
     const MlpBlock mlp;
-    Place<GateUp, PIECE> place;
-    const bool is_up = place.granule >= MLP_GRANULES;
-    const int column = mlp.index * MLP_GRANULES + place.granule % MLP_GRANULES;
+    Place<GateUp, MLP_PIECE> place;
+    const bool is_up = place.granule >= TEAM_GRANULES;
+    const int column = mlp.team * TEAM_GRANULES + place.granule % TEAM_GRANULES;
     const int granule = column + (is_up ? HALF : 0);
     place.active &= column < HALF;
     const bool has_scales = SCALED && GateUp::BITS < 16;
     const int in_panel = has_scales ? column / GateUp::GRANULES_OF_GROUP - mlp.first_group() : 0;
     Sums<GateUp::BITS> sums;
-    const List list{s.list_rows, mlp_words(s) + (in_panel + (is_up ? MLP_GROUPS : 0)) * X_CHANNELS, listed.count};
+    const List list{s.list_rows, mlp_words(s) + (in_panel + (is_up ? MLP_GROUPS : 0)) * MLP_CHANNELS, listed.count};
     const u32* const meta = m.meta + (u64)(granule / GateUp::GRANULES_OF_GROUP) * HIDDEN;
-    gather<GateUp, PIECE, true, SCALED, 1>(sums, m.values + granule * 16, meta, place, list, s.ring, s.ring_words[0][0]);
+    const u8* const weights = m.values + granule * 16;
+    gather<GateUp, MLP_PIECE, true, SCALED, 1>(sums, weights, meta, place, list, s.ring, s.ring_words[0][0]);
     __syncthreads();
-    lay_out<GateUp, PIECE>(sums, place, s.slots);
+    lay_out<GateUp, MLP_PIECE>(sums, place, s.slots);
     __syncthreads();
     return (float)m.unscale / listed.enlarged;
 }
 
-// List this block's h where it reaches down's threshold. Several lanes to a pair of columns add the slots.
-__device__ __forceinline__ Listed list_hidden(float unscale, float threshold, Shared& s) {
-    constexpr int PIECE = 2 * MLP_GRANULES, LANES_OF_PAIR = power_of_two(min_of(THREADS / H_PAIRS, 16));
+// Sums that the blocks of a team owe each other, and themselves: words [block][rank of the sender][gate, up][2 H_PAIRS].
+__device__ __forceinline__ u64* team_words(u64* words, int block, int rank) {
+    return words + (i64)(block * MLP_SHARE + rank) * 4 * H_PAIRS;
+}
+
+__device__ __forceinline__ void send_to_team(float unscale, u64* words, u32 epoch, const Shared& s) {
+    const MlpBlock mlp;
+    for (int pair = threadIdx.x; pair < MLP_PIECE * GateUp::COLUMNS / 2; pair += THREADS) {
+        const int granule = 2 * pair / GateUp::COLUMNS, in_team = granule % TEAM_GRANULES;
+        if (mlp.team * TEAM_GRANULES + in_team >= GateUp::GRANULES / 2) continue;
+        const float2 sum = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair, unscale);
+        const int own = (granule / TEAM_GRANULES * MLP_GRANULES + in_team % MLP_GRANULES) * GateUp::COLUMNS;
+        u64* const to = team_words(words, mlp.team * MLP_SHARE + in_team / MLP_GRANULES, mlp.rank);
+        send(to + own + 2 * pair % GateUp::COLUMNS, sum.x, sum.y, epoch);
+    }
+}
+
+// List this block's h where it reaches down's threshold. Several lanes to a pair of columns add the slots, or the
+// team's sums, in an order of their own.
+__device__ __forceinline__ Listed list_hidden(float unscale, float threshold, const u64* words, u32 epoch, Shared& s) {
+    constexpr int SLOT_LANES = power_of_two(min_of(THREADS / H_PAIRS, 16));
+    constexpr int LANES_OF_PAIR = MLP_SHARE > 1 ? 2 * MLP_SHARE : SLOT_LANES;
+    const MlpBlock mlp;
     const int pair = threadIdx.x / LANES_OF_PAIR, part = threadIdx.x % LANES_OF_PAIR;
-    const int at = MlpBlock().index * MLP_GRANULES + 2 * pair / GateUp::COLUMNS;
+    const int at = mlp.index * MLP_GRANULES + 2 * pair / GateUp::COLUMNS;
     const bool live = pair < H_PAIRS && at < GateUp::GRANULES / 2;
     float2 gate = make_float2(0.0f, 0.0f), up = gate;
-    if (live) {
-        gate = sum_of_slots<GateUp, PIECE>(s.slots, pair, unscale, part, LANES_OF_PAIR);
-        up = sum_of_slots<GateUp, PIECE>(s.slots, pair + H_PAIRS, unscale, part, LANES_OF_PAIR);
-    }
+    if constexpr (MLP_SHARE > 1) {  // of which the first half of the lanes has gate's, the second up's
+        float2 sum[1];
+        const int rank = part % MLP_SHARE, half = part / MLP_SHARE;
+        receive(
+            sum, epoch, [&](int) { return team_words((u64*)words, mlp.index, rank) + 2 * (half * H_PAIRS + pair); },
+            [&](int) { return live; });
 #pragma unroll
-    for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1) {
-        gate.x += __shfl_xor_sync(ALL_LANES, gate.x, distance), gate.y += __shfl_xor_sync(ALL_LANES, gate.y, distance);
-        up.x += __shfl_xor_sync(ALL_LANES, up.x, distance), up.y += __shfl_xor_sync(ALL_LANES, up.y, distance);
+        for (int distance = MLP_SHARE / 2; distance; distance >>= 1) {
+            sum[0].x += __shfl_xor_sync(ALL_LANES, sum[0].x, distance);
+            sum[0].y += __shfl_xor_sync(ALL_LANES, sum[0].y, distance);
+        }
+        gate = sum[0];
+        up = make_float2(__shfl_xor_sync(ALL_LANES, sum[0].x, MLP_SHARE), __shfl_xor_sync(ALL_LANES, sum[0].y, MLP_SHARE));
+    } else {
+        if (live) {
+            gate = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair, unscale, part, LANES_OF_PAIR);
+            up = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair + H_PAIRS, unscale, part, LANES_OF_PAIR);
+        }
+#pragma unroll
+        for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1) {
+            gate.x += __shfl_xor_sync(ALL_LANES, gate.x, distance);
+            gate.y += __shfl_xor_sync(ALL_LANES, gate.y, distance);
+            up.x += __shfl_xor_sync(ALL_LANES, up.x, distance);
+            up.y += __shfl_xor_sync(ALL_LANES, up.y, distance);
+        }
     }
     const float a = rounded(gate.x), b = rounded(gate.y);
     const float h[2] = {rounded(a / (1.0f + __expf(-a)) * rounded(up.x)),

@@ -31,6 +31,7 @@ MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
 # be added and whose lists are of more even length. o has enough splits that a block makes its list in one pass: every
 # pass reads what attention sent anew, 1.5 us.
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
+MLP_PIECE_BYTES = 192  # of gate, and as many of up; 64, 112 and 224 were read at 2.0, 2.4 and 3.0 TB/s on an H100
 LANES_OF_PAIR = 8  # of attention.cuh's list_attended
 
 
@@ -194,9 +195,9 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES)
     one_pass = math.ceil(c.q_size / 2 / (threads // LANES_OF_PAIR))
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
-    half = gate_up.granules // 2
-    mlp_granules = math.ceil(half / grid)
-    widest = max(2 * mlp_granules, qkv_piece, o_piece)
+    mlp_granules, share = _mlp(gate_up, grid, threads)
+    mlp_blocks = share * math.ceil(gate_up.granules // 2 / (share * mlp_granules))
+    widest = max(2 * mlp_granules * share, qkv_piece, o_piece)
     head = model.head
     if widest > gate_up.teams(threads) or mlp_granules * gate_up.columns // 2 > threads:
         return None
@@ -211,10 +212,25 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
         "O_PIECE": o_piece,
         "O_SPLITS": o_splits,
         "MLP_GRANULES": mlp_granules,
-        "MLP_BLOCKS": math.ceil(half / mlp_granules),
+        "MLP_SHARE": share,
+        "MLP_BLOCKS": mlp_blocks,
         "GROUP_HEADS": min(GROUP_HEADS, model.heads_of_key),
         "ATTENTION_SPLITS": min(grid // _units(model), MAX_ATTENTION_SPLITS),
     }
+
+
+def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int]:
+    """(granules of gate that a block ends up with, blocks of a team that shares their columns), as MLP_PIECE_BYTES says."""
+    half = gate_up.granules // 2
+    granules, share = math.ceil(half / grid), 1
+    for wider in (2, 4):
+        if 16 * granules * share >= MLP_PIECE_BYTES or grid < wider:
+            break
+        fewer = math.ceil(half / (grid // wider * wider))
+        if wider * fewer * gate_up.columns > threads or 2 * wider * fewer > gate_up.teams(threads):
+            break
+        granules, share = fewer, wider
+    return granules, share
 
 
 def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, scaled: bool) -> int:
@@ -222,18 +238,19 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     c, (qkv, o, gate_up, down) = model.config, model.products
     splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
     of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
+    of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])
     of_h, of_x = 4 * math.ceil(sizes["MLP_GRANULES"] * gate_up.columns / 4) + 4, 4 * math.ceil(c.hidden_size / 4)
     groups = [
         _groups(product, granules) if scaled else 1
         for product, granules in (
-            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["MLP_GRANULES"]), (down, down.granules),
+            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["MLP_SHARE"] * sizes["MLP_GRANULES"]), (down, down.granules),
         )
     ]  # fmt: skip
     small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
     by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
-    panels = 4 * (2 * groups[2] * of_x + small) if scaled else 32
+    panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 32
     ring = max(64 * stages * threads, 64 * threads, threads // 8 * c.head_dim)
-    lists = 4 * max(small, of_x) + 2 * max(of_qkv, of_o, of_h, of_x) + (16 if scaled else 8 * of_x)
+    lists = 4 * max(small, of_x) + 2 * max(of_qkv, of_o, of_h, of_x) + (16 if scaled else 8 * of_mlp)
     lists += 6 * max(of_qkv, of_o, of_h) + 4 * c.hidden_size
     heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
     return ring + max(by_ring, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536
@@ -253,7 +270,8 @@ def _words(model: Model, sizes: dict[str, int]) -> int:
     """Size of the workspace: program.cu's Words."""
     c, qkv = model.config, model.products[0]
     of_products = (sizes["QKV_SPLITS"] + 1) * qkv.N + (sizes["O_SPLITS"] + sizes["MLP_BLOCKS"] + 2) * c.hidden_size
-    return of_products + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
+    teams = sizes["MLP_BLOCKS"] * 2 * sizes["MLP_SHARE"] * sizes["MLP_GRANULES"] * model.products[2].columns
+    return of_products + teams + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
 
 
 def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, words: int) -> str:

@@ -33,7 +33,9 @@ struct Words {  // offsets of the exchanged vectors in the workspace, in words
     static constexpr i64 QKV_PARTS = 0, QKV = QKV_PARTS + (i64)QKV_SPLITS * Qkv::N, ATTENDED = QKV + Qkv::N;
     static constexpr i64 O_PARTS = ATTENDED + (i64)HEADS * ATTENTION_SPLITS * SLOT;
     static constexpr i64 O = O_PARTS + (i64)O_SPLITS * HIDDEN, DOWN_PARTS = O + HIDDEN;
-    static constexpr i64 DOWN = DOWN_PARTS + (i64)MLP_BLOCKS * HIDDEN, FOUND = DOWN + HIDDEN, END = FOUND + 2 * GRID;
+    static constexpr i64 DOWN = DOWN_PARTS + (i64)MLP_BLOCKS * HIDDEN, FOUND = DOWN + HIDDEN, TEAMS = FOUND + 2 * GRID;
+    static constexpr i64 OWED = MLP_SHARE > 1 ? 2 * MLP_SHARE * MLP_GRANULES * GateUp::COLUMNS : 0;  // to a block
+    static constexpr i64 END = TEAMS + OWED * MLP_BLOCKS;
 };
 static_assert(Words::END <= WORKSPACE_WORDS, "plan.py and program.cu disagree about the workspace");
 
@@ -167,16 +169,15 @@ struct Step {
         squares = residual::add(words(to), epoch, s);
     }
 
-    __device__ void feed_forward(const Layer& l, const u32 (&weight)[X_PAIRS]) {
+    __device__ void feed_forward(const Layer& l, const u32 (&weight)[MLP_PAIRS]) {
         if (!MlpBlock().active) return;
-        float y[2 * X_PAIRS];
-        residual::normed_pairs(y, weight, residual::norm_scale(squares, s), s);
         const Limits& limits = s.limits[layer];
-        const Listed inputs = list_inputs(y, limits, s);
+        const Listed inputs = list_inputs(weight, residual::norm_scale(squares, s), limits, s);
         stamp(9);
         const float unscale = gate_and_up(l.gate_up, inputs, s);
+        if (MLP_SHARE > 1) send_to_team(unscale, words(Words::TEAMS), epoch, s);
         stamp(10);
-        const Listed hidden = list_hidden(unscale, limits.down, s);
+        const Listed hidden = list_hidden(unscale, limits.down, words(Words::TEAMS), epoch, s);
         ::down(l.down, hidden, words(Words::DOWN_PARTS), epoch, s);
     }
 
@@ -199,8 +200,8 @@ struct Step {
         send_o(l);
         fetch_down_panel(l.down, s);
         stamp(7);
-        u32 ffn_weight[X_PAIRS];
-        residual::load_weight(ffn_weight, l.ffn_norm);
+        u32 ffn_weight[MLP_PAIRS];
+        load_mlp_weight(ffn_weight, l.ffn_norm);
         reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
         stamp(8);
         feed_forward(l, ffn_weight);

@@ -26,7 +26,9 @@ constexpr int groups_of(int granules) {
 }
 constexpr int QKV_CHANNELS = fours(ceil_div(HIDDEN / 2, QKV_SPLITS) * 2), QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
 constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), O_GROUPS = groups_of<O>(O_PIECE);
-constexpr int X_CHANNELS = fours(HIDDEN), MLP_GROUPS = groups_of<GateUp>(MLP_GRANULES);  // of gate; of up as many
+constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8, MLP_PAIRS = ceil_div(MLP_CHANNELS / 2, THREADS);
+constexpr int MLP_GROUPS = groups_of<GateUp>(MLP_SHARE * MLP_GRANULES);  // of gate; of up as many
+constexpr int X_CHANNELS = fours(HIDDEN);
 constexpr int H_CHANNELS = fours(MLP_GRANULES * GateUp::COLUMNS) + 4;  // off the same banks
 constexpr int DOWN_GROUPS = groups_of<Down>(Down::GRANULES);
 constexpr int LIST = max_of(max_of(X_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS));
@@ -43,11 +45,11 @@ struct Shared {
     union {
         u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
         struct {  // scales and zeros: of all channels, where the list's words replace them; of a small product's
-            alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? X_CHANNELS : 4];
+            alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? MLP_CHANNELS : 4];
             u32 panel[SCALED ? PANEL_WORDS : 4];
         };
     };
-    alignas(16) u32 mlp_words[SCALED ? 1 : 2][SCALED ? 4 : X_CHANNELS];
+    alignas(16) u32 mlp_words[SCALED ? 1 : 2][SCALED ? 4 : MLP_CHANNELS];
     alignas(16) u32 list_words[max_of(PANEL_WORDS, X_CHANNELS)];
     float list_values[SMALL_LIST];  // of a small product, until they are words; and where in the panel their scales are
     u16 list_places[SMALL_LIST];
