@@ -1,16 +1,16 @@
 // gate, up and down, with nothing between them but an exchange within a small team of blocks.
 //
-//     team t      columns t S U .. (t + 1) S U granules of gate, and the same of up: S = MLP_SHARE blocks
+//     team t      an equal run of gate's granules, and the same of up's: S = MLP_SHARE blocks
 //     rank r      of the channels, the r-th eight of every S eights: sums over these
-//     block       adds the sums of its team for its own U granules, h = silu(gate) * up
+//     block       adds the sums of its team for its own pairs of columns, h = silu(gate) * up
 //                 the rows of down that these h meet, all columns: partial sums of the whole output
 //
 // A block alone (S = 1) would read 64 bytes of each row in 4 bits, and memory gives such pieces at two thirds of its
 // speed. gate's and up's load is even. down's is not: blocks keep different shares of their h.
 #pragma once
 
-constexpr int H_PAIRS = MLP_GRANULES * GateUp::COLUMNS / 2;  // of a block's h
-constexpr int TEAM_GRANULES = MLP_SHARE * MLP_GRANULES, MLP_PIECE = 2 * TEAM_GRANULES;
+constexpr int HALF = GateUp::GRANULES / 2, MLP_BLOCKS = MLP_TEAMS * MLP_SHARE;
+constexpr int MLP_PIECE = 2 * TEAM_GRANULES, COLUMN_PAIRS = GateUp::COLUMNS / 2;  // of a granule
 static_assert(H_PAIRS * (MLP_SHARE > 1 ? 2 * MLP_SHARE : 1) <= THREADS, "a block has more columns than threads");
 
 // Which of the MLP_BLOCKS a block is. Those that are none of them are spread over the grid, so that no part of the GPU
@@ -19,11 +19,19 @@ struct MlpBlock {
     const int index = blockIdx.x * MLP_BLOCKS / GRID;
     const bool active = (int)blockIdx.x == ceil_div(index * GRID, MLP_BLOCKS);
     const int team = index / MLP_SHARE, rank = index % MLP_SHARE;
+    const int first = team * HALF / MLP_TEAMS, granules = (team + 1) * HALF / MLP_TEAMS - first;  // of the team
+    const int pairs = granules * COLUMN_PAIRS;
+    const int own = rank * pairs / MLP_SHARE, owns = (rank + 1) * pairs / MLP_SHARE - own;  // of the team's pairs
 
-    __device__ int first_group() const { return team * TEAM_GRANULES / GateUp::GRANULES_OF_GROUP; }
+    __device__ int first_group() const { return first / GateUp::GRANULES_OF_GROUP; }
     __device__ int channel(int i) const { return (i / 8 * MLP_SHARE + rank) * 8 + i % 8; }
     __device__ static int pair(int i) { return threadIdx.x + i * THREADS; }  // of its channels, that this thread lists
     __device__ bool has(int i) const { return 2 * pair(i) < MLP_CHANNELS && channel(2 * pair(i)) < HIDDEN; }
+    // The first column of gate, so row of down, of this block's pair of columns.
+    __device__ int column(int pair) const {
+        const int of_team = own + pair;
+        return GateUp::column(first + of_team / COLUMN_PAIRS, of_team % COLUMN_PAIRS * 2);
+    }
 };
 
 // Ask for the scales and zeros of this block's channels in its team's groups, while memory has nothing else to do.
@@ -46,10 +54,7 @@ __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
 __device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
     const MlpBlock mlp;
     if (!mlp.active) return;
-    auto channel = [&](int i) {
-        const int at = mlp.index * MLP_GRANULES + i / GateUp::COLUMNS;
-        return GateUp::column(at, i % GateUp::COLUMNS);
-    };
+    auto channel = [&](int i) { return i / 2 < mlp.owns ? mlp.column(i / 2) + i % 2 : Down::K; };
     fetch_panel<Down, DOWN_GROUPS, H_CHANNELS>(m, 0, channel, s);
 }
 
@@ -118,13 +123,12 @@ __device__ __forceinline__ Listed list_inputs(const u32 (&weight)[MLP_PAIRS], fl
 
 // Sums of gate and up over the list into s.slots; returns what they have to be multiplied with.
 __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, Shared& s) {
-    constexpr int HALF = GateUp::GRANULES / 2;
     const MlpBlock mlp;
     Place<GateUp, MLP_PIECE> place;
     const bool is_up = place.granule >= TEAM_GRANULES;
-    const int column = mlp.team * TEAM_GRANULES + place.granule % TEAM_GRANULES;
+    const int in_team = place.granule % TEAM_GRANULES, column = mlp.first + in_team;
     const int granule = column + (is_up ? HALF : 0);
-    place.active &= column < HALF;
+    place.active &= in_team < mlp.granules;
     const bool has_scales = SCALED && GateUp::BITS < 16;
     const int in_panel = has_scales ? column / GateUp::GRANULES_OF_GROUP - mlp.first_group() : 0;
     Sums<GateUp::BITS> sums;
@@ -145,13 +149,14 @@ __device__ __forceinline__ u64* team_words(u64* words, int block, int rank) {
 
 __device__ __forceinline__ void send_to_team(float unscale, u64* words, u32 epoch, const Shared& s) {
     const MlpBlock mlp;
-    for (int pair = threadIdx.x; pair < MLP_PIECE * GateUp::COLUMNS / 2; pair += THREADS) {
-        const int granule = 2 * pair / GateUp::COLUMNS, in_team = granule % TEAM_GRANULES;
-        if (mlp.team * TEAM_GRANULES + in_team >= GateUp::GRANULES / 2) continue;
+    for (int pair = threadIdx.x; pair < MLP_PIECE * COLUMN_PAIRS; pair += THREADS) {
+        const int half = pair / (TEAM_GRANULES * COLUMN_PAIRS), of_team = pair % (TEAM_GRANULES * COLUMN_PAIRS);
+        if (of_team >= mlp.pairs) continue;
         const float2 sum = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair, unscale);
-        const int own = (granule / TEAM_GRANULES * MLP_GRANULES + in_team % MLP_GRANULES) * GateUp::COLUMNS;
-        u64* const to = team_words(words, mlp.team * MLP_SHARE + in_team / MLP_GRANULES, mlp.rank);
-        send(to + own + 2 * pair % GateUp::COLUMNS, sum.x, sum.y, epoch);
+        const int owner = ((of_team + 1) * MLP_SHARE - 1) / mlp.pairs;
+        const int own = of_team - owner * mlp.pairs / MLP_SHARE;
+        u64* const to = team_words(words, mlp.team * MLP_SHARE + owner, mlp.rank);
+        send(to + 2 * (half * H_PAIRS + own), sum.x, sum.y, epoch);
     }
 }
 
@@ -162,8 +167,7 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, co
     constexpr int LANES_OF_PAIR = MLP_SHARE > 1 ? 2 * MLP_SHARE : SLOT_LANES;
     const MlpBlock mlp;
     const int pair = threadIdx.x / LANES_OF_PAIR, part = threadIdx.x % LANES_OF_PAIR;
-    const int at = mlp.index * MLP_GRANULES + 2 * pair / GateUp::COLUMNS;
-    const bool live = pair < H_PAIRS && at < GateUp::GRANULES / 2;
+    const bool live = pair < mlp.owns;
     float2 gate = make_float2(0.0f, 0.0f), up = gate;
     if constexpr (MLP_SHARE > 1) {  // of which the first half of the lanes has gate's, the second up's
         float2 sum[1];
@@ -194,7 +198,7 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, co
     const float a = rounded(gate.x), b = rounded(gate.y);
     const float h[2] = {rounded(a / (1.0f + __expf(-a)) * rounded(up.x)),
                         rounded(b / (1.0f + __expf(-b)) * rounded(up.y))};
-    const int column = GateUp::column(at, 2 * pair % GateUp::COLUMNS);
+    const int column = mlp.column(live ? pair : 0);
     const u32 keep =
         live && part == 0 ? (is_kept(h[0], threshold) ? 1u : 0u) | (is_kept(h[1], threshold) ? 2u : 0u) : 0u;
     auto row = [&](int i) { return column + i; };

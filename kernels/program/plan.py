@@ -4,7 +4,7 @@ A table of four products, each [K, N] of a format, is all that the kernel knows 
 
     q,k,v       pieces of columns x splits of channels      no piece has columns of two of them
     o           pieces of columns x splits of channels
-    gate,up     mlp_blocks of mlp_granules each, all channels
+    gate,up     mlp_teams runs of columns x mlp_share splits of channels, which a team adds
     down        the rows of each of these blocks
 
 A granule is 16 bytes of a row (formats.cuh).
@@ -31,7 +31,7 @@ MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
 # be added and whose lists are of more even length. o has enough splits that a block makes its list in one pass: every
 # pass reads what attention sent anew, 1.5 us.
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
-MLP_PIECE_BYTES = 192  # of gate, and as many of up; 64, 112 and 224 were read at 2.0, 2.4 and 3.0 TB/s on an H100
+MLP_PIECE_BYTES = 400  # of gate, and as many of up: 448 were 3% faster than 224 and 224 10% faster than 112 (H100)
 LANES_OF_PAIR = 8  # of attention.cuh's list_attended
 
 
@@ -195,11 +195,9 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES)
     one_pass = math.ceil(c.q_size / 2 / (threads // LANES_OF_PAIR))
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
-    mlp_granules, share = _mlp(gate_up, grid, threads)
-    mlp_blocks = share * math.ceil(gate_up.granules // 2 / (share * mlp_granules))
-    widest = max(2 * mlp_granules * share, qkv_piece, o_piece)
+    teams, share = _mlp(gate_up, grid, threads)
     head = model.head
-    if widest > gate_up.teams(threads) or mlp_granules * gate_up.columns // 2 > threads:
+    if not teams or qkv_piece > qkv.teams(threads) or o_piece > o.teams(threads):
         return None
     if head is not None and math.ceil(head.granules / grid) > head.teams(threads):
         return None
@@ -211,26 +209,28 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
         "QKV_SPLITS": qkv_splits,
         "O_PIECE": o_piece,
         "O_SPLITS": o_splits,
-        "MLP_GRANULES": mlp_granules,
+        "MLP_TEAMS": teams,
         "MLP_SHARE": share,
-        "MLP_BLOCKS": mlp_blocks,
         "GROUP_HEADS": min(GROUP_HEADS, model.heads_of_key),
         "ATTENTION_SPLITS": min(grid // _units(model), MAX_ATTENTION_SPLITS),
     }
 
 
 def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int]:
-    """(granules of gate that a block ends up with, blocks of a team that shares their columns), as MLP_PIECE_BYTES says."""
-    half = gate_up.granules // 2
-    granules, share = math.ceil(half / grid), 1
-    for wider in (2, 4):
-        if 16 * granules * share >= MLP_PIECE_BYTES or grid < wider:
+    """(teams, blocks of each) of gate and up, whose pieces are as MLP_PIECE_BYTES says; (0, 1) if no cut fits."""
+    half, found = gate_up.granules // 2, (0, 1)
+    for share in (1, 2, 4):
+        teams = min(grid // share, half)
+        if not teams:
             break
-        fewer = math.ceil(half / (grid // wider * wider))
-        if wider * fewer * gate_up.columns > threads or 2 * wider * fewer > gate_up.teams(threads):
+        granules = math.ceil(half / teams)
+        pairs = math.ceil(granules * gate_up.columns / 2 / share)
+        if 2 * granules > gate_up.teams(threads) or pairs * (2 * share if share > 1 else 1) > threads:
+            continue
+        found = teams, share
+        if 16 * granules >= MLP_PIECE_BYTES:
             break
-        granules, share = fewer, wider
-    return granules, share
+    return found
 
 
 def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, scaled: bool) -> int:
@@ -239,11 +239,13 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
     of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
     of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])
-    of_h, of_x = 4 * math.ceil(sizes["MLP_GRANULES"] * gate_up.columns / 4) + 4, 4 * math.ceil(c.hidden_size / 4)
+    half, teams = gate_up.granules // 2, sizes["MLP_TEAMS"]
+    of_h, of_x = 4 * math.ceil(_own_pairs(gate_up, sizes) / 2) + 4, 4 * math.ceil(c.hidden_size / 4)
     groups = [
-        _groups(product, granules) if scaled else 1
-        for product, granules in (
-            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["MLP_SHARE"] * sizes["MLP_GRANULES"]), (down, down.granules),
+        _groups(product, granules, multiples) if scaled else 1
+        for product, granules, multiples in (
+            (qkv, sizes["QKV_PIECE"], True), (o, sizes["O_PIECE"], True),
+            (gate_up, math.ceil(half / teams), half % teams == 0), (down, down.granules, True),
         )
     ]  # fmt: skip
     small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
@@ -256,21 +258,28 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     return ring + max(by_ring, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536
 
 
-def _groups(product: Format, granules: int) -> int:
-    """How many groups so many neighbouring granules touch, which begin at a multiple of their number."""
+def _own_pairs(gate_up: Format, sizes: dict[str, int]) -> int:
+    """Pairs of columns that a block has of the hidden layer, at most."""
+    granules = math.ceil(gate_up.granules // 2 / sizes["MLP_TEAMS"])
+    return math.ceil(granules * gate_up.columns / 2 / sizes["MLP_SHARE"])
+
+
+def _groups(product: Format, granules: int, multiples: bool) -> int:
+    """How many groups so many neighbouring granules touch; multiples: that begin at a multiple of their number."""
     of_group = product.group // product.columns
     if product.bits == 16:
         return 1
-    if granules % of_group == 0:
+    if multiples and granules % of_group == 0:
         return granules // of_group
-    return 1 if of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
+    return 1 if multiples and of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
 
 
 def _words(model: Model, sizes: dict[str, int]) -> int:
     """Size of the workspace: program.cu's Words."""
-    c, qkv = model.config, model.products[0]
-    of_products = (sizes["QKV_SPLITS"] + 1) * qkv.N + (sizes["O_SPLITS"] + sizes["MLP_BLOCKS"] + 2) * c.hidden_size
-    teams = sizes["MLP_BLOCKS"] * 2 * sizes["MLP_SHARE"] * sizes["MLP_GRANULES"] * model.products[2].columns
+    c, (qkv, _, gate_up, _) = model.config, model.products
+    blocks = sizes["MLP_TEAMS"] * sizes["MLP_SHARE"]
+    of_products = (sizes["QKV_SPLITS"] + 1) * qkv.N + (sizes["O_SPLITS"] + blocks + 2) * c.hidden_size
+    teams = 4 * blocks * sizes["MLP_SHARE"] * _own_pairs(gate_up, sizes)
     return of_products + teams + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
 
 

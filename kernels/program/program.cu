@@ -9,10 +9,10 @@
 //     attention    (key/value head, split of positions)       unnormalised sums > the splits of o
 //     o            (piece of columns, split of channels)      partial sums > reducers > x of all blocks
 //     norm, list   all of x                                   -
-//     gate, up     U granules of each, all channels           stays in the block
+//     gate, up     (run of columns, share of channels)        sums > the blocks of a team
 //     down         the rows of its own hidden columns         partial sums > reducers > x of all blocks
 //
-// Seven trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
+// Eight trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
 // weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 12 MB of words from L2.
 //
 // The generated config (plan.py) says the model's shapes and how each product is cut; nothing here names a family.
@@ -34,7 +34,7 @@ struct Words {  // offsets of the exchanged vectors in the workspace, in words
     static constexpr i64 O_PARTS = ATTENDED + (i64)HEADS * ATTENTION_SPLITS * SLOT;
     static constexpr i64 O = O_PARTS + (i64)O_SPLITS * HIDDEN, DOWN_PARTS = O + HIDDEN;
     static constexpr i64 DOWN = DOWN_PARTS + (i64)MLP_BLOCKS * HIDDEN, FOUND = DOWN + HIDDEN, TEAMS = FOUND + 2 * GRID;
-    static constexpr i64 OWED = MLP_SHARE > 1 ? 2 * MLP_SHARE * MLP_GRANULES * GateUp::COLUMNS : 0;  // to a block
+    static constexpr i64 OWED = MLP_SHARE > 1 ? 4 * MLP_SHARE * H_PAIRS : 0;  // to a block by its team
     static constexpr i64 END = TEAMS + OWED * MLP_BLOCKS;
 };
 static_assert(Words::END <= WORKSPACE_WORDS, "plan.py and program.cu disagree about the workspace");
