@@ -63,7 +63,8 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, c
             }
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                fetch_row(my_rows + turn + r * THREADS, weights + (u64)rows[r] * W::ROW_BYTES, wanted[r], policy);
+                const u8* const from = weights + (u64)rows[r] * W::ROW_BYTES;
+                fetch_row<W::BITS == 4>(my_rows + turn + r * THREADS, from, wanted[r], policy);  // 3% faster for 4 only
                 if (FETCHES_META)
                     fetch_word(my_meta + turn + r * THREADS, meta + (u64)rows[r] * META_STRIDE, wanted[r]);
             }

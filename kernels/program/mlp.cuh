@@ -19,7 +19,7 @@ struct MlpBlock {
     const int index = blockIdx.x * MLP_BLOCKS / GRID;
     const bool active = (int)blockIdx.x == ceil_div(index * GRID, MLP_BLOCKS);
     const int team = index / MLP_SHARE, rank = index % MLP_SHARE;
-    const int first = team * HALF / MLP_TEAMS, granules = (team + 1) * HALF / MLP_TEAMS - first;  // of the team
+    const int first = team * TEAM_GRANULES, granules = min_of(TEAM_GRANULES, HALF - first);  // of the team
     const int pairs = granules * COLUMN_PAIRS;
     const int own = rank * pairs / MLP_SHARE, owns = (rank + 1) * pairs / MLP_SHARE - own;  // of the team's pairs
 
@@ -45,7 +45,7 @@ __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
         const int channel = mlp.channel(i % CHUNKS * 4);
         const bool wanted = in_half < ALL && channel < HIDDEN;
         const u32* const from = m.meta + (u64)(in_half + (group < MLP_GROUPS ? 0 : ALL)) * HIDDEN + channel;
-        fetch_row((uint4*)s.mlp_panel[group] + i % CHUNKS, (const u8*)(wanted ? from : m.meta), wanted, evict_first());
+        fetch_row<false>((uint4*)s.mlp_panel[group] + i % CHUNKS, (const u8*)(wanted ? from : m.meta), wanted, evict_first());
     }
     close_fetches();
 }

@@ -32,6 +32,7 @@ MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
 # pass reads what attention sent anew, 1.5 us.
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
 MLP_PIECE_BYTES = 400  # of gate, and as many of up: 448 were 3% faster than 224 and 224 10% faster than 112 (H100)
+RUN_GRANULES = 4  # 64 bytes, at whose multiples a team's columns begin: off them bf16 lost 5%
 LANES_OF_PAIR = 8  # of attention.cuh's list_attended
 
 
@@ -195,7 +196,7 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES)
     one_pass = math.ceil(c.q_size / 2 / (threads // LANES_OF_PAIR))
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
-    teams, share = _mlp(gate_up, grid, threads)
+    teams, share, granules = _mlp(gate_up, grid, threads)
     head = model.head
     if not teams or qkv_piece > qkv.teams(threads) or o_piece > o.teams(threads):
         return None
@@ -211,23 +212,23 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
         "O_SPLITS": o_splits,
         "MLP_TEAMS": teams,
         "MLP_SHARE": share,
+        "TEAM_GRANULES": granules,
         "GROUP_HEADS": min(GROUP_HEADS, model.heads_of_key),
         "ATTENTION_SPLITS": min(grid // _units(model), MAX_ATTENTION_SPLITS),
     }
 
 
-def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int]:
-    """(teams, blocks of each) of gate and up, whose pieces are as MLP_PIECE_BYTES says; (0, 1) if no cut fits."""
-    half, found = gate_up.granules // 2, (0, 1)
+def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
+    """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says; no teams if none fit."""
+    half, found = gate_up.granules // 2, (0, 1, 1)
     for share in (1, 2, 4):
-        teams = min(grid // share, half)
-        if not teams:
+        if grid < share:
             break
-        granules = math.ceil(half / teams)
+        granules = RUN_GRANULES * math.ceil(half / RUN_GRANULES / (grid // share))
         pairs = math.ceil(granules * gate_up.columns / 2 / share)
         if 2 * granules > gate_up.teams(threads) or pairs * (2 * share if share > 1 else 1) > threads:
             continue
-        found = teams, share
+        found = math.ceil(half / granules), share, granules
         if 16 * granules >= MLP_PIECE_BYTES:
             break
     return found
@@ -239,13 +240,11 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
     of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
     of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])
-    half, teams = gate_up.granules // 2, sizes["MLP_TEAMS"]
     of_h, of_x = 4 * math.ceil(_own_pairs(gate_up, sizes) / 2) + 4, 4 * math.ceil(c.hidden_size / 4)
     groups = [
-        _groups(product, granules, multiples) if scaled else 1
-        for product, granules, multiples in (
-            (qkv, sizes["QKV_PIECE"], True), (o, sizes["O_PIECE"], True),
-            (gate_up, math.ceil(half / teams), half % teams == 0), (down, down.granules, True),
+        _groups(product, granules) if scaled else 1
+        for product, granules in (
+            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["TEAM_GRANULES"]), (down, down.granules),
         )
     ]  # fmt: skip
     small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
@@ -260,18 +259,17 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
 
 def _own_pairs(gate_up: Format, sizes: dict[str, int]) -> int:
     """Pairs of columns that a block has of the hidden layer, at most."""
-    granules = math.ceil(gate_up.granules // 2 / sizes["MLP_TEAMS"])
-    return math.ceil(granules * gate_up.columns / 2 / sizes["MLP_SHARE"])
+    return math.ceil(sizes["TEAM_GRANULES"] * gate_up.columns / 2 / sizes["MLP_SHARE"])
 
 
-def _groups(product: Format, granules: int, multiples: bool) -> int:
-    """How many groups so many neighbouring granules touch; multiples: that begin at a multiple of their number."""
+def _groups(product: Format, granules: int) -> int:
+    """How many groups so many neighbouring granules touch, which begin at a multiple of their number."""
     of_group = product.group // product.columns
     if product.bits == 16:
         return 1
-    if multiples and granules % of_group == 0:
+    if granules % of_group == 0:
         return granules // of_group
-    return 1 if multiples and of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
+    return 1 if of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
 
 
 def _words(model: Model, sizes: dict[str, int]) -> int:

@@ -90,11 +90,17 @@ __device__ __forceinline__ uint4 read_once(const u8* from) {
     return x;
 }
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-// Copies into shared memory that go on by themselves: 16 or 4 bytes, or zeros where not wanted.
+// Copies into shared memory that go on by themselves: 16 or 4 bytes, or zeros where not wanted. WHOLE_LINE: L2 fetches
+// the 128 bytes around at once.
+template <bool WHOLE_LINE>
 __device__ __forceinline__ void fetch_row(uint4* to, const u8* from, bool wanted, u64 policy) {
-    const u32 address = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address), "l"(from),
-                 "r"(wanted ? 16 : 0), "l"(policy));
+    const u32 address = (u32)__cvta_generic_to_shared(to), bytes = wanted ? 16 : 0;
+    if (WHOLE_LINE)
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(address),
+                     "l"(from), "r"(bytes), "l"(policy));
+    else
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address), "l"(from),
+                     "r"(bytes), "l"(policy));
 }
 __device__ __forceinline__ void fetch_word(u32* to, const u32* from, bool wanted) {
     const u32 address = (u32)__cvta_generic_to_shared(to);

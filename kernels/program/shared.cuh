@@ -18,18 +18,17 @@ constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
 // words. SCALED: the panels below have room. A list of floats, or without SCALED, has one row of words of x itself.
 constexpr int fours(int x) { return ceil_div(x, 4) * 4; }
 template <class W>
-constexpr int groups_of(int granules, bool multiples = true) {  // whether they begin at multiples of granules
+constexpr int groups_of(int granules) {  // which begin at a multiple of their number
     constexpr int OF_GROUP = W::GRANULES_OF_GROUP;
     if (W::BITS == 16 || !SCALED) return 1;
-    if (multiples && granules % OF_GROUP == 0) return granules / OF_GROUP;
-    return multiples && OF_GROUP % granules == 0 ? 1 : (granules + OF_GROUP - 2) / OF_GROUP + 1;
+    if (granules % OF_GROUP == 0) return granules / OF_GROUP;
+    return OF_GROUP % granules == 0 ? 1 : (granules + OF_GROUP - 2) / OF_GROUP + 1;
 }
 constexpr int QKV_CHANNELS = fours(ceil_div(HIDDEN / 2, QKV_SPLITS) * 2), QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
 constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), O_GROUPS = groups_of<O>(O_PIECE);
 constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8, MLP_PAIRS = ceil_div(MLP_CHANNELS / 2, THREADS);
-constexpr int TEAM_GRANULES = ceil_div(GateUp::GRANULES / 2, MLP_TEAMS);           // of gate; of up as many
 constexpr int H_PAIRS = ceil_div(TEAM_GRANULES * GateUp::COLUMNS / 2, MLP_SHARE);  // of a block's own columns
-constexpr int MLP_GROUPS = groups_of<GateUp>(TEAM_GRANULES, GateUp::GRANULES / 2 % MLP_TEAMS == 0);
+constexpr int MLP_GROUPS = groups_of<GateUp>(TEAM_GRANULES);  // of gate; of up as many
 constexpr int X_CHANNELS = fours(HIDDEN);
 constexpr int H_CHANNELS = fours(2 * H_PAIRS) + 4;  // off the same banks
 constexpr int DOWN_GROUPS = groups_of<Down>(Down::GRANULES);

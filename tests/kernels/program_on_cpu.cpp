@@ -183,6 +183,7 @@ inline void fetch(void* to, const void* from, int bytes) {
     else
         carry_out(copy);
 }
+template <bool WHOLE_LINE>
 inline void fetch_row(uint4* to, const u8* from, bool wanted, u64) { fetch(to, wanted ? from : nullptr, 16); }
 inline void fetch_word(u32* to, const u32* from, bool wanted) { fetch(to, wanted ? from : nullptr, 4); }
 inline void close_fetches() { current->closed++; }
