@@ -11,10 +11,11 @@
 // another lane, and loads of the next steps are in flight during this one's arithmetic without holding registers.
 // Weights leave L2 first: what blocks hand each other stays there.
 //
-// Integers are half the rate of floats on an H100 and 4-bit weights are unpacked by them, so what the loop does beside
-// has been moved out of it. A list's "words" are value and scale already multiplied (formats.cuh), one row of words for
-// each group of the piece; whoever makes the list has the scales of all channels in shared memory (panels, shared.cuh).
-// Only the head, whose piece has too many groups, fetches a word beside each granule.
+// Integer instructions run at half the rate of floats on an H100, and 4-bit weights are unpacked by them. So the loop
+// does little else: 180 instructions a step, where 357 took as long as memory. A list's "words" are value and scale
+// already multiplied (formats.cuh), a row of words for each group of the piece. Whoever makes the list has the scales
+// of all channels in shared memory (panels, shared.cuh). Only the head, whose piece has too many groups, fetches a word
+// beside each granule.
 #pragma once
 
 struct Ring {
@@ -41,8 +42,9 @@ struct Place {
     }
 };
 
-// weights: row 0 of this thread's granule. MIXED: of the list's rows some are not wanted. meta: unless HAS_SCALES, scales
-// and zeros of this thread's group in row 0, META_STRIDE words from a row to the next, which travel through ring_words.
+// weights: row 0 of this thread's granule. MIXED: of the list's rows some are not wanted. HAS_SCALES: the list's words
+// have them. Otherwise meta is the word of this thread's group in row 0, META_STRIDE words from a row to the next, and
+// these travel through ring_words.
 template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS>
 __device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, const u32* meta,
                                        const Place<W, PIECE>& place, const List& list, Ring& ring, u32* ring_words) {
@@ -108,8 +110,10 @@ __device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, const Place<W, PIEC
     if (!sums.finish(out) || !place.active) return;
     float4* const to = (float4*)(slots + place.slot * PIECE * W::COLUMNS);
 #pragma unroll
-    for (int i = 0; i < W::COLUMNS / 4; i++)
-        to[place_in_slot<W>(place.granule, i)] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    for (int i = 0; i < W::COLUMNS / 4; i++) {
+        const float4 four = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+        to[place_in_slot<W>(place.granule, i)] = four;
+    }
 }
 
 // Values 2 pair and 2 pair + 1 of the piece, added over slots first, first + step ... in their order, times unscale.

@@ -55,6 +55,19 @@ __device__ __forceinline__ void float_head(const Matrix& m, const float* of_x, f
     }
 }
 
+// The list of a quantized head: x itself, for its scales come row by row.
+__device__ __forceinline__ void list_all(const float (&y)[2 * X_PAIRS], u32 keep, int at, Listed listed, Shared& s) {
+#pragma unroll
+    for (int i = 0; i < 2 * X_PAIRS; i++) {
+        if (!(keep >> i & 1)) continue;
+        s.list_rows[at] = (u16)residual::channel(i);
+        s.list_words[at++] = __float_as_uint(y[i] * listed.enlarged);
+    }
+    if (const int rest = listed.count + threadIdx.x; rest < fours(listed.count))
+        s.list_rows[rest] = 0, s.list_words[rest] = 0;
+    __syncthreads();
+}
+
 template <class W>
 __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, Best& best, Listed listed, Shared& s) {
     constexpr int PIECE = ceil_div(W::GRANULES, GRID);

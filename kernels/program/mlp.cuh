@@ -5,8 +5,8 @@
 //     block       adds the sums of its team for its own pairs of columns, h = silu(gate) * up
 //                 the rows of down that these h meet, all columns: partial sums of the whole output
 //
-// A block alone (S = 1) would read 64 bytes of each row in 4 bits, and memory gives such pieces at two thirds of its
-// speed. gate's and up's load is even. down's is not: blocks keep different shares of their h.
+// A block alone (S = 1) would read narrow pieces of each row; what wide ones gain, plan.py says. gate's and up's load is
+// even. down's is not: blocks keep different shares of their h.
 #pragma once
 
 constexpr int HALF = GateUp::GRANULES / 2, MLP_BLOCKS = MLP_TEAMS * MLP_SHARE;
@@ -45,7 +45,8 @@ __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
         const int channel = mlp.channel(i % CHUNKS * 4);
         const bool wanted = in_half < ALL && channel < HIDDEN;
         const u32* const from = m.meta + (u64)(in_half + (group < MLP_GROUPS ? 0 : ALL)) * HIDDEN + channel;
-        fetch_row<false>((uint4*)s.mlp_panel[group] + i % CHUNKS, (const u8*)(wanted ? from : m.meta), wanted, evict_first());
+        uint4* const to = (uint4*)s.mlp_panel[group] + i % CHUNKS;
+        fetch_row<false>(to, (const u8*)(wanted ? from : m.meta), wanted, evict_first());
     }
     close_fetches();
 }
@@ -58,7 +59,7 @@ __device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
     fetch_panel<Down, DOWN_GROUPS, H_CHANNELS>(m, 0, channel, s);
 }
 
-__device__ __forceinline__ u32* mlp_words(Shared& s) { return SCALED ? s.mlp_panel[0] : s.mlp_words[0]; }
+__device__ __forceinline__ u32* mlp_words(Shared& s) { return SCALED ? s.mlp_panel[0] : s.list_words; }
 
 // The norm's weights of the channels that this thread lists: asked for before what it is to norm is there.
 __device__ __forceinline__ void load_mlp_weight(u32 (&w)[MLP_PAIRS], const u16* weight) {
@@ -142,7 +143,7 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, Sha
     return (float)m.unscale / listed.enlarged;
 }
 
-// Sums that the blocks of a team owe each other, and themselves: words [block][rank of the sender][gate, up][2 H_PAIRS].
+// Sums that the blocks of a team owe each other, and themselves: words [block][rank of sender][gate, up][2 H_PAIRS].
 __device__ __forceinline__ u64* team_words(u64* words, int block, int rank) {
     return words + (i64)(block * MLP_SHARE + rank) * 4 * H_PAIRS;
 }
@@ -181,7 +182,7 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, co
             sum[0].y += __shfl_xor_sync(ALL_LANES, sum[0].y, distance);
         }
         gate = sum[0];
-        up = make_float2(__shfl_xor_sync(ALL_LANES, sum[0].x, MLP_SHARE), __shfl_xor_sync(ALL_LANES, sum[0].y, MLP_SHARE));
+        up.x = __shfl_xor_sync(ALL_LANES, sum[0].x, MLP_SHARE), up.y = __shfl_xor_sync(ALL_LANES, sum[0].y, MLP_SHARE);
     } else {
         if (live) {
             gate = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair, unscale, part, LANES_OF_PAIR);

@@ -26,7 +26,7 @@ GROUP_HEADS = 4  # query heads that a block attends with at once: their sums fil
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
 BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
 MIN_SCALED_STAGES = 3  # with less left for the ring, scales are fetched row by row
-MAX_STAGES = 4  # steps of 32 KB in flight; where shared memory is short, fewer
+MAX_STAGES = 3  # steps of 32 KB, two in flight: a fourth gained nothing
 # Bytes of a row that a block reads at once of q,k,v and of o, about. Narrow pieces leave few splits, whose sums have to
 # be added and whose lists are of more even length. o has enough splits that a block makes its list in one pass: every
 # pass reads what attention sent anew, 1.5 us.
@@ -251,7 +251,7 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
     panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 32
     ring = max(64 * stages * threads, 64 * threads, threads // 8 * c.head_dim)
-    lists = 4 * max(small, of_x) + 2 * max(of_qkv, of_o, of_h, of_x) + (16 if scaled else 8 * of_mlp)
+    lists = 4 * max(small, of_x, 0 if scaled else 2 * of_mlp) + 2 * max(of_qkv, of_o, of_h, of_x)
     lists += 6 * max(of_qkv, of_o, of_h) + 4 * c.hidden_size
     heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
     return ring + max(by_ring, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536

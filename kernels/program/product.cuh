@@ -17,7 +17,8 @@ __device__ __forceinline__ void product(const Matrix& m, int piece, int first_gr
     Sums<W::BITS> sums;
     const List list{s.list_rows, s.list_words + (SCALED && W::BITS < 16 ? group - first_group : 0) * STRIDE,
                     listed.count};
-    gather<W, PIECE, false, SCALED>(sums, m.values + granule * 16, m.meta + group, place, list, s.ring, s.ring_words[0][0]);
+    const u8* const weights = m.values + granule * 16;
+    gather<W, PIECE, false, SCALED>(sums, weights, m.meta + group, place, list, s.ring, s.ring_words[0][0]);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, place, s.slots);

@@ -4,16 +4,20 @@
 //
 //     phase        block's share                              then, through L2 (exchange.cuh)
 //     ---------    ---------------------------------------    -------------------------------------------------
-//     norm, list   all of x, its share of the channels        -
+//     norm, list   all of x; its split of the channels        -
 //     q, k, v      (piece of columns, split of channels)      partial sums > reducers > q, k, v to attention
 //     attention    (key/value head, split of positions)       unnormalised sums > the splits of o
 //     o            (piece of columns, split of channels)      partial sums > reducers > x of all blocks
-//     norm, list   all of x                                   -
+//     norm, list   all of x; its share of the channels        -
 //     gate, up     (run of columns, share of channels)        sums > the blocks of a team
 //     down         the rows of its own hidden columns         partial sums > reducers > x of all blocks
 //
 // Eight trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
 // weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 12 MB of words from L2.
+//
+// Straight code costs most of what is not bytes: each of 16 warps issues each instruction, four to a scheduler, so a
+// thousand instructions are 2 us of a layer's 30. Hence loops that are not unrolled, a warp a head in attention, lists
+// made by all threads.
 //
 // The generated config (plan.py) says the model's shapes and how each product is cut; nothing here names a family.
 #include "config.cuh"
@@ -72,7 +76,7 @@ struct QkvPart {
 struct Step {
     const Arguments& a;
     Shared& s;
-    float squares;                  // of this thread's channels of x
+    float squares;               // of this thread's channels of x
     u16 weight[QkvPart::COUNT];  // of the next norm before q, k and v
     int position, layer;
     u32 epoch;
@@ -235,15 +239,7 @@ struct Step {
             int at;
             const u32 keep = residual::kept(y, 0.0f);
             const Listed listed = enumerate<Head::BITS == 4>(at, y, keep, s);
-#pragma unroll
-            for (int i = 0; i < 2 * X_PAIRS; i++) {
-                if (!(keep >> i & 1)) continue;
-                s.list_rows[at] = (u16)residual::channel(i);
-                s.list_words[at++] = __float_as_uint(y[i] * listed.enlarged);
-            }
-            if (const int rest = listed.count + threadIdx.x; rest < fours(listed.count))
-                s.list_rows[rest] = 0, s.list_words[rest] = 0;
-            __syncthreads();
+            list_all(y, keep, at, listed, s);
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);

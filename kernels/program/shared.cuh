@@ -50,8 +50,7 @@ struct Shared {
             u32 panel[SCALED ? PANEL_WORDS : 4];
         };
     };
-    alignas(16) u32 mlp_words[SCALED ? 1 : 2][SCALED ? 4 : MLP_CHANNELS];
-    alignas(16) u32 list_words[max_of(PANEL_WORDS, X_CHANNELS)];
+    alignas(16) u32 list_words[max_of(PANEL_WORDS, max_of(X_CHANNELS, SCALED ? 0 : 2 * MLP_CHANNELS))];
     float list_values[SMALL_LIST];  // of a small product, until they are words; and where in the panel their scales are
     u16 list_places[SMALL_LIST];
     alignas(16) float x[HIDDEN];  // the residual stream

@@ -244,6 +244,17 @@ def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant,piece_bytes,share", [(None, 1, 1), (None, 100, 2), ("int8", 1, 1), ("int8", 100, 4)])
+def test_teams_of_blocks_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, piece_bytes: int, share: int
+) -> None:
+    monkeypatch.setattr("teal.kernels.program.plan.MLP_PIECE_BYTES", piece_bytes)
+    model = random_model(TINY, torch.float16, quant, False, False, "cpu")
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+    assert f"MLP_SHARE = {share};" in (tmp_path / "config.cuh").read_text()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_families_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     quant = None if "tie_embeddings" in changes else "int4"
