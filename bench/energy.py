@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from teal.calibration.allocation import allocate_by_layer
+from teal.calibration.curves import GRID, error_curve
 from teal.calibration.greedy import check_targets
 from teal.calibration.rotation import find_rotation
-from teal.calibration.sensitivity import GRID, BackwardPass, Samples, pieces_of
+from teal.calibration.sensitivity import BackwardPass, Samples, pieces_of
 from teal.calibration.stages import weight_counts
 from teal.calibration.texts import read_texts, rotation_text, split_text, spread_sequences, token_sequences
 from teal.checkpoint.loading import load_for_decoding
@@ -129,9 +130,10 @@ def measure(model: Transformer, rotation: Rotation, sequences: Tensor, sparsity:
                 of = {"plain": samples[name], "rotated": rotated(block, p, samples[name], Q, rotation.heads[i].to(Q))}
                 for weights in WEIGHTS:
                     same = weights == "rotated" and of["rotated"] is of["plain"]
-                    layers[weights][name] = layers["plain"][name] if same else of[weights].errors()
+                    own = of[weights]
+                    layers[weights][name] = layers["plain"][name] if same else error_curve(own.inputs, own.gradients)
                     if name == p.names[0]:  # what is stacked in a linear layer shares its input
-                        found[weights].note(p, of[weights].inputs, sparsity)
+                        found[weights].note(p, own.inputs, sparsity)
         for weights in WEIGHTS:
             found[weights].curves.insert(0, layers[weights])
     return found

@@ -7,6 +7,7 @@ when the process dies, however it dies. So sweep() can tell the left-overs of th
 import errno
 import glob
 import hashlib
+import json
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -142,6 +143,11 @@ def _share(file: Path) -> None:
     mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     file.chmod(0o666 & ~mask)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """An object, to be read by people too."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 
-from teal.checkpoint.gguf import TENSOR_NAMES
+from teal.checkpoint.gguf_config import tensor_names
+from teal.checkpoint.gguf_families import FAMILIES
 
 CPU = torch.device("cpu")
 
@@ -57,10 +58,11 @@ def write_gguf(
 ) -> dict[str, torch.Tensor]:
     """Write model's weights in a GGUF file as kind; returns what a reader should get, in HF layout.
 
-    options: of gguf.GGUFWriter.
+    The architecture is called as the model's family. options: of gguf.GGUFWriter.
     """
     c = model.config
-    writer = gguf.GGUFWriter(path, "llama", **options)
+    family = FAMILIES[c.model_type]
+    writer = gguf.GGUFWriter(path, c.model_type, **options)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
@@ -70,7 +72,9 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     tokenizer(writer)
-    back = {hf.split(".")[-1]: name for name, hf in TENSOR_NAMES.items()}
+    if (head_dim := getattr(c, "head_dim", None)) is not None:
+        writer.add_key_length(head_dim)
+    back = {hf.split(".")[-1]: name for name, hf in tensor_names(c.model_type).items()}
     rng = np.random.default_rng(0)
     expected = {}
     for name, weight in model.state_dict().items():
@@ -78,6 +82,7 @@ def write_gguf(
         block = f"blk.{name.split('.')[2]}." if "layers" in prefix else ""
         values = weight.numpy()
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(stem)
+        heads = heads if family.pairs_rows else None
         if values.ndim == 1:
             writer.add_tensor(f"{block}{back[stem]}.{suffix}", values)
             expected[name] = weight

@@ -219,7 +219,7 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
 
 
 def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
-    """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says; no teams if none fit."""
+    """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says. 0 teams: none fit."""
     half, found = gate_up.granules // 2, (0, 1, 1)
     for share in (1, 2, 4):
         if grid < share:

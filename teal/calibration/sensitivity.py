@@ -1,45 +1,31 @@
-"""What dropping entries of a projection's input costs the model: its divergence, estimated from gradients.
+"""Gradients of the log-likelihood at every projection of a dense model, block by block from the last one back.
 
-Let d be the dropped part of an input and v = W g, with g the gradient of the log-likelihood at the projection's
-output. For labels drawn from the model itself, half the mean of (d . v)^2 is the KL divergence from the dense model
-to second order: E[v v^T] is the Fisher information of the input (Martens 2014, section 9). Inputs and v of some
-thousand tokens give that mean at every sparsity.
-
-Gradients go back block by block. Only the inputs of all blocks are kept, in host memory. A block is computed a second
-time when its turn comes, and what was noted of it is used up before the next.
+Labels are drawn from the model itself. Only the inputs of all blocks are kept, in host memory. A block is computed a
+second time when its turn comes, and what was noted of it is used up before the next.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teal.calibration.greedy import MAX_SPARSITY
 from teal.calibration.stages import Positions
 from teal.errors import ParameterError
-from teal.files import atomic_file
-from teal.kernels.sparse_linear import drop_small
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Block, Projection, Transformer
-from teal.plan import projection_names
 from teal.progress import progress
 from teal.teal_layers import SparseLinear
 
-QUANTILE_ENTRIES = 1 << 17  # of magnitudes, that a threshold is taken from
 # Tokens of a sequence that gradients flow through at once. Many short ones tell more than few long ones. From 3 of
 # 2,048 tokens Qwen2.5-Coder-0.5B, rotated, had KL .557 at 60%, from 10 of 512 .508 (means over pairs of tokens).
 GRADIENT_LENGTH = 512
 HEAD_TOKENS = 128  # whose logits are there at once
-# Sparsities at which errors are computed; between them they count as linear.
-GRID = tuple(i / 20 for i in range(round(20 * MAX_SPARSITY) + 1))
 
 
 @dataclass(slots=True)
@@ -49,23 +35,9 @@ class Samples:
     inputs: Tensor
     gradients: Tensor
 
-    def errors(self) -> list[float]:
-        """The divergence in nats a token that each sparsity of GRID costs: half the mean of (d . v)^2.
 
-        d and v are of the same token. A mean over all pairs of tokens scatters less, but takes them as independent.
-        Qwen2.5-Coder-1.5B, rotated, then has KL .322 at 60% where this gives .241 (16,384 tokens).
-        """
-        inputs, gradients = self.inputs.float(), self.gradients.float()
-        some = inputs.flatten()
-        ordered = some[:: max(1, len(some) // QUANTILE_ENTRIES)].abs().sort().values
-        found = [0.0]
-        for sparsity in GRID[1:]:
-            dropped = inputs - drop_small(inputs, ordered[int(sparsity * len(ordered))])
-            changes = torch.einsum("nk,nk->n", dropped, gradients)
-            found.append(float(changes.square().mean()) / 2)
-        return found
-
-
+# What forward tells of the input of a projection of a block: the block, the projection, x [1, T, K]
+NoteInput = Callable[[int, Projection, Tensor], None]
 # What a Probe tells on the way back: the projection, its inputs [T, K], then g [T, N] and v [T, K] of each of its names
 Note = Callable[[Projection, Tensor, dict[str, Tensor], dict[str, Tensor]], None]
 
@@ -111,6 +83,20 @@ class _Probed(torch.autograd.Function):
 
 
 @contextmanager
+def watched(block: Block, note: Callable[[Projection, Tensor], None]) -> Iterator[None]:
+    """Within the context each projection of block tells its input before it computes."""
+    handles = [
+        block.get_submodule(p.module).register_forward_pre_hook(lambda _, inputs, p=p: note(p, inputs[0]))
+        for p in block.projections()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def probes(block: Block, note: Note) -> Iterator[None]:
     """Within the context every projection of block is a Probe."""
     found = [Probe(block.get_submodule(p.module), p, note) for p in block.projections()]
@@ -140,7 +126,7 @@ class BackwardPass:
         self.gradients: list[Tensor] = []  # [piece], where the next block to go back through ends
 
     @torch.no_grad()
-    def forward(self) -> None:
+    def forward(self, note: NoteInput = lambda *_: None) -> None:
         """Run the model on all pieces; gradients then stand behind the last block."""
         generator, model = torch.Generator().manual_seed(0), self.model
         device = model.device
@@ -148,7 +134,8 @@ class BackwardPass:
             x, kept = model.embed(ids[None].to(device)), []
             for i, block in enumerate(model.blocks):
                 kept.append(x.cpu())
-                x = block(x, *self.positions.context(i))
+                with watched(block, partial(note, i)):
+                    x = block(x, *self.positions.context(i))
             self.inputs.append(kept)
             with torch.inference_mode(False), torch.enable_grad():
                 x = x.clone().requires_grad_()
@@ -189,50 +176,6 @@ class BackwardPass:
             x = torch.cat(inputs[p.name])
             found |= {name: Samples(x, torch.cat(gradients[name])) for name in p.names}
         return found
-
-
-Layer = dict[str, list[float]]  # errors at the sparsities of GRID, by projection
-
-
-def error_curves(
-    model: Transformer, sequences: Tensor, tokens: int, notes: Path | None = None, key: str = ""
-) -> list[Layer]:
-    """The errors of every projection of a dense model [layer], from about so many tokens of sequences int64 [N, L].
-
-    What is known after each block is kept in the file notes, and a later call with the same key goes on from there.
-    """
-    names, layers = projection_names(model.config), len(model.blocks)
-    done, gradients = _read_notes(notes, key)
-    if len(done) < layers:
-        backward = BackwardPass(model, sequences, tokens)
-        backward.forward()
-        if done:
-            backward.resume(layers - len(done), gradients)
-        for i in progress(range(layers - len(done))[::-1], "estimating sensitivity", "block"):
-            samples = backward.samples(i)
-            done.append([samples[name].errors() for name in names])
-            _write_notes(notes, key, done, backward.gradients if i else [torch.empty(0)])  # at the end none are needed
-    return [dict(zip(names, errors, strict=True)) for errors in reversed(done)]
-
-
-def _read_notes(notes: Path | None, key: str) -> tuple[list[list[list[float]]], list[Tensor]]:
-    """Errors [block, from the last one on][projection][sparsity], and gradients before the last of those blocks."""
-    try:
-        if notes is not None and notes.exists():
-            with safe_open(notes, framework="pt") as tensors:
-                if (tensors.metadata() or {}).get("key") == key:
-                    return tensors.get_tensor("errors").tolist(), list(tensors.get_tensor("gradients"))
-    except (OSError, SafetensorError):
-        pass  # damaged notes are as good as none
-    return [], []
-
-
-def _write_notes(notes: Path | None, key: str, done: list[list[list[float]]], gradients: list[Tensor]) -> None:
-    if notes is None:
-        return
-    tensors = {"errors": torch.tensor(done, dtype=torch.float64), "gradients": torch.stack(gradients)}
-    with atomic_file(notes) as temporary:
-        save_file(tensors, temporary, {"key": key})
 
 
 def pieces_of(sequences: Tensor, tokens: int) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from teal.calibration.allocation import allocate_by_layer
+from teal.calibration.curves import ESTIMATE, GRID, error_curves
 from teal.calibration.greedy import block_error, check_targets, greedy_sparsities
-from teal.calibration.sensitivity import GRID, error_curves
 from teal.calibration.stages import BlockStages, Positions, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
 from teal.errors import UserError
@@ -226,6 +226,7 @@ def _work(model: Transformer, sequences: Tensor, settings: Settings, facts: dict
         "model": config_fields(model.config),
         "weights": f"{weights:.9g}",  # a sparse model's weights are transposed, and their sum rounded otherwise
         "tokens": tokens,
+        "estimate": ESTIMATE,
         "gradient_tokens": settings.gradient_tokens,
     } | facts
 

@@ -3,13 +3,14 @@
 That package reads all metadata before it answers, a vocabulary of 150,000 strings among it, which takes seconds.
 """
 
+import difflib
 import struct
 from pathlib import Path
 from typing import IO
 
+from teal.checkpoint.gguf_families import FAMILIES
 from teal.errors import ParameterError, UserError
 
-ARCHITECTURES = ("llama",)  # whose tensors gguf_convert knows
 VERSIONS = (2, 3)  # version 1 had shorter counts
 # Value types of the metadata: bytes of a number or a truth value by its type's code; a string and an array have none.
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -31,10 +32,13 @@ def check_header(path: Path) -> None:
 
 
 def check_architecture(path: Path, architecture: object) -> None:
-    """Raise UserError unless gguf_convert knows the architecture."""
-    if architecture not in ARCHITECTURES:
-        expected = ", ".join(map(repr, ARCHITECTURES))
-        raise UserError(f"{path}: GGUF architecture {architecture!r} is not supported; expected {expected}")
+    """Raise UserError, naming the nearest, unless convert_gguf knows the architecture."""
+    if architecture not in FAMILIES:
+        [nearest] = difflib.get_close_matches(str(architecture), FAMILIES, n=1, cutoff=0.0)
+        raise UserError(
+            f"{path}: GGUF architecture {architecture!r} is not supported; "
+            f"expected {', '.join(FAMILIES)} (the nearest by name is {nearest})"
+        )
 
 
 def _architecture(file: IO[bytes]) -> str | None:

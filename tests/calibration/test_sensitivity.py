@@ -1,5 +1,6 @@
 """The estimate of what dropping entries costs: gradients as autograd gives them, divergences as they are measured."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal.calibration import sensitivity
-from teal.calibration.sensitivity import GRID, BackwardPass, Samples, error_curves, pieces_of, probes
+from teal.calibration.curves import GRID, ErrorCurve, error_curve, error_curves
+from teal.calibration.sensitivity import BackwardPass, Samples, pieces_of, probes
 from teal.calibration.stages import Positions
 from teal.calibration.texts import default_text
 from teal.checkpoint.tokenizer import load_tokenizer
@@ -102,7 +104,7 @@ def test_errors_at_the_grids_sparsities() -> None:
     """By definition: drop what is below the quantile, and let each token's dropped entries meet its own gradient."""
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(50, 40, generator=generator), torch.randn(50, 40, generator=generator)
-    errors = Samples(x, v).errors()
+    errors = error_curve(x, v)
     assert len(errors) == len(GRID) and errors[0] == 0
     for i in (2, 10, 19):
         limit = x.abs().flatten().sort().values[int(GRID[i] * x.numel())]
@@ -116,7 +118,7 @@ def test_what_a_token_does_not_need_costs_nothing_to_drop() -> None:
     x = torch.full((64, 32), 0.1)
     x[::2, :16] = x[1::2, 16:] = torch.linspace(1.0, 2.0, 16)
     v = torch.where(x >= 1.0, 1.0, 0.0)
-    errors = Samples(x, v).errors()
+    errors = error_curve(x, v)
     assert errors[GRID.index(0.5)] == 0 < errors[GRID.index(0.6)]
 
 
@@ -151,7 +153,8 @@ def test_estimates_are_what_is_measured(default_folder: Path) -> None:
     sparsify(model, keep_all_plan(model.config))
     places = [(5, "v"), (9, "o"), (14, "gate"), (17, "q"), (20, "up"), (26, "down")]  # in the forward pass's order
     measured = divergences(model, torch.tensor(text[: 4 * 96]).view(4, 96), places, 0.3)
-    estimates = [found[layer][name].errors()[GRID.index(0.3)] for layer, name in places]
+    samples = [found[layer][name] for layer, name in places]
+    estimates = [error_curve(own.inputs, own.gradients)[GRID.index(0.3)] for own in samples]
     ratios = sorted(estimate / kl for estimate, kl in zip(estimates, measured, strict=True))
     assert 0.7 < ratios[2] <= ratios[3] < 1.4 and ratios[0] > 0.1 and ratios[-1] < 3, ratios
 
@@ -192,15 +195,15 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
 ) -> None:
     expected, notes = error_curves(model, sequences, 1 << 20), tmp_path / "notes.safetensors"
     done: list[int] = []
-    original = BackwardPass.samples
+    original = BackwardPass.through
 
-    def samples(self: BackwardPass, i: int) -> dict[str, Samples]:
+    def through(self: BackwardPass, i: int) -> None:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(i)
-        return original(self, i)
+        original(self, i)
 
-    monkeypatch.setattr(BackwardPass, "samples", samples)
+    monkeypatch.setattr(BackwardPass, "through", through)
     with pytest.raises(KeyboardInterrupt):
         error_curves(model, sequences, 1 << 20, notes, "one")
     assert done == [2, 1]
@@ -212,6 +215,28 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
     assert error_curves(model, sequences[:3], 1 << 20, notes, "another") != expected
     notes.write_bytes(b"damaged")
     assert error_curves(model, sequences, 1 << 20, notes, "one") == expected
+
+
+def test_curves_are_those_of_all_tokens_and_keep_none(
+    model: Transformer, sequences: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece by piece they are the curves of all samples together. What came before is gone when a piece comes."""
+    samples = sample_sensitivity(model, sequences)
+    alive: dict[int, weakref.ref[Tensor]] = {}
+    original = ErrorCurve.add
+
+    def add(self: ErrorCurve, x: Tensor, v: Tensor) -> None:
+        assert id(self) not in alive or alive[id(self)]() is None, "the tokens of an earlier piece"
+        alive[id(self)] = weakref.ref(v)
+        original(self, x, v)
+
+    monkeypatch.setattr(ErrorCurve, "add", add)
+    curves = error_curves(model, sequences, 1 << 20)
+    assert len(alive) > 0
+    monkeypatch.undo()
+    for layer, own in zip(curves, samples, strict=True):
+        for name, errors in layer.items():
+            assert errors == pytest.approx(error_curve(own[name].inputs, own[name].gradients), rel=1e-4), name
 
 
 def test_a_long_text_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from teal.bench import energy
 from teal.bench.energy import Measured, measure, rotated
-from teal.calibration.sensitivity import GRID, Samples
+from teal.calibration.curves import GRID
+from teal.calibration.sensitivity import Samples
 from teal.calibration.stages import weight_counts
 from teal.checkpoint.rotation import Rotation, rotate_layer
 from teal.checkpoint.weights import block_targets, load_model
