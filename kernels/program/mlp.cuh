@@ -5,8 +5,8 @@
 //     block       adds the sums of its team for its own pairs of columns, h = silu(gate) * up
 //                 the rows of down that these h meet, all columns: partial sums of the whole output
 //
-// A block alone (S = 1) would read narrow pieces of each row; what wide ones gain, plan.py says. gate's and up's load is
-// even. down's is not: blocks keep different shares of their h.
+// A block alone (S = 1) would read narrow pieces of each row; what wide ones gain, plan.py says. gate's and up's load
+// is even. down's is not: blocks keep different shares of their h.
 #pragma once
 
 constexpr int HALF = GateUp::GRANULES / 2, MLP_BLOCKS = MLP_TEAMS * MLP_SHARE;
@@ -68,15 +68,10 @@ __device__ __forceinline__ void load_mlp_weight(u32 (&w)[MLP_PAIRS], const u16* 
     for (int i = 0; i < MLP_PAIRS; i++) w[i] = mlp.has(i) ? *(const u32*)(weight + mlp.channel(2 * mlp.pair(i))) : 0;
 }
 
-// List the inputs that gate or up keeps: words of gate's groups, then of up's, 0 where that one does not keep it. With
-// a panel, words replace scales; so all are read first.
-__device__ __forceinline__ Listed list_inputs(const u32 (&weight)[MLP_PAIRS], float scale, const Limits& limits,
-                                              Shared& s) {
-    constexpr bool HAS_SCALES = SCALED && GateUp::BITS < 16;
-    constexpr int COUNT = 2 * MLP_PAIRS, GROUPS = 2 * MLP_GROUPS;
+// This thread's channels, normed, and the bits of those that reach the threshold.
+__device__ __forceinline__ u32 norm_inputs(float (&y)[2 * MLP_PAIRS], const u32 (&weight)[MLP_PAIRS], float scale,
+                                           float threshold, const Shared& s) {
     const MlpBlock mlp;
-    const float lower = fminf(limits.gate_up[0], limits.gate_up[1]);
-    float y[COUNT];
     u32 keep = 0;
 #pragma unroll
     for (int i = 0; i < MLP_PAIRS; i++) {
@@ -84,8 +79,21 @@ __device__ __forceinline__ Listed list_inputs(const u32 (&weight)[MLP_PAIRS], fl
         const float2 x = *(const float2*)(s.x + mlp.channel(2 * mlp.pair(i)));
         y[2 * i] = residual::normed(x.x, scale, low_of(weight[i]));
         y[2 * i + 1] = residual::normed(x.y, scale, high_of(weight[i]));
-        keep |= (is_kept(y[2 * i], lower) ? 1u << 2 * i : 0u) | (is_kept(y[2 * i + 1], lower) ? 2u << 2 * i : 0u);
+        if (is_kept(y[2 * i], threshold)) keep |= 1u << 2 * i;
+        if (is_kept(y[2 * i + 1], threshold)) keep |= 2u << 2 * i;
     }
+    return keep;
+}
+
+// List the inputs that gate or up keeps: words of gate's groups, then of up's, 0 where that one does not keep it. With
+// a panel, words replace scales; so all are read first.
+__device__ __forceinline__ Listed list_inputs(const u32 (&weight)[MLP_PAIRS], float scale, const Limits& limits,
+                                              Shared& s) {
+    constexpr bool HAS_SCALES = SCALED && GateUp::BITS < 16;
+    constexpr int COUNT = 2 * MLP_PAIRS, GROUPS = 2 * MLP_GROUPS;
+    const MlpBlock mlp;
+    float y[COUNT];
+    const u32 keep = norm_inputs(y, weight, scale, fminf(limits.gate_up[0], limits.gate_up[1]), s);
     int at;
     const Listed listed = enumerate<GateUp::BITS == 4>(at, y, keep, s);
     u32 metas[GROUPS][HAS_SCALES ? COUNT : 1];
@@ -161,15 +169,15 @@ __device__ __forceinline__ void send_to_team(float unscale, u64* words, u32 epoc
     }
 }
 
-// List this block's h where it reaches down's threshold. Several lanes to a pair of columns add the slots, or the
-// team's sums, in an order of their own.
-__device__ __forceinline__ Listed list_hidden(float unscale, float threshold, const u64* words, u32 epoch, Shared& s) {
-    constexpr int SLOT_LANES = power_of_two(min_of(THREADS / H_PAIRS, 16));
-    constexpr int LANES_OF_PAIR = MLP_SHARE > 1 ? 2 * MLP_SHARE : SLOT_LANES;
+// Lanes that add a pair of columns of h together: from the slots, or what the team has sent.
+constexpr int SLOT_LANES = power_of_two(min_of(THREADS / H_PAIRS, 16));
+constexpr int LANES_OF_H = MLP_SHARE > 1 ? 2 * MLP_SHARE : SLOT_LANES;
+
+// gate and up of this block's pair of columns, added by its lanes in an order of their own; right in the first of them.
+__device__ __forceinline__ void add_parts(float2& gate, float2& up, int pair, int part, bool live, float unscale,
+                                          const u64* words, u32 epoch, const Shared& s) {
     const MlpBlock mlp;
-    const int pair = threadIdx.x / LANES_OF_PAIR, part = threadIdx.x % LANES_OF_PAIR;
-    const bool live = pair < mlp.owns;
-    float2 gate = make_float2(0.0f, 0.0f), up = gate;
+    gate = up = make_float2(0.0f, 0.0f);
     if constexpr (MLP_SHARE > 1) {  // of which the first half of the lanes has gate's, the second up's
         float2 sum[1];
         const int rank = part % MLP_SHARE, half = part / MLP_SHARE;
@@ -185,17 +193,26 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, co
         up.x = __shfl_xor_sync(ALL_LANES, sum[0].x, MLP_SHARE), up.y = __shfl_xor_sync(ALL_LANES, sum[0].y, MLP_SHARE);
     } else {
         if (live) {
-            gate = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair, unscale, part, LANES_OF_PAIR);
-            up = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair + H_PAIRS, unscale, part, LANES_OF_PAIR);
+            gate = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair, unscale, part, LANES_OF_H);
+            up = sum_of_slots<GateUp, MLP_PIECE>(s.slots, pair + H_PAIRS, unscale, part, LANES_OF_H);
         }
 #pragma unroll
-        for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1) {
+        for (int distance = LANES_OF_H / 2; distance; distance >>= 1) {
             gate.x += __shfl_xor_sync(ALL_LANES, gate.x, distance);
             gate.y += __shfl_xor_sync(ALL_LANES, gate.y, distance);
             up.x += __shfl_xor_sync(ALL_LANES, up.x, distance);
             up.y += __shfl_xor_sync(ALL_LANES, up.y, distance);
         }
     }
+}
+
+// List this block's h where it reaches down's threshold.
+__device__ __forceinline__ Listed list_hidden(float unscale, float threshold, const u64* words, u32 epoch, Shared& s) {
+    const MlpBlock mlp;
+    const int pair = threadIdx.x / LANES_OF_H, part = threadIdx.x % LANES_OF_H;
+    const bool live = pair < mlp.owns;
+    float2 gate, up;
+    add_parts(gate, up, pair, part, live, unscale, words, epoch, s);
     const float a = rounded(gate.x), b = rounded(gate.y);
     const float h[2] = {rounded(a / (1.0f + __expf(-a)) * rounded(up.x)),
                         rounded(b / (1.0f + __expf(-b)) * rounded(up.y))};

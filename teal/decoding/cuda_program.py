@@ -16,6 +16,11 @@ from teal.teal_layers import SparseLinear
 
 NO_MATRIX = [0, 0, 0, 0, 1, 0]
 GATE_UP = 2  # its place among the projections
+# At whose ends program.cu takes the clocks, of a layer. A phase has in it the wait for what it needs.
+PHASES = (
+    "list of q,k,v", "q,k,v", "sums of q,k,v", "heads to attention", "attention", "list of o", "o", "sums of o",
+    "list of gate,up", "gate,up", "list of down, down", "sums of down",
+)  # fmt: skip
 Projected = SparseLinear | QuantizedLinear
 
 
@@ -46,10 +51,15 @@ class CudaProgramBackend(Backend):
         if isinstance(model.lm_head, QuantizedHead):
             self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
         self.no_threshold = torch.zeros(1, device=device)
-        self.stamps: Tensor | None = None  # clocks of a launch, int64 [layers, STAMPS, grid], if they are wanted
+        self.stamps: Tensor | None = None  # of new_stamps, if the clocks of launches are wanted
         self.tables: dict[
             tuple[int, ...], Tensor
         ] = {}  # of all layers, on the device; a captured step may need old ones
+
+    def new_stamps(self) -> Tensor:
+        """Room for a launch's clocks, int64 [layers, 1 + phases, blocks]: 0 where a block has no part in a phase."""
+        layers, blocks = self.model.config.num_layers, self.program.plan.grid
+        return torch.zeros(layers, 1 + len(PHASES), blocks, dtype=torch.int64, device=self.model.device)
 
     def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """As Backend.prefill."""

@@ -30,7 +30,7 @@ class EmulatedProgram:
         library, flags = folder / "program.so", ("-std=c++20", "-O1", "-fPIC", "-shared", "-w")
         includes = (f"-I{folder}", f"-I{SOURCES}")
         subprocess.run([COMPILER, *flags, *includes, "-o", library, HERE / "program_on_cpu.cpp"], check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.plan, self.library = plan, ctypes.CDLL(str(library))
         self.words = torch.zeros(plan.words, dtype=torch.int64)
         self.counters = torch.zeros(2, dtype=torch.int32)
 

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from teal.bench.steps import phase_times
 from teal.decoding.backend import EagerBackend
 from teal.decoding.backends import FusedBackend
 from teal.decoding.compilation import capture
@@ -260,6 +261,38 @@ def test_families_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chan
     quant = None if "tie_embeddings" in changes else "int4"
     model = random_model(replace(TINY, **changes), torch.bfloat16, quant, False, False, "cpu")
     check_logits(emulated_backend(model, tmp_path, monkeypatch), 1e-2)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_clocks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block's clocks rise from phase to phase, and each phase has a block; times add up to those of a layer."""
+    backend = emulated_backend(random_model(TINY, torch.float16, "int8", False, False, "cpu"), tmp_path, monkeypatch)
+    backend.stamps = backend.new_stamps()
+    with torch.inference_mode():
+        backend.decode(
+            torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), backend.model.new_cache(1, 8)
+        )
+    for clocks in backend.stamps.movedim(2, 1).flatten(0, 1):
+        taken = clocks[clocks > 0].tolist()
+        assert taken == sorted(taken) and clocks[0] > 0 and clocks[-1] > 0
+    assert (backend.stamps > 0).any(dim=2).all(), "a phase without a block"
+    times = phase_times(backend.stamps, 40.0)
+    assert times.pop("a layer") == 40.0 and min(times.values()) > 0
+
+
+@pytest.mark.gpu
+def test_bits_of_a_thousand_steps() -> None:
+    backend = CudaProgramBackend(
+        FusedBackend(random_model(SMALL, torch.bfloat16, None, False, True, "cuda"), "test", False)
+    )
+    cache, place = backend.model.new_cache(1, 64), torch.full((1, 1), 40, device="cuda")
+    cache.k.normal_(), cache.v.normal_()
+    first: Tensor | None = None
+    for _ in range(1000):
+        with torch.inference_mode():
+            logits = backend.choose(torch.tensor([[7]], device="cuda"), place.clone(), cache)
+        assert logits is not None and (first is None or torch.equal(logits, first))
+        first = logits if first is None else first
 
 
 @pytest.mark.gpu
