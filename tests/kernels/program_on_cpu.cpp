@@ -1,8 +1,8 @@
 // Runs kernels/program on a CPU: in place of ptx.cuh, and of what CUDA gives a kernel. Slow, exact, and deterministic.
 //
 // Every thread of every block is a fiber; one OS thread takes them in turn. A fiber gives way where it waits: at a
-// barrier, in a shuffle, and while it polls a word. Launches take the fibers forwards and backwards by turns. Copies
-// into shared memory happen at once or as late as they may. So a missing barrier or wait gives another result.
+// barrier, in a shuffle, and while it polls a word. Fibers run in random order, some oftener than others. Copies into
+// shared memory happen at once or as late as they may. So a missing barrier or wait gives other results.
 #define PTX_CUH
 
 #include <ucontext.h>
@@ -201,6 +201,12 @@ void await_fetches() {
 
 static const Arguments* arguments;
 
+static u64 random_below(u64 limit) {  // xorshift
+    static u64 state = 88172645463325252ull;
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state % limit;
+}
+
 static void enter() {
     decode_step(*arguments);
     current->ended = true;
@@ -211,8 +217,7 @@ static void enter() {
 // deadlock, but a hundred million are.
 extern "C" int launch(const Arguments* given) {
     static int launches = 0;
-    const bool backwards = launches % 2;
-    late = launches++ / 2 % 2 == 0;
+    late = launches++ % 2 == 0;
     arguments = given;
     std::vector<Block> blocks(GRID);
     fibers.clear();
@@ -231,12 +236,16 @@ extern "C" int launch(const Arguments* given) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
     }
+    std::vector<int> order(fibers.size());
+    for (size_t i = 0; i < order.size(); i++) order[i] = i;
     size_t left = fibers.size();
     for (long turn = 0; left; turn++) {
         if (turn > 100000000 / (long)fibers.size()) return 0;
-        for (size_t i = 0; i < fibers.size(); i++) {
-            Fiber& fiber = fibers[backwards ? fibers.size() - 1 - i : i];
-            if (fiber.ended) continue;
+        for (size_t i = order.size() - 1; i; i--) std::swap(order[i], order[random_below(i + 1)]);
+        const bool all = random_below(4) == 0;
+        for (int i : order) {
+            Fiber& fiber = fibers[i];
+            if (fiber.ended || (!all && random_below(3) == 0)) continue;
             current = &fiber;
             swapcontext(&scheduler, &fiber.context);
             left -= fiber.ended;

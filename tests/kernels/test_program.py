@@ -237,6 +237,17 @@ def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant", [None, "int4"])
+def test_bits_do_not_depend_on_who_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None
+) -> None:
+    """Launches of the emulation run their threads in different orders."""
+    backend = emulated_backend(random_model(TINY, torch.float16, quant, True, True, "cpu"), tmp_path, monkeypatch)
+    first, *others = (program_logits(backend, some_ids(backend.model)) for _ in range(3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, first, strict=True))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teal.kernels.program.plan.MIN_SCALED_STAGES", MAX_STAGES + 1)
     model = random_model(TINY, torch.float16, "int4", False, False, "cpu")
