@@ -147,7 +147,7 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
     with reserved(Output("--rotate", args.rotate, None)):
         source = resolve_checkpoint(args.checkpoint)
         if not check_can_rotate(source, args.rotate):
-            loaded = load_for_decoding(model_options(args, sparsity=0.0), text.cut)
+            loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), text.cut)
             length = min(args.length, loaded.model.config.max_seq_len)
             most = ROTATION_SHARE * args.sequences
             sequences = spread_sequences(loaded.tokenizer.encode, rotation_text(text.text), most, length)
@@ -158,6 +158,9 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
                     f"{ROTATION_TOKENS} for each can do harm (--text, --sequences)", file=sys.stderr,
                 )  # fmt: skip
             rotation = find_rotation(loaded.model, sequences, args.offload)
+            if rotation.residual is None:
+                note = "sublayers of this family end in a norm: heads are rotated, the residual stream is not"
+                print(note, file=sys.stderr)
             del loaded
             write_rotated(source, args.rotate, rotation, text.facts(sequences))
             print(args.rotate)
@@ -169,7 +172,7 @@ def write_plans(args: argparse.Namespace, settings: Settings, text: CalibrationT
     from teal.calibration.thresholds import calibrate, with_achieved
     from teal.checkpoint.loading import load_for_decoding
 
-    loaded = load_for_decoding(model_options(args, sparsity=0.0), text.cut, sparse=True)
+    loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), text.cut, sparse=True)
     assert text.sequences is not None and text.held_out is not None
     facts = text.facts(text.sequences)
     request = json.dumps([loaded.identity, facts, settings.targets, settings.method, settings.step])

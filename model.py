@@ -1,4 +1,4 @@
-"""A plain decoder-only transformer (Llama, Mistral, Qwen2, Qwen3 families), to be read top to bottom.
+"""A plain decoder-only transformer, to be read top to bottom; families differ by the fields of ModelConfig.
 
 Nothing here knows about sparsity, quantization, compilation or files: those replace modules or
 wrap calls from outside. Shapes use B batch, T tokens of this call, S cache length, C hidden_size, V vocabulary.
@@ -6,65 +6,24 @@ Attention has H query heads, K key/value heads, G = H/K query heads per key/valu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teal.projection import Projection
+from teal.rope import RopeKind, RopeScaling, apply_rope, frequencies, rope_angles
+
 # With this few query rows (decode) torch's fused attention fills a fraction of a GPU's cores. Two batched products and
 # a softmax spread the cache over all: 5.86 against 6.30 ms a step on an H100, Llama-3-8B shapes, context 512.
 SMALL_ATTENTION_ROWS = 16
 # Weights of the output head that become fp32 at once on a CPU: 2 MB, which stay in a core's own cache.
 HEAD_PART = 1 << 19
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """Frequency scaling of rotary embeddings: kind "linear" (positions / factor) or "llama3" (by wavelength)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope scaling kind {self.kind!r}: expected 'linear' or 'llama3'")
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """A linear layer of a block, which may stack several projections of one input along its output.
-
-    Whatever reads, replaces, measures or cuts a block's weights loops over these; see ModelConfig.projections.
-    """
-
-    name: str
-    module: str  # its place: block.get_submodule(module)
-    norm: str  # place of the norm that its sublayer begins with
-    input: Literal["normed", "attended", "activated"]  # what makes it: decides which fused kernel can take the product
-    in_features: int
-    names: tuple[str, ...]  # of what it stacks, in this order
-    sizes: tuple[int, ...]  # output channels of each
-    hf_names: tuple[str, ...]  # of each, in a layer of a Hugging Face checkpoint
-    bias: bool = False
-    unit: int = 1  # neighbouring channels that stay together when it is cut: those of a head
-
-    @property
-    def ends_sublayer(self) -> bool:
-        """Whether its result is added to the residual stream."""
-        return self.input != "normed"
-
-    @property
-    def cut(self) -> Literal["output", "input"]:
-        """The dimension to cut over devices, in whole units: the outputs of each of names, or the inputs.
-
-        A device's outputs of a sublayer's first layers are its inputs of the last one. The last one's results add up.
-        """
-        return "input" if self.ends_sublayer else "output"
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +46,17 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = False
     sliding_windows: tuple[int | None, ...] = ()
+    # Families that differ in what follows are not plain; extras.py says how.
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    pre_norm: bool = True  # of what each sublayer reads
+    post_norm: bool = False  # of what each sublayer adds
+    qk_norm_full: bool = False  # q and k are normed over all heads at once, not each head by itself
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    logit_softcap: float | None = None
+    rotary_dim: int | None = None  # channels of a head that turn: as many of its first and of its second half
+    local_rope_theta: float | None = None  # of layers with a window, which then have no rope_scaling
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sliding_windows:
@@ -95,8 +65,26 @@ class ModelConfig:
             raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings need an even one")
+        turned = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if self.head_dim % 2 or turned % 2 or turned > self.head_dim:
+            raise ValueError(f"{turned} channels of heads of {self.head_dim} cannot turn in pairs")
+
+    def ropes(self) -> list[RopeKind]:
+        """Which rotation each layer has."""
+        local: RopeKind = "global" if self.local_rope_theta is None else "local"
+        own: list[RopeKind] = ["global" if window is None else local for window in self.sliding_windows]
+        return ["none" if i in self.unrotated_layers else kind for i, kind in enumerate(own)]
+
+    def rope(self, kind: RopeKind) -> tuple[int, float, RopeScaling | None]:
+        """Of a kind of rotation: the channels that turn, theta and scaling."""
+        turned = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if kind == "local" and self.local_rope_theta is not None:
+            return turned, self.local_rope_theta, None
+        return turned if kind == "global" else 0, self.rope_theta, self.rope_scaling
+
+    def embedding_factor(self, dtype: torch.dtype) -> float:
+        """embedding_scale as a model of this dtype has it: sqrt(3072) in bf16 is 55.5 (Gemma)."""
+        return float(torch.tensor(self.embedding_scale, dtype=dtype))
 
     @property
     def q_size(self) -> int:
@@ -109,8 +97,8 @@ class ModelConfig:
     def projections(self) -> tuple[Projection, ...]:
         """The linear layers of each block, in the order of its forward pass.
 
-        x ─ norm ─ [q k v] ─ attention ─ [o] ─ + ─ norm ─ [gate up] ─ silu(gate) * up ─ [down] ─ +
-               normed             attended          normed                        activated
+        x ─ norm ─ [q k v] ─ attention ─ [o] ─ end ─ + ─ norm ─ [gate up] ─ act(gate) * up ─ [down] ─ end ─ +
+               normed             attended                normed                       activated
         """
         C, D, q, kv = self.hidden_size, self.head_dim, self.q_size, self.kv_size
         return (
@@ -121,14 +109,14 @@ class ModelConfig:
             ),
             Projection(
                 name="o", module="attention.wo", norm="attention_norm", input="attended", in_features=q,
-                names=("o",), sizes=(C,), bias=self.o_bias, unit=D, hf_names=("self_attn.o_proj",),
+                names=("o",), sizes=(C,), bias=self.o_bias, unit=D, hf_names=("self_attn.o_proj",), end="attention_end",
             ),
             Projection(
                 name="gate_up", module="feed_forward.gate_up", norm="ffn_norm", input="normed", in_features=C,
                 names=("gate", "up"), sizes=(self.intermediate_size,) * 2, hf_names=("mlp.gate_proj", "mlp.up_proj"),
             ),
             Projection(
-                name="down", module="feed_forward.down", norm="ffn_norm", input="activated",
+                name="down", module="feed_forward.down", norm="ffn_norm", input="activated", end="ffn_end",
                 in_features=self.intermediate_size, names=("down",), sizes=(C,), hf_names=("mlp.down_proj",),
             ),
         )  # fmt: skip
@@ -141,15 +129,9 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        length: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layers: int | None = None,
-        width: int | None = None,
-    ) -> None:
+        self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype,
+        layers: int | None = None, width: int | None = None,
+    ) -> None:  # fmt: skip
         shape = (layers or config.num_layers, batch, config.num_kv_heads, length, width or config.head_dim)
         # zeros, not empty: masked positions still enter the product with weight 0, and 0 * NaN is NaN
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -180,27 +162,27 @@ class RMSNorm(nn.Module):
         return normed.to(self.weight.dtype) * self.weight
 
 
-def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Rotation per position of each pair of head channels, radians: fp32 [D/2] (Su et al. 2021, section 3.2.2)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    freqs = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return freqs
-    if scaling.kind == "linear":
-        return freqs / scaling.factor
-    # Llama 3.1: long wavelengths are divided by factor, short ones kept, those between interpolated.
-    wavelengths = 2 * math.pi / freqs
-    turns = scaling.original_max_position_embeddings / wavelengths
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0, 1)
-    return (1 - keep) * freqs / scaling.factor + keep * freqs
+class Unnormed(nn.Module):
+    """What stands for the norm before a sublayer where there is none: x in the dtype of the weights."""
+
+    like: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.like.dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, T, heads, D] by cos, sin [B, T, 1, D/2]; channel i pairs with i + D/2 (the HF weight layout)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+def rope_frequencies(config: ModelConfig, device: torch.device, kind: RopeKind = "global") -> Tensor:
+    """As frequencies of rope.py, of layers with a rotation of this kind: fp32 [D/2]."""
+    return frequencies(config.head_dim, *config.rope(kind), device)
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """x drawn smoothly into the interval from -cap to cap (Gemma 2)."""
+    return cap * torch.tanh(x / cap)
 
 
 def attention_mask(positions: Tensor, length: int, groups: int, window: int | None) -> Tensor:
@@ -213,8 +195,11 @@ def attention_mask(positions: Tensor, length: int, groups: int, window: int | No
     return allowed.repeat(1, 1, groups, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over allowed slots: q [B, K, R, D], k and v [B, K, S, D], mask bool [B, 1, R, S]."""
+    if softcap is not None:
+        scores = capped((q @ k.mT).float() / math.sqrt(q.shape[-1]), softcap)
+        return scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(v.dtype) @ v
     if q.is_cuda and q.shape[2] <= SMALL_ATTENTION_ROWS:
         B, K, R, D = q.shape
         scores = torch.bmm(q.view(B * K, R, D), k.view(B * K, -1, D).mT, out_dtype=torch.float32).view(B, K, R, -1)
@@ -235,8 +220,9 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=config.qkv_bias)
         self.wo = nn.Linear(config.q_size, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
+            q, kv = (config.q_size, config.kv_size) if config.qk_norm_full else (config.head_dim,) * 2
+            self.q_norm: nn.Module = RMSNorm(q, config.norm_eps)
+            self.k_norm: nn.Module = RMSNorm(kv, config.norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
@@ -247,8 +233,12 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         K, G, D = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
         q, k, v = self.wqkv(x).split((c.q_size, c.kv_size, c.kv_size), dim=-1)
-        q = apply_rope(self.q_norm(q.view(B, T, K * G, D)), cos, sin)
-        k = apply_rope(self.k_norm(k.view(B, T, K, D)), cos, sin)
+        if c.qk_norm_full:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(B, T, K * G, D), k.view(B, T, K, D)
+        if not c.qk_norm_full:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         # The G query heads that share a key/value head become extra query rows: no copy of the cache.
         q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
         y = self.attend_cached(q, k, v.view(B, T, K, D), mask, positions, k_cache, v_cache)
@@ -266,38 +256,46 @@ class Attention(nn.Module):
         rows = torch.arange(q.shape[0], device=q.device)[:, None]
         k_cache[rows, :, positions] = k
         v_cache[rows, :, positions] = v
-        return attend(q, k_cache, v_cache, mask)
+        return attend(q, k_cache, v_cache, mask, self.config.attention_softcap)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); gate_up stacks the gate and up projections (Shazeer 2020)."""
+    """down(activation(gate(x)) * up(x)); gate_up stacks the gate and up projections (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + feed_forward(norm(x)); x [B, T, C] is fp32."""
+    """x + end(attention(norm(x))), then x + end(feed_forward(norm(x))); x [B, T, C] is fp32.
+
+    A plain block norms what its sublayers read, and ends are identities.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        size, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(size, eps) if config.pre_norm else Unnormed()
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_end = RMSNorm(size, eps) if config.post_norm else nn.Identity()
+        self.ffn_norm = RMSNorm(size, eps) if config.pre_norm else Unnormed()
         self.feed_forward = FeedForward(config)
+        self.ffn_end = RMSNorm(size, eps) if config.post_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, positions, k_cache, v_cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        y = self.attention(self.attention_norm(x), cos, sin, mask, positions, k_cache, v_cache)
+        x = x + self.attention_end(y)
+        return x + self.ffn_end(self.feed_forward(self.ffn_norm(x)))
 
     def projections(self) -> tuple[Projection, ...]:
         """The description of its linear layers: get_submodule(projection.module) is one of them."""
@@ -307,7 +305,8 @@ class Block(nn.Module):
         """Its norms by their names in a layer of a Hugging Face checkpoint; one without parameters is in no file."""
         q_norm, k_norm = self.attention.q_norm, self.attention.k_norm
         heads = {"self_attn.q_norm": q_norm, "self_attn.k_norm": k_norm}
-        return heads | {"input_layernorm": self.attention_norm, "post_attention_layernorm": self.ffn_norm}
+        ends = {"post_self_attn_layernorm": self.attention_end, "post_mlp_layernorm": self.ffn_end}
+        return heads | ends | {"input_layernorm": self.attention_norm, "post_attention_layernorm": self.ffn_norm}
 
 
 class OutputHead(nn.Linear):
@@ -368,9 +367,9 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """Output of the last block, fp32 [B, T, C], before the final norm."""
         x = self.embed(tokens)
-        cos, sin, masks = self.position_tensors(positions, kv_cache.length)
-        for layer, window, k, v in zip(self.layers, self.config.sliding_windows, kv_cache.k, kv_cache.v, strict=True):
-            x = layer(x, cos, sin, masks[window], positions, k, v)
+        tensors = self.position_tensors(positions, kv_cache.length)
+        for layer, own, k, v in zip(self.layers, tensors, kv_cache.k, kv_cache.v, strict=True):
+            x = layer(x, *own, positions, k, v)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -379,16 +378,23 @@ class Transformer(nn.Module):
         The residual stream stays fp32. Rounded to bf16 at each of its 60 sums it moved the default model's logits by
         0.1, and near ties with them.
         """
-        return self.embedding(tokens).float()
+        x = self.embedding(tokens).float()
+        return x if self.config.embedding_scale == 1 else x * self.config.embedding_factor(self.dtype)
 
-    def position_tensors(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor, dict[int | None, Tensor]]:
-        """cos and sin of the rotary angles [B, T, 1, D/2], and for each window the attention mask [B, 1, G*T, S]."""
+    def position_tensors(self, positions: Tensor, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What each layer reads of positions [B, T]: cos, sin [B, T, 1, D/2] and the attention mask [B, 1, G*T, S]."""
         c = self.config
-        angles = positions[:, :, None, None].float() * rope_frequencies(c, positions.device)
+        ropes, windows = c.ropes(), c.sliding_windows
+        angles = {kind: rope_angles(positions, c.head_dim, *c.rope(kind)) for kind in dict.fromkeys(ropes)}
         groups = c.num_heads // c.num_kv_heads
-        masks = {w: attention_mask(positions, length, groups, w) for w in set(c.sliding_windows)}
-        return angles.cos(), angles.sin(), masks
+        masks = {w: attention_mask(positions, length, groups, w) for w in dict.fromkeys(windows)}
+        return [(*angles[kind], masks[window]) for kind, window in zip(ropes, windows, strict=True)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits fp32 [..., V] of hidden states [..., C]."""
-        return self.lm_head(self.norm(hidden))
+        return self.unembed(self.norm(hidden))
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        """Next-token logits fp32 [..., V] of what the final norm gives [..., C]."""
+        logits, cap = self.lm_head(normed), self.config.logit_softcap
+        return logits if cap is None else capped(logits, cap)

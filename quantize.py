@@ -262,15 +262,15 @@ def quantize_folder(
 
 def _write_the_rest(source: Path, work: Path, scheme: "QuantConfig") -> None:
     """What is not weights: copies of tokenizer, plans and the like, and a config that lists all files."""
-    from teal.checkpoint.config import read_json
     from teal.checkpoint.identity import stored_weights
+    from teal.checkpoint.layout import plain_description
     from teal.checkpoint.weights import copy_other_files, stored_config
     from teal.files import atomic_file, fingerprint
 
     copy_other_files(source, work)
     own = (MARKER, REFINED, "config.json")
     files = {path.name: fingerprint(path) for path in sorted(work.iterdir()) if path.name not in own}
-    description = read_json(source / "config.json")
+    description = plain_description(source)
     description["tie_word_embeddings"] = stored_config(source).tie_embeddings
     origin = stored_weights(source, source.name)  # so that its plans fit
     assert origin is not None

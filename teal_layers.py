@@ -15,6 +15,7 @@ from teal.errors import UserError
 from teal.kernels.formats.packing import dequantize
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
+from teal.layers.block_linear import BlockLinear, BlockWeight
 from teal.layers.phase import Phase, PhasedModule, call_state
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Block, Transformer
@@ -25,7 +26,8 @@ class SparseLinear(PhasedModule):
     """nn.Linear whose input is thresholded by magnitude, with a threshold per named output segment.
 
     names and sizes list the projections stacked in the weight, e.g. ("q", "k", "v") and their widths. The weight of a
-    QuantizedLinear is shared as it is; scales is None for one in floats. refined is None without second rows.
+    QuantizedLinear or BlockLinear is shared as it is; scales is None for floats and blocks. refined is None without
+    second rows.
     Bits of the result match between runs; between thread counts they need not.
     """
 
@@ -35,7 +37,11 @@ class SparseLinear(PhasedModule):
     kept: Tensor
     seen: Tensor
 
-    def __init__(self, linear: nn.Linear | QuantizedLinear, names: tuple[str, ...], sizes: list[int]) -> None:
+    weight: nn.Parameter | BlockWeight
+
+    def __init__(
+        self, linear: nn.Linear | QuantizedLinear | BlockLinear, names: tuple[str, ...], sizes: list[int]
+    ) -> None:
         super().__init__()
         self.names = names
         self.sizes = sizes
@@ -45,6 +51,8 @@ class SparseLinear(PhasedModule):
         if isinstance(linear, QuantizedLinear):
             self.weight, self.scales, self.zeros = linear.weight, linear.scales, linear.zeros
             refined, self.state = linear.refined, linear.state
+        elif isinstance(linear, BlockLinear):
+            self.weight, self.state = linear.weight, linear.state
         else:
             self.weight = nn.Parameter(linear.weight.data.t().contiguous(), requires_grad=False)
         self.refined = None if refined is None else nn.Buffer(refined)
@@ -52,8 +60,9 @@ class SparseLinear(PhasedModule):
         self.set_thresholds([0.0] * len(names))
         # Entries kept, one count per name, then those of refined channels among them; and entries seen. They are filled
         # only while self.state says that they are counted.
-        self.kept = nn.Buffer(self.weight.new_zeros(2, len(names), dtype=torch.int64), persistent=False)
-        self.seen = nn.Buffer(self.weight.new_zeros((), dtype=torch.int64), persistent=False)
+        device = self.weight.device
+        self.kept = nn.Buffer(torch.zeros(2, len(names), dtype=torch.int64, device=device), persistent=False)
+        self.seen = nn.Buffer(torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     def set_thresholds(self, thresholds: list[float]) -> None:
         """Use these thresholds of |x| from now on, one for each name."""
@@ -97,6 +106,9 @@ class SparseLinear(PhasedModule):
         rows = x.reshape(-1, x.shape[-1])
         if self.state.counting:
             self._count(rows)
+        if isinstance(self.weight, BlockWeight):
+            y = self.weight.few(rows, self.thresholds, self.segments).to(x.dtype)
+            return y.view(*x.shape[:-1], -1)
         y = sparse_linear(rows, self.weight, self.thresholds, self.segments, self.scales, self.zeros, self.refined)
         return y.view(*x.shape[:-1], -1)
 
@@ -108,12 +120,16 @@ class SparseLinear(PhasedModule):
         self.seen.add_(rows.numel())
 
     def _dense(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, BlockWeight):
+            return self.weight.many(x)
         if self.scales is None:
             return x @ self.weight
         return quantized_matmul(x, self.weight, self.scales, self.zeros, self.refined)
 
     def dequantized(self) -> Tensor:
         """The weight [K, N] in floats."""
+        if isinstance(self.weight, BlockWeight):
+            return self.weight.floats()
         return self.weight if self.scales is None else dequantize(self.weight, self.scales, self.zeros, self.refined)
 
     def bytes_read(self) -> float:
@@ -121,13 +137,20 @@ class SparseLinear(PhasedModule):
 
         A kept entry of x reads its channel's row, and a second one if the channel is refined; these are counted apart.
         """
-        total = sum(t.nbytes for t in (self.weight, self.scales, self.zeros) if t is not None)
+        total = sum(t.nbytes for t in weight_tensors(self))
         if not int(self.seen):
             return total
-        rows = len(self.weight)
+        weight = self.weight
+        rows, fixed = (weight.K, weight.scale_bytes) if isinstance(weight, BlockWeight) else (len(weight), 0)
         tokens = int(self.seen) / (rows - (0 if self.refined is None else len(self.refined)))
         shares = self.kept.sum(0).cpu() / (tokens * rows)  # of the rows, for each name
-        return float((torch.tensor(self.sizes) * shares).sum()) * total / sum(self.sizes)
+        return float((torch.tensor(self.sizes) * shares).sum()) * (total - fixed) / sum(self.sizes) + fixed
+
+
+def weight_tensors(module: nn.Module) -> list[Tensor]:
+    """What a product with a module's weight reads: its values, or its blocks; scales and zeros."""
+    parts = [t for name in ("weight", "scales", "zeros") if (t := getattr(module, name, None)) is not None]
+    return list(parts[0].data) if isinstance(parts[0], BlockWeight) else parts
 
 
 def _entries_kept(rows: Tensor, limits: Tensor) -> Tensor:
@@ -160,7 +183,7 @@ def sparsify_block(block: Block, thresholds: dict[str, float]) -> None:
     for p in block.projections():
         module = block.get_submodule(p.module)
         if not isinstance(module, SparseLinear):
-            assert isinstance(module, (nn.Linear, QuantizedLinear))
+            assert isinstance(module, (nn.Linear, QuantizedLinear, BlockLinear))
             module = SparseLinear(module, p.names, list(p.sizes))
             block.set_submodule(p.module, module)
         module.set_thresholds([thresholds[name] for name in p.names])
@@ -200,10 +223,12 @@ def weight_bytes_per_token(model: Transformer, float_bytes: int | None = None) -
     Skipped rows are those counted since set_counting; without a count all rows are taken as read. float_bytes is what
     a weight or scale in floats counts, whatever dtype it has here; None is the size of that dtype.
     """
-    modules = [m for m in model.layers.modules() if isinstance(m, (SparseLinear, QuantizedLinear, nn.Linear))]
+    modules = [
+        m for m in model.layers.modules() if isinstance(m, (SparseLinear, QuantizedLinear, BlockLinear, nn.Linear))
+    ]
     total = 0.0
     for module in (*modules, model.lm_head):
-        parts = [t for name in ("weight", "scales", "zeros") if (t := getattr(module, name, None)) is not None]
+        parts = weight_tensors(module)
         held = sum(part.nbytes for part in parts)
         sizes = [float_bytes if float_bytes and part.is_floating_point() else part.itemsize for part in parts]
         counted = sum(part.numel() * size for part, size in zip(parts, sizes, strict=True))

@@ -34,6 +34,7 @@ from teal.checkpoint.rotation import Rotation
 from teal.cli import command_line as cli
 from teal.cli.calibrate import ROTATION_SHARE
 from teal.cli.options import add_model_arguments, add_text_arguments, model_options
+from teal.errors import UserError
 from teal.evaluation.plots import FIGURE, ByLayer, plot_by_layer, plot_channels, require_matplotlib
 from teal.files import Output, reserved
 from teal.model import Block, Projection, RMSNorm, Transformer
@@ -117,7 +118,8 @@ def rotated(block: Block, p: Projection, plain: Samples, Q: Tensor, R: Tensor) -
 @torch.inference_mode()
 def measure(model: Transformer, rotation: Rotation, sequences: Tensor, sparsity: float) -> dict[str, Measured]:
     """By WEIGHTS, on token ids int64 [N, L] that the rotation was not found on."""
-    assert rotation.residual is not None
+    if rotation.residual is None:
+        raise UserError("sublayers of this family end in a norm: there is no rotated residual stream to measure")
     device = model.device
     Q, found = rotation.residual.to(device), {weights: Measured() for weights in WEIGHTS}
     backward = BackwardPass(model, sequences, Settings().gradient_tokens)
@@ -177,7 +179,7 @@ def build_parser() -> cli.Parser:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and draw."""
-    loaded = load_for_decoding(model_options(args, sparsity=0.0), sparse=True)
+    loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), sparse=True)
     encode, text = loaded.tokenizer.encode, read_texts(args.text, args.field)
     size = (args.sequences, min(args.length, loaded.model.config.max_seq_len))
     other = token_sequences(encode, split_text(text, rotated=True)[0], *size)

@@ -44,7 +44,8 @@ class ModelOptions:
     compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
     the weights at load, quant_lm_head those of the output head to 8 bits. kv_cache "int8" keeps keys and values in 8
     bits. threads: how many a CPU computes with, in the whole process. None is the cores that affinity and quota allow
-    (teal.environment). force_plan takes plans that were made for other weights.
+    (teal.environment). dequantize makes floats of a GGUF file's integers, which a CPU else multiplies as they are.
+    force_plan takes plans that were made for other weights.
     """
 
     checkpoint: str | None = None
@@ -60,6 +61,7 @@ class ModelOptions:
     quant_lm_head: bool = False
     kv_cache: str = KV_CACHES[0]
     threads: int | None = None
+    dequantize: bool = False
     force_plan: bool = False
 
     def __post_init__(self) -> None:

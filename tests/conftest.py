@@ -26,6 +26,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teal.cli import command_line as cli
@@ -91,13 +92,11 @@ def tiny_config(family: str, **overrides: Any) -> transformers.PretrainedConfig:
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
-    classes = {
-        "llama": transformers.LlamaConfig,
-        "mistral": transformers.MistralConfig,
-        "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
-    }
-    return classes[family](**(sizes | overrides))
+    if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        sizes["pad_token_id"] = 0  # theirs is beyond so small a vocabulary
+    if family == "ministral":
+        sizes["head_dim"] = 8  # which it does not infer
+    return transformers.CONFIG_MAPPING[family](**(sizes | overrides))
 
 
 def save_tiny_model(
@@ -219,6 +218,25 @@ def default_folder() -> Path:
     from teal.checkpoint.source import default_model
 
     return default_model()
+
+
+def float_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's folder by name; a GGUF file's integers as the floats that they stand for."""
+    from teal.checkpoint.weights import find_shards, open_shard
+
+    found: dict[str, Tensor] = {}
+    for path in find_shards(folder):
+        with open_shard(path) as shard:
+            found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no dict
+    return found
+
+
+@pytest.fixture(scope="session")
+def default_floats(default_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model in fp16, as transformers reads it."""
+    folder = link_files(default_folder, tmp_path_factory.mktemp("floats"), "*.safetensors*")
+    save_file(float_tensors(default_folder), folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture

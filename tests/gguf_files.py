@@ -28,6 +28,13 @@ ROUNDING = {Type.F32: 0.0, Type.F16: 1e-3, Type.BF16: 4e-3, Type.Q8_0: 8e-3, Typ
 ROUNDING |= {Type.Q4_0: 0.14, Type.Q4_1: 0.14}
 
 
+# Projections that are floats of 16 bits, by architecture. They are scaled, cut or turned as they are loaded, or stand
+# in one weight with such.
+FLOATS = {
+    "granite": ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
+    "phi3": ("qkv_proj", "gate_up_proj"),
+    "glm4": ("q_proj", "k_proj", "v_proj", "gate_up_proj"),
+}
 K_QUANTS = (Type.Q4_K, Type.Q5_K, Type.Q6_K)  # the gguf package reads these but does not write them
 
 
@@ -49,20 +56,8 @@ def random_k_quant(rng: np.random.Generator, shape: tuple[int, ...], kind: Type)
     return raw.reshape(*shape[:-1], -1)
 
 
-def write_gguf(
-    path: Path,
-    model: transformers.PreTrainedModel,
-    kind: Type,
-    tokenizer: Callable[[gguf.GGUFWriter], None],
-    **options: Any,
-) -> dict[str, torch.Tensor]:
-    """Write model's weights in a GGUF file as kind; returns what a reader should get, in HF layout.
-
-    The architecture is called as the model's family. options: of gguf.GGUFWriter.
-    """
-    c = model.config
-    family = FAMILIES[c.model_type]
-    writer = gguf.GGUFWriter(path, c.model_type, **options)
+def _write_sizes(writer: gguf.GGUFWriter, c: Any) -> None:
+    """Of a transformers config c."""
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
@@ -70,11 +65,29 @@ def write_gguf(
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    tokenizer(writer)
+    rope = c.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if (head_dim := getattr(c, "head_dim", None)) is not None:
         writer.add_key_length(head_dim)
-    back = {hf.split(".")[-1]: name for name, hf in tensor_names(c.model_type).items()}
+
+
+def write_gguf(
+    path: Path,
+    model: transformers.PreTrainedModel,
+    kind: Type,
+    tokenizer: Callable[[gguf.GGUFWriter], None],
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Write model's weights in a GGUF file as kind; returns the floats that they stand for, in HF layout.
+
+    The architecture is called as the model's family. options: of gguf.GGUFWriter.
+    """
+    c = model.config
+    architecture, family = next((name, f) for name, f in FAMILIES.items() if f.model_type == c.model_type)
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    _write_sizes(writer, c)
+    tokenizer(writer)
+    back = {hf.split(".")[-1]: name for name, hf in tensor_names(architecture).items()}
     rng = np.random.default_rng(0)
     expected = {}
     for name, weight in model.state_dict().items():
@@ -84,7 +97,8 @@ def write_gguf(
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(stem)
         heads = heads if family.pairs_rows else None
         if values.ndim == 1:
-            writer.add_tensor(f"{block}{back[stem]}.{suffix}", values)
+            offset = family.norm_offset if suffix == "weight" else 0.0
+            writer.add_tensor(f"{block}{back[stem]}.{suffix}", values + np.float32(offset))
             expected[name] = weight
             continue
         if kind in K_QUANTS:
@@ -95,8 +109,8 @@ def write_gguf(
         read = torch.from_numpy(np.array(gguf.dequantize(stored, kind)))
         if heads:
             read = read.view(heads, -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        exact = kind in (Type.F32, Type.BF16) or (kind in (Type.Q4_0, Type.Q8_0) and stem.endswith("_proj"))
-        expected[name] = read if exact else read.half().float()
+        is_rounded = kind not in (Type.F32, Type.BF16) and stem in FLOATS.get(architecture, ())
+        expected[name] = read.half().float() if is_rounded else read
     write_and_close(writer)
     return expected
 

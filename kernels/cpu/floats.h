@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// For functions of vectors: a call would pass them through memory.
+#define TEAL_INLINE inline __attribute__((always_inline))
+
 namespace teal {
 
 using c10::BFloat16;
@@ -71,6 +74,16 @@ inline Lanes load(const BFloat16* from) {
 inline Lanes load(const Half* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+#elif defined(__F16C__)
+  __m128i parts[2];
+  std::memcpy(parts, &halves, sizeof(parts));
+  const __m256 floats[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+  Lanes lanes;
+  std::memcpy(&lanes, floats, sizeof(lanes));
+  return lanes;
+#else
   const Words words = __builtin_convertvector(halves, Words);
   const Words sign = (words & 0x8000) << 16, magnitude = (words & 0x7fff) << 13;
   Lanes lanes;
@@ -81,6 +94,7 @@ inline Lanes load(const Half* from) {
   bits |= sign | (Words((words & 0x7c00) == 0x7c00) & 0x7f800000);  // infinity and NaN
   std::memcpy(&lanes, &bits, sizeof(lanes));
   return lanes;
+#endif
 }
 
 inline Lanes load(const int8_t* from) {
@@ -90,6 +104,23 @@ inline Lanes load(const int8_t* from) {
 }
 
 inline void store(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
+
+// Rounded to the nearest, ties to even; no lane is NaN.
+inline void store(BFloat16* to, const Lanes& lanes) {
+  Words words;
+  std::memcpy(&words, &lanes, sizeof(words));
+  const Halves halves = __builtin_convertvector((words + 0x7fff + (words >> 16 & 1)) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+
+inline void store(Half* to, const Lanes& lanes) {
+#if defined(__AVX512F__)
+  const auto halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(lanes), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &halves, sizeof(halves));
+#else
+  for (int64_t i = 0; i < LANES; ++i) to[i] = static_cast<Half>(lanes[i]);
+#endif
+}
 
 // The first count values, then zeros.
 template <typename T>
@@ -115,23 +146,34 @@ inline Lanes add_product(const Lanes& sum, const Lanes& a, const Lanes& b) {
 
 inline Lanes larger(const Lanes& a, const Lanes& b) { return a > b ? a : b; }  // b where one of them is NaN
 
-// The sum of all lanes, in a fixed order.
-inline float total(const Lanes& sums) {
-  using Half8 = float __attribute__((vector_size(2 * LANES)));
-  using Quarter = float __attribute__((vector_size(LANES)));
+// Half of Lanes or Integers, and a quarter.
+using Lanes8 = float __attribute__((vector_size(2 * LANES)));
+using Lanes4 = float __attribute__((vector_size(LANES)));
+using Integers8 = int32_t __attribute__((vector_size(2 * LANES)));
+using Integers4 = int32_t __attribute__((vector_size(LANES)));
+
+// What f makes of all lanes, two at a time, in a fixed order.
+template <typename Half8, typename Quarter, typename Register, typename F>
+TEAL_INLINE auto folded(const Register& lanes, F&& f) {
   Half8 halves[2];
-  std::memcpy(halves, &sums, sizeof(halves));
-  const Half8 half = halves[0] + halves[1];
+  std::memcpy(halves, &lanes, sizeof(halves));
+  const Half8 half = f(halves[0], halves[1]);
   Quarter quarters[2];
   std::memcpy(quarters, &half, sizeof(quarters));
-  const Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  const Quarter quarter = f(quarters[0], quarters[1]);
+  return f(f(quarter[0], quarter[2]), f(quarter[1], quarter[3]));
+}
+
+inline float total(const Lanes& lanes) {
+  return folded<Lanes8, Lanes4>(lanes, [](const auto& a, const auto& b) { return a + b; });
+}
+
+inline int32_t total(const Integers& lanes) {
+  return folded<Integers8, Integers4>(lanes, [](const auto& a, const auto& b) { return a + b; });
 }
 
 inline float largest(const Lanes& lanes) {
-  float found = lanes[0];
-  for (int64_t i = 1; i < LANES; ++i) found = lanes[i] > found ? lanes[i] : found;
-  return found;
+  return folded<Lanes8, Lanes4>(lanes, [](const auto& a, const auto& b) { return a > b ? a : b; });
 }
 
 // e^x with a relative error of 2e-7, for x between -87 and 88, to which others are clamped; NaN stays NaN.

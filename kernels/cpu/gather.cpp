@@ -188,29 +188,30 @@ void sum(const Kept& kept, const Matrix& matrix, int64_t begin, int64_t width, f
   }
 }
 
-// The kept channels of one row of x. AVX-512 moves those of LANES entries to the front of a register at once.
-void compact_row(const float* x, int64_t K, float limit, Kept& kept) {
+}  // namespace
+
+// AVX-512 moves the kept ones of LANES entries to the front of a register at once.
+int64_t compact_row(const float* x, int64_t K, int32_t channel, float limit, int32_t* channels, float* values) {
   int64_t count = 0, k = 0;
 #if defined(__AVX512F__)
-  __m512i channel = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i ascending = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i places = _mm512_add_epi32(ascending, _mm512_set1_epi32(channel));
   for (; k + LANES <= K; k += LANES) {
-    const __m512 values = _mm512_loadu_ps(x + k);
-    const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(values), _mm512_set1_ps(limit), _CMP_NLT_UQ);
-    _mm512_storeu_ps(kept.values + count, _mm512_maskz_compress_ps(keep, values));
-    _mm512_storeu_si512(kept.channels + count, _mm512_maskz_compress_epi32(keep, channel));
+    const __m512 entries = _mm512_loadu_ps(x + k);
+    const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(entries), _mm512_set1_ps(limit), _CMP_NLT_UQ);
+    _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(keep, entries));
+    _mm512_storeu_si512(channels + count, _mm512_maskz_compress_epi32(keep, places));
     count += __builtin_popcount(keep);
-    channel = _mm512_add_epi32(channel, _mm512_set1_epi32(LANES));
+    places = _mm512_add_epi32(places, _mm512_set1_epi32(LANES));
   }
 #endif
   for (; k < K; ++k) {
-    kept.values[count] = x[k];
-    kept.channels[count] = static_cast<int32_t>(k);
+    values[count] = x[k];
+    channels[count] = channel + static_cast<int32_t>(k);
     count += !(std::fabs(x[k]) < limit);
   }
-  kept.count = count;
+  return count;
 }
-
-}  // namespace
 
 void compact(const float* x, int64_t stride, int64_t rows, const Matrix& matrix, float limit, Kept& kept) {
   const int64_t K = matrix.K;
@@ -227,7 +228,7 @@ void compact(const float* x, int64_t stride, int64_t rows, const Matrix& matrix,
     kept.count += any;
   };
   if (kept.columns == 1)
-    compact_row(x, K, limit, kept);
+    kept.count = compact_row(x, K, 0, limit, kept.channels, kept.values);
   else
     for (int64_t k = 0; k < K; ++k) append_if_kept(k, k);
   for (int64_t j = 0; j < matrix.E; ++j) append_if_kept(K + j, matrix.refined[j]);

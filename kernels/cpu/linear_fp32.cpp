@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "matrix.h"
+#include "tensors.h"
 
 namespace teal {
 namespace {
@@ -19,9 +20,7 @@ at::Tensor linear_fp32(const at::Tensor& x, const at::Tensor& weight) {
   TORCH_CHECK_VALUE(x.dim() == 2 && rows <= DOT_ROWS && x.size(1) == K,
                     "x and weight: expected few rows [n, K] and [V, K]");
   TORCH_CHECK_VALUE(weight.stride(1) == 1, "weight: its rows must be contiguous");
-  const at::ScalarType type = weight.scalar_type();
-  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "dtype ", type,
-                    ": expected fp32, bf16 or fp16");
+  const Dtype dtype = dtype_of(weight.scalar_type());
   at::Tensor wide = at::zeros({rows, padded(K)}, x.options().dtype(at::kFloat));
   wide.narrow(1, 0, K).copy_(x);
   at::Tensor y = at::empty({rows, V}, x.options().dtype(at::kFloat));
@@ -31,7 +30,6 @@ at::Tensor linear_fp32(const at::Tensor& x, const at::Tensor& weight) {
   matrix.N = V;
   matrix.stride = weight.stride(0);
   matrix.storage = Storage::OUTPUT_MAJOR;
-  const Dtype dtype = type == at::kFloat ? Dtype::FP32 : type == at::kHalf ? Dtype::FP16 : Dtype::BF16;
   const float* from = wide.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   at::parallel_for(0, V, GRAIN, [&](int64_t begin, int64_t end) {

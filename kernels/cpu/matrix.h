@@ -1,8 +1,10 @@
 // A weight as the products read it, and its products with a few rows of x: gather.cpp and dot.cpp.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "blocks.h"
 #include "floats.h"
 
 namespace teal {
@@ -20,6 +22,7 @@ enum class Storage : int32_t {
   OUTPUT_MAJOR,  // floats [N, K], as nn.Linear has them: each output is a dot product
   INT8,          // [K, N]
   INT4,          // [K + E, N / 8] words, with zero points
+  BLOCKS,        // parts side by side, each as blocks.py lays out one of GGUF's types
 };
 
 // A weight [K, N]. step/launch.py mirrors this struct, field by field.
@@ -35,11 +38,13 @@ struct Matrix {
   int64_t group;          // columns to a scale, or those packed together, if groups lie along the input
   int64_t group_channels;  // channels to a scale, if groups lie along the input; else 0
   int64_t segments, segment_sizes[SEGMENTS];
+  const Blocks* parts;
+  int64_t part_count;
   Storage storage;
   int32_t padding;
 
-  bool gathers() const { return storage != Storage::OUTPUT_MAJOR; }
-  int64_t unit() const { return group > LINE ? group : LINE; }  // columns come in multiples of this
+  bool gathers() const { return storage != Storage::OUTPUT_MAJOR && storage != Storage::BLOCKS; }
+  int64_t unit() const { return std::max(group, LINE); }  // columns come in multiples of this
 };
 
 // The channels that some row of x keeps, in the caller's memory.
@@ -56,6 +61,10 @@ struct Kept {
 inline int64_t kept_columns(const Matrix& matrix, int64_t rows) {
   return rows == 1 || matrix.storage == Storage::INPUT_MAJOR ? rows : GATHER_ROWS;
 }
+
+// Channels channel + k and entries x[k] < K that |x| < limit does not drop, NaN among them; returns how many. Both have
+// room for LANES more.
+int64_t compact_row(const float* x, int64_t K, int32_t channel, float limit, int32_t* channels, float* values);
 
 // List the entries of x [rows, K] whose size reaches limit, NaN among them. kept.columns is set before.
 void compact(const float* x, int64_t stride, int64_t rows, const Matrix& matrix, float limit, Kept& kept);

@@ -12,18 +12,10 @@
 #include <vector>
 
 #include "matrix.h"
+#include "tensors.h"
 
 namespace teal {
 namespace {
-
-Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return Dtype::FP32;
-    case at::kBFloat16: return Dtype::BF16;
-    case at::kHalf: return Dtype::FP16;
-    default: TORCH_CHECK_VALUE(false, "dtype ", type, ": expected fp32, bf16 or fp16");
-  }
-}
 
 // The weight of these tensors, [K + E, N].
 Matrix matrix_of(const at::Tensor& weight, int64_t K, int64_t N, const std::optional<at::Tensor>& scales,

@@ -8,6 +8,7 @@ from teal.calibration.texts import default_text, text_hash
 from teal.calibration.thresholds import QUICK_GRADIENTS, calibrate_quickly
 from teal.checkpoint.loading import LoadedModel, load_plan
 from teal.errors import UserError
+from teal.layers.block_linear import floats_kept
 from teal.layers.int8_cache import has_int8_cache
 from teal.options import Settings
 from teal.plan import SparsityPlan, cached_curves, cached_plan, keep_all_plan, plan_file
@@ -46,10 +47,11 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
         )
     print(f"calibrating sparsity {sparsity:g} ({settings.method}) on Python's help topics (once)", file=sys.stderr)
     start = time.perf_counter()
-    plan = calibrate_quickly(
-        loaded.model, loaded.tokenizer.encode, settings, text, loaded.weights, lambda plans: plans[0].save(path),
-        loaded.is_rotated, cached_curves(*name),
-    )  # fmt: skip
+    with floats_kept(loaded.model):
+        plan = calibrate_quickly(
+            loaded.model, loaded.tokenizer.encode, settings, text, loaded.weights, lambda plans: plans[0].save(path),
+            loaded.is_rotated, cached_curves(*name),
+        )  # fmt: skip
     plan.save(path)
     loaded.calibrate_s += time.perf_counter() - start
     return plan

@@ -87,8 +87,9 @@ def head_energy(model: Transformer, sequences: Tensor) -> ChannelEnergy:
         positions = torch.arange(len(ids), device=device)[None]
         hidden = model.hidden_states(ids[None].to(device), positions, model.new_cache(1, len(ids)))
         for normed in model.norm(hidden)[0].split(HEAD_TOKENS):
-            p = model.lm_head(normed).softmax(-1)
-            variances = p * (1 - p)
+            logits, cap = model.unembed(normed), model.config.logit_softcap
+            p = logits.softmax(-1)
+            variances = p * (1 - p) * (1 if cap is None else (1 - (logits / cap).square()).square())
             inputs += variances.mean(1) @ normed.float().square()
             gradients += variances.sum(0)
             tokens += len(normed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teal.calibration.sensitivity import BackwardPass
 from teal.calibration.stages import BlockStages, Positions, Stream
-from teal.checkpoint.rotation import Rotation
+from teal.checkpoint.rotation import Rotation, turns_stream
 from teal.errors import ParameterError
 from teal.model import RMSNorm, Transformer
 from teal.progress import progress
@@ -23,6 +23,7 @@ WEIGHT_TOKENS = 1024  # tokens of gradients that tell how much a norm matters: o
 def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) -> Rotation:
     """The rotation of a dense model in floats, from sequences int64 [N, L] of token ids.
 
+    Of heads alone, if the residual stream cannot be rotated.
     offload: keep activations in host memory. Raises UserError if there are fewer tokens than channels.
     """
     if sequences.numel() < model.config.hidden_size:
@@ -31,7 +32,8 @@ def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) 
             sequences.numel(), model.config.hidden_size,
         )  # fmt: skip
     c, positions = model.config, Positions(model, sequences.shape[1])
-    weights = norm_weights(model, sequences)
+    with_stream = turns_stream(c)
+    weights = norm_weights(model, sequences) if with_stream else []
     stream = Stream.embedded(model, sequences, offload)
     residual = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64, device=stream.device)
     heads = []
@@ -39,12 +41,13 @@ def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) 
         stages = BlockStages(positions, i)
         for p in stages.projections:
             inputs = stages.inputs(p, stream)
-            if p.input == "normed":
+            if p.input == "normed" and with_stream:
                 residual += weights[i][p.name] * normed_covariance(stream, c.norm_eps)
             elif p.input == "attended":
                 heads.append(head_covariances(inputs, c.num_kv_heads, c.head_dim))
             stream = stages.after(p, stream, inputs)
-    return Rotation(eigenvectors(residual).float().cpu(), eigenvectors(torch.stack(heads)).float().cpu())
+    basis = eigenvectors(residual).float().cpu() if with_stream else None
+    return Rotation(basis, eigenvectors(torch.stack(heads)).float().cpu())
 
 
 def norm_weights(model: Transformer, sequences: Tensor) -> list[dict[str, float]]:

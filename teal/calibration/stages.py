@@ -21,20 +21,20 @@ class Positions:
         self.model = model
         with torch.inference_mode(False):  # gradients may pass what is multiplied by them
             self.positions = torch.arange(length, device=model.device).expand(batch, length)
-            self.cos, self.sin, self.masks = model.position_tensors(self.positions, length)
+            self.tensors = model.position_tensors(self.positions, length)
 
     def context(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What block i is called with beside x. The cache is new: gradients pass what a call writes into it."""
         batch, length = self.positions.shape
         cache = self.model.new_cache(batch, length, layers=1)
-        mask = self.masks[self.model.config.sliding_windows[i]]
-        return self.cos, self.sin, mask, self.positions, cache.k[0], cache.v[0]
+        return *self.tensors[i], self.positions, cache.k[0], cache.v[0]
 
 
 class BlockStages:
     """One block of a model, run projection by projection over sequences of one length.
 
-    A block is a chain of sublayers. Each begins with a norm and adds the result of its last projection to its input.
+    A block is a chain of sublayers. Each begins with a norm, or what stands for it. The result of its last projection
+    passes the sublayer's end, in some families a norm, and is added to the sublayer's input.
     """
 
     def __init__(self, positions: Positions, index: int) -> None:
@@ -61,8 +61,8 @@ class BlockStages:
         """The residual stream where the next projection's sublayer begins; inputs are those of p for x."""
         if not p.ends_sublayer:
             return x
-        module = self.block.get_submodule(p.module)
-        return x.map(lambda part, own: part + module(own), inputs)
+        module, end = self.block.get_submodule(p.module), self.block.get_submodule(p.end)
+        return x.map(lambda part, own: part + end(module(own)), inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole block."""

@@ -136,31 +136,6 @@ def _layout(method: str, raw: dict[str, Any]) -> str:
     return next(named, LAYOUTS[method][0])
 
 
-def as_gptq(values: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    """int8 [K, N] with scales [groups, N] as GPTQ stores symmetric ones (gptq_v2), by the end of their names."""
-    (K, N), groups = values.shape, len(scales)
-    fours = (values.view(torch.uint8) ^ MIDDLE).view(K // 4, 4, N).transpose(1, 2).contiguous()  # q + 128
-    zeros = torch.full((groups, N), MIDDLE, dtype=torch.uint8)
-    g_idx = (torch.arange(K) // (K // groups)).to(torch.int32)
-    return {
-        "qweight": fours.view(torch.int32)[:, :, 0],
-        "qzeros": zeros.view(torch.int32),
-        "scales": scales,
-        "g_idx": g_idx,
-    }
-
-
-def as_awq(values: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    """Integers 0 to 15 [K, N], 8 for zero, with scales [groups, N] as AWQ stores them, by the end of their names."""
-
-    def words(integers: Tensor) -> Tensor:
-        in_order = integers.reshape(len(integers), -1, len(AWQ_COLUMNS))[:, :, AWQ_COLUMNS]
-        return pack_int4(in_order.flatten(1), len(AWQ_COLUMNS))
-
-    zeros = torch.full_like(scales, 8, dtype=torch.uint8)
-    return {"qweight": words(values), "qzeros": words(zeros), "scales": scales}
-
-
 def _unpacked(words: Tensor, bits: int, columns: Tensor) -> Tensor:
     """Words int32 [R, C] -> integers int32 [R, C * 32/bits]; columns: which of a word's columns a place holds."""
     shifts = bits * torch.arange(32 // bits, dtype=torch.int32)

@@ -1,35 +1,31 @@
 """`config.json` of a Hugging Face folder -> ModelConfig, refusing by name whatever this model.py cannot do."""
 
-import math
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from teal.checkpoint.awq_gptq import Packing
+from teal.checkpoint.families import FAMILIES, MULTIMODAL, Family
+from teal.checkpoint.fields import Fields
+from teal.checkpoint.rope_fields import LAYER_TYPES, rope_fields
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig
-from teal.model import ModelConfig, RopeScaling
-from teal.user_text import is_number, parse_json
+from teal.model import ModelConfig
+from teal.user_text import parse_json
 
 MAX_LAYERS = 10_000  # a damaged number must not fill the memory with layers
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-# What transformers assumes where config.json leaves a field out, if the families differ.
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-}
+# What model.py calls the activations that it computes, by their names in config.json.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Fields that would change the computation, with the values under which they do not.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "mlp_bias": (False, None),
-    "partial_rotary_factor": (1.0, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "num_local_experts": (None, 0),
+    "use_bidirectional_attention": (False, None),
 }
 
 
@@ -90,18 +86,34 @@ def read_tokenizer_settings(path: Path) -> dict[str, Any]:
 def load_config(folder: Path) -> ModelConfig:
     """The architecture described by folder/config.json. Raises UserError for a model this code does not compute."""
     path = folder / "config.json"
-    raw = read_json(path)
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{path}: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
-    raw = {**FAMILY_DEFAULTS[family], **raw}
+    raw, family, _ = described(path, read_json(path))
     for field, neutral in NEUTRAL_VALUES.items():
-        if field in raw and raw[field] not in neutral:
-            raise UserError(f"{path}: {field} {raw[field]!r} is not supported; expected {neutral[0]!r}")
+        if field in raw.raw and raw.raw[field] not in neutral:
+            raise UserError(f"{path}: {field} {raw.raw[field]!r} is not supported; expected {neutral[0]!r}")
     try:
-        return _build(path, family, raw)
+        return _build(raw, family)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
+
+
+def described(path: Path, whole: dict[str, Any]) -> tuple[Fields, Family, str]:
+    """The fields of the text model in config.json's object, with its family's defaults, the family and its name.
+
+    Raises UserError, with the nearest known one, for an unknown family.
+    """
+    raw, name = whole, whole.get("model_type")
+    if isinstance(name, str) and name in MULTIMODAL:
+        text = Fields(path, whole).object("text_config").raw
+        name = text.get("model_type", MULTIMODAL[name])
+        tying = {"tie_word_embeddings": whole["tie_word_embeddings"]} if "tie_word_embeddings" in whole else {}
+        raw = text | tying
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        near = difflib.get_close_matches(str(name), FAMILIES, 1, cutoff=0.5)
+        nearest = f" (the nearest known is {near[0]})" if near else ""
+        known = ", ".join([*FAMILIES, *MULTIMODAL])
+        raise UserError(f"{path}: model_type {name!r} is not supported{nearest}; expected one of {known}")
+    return Fields(path, {**family.defaults, **raw}), family, str(name)
 
 
 def load_quantization(folder: Path) -> QuantConfig | Packing | None:
@@ -112,6 +124,8 @@ def load_quantization(folder: Path) -> QuantConfig | Packing | None:
         return None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: quantization_config {raw!r} is not usable; expected an object")
+    if raw.get("quant_method") == "fp8":
+        return None  # read as floats, see layout.py
     if packing := Packing.from_json(raw, str(path)):
         return packing
     config = QuantConfig.from_json(raw, str(path))
@@ -122,81 +136,48 @@ def load_quantization(folder: Path) -> QuantConfig | Packing | None:
     return config
 
 
-def _positive(
-    path: Path, raw: dict[str, Any], field: str, kind: type[int] | type[float] = int, default: Any = None
-) -> Any:
-    value = raw.get(field)
-    value = default if value is None else value
-    if not (is_number(value) and isinstance(value, (int, kind)) and 0 < value < math.inf):
-        raise UserError(f"{path}: {field} {value!r:.200} is not usable; expected a positive {kind.__name__}")
-    return value
-
-
-def _build(path: Path, family: str, raw: dict[str, Any]) -> ModelConfig:
-    hidden_size = _positive(path, raw, "hidden_size")
-    num_layers = _positive(path, raw, "num_hidden_layers")
+def _build(raw: Fields, family: Family) -> ModelConfig:
+    hidden_size, num_layers = raw.positive("hidden_size"), raw.positive("num_hidden_layers")
     if num_layers > MAX_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers {num_layers} is not usable; expected at most {MAX_LAYERS}")
-    num_heads = _positive(path, raw, "num_attention_heads")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters {rope!r} is not usable; expected an object")
-    bias = bool(raw.get("attention_bias", False))
+        raise UserError(f"{raw.path}: num_hidden_layers {num_layers} is not usable; expected at most {MAX_LAYERS}")
+    num_heads = raw.positive("num_attention_heads")
+    head_dim, own = raw.positive("head_dim", default=hidden_size // num_heads), family.fields(raw)
     return ModelConfig(
-        vocab_size=_positive(path, raw, "vocab_size"),
+        vocab_size=raw.positive("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_positive(path, raw, "intermediate_size"),
+        intermediate_size=raw.positive("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_positive(path, raw, "num_key_value_heads", default=num_heads),
-        head_dim=_positive(path, raw, "head_dim", default=hidden_size // num_heads),
-        max_seq_len=_positive(path, raw, "max_position_embeddings", default=2048),
-        norm_eps=_positive(path, raw, "rms_norm_eps", float, default=1e-6),
-        rope_theta=_positive(path, {**raw, **rope}, "rope_theta", float, default=10000.0),
-        rope_scaling=_rope_scaling(path, rope),
-        qkv_bias=family == "qwen2" or bias,
-        o_bias=family != "qwen2" and bias,
-        qk_norm=family == "qwen3",
+        num_kv_heads=raw.positive("num_key_value_heads", default=num_heads),
+        head_dim=head_dim,
+        norm_eps=raw.positive("rms_norm_eps", float, default=1e-6),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        sliding_windows=_sliding_windows(path, family, raw, num_layers),
+        sliding_windows=_sliding_windows(raw, family, num_layers),
+        **rope_fields(raw, head_dim, family.partial),
+        **({} if "activation" in own else {"activation": _activation(raw)}),
+        **own,
     )
 
 
-def _rope_scaling(path: Path, rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise UserError(f"{path}: rope_scaling type {kind!r} is not supported; expected default, linear or llama3")
-    if kind == "linear":
-        return RopeScaling(kind, _positive(path, rope, "factor", float))
-    return RopeScaling(
-        kind,
-        factor=_positive(path, rope, "factor", float),
-        low_freq_factor=_positive(path, rope, "low_freq_factor", float),
-        high_freq_factor=_positive(path, rope, "high_freq_factor", float),
-        original_max_position_embeddings=_positive(path, rope, "original_max_position_embeddings"),
-    )
+def _activation(raw: Fields) -> Any:
+    name = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UserError(
+            f"{raw.path}: hidden_act {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}"
+        )  # fmt: skip
+    return ACTIVATIONS[name]
 
 
-def _sliding_windows(path: Path, family: str, raw: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
-    if family == "llama" or window is None:
+def _sliding_windows(raw: Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
+    ignored = family.windows == "ignored" or (family.windows == "asked for" and not raw.get("use_sliding_window"))
+    if ignored or raw.get("sliding_window") is None:
         return (None,) * num_layers
-    window = _positive(path, raw, "sliding_window")
-    if family == "mistral":
-        return (window,) * num_layers
-    if not raw.get("use_sliding_window", False):
-        return (None,) * num_layers
-    kinds = raw.get("layer_types")
+    window, kinds = raw.positive("sliding_window"), raw.get("layer_types")
     if kinds is None:
-        first = raw["max_window_layers"]
-        if isinstance(first, bool) or not isinstance(first, int):
-            raise UserError(f"{path}: max_window_layers {first!r} is not usable; expected a whole number")
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+        return tuple(window if family.slides(raw, i) else None for i in range(num_layers))
     if not isinstance(kinds, list):
-        raise UserError(f"{path}: layer_types {kinds!r} is not usable; expected a list")
-    unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+        raise raw.bad("layer_types", "a list")
+    unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
     if unknown:
-        raise UserError(f"{path}: layer_types holds {unknown[0]!r}; expected full_attention or sliding_attention")
+        raise UserError(f"{raw.path}: layer_types holds {unknown[0]!r}; expected {' or '.join(LAYER_TYPES)}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -12,9 +12,11 @@ from gguf import ReaderTensor
 from teal.checkpoint.config import SIZELESS
 from teal.checkpoint.gguf_families import FAMILIES, OUTER_NAMES, PROJECTION_NAMES
 from teal.errors import UserError
-from teal.model import RopeScaling, rope_frequencies
+from teal.model import rope_frequencies
+from teal.rope import RopeScaling
 
-ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_FACTORS = "rope_freqs.weight"
+LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 # Ends of a turn, a message or a text, which llama.cpp knows by name, too: a file may declare one of several. Not </s>,
 # which is plain text in some vocabularies.
 END_TOKENS = frozenset(
@@ -84,22 +86,38 @@ def hf_config(meta: Metadata, tensors: list[ReaderTensor]) -> dict[str, Any]:
         "eos_token_id": meta.token_id("eos"),
         **family.constants,
     }
-    config["rope_scaling"] = _rope_scaling(meta, config, tensors)
-    return config
+    config |= {name: meta.own(key) for name, key in family.fields.items() if meta.own(key) is not None}
+    if family.wide_layers is not None:
+        wide = config["num_hidden_layers"] == family.wide_layers
+        config["query_pre_attn_scalar"] = hidden // heads if wide else config["head_dim"]
+    if "attention_bias" not in config:
+        config["attention_bias"] = any(tensor.name == "blk.0.attn_q.bias" for tensor in tensors)
+    turned = meta.own("rope.dimension_count", config["head_dim"])
+    if turned != config["head_dim"]:
+        config["partial_rotary_factor"] = turned / config["head_dim"]
+    return config | _rope_scaling(meta, config, tensors)
 
 
-def _rope_scaling(
-    meta: Metadata, config: dict[str, Any], tensors: Iterable[ReaderTensor]
-) -> dict[str, Any] | None:  # fmt: skip
+def _rope_scaling(meta: Metadata, config: dict[str, Any], tensors: Iterable[ReaderTensor]) -> dict[str, Any]:
+    """The fields of config.json that say how rotations are scaled."""
+    held = {t.name: np.array(t.data) for t in tensors if t.name in (LLAMA3_FACTORS, *LONGROPE_FACTORS)}
+    original = meta.own("rope.scaling.original_context_length", config["max_position_embeddings"])
+    if len(held) == len(LONGROPE_FACTORS):
+        short, long = ([float(v) for v in held[name]] for name in LONGROPE_FACTORS)
+        scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+        return {"rope_scaling": scaling, "original_max_position_embeddings": original}
+    if LLAMA3_FACTORS in held:
+        return {"rope_scaling": _llama3_scaling(meta.path, config, held[LLAMA3_FACTORS])}
     kind = meta.own("rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": meta.own_required("rope.scaling.factor")}
-    if kind != "none":
+    if kind == "none":
+        return {"rope_scaling": None}
+    if kind not in ("linear", "yarn"):
         raise UserError(
-            f"{meta.path}: {meta.architecture}.rope.scaling.type {kind!r} is not supported; expected none or linear"
+            f"{meta.path}: {meta.architecture}.rope.scaling.type {kind!r} is not supported; "
+            f"expected none, linear or yarn"
         )
-    factors = next((np.array(t.data) for t in tensors if t.name == ROPE_FACTORS), None)
-    return None if factors is None else _llama3_scaling(meta.path, config, factors)
+    scaling = {"rope_type": kind, "factor": meta.own_required("rope.scaling.factor")}
+    return {"rope_scaling": scaling | ({"original_max_position_embeddings": original} if kind == "yarn" else {})}
 
 
 def _llama3_scaling(path: Path, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
@@ -113,7 +131,7 @@ def _llama3_scaling(path: Path, config: dict[str, Any], factors: np.ndarray) -> 
     plain = rope_frequencies(plain_config, cpu)
     scaled = rope_frequencies(replace(plain_config, rope_scaling=scaling), cpu)
     if factors.shape != tuple(plain.shape) or not np.allclose((plain / scaled).numpy(), factors, rtol=1e-3):
-        raise UserError(f"{path}: {ROPE_FACTORS} is not Llama 3's frequency scaling, the only one supported")
+        raise UserError(f"{path}: {LLAMA3_FACTORS} is not Llama 3's frequency scaling, the only one supported")
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,
@@ -138,7 +156,7 @@ def hf_name(meta: Metadata, name: str) -> str | None:
 
     Raises UserError for one that has no place in such a model.
     """
-    if name == ROPE_FACTORS:
+    if name in (LLAMA3_FACTORS, *LONGROPE_FACTORS):
         return None
     prefix, own = "", name
     if name.startswith("blk."):
@@ -149,9 +167,3 @@ def hf_name(meta: Metadata, name: str) -> str | None:
     if stem not in names or suffix not in ("weight", "bias"):
         raise UserError(f"{meta.path}: GGUF tensor {name} has no place in a {meta.architecture} model of dense blocks")
     return f"{prefix}{names[stem]}.{suffix}"
-
-
-def is_projection(tensor: ReaderTensor) -> bool:
-    """Whether it is the weight of one, and no bias or norm."""
-    *_, stem, suffix = tensor.name.split(".")
-    return stem in PROJECTION_NAMES.values() and suffix == "weight"

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from teal.checkpoint.gguf_config import Metadata
+from teal.checkpoint.token_backends import LLAMA3_PATTERN
 from teal.errors import UserError
 from teal.files import write_json
 
@@ -38,14 +39,14 @@ class Scheme:
     normalizer: normalizers.Normalizer | None = None
 
 
-LLAMA3 = CONTRACTIONS + WORDS + r"|\p{N}{1,3}" + REST
-GPT2, DIGITS, LLAMA = Scheme(), Scheme(single_digits=True), Scheme(LLAMA3)
+GPT2, DIGITS, LLAMA = Scheme(), Scheme(single_digits=True), Scheme(LLAMA3_PATTERN)
 QWEN = Scheme(CONTRACTIONS + WORDS + r"|\p{N}" + REST, normalizer=normalizers.NFC())
 # By the name that GGUF gives the scheme (llama.cpp, llm_tokenizer_bpe).
 SCHEMES = {
     "gpt-2": GPT2, "default": GPT2, "olmo": GPT2,
     "smollm": DIGITS, "refact": DIGITS, "starcoder": DIGITS, "command-r": DIGITS,
-    "llama-bpe": Scheme(LLAMA3, whole=True, begins=True), "dbrx": LLAMA, "smaug-bpe": LLAMA, "chatglm-bpe": LLAMA,
+    "llama-bpe": Scheme(LLAMA3_PATTERN, whole=True, begins=True),
+    "dbrx": LLAMA, "smaug-bpe": LLAMA, "chatglm-bpe": LLAMA,
     "qwen2": QWEN, "deepseek-r1-qwen": QWEN, "stablelm2": QWEN,
     "tekken": Scheme(_cased("", r"|\p{N}"), whole=True, begins=True),
     "gpt-4o": Scheme(_cased(f"{CONTRACTIONS}?", r"|\p{N}{1,3}")),

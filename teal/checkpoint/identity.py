@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from teal.checkpoint.config import load_config, read_json
-from teal.checkpoint.weights import find_shards, open_shard
+from teal.checkpoint.layout import open_shard
+from teal.checkpoint.weights import find_shards
 from teal.errors import UserError
 from teal.layers.quantized_linear import QUANT_METHOD
 from teal.model import ModelConfig

@@ -18,6 +18,7 @@ from teal.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import ParameterError, UserError
 from teal.hardware import pick_device, pick_dtype
+from teal.kernels.cpu.native import native_kernels
 from teal.layers.int8_cache import has_int8_cache, use_int8_cache
 from teal.layers.output_head import use_native_head
 from teal.layers.quantized_linear import is_quantized, pick_group_size
@@ -83,7 +84,7 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     if check is not None:
         check(described)
     choice = pick_dtype(options.dtype, device, options.is_sparse if sparse is None else sparse)
-    loaded = _load(described, device, choice.dtype)
+    loaded = _load(described, device, choice.dtype, keep_integers=_keeps_integers(options, device))
     loaded.dtype_reason = choice.reason
     use_native_head(loaded.model)
     if options.quant is not None:
@@ -93,6 +94,15 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     loaded.force_plan = options.force_plan
     loaded.load_s = time.perf_counter() - start
     return loaded
+
+
+def _keeps_integers(options: ModelOptions, device: torch.device) -> bool:
+    """Whether a GGUF file's integers stay: on a CPU by compiled kernels, which torch.compile cannot take."""
+    if options.dequantize or options.quant is not None:
+        return False
+    if device.type != "cpu":
+        return True
+    return not options.compile and options.backend in ("auto", "eager", "program") and native_kernels() is not None
 
 
 def round_weights(
@@ -185,13 +195,15 @@ def describe(checkpoint: str | None, random_weights: str | None) -> Described:
     return Described(checkpoint or folder.name, config, tokenizer, folder, quantized, rotated)
 
 
-def _load(described: Described, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load(
+    described: Described, device: torch.device, dtype: torch.dtype, keep_integers: bool = False
+) -> LoadedModel:  # fmt: skip
     name, folder = described.name, described.folder
     if folder is None:
         model = random_model(name, device, dtype)
         identity = f"random-{name.lower()}"
         return LoadedModel(model, described.tokenizer, name, identity, None, Weights(name, identity))
-    model = load_model(folder, device, dtype)
+    model = load_model(folder, device, dtype, keep_integers)
     weights = stored_weights(folder, Path(name).resolve().name)
     identity = model_identity(folder)
     return LoadedModel(model, described.tokenizer, name, identity, folder, weights, is_rotated=described.is_rotated)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from teal.checkpoint.config import load_quantization, read_json
 from teal.checkpoint.identity import weights_identity
+from teal.checkpoint.layout import open_shard, plain_description
 from teal.checkpoint.weights import (
     block_targets,
     check_finite,
     copy_other_files,
     layer_prefix,
-    open_shard,
     stored_config,
     tensor_files,
     write_index,
@@ -48,11 +48,16 @@ PLAN_FILES = "teal-*.json"  # beside a checkpoint: of the unrotated weights
 class Rotation:
     """Orthogonal matrices, fp32: residual [C, C], or None to leave the stream as it is; heads [layers, K, D, D].
 
-    A family whose blocks have a norm behind o or down can only take heads.
+    A family whose sublayers end in a norm can only take heads: see turns_stream.
     """
 
     residual: Tensor | None
     heads: Tensor
+
+
+def turns_stream(config: ModelConfig) -> bool:
+    """Whether a residual stream can be rotated: all that reads it norms it, and all that is added to it is linear."""
+    return config.pre_norm and not config.post_norm
 
 
 def times(matrix: Tensor, rotation: Tensor) -> Tensor:
@@ -71,17 +76,17 @@ def rotate_layer(block: Block, i: int, tensors: dict[str, Tensor], rotation: Rot
     for p in block.projections():
         norm = norms[id(block.get_submodule(p.norm))]
         for name, hf_name in zip(p.names, p.hf_names, strict=True):
-            _rotate_projection(block.config, p, name, hf_name, found, tensors[norm], rotation, i)
+            _rotate_projection(block.config, p, name, hf_name, found, tensors.get(norm), rotation, i)
         if rotation.residual is not None and p.input == "normed":
             found[norm] = torch.ones_like(tensors[norm])
     return found
 
 
 def _rotate_projection(
-    config: ModelConfig, p: Projection, name: str, hf_name: str, found: dict[str, Tensor], norm: Tensor,
+    config: ModelConfig, p: Projection, name: str, hf_name: str, found: dict[str, Tensor], norm: Tensor | None,
     rotation: Rotation, i: int,
 ) -> None:  # fmt: skip
-    """Rotate one projection's weight and bias within found."""
+    """Rotate one projection's weight and bias within found; norm is that of its input, if there is one."""
     Q, R = rotation.residual, rotation.heads[i]
     K, G, D = config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
     weight = found[f"{hf_name}.weight"].double()
@@ -93,6 +98,7 @@ def _rotate_projection(
     elif name == "o":
         weight = torch.einsum("nkgd,kde->nkge", weight.view(-1, K, G, D), turned).reshape(weight.shape)
     if Q is not None and p.input == "normed":
+        assert norm is not None
         weight = times(weight * norm.double(), Q)
     elif Q is not None:
         weight = times(weight.t(), Q).t()
@@ -143,9 +149,12 @@ def check_can_rotate(source: Path, output: Path) -> bool:
 def write_rotated(source: Path, output: Path, rotation: Rotation, facts: dict[str, Any]) -> None:
     """The checkpoint in folder source, rotated, as folder output: a plain one of its family, in the same dtypes.
 
-    Read and written a layer at a time. facts are kept in its config. Raises UserError for weights that are not finite.
+    Its tensors are as model.py holds them. Read and written a layer at a time. facts are kept in its config. Raises
+    UserError for weights that are not finite, and for a stream that cannot be rotated.
     """
     config, where = stored_config(source), tensor_files(source)
+    if rotation.residual is not None and not turns_stream(config):
+        raise ParameterError("{rotate}: sublayers of {} end in a norm; rotate heads alone", source)
 
     def read(name: str) -> Tensor:
         with open_shard(where[name]) as tensors:
@@ -159,7 +168,7 @@ def write_rotated(source: Path, output: Path, rotation: Rotation, facts: dict[st
         _write_shards(folder, config, rotation, read)
         copy_other_files(source, folder, PLAN_FILES)
         record = {"version": VERSION, "source": weights_identity(source), **facts}
-        description = read_json(source / "config.json") | {"tie_word_embeddings": False, RECORD: record}
+        description = plain_description(source) | {"tie_word_embeddings": False, RECORD: record}
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

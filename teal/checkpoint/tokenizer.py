@@ -4,8 +4,8 @@ The format of a tokenizer file is read from its content, never from its name. Te
 from the chat template, or from a raw prompt where the caller allows it.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from teal.checkpoint.config import read_tokenizer_settings
 from teal.checkpoint.control_tokens import ControlTokens
 from teal.checkpoint.text_length import TextBound, text_bound
 from teal.checkpoint.token_backends import Backend, Declared, JsonBackend, make_backend
+from teal.checkpoint.vocab_merges import FILES, as_tokenizer_json, has_vocab_and_merges
 from teal.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
@@ -123,14 +124,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     for name in TOKENIZER_FILES:
         path = folder / name
         if path.is_file():
-            return Tokenizer(_load_backend(path, folder), folder)
-    raise UserError(f"{folder}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+            return Tokenizer(_load_backend(path, path.read_bytes, folder), folder)
+    if has_vocab_and_merges(folder):
+        content = partial(as_tokenizer_json, folder, _tokenizer_config(folder))
+        return Tokenizer(_load_backend(folder / "vocab.json", content, folder), folder)
+    raise UserError(
+        f"{folder}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}, or {' and '.join(FILES)}"
+    )
 
 
-def _load_backend(path: Path, folder: Path) -> Backend:
+def _load_backend(path: Path, content: Callable[[], bytes], folder: Path) -> Backend:
     declared = _declared(folder)
     try:
-        return make_backend(path.read_bytes(), declared)
+        return make_backend(content(), declared)
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception, sentencepiece RuntimeError
         raise UserError(f"{path}: not a readable tokenizer ({error}); download it again") from error
 

@@ -8,22 +8,24 @@ code.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from teal.checkpoint.awq_gptq import Packing
+from teal.checkpoint.blocks import GROUP_PARTS, GROUP_TYPES, Form, use_block_modules
 from teal.checkpoint.config import load_config, load_quantization, read_json
+from teal.checkpoint.layout import open_shard, read_layout
 from teal.errors import ParameterError, UserError
+from teal.kernels.formats.blocks import MIN_GROUP
 from teal.kernels.formats.packing import check_refined
+from teal.layers.block_linear import BlockEmbedding, BlockLinear, BlockShape
 from teal.layers.quantized_embedding import QuantizedEmbedding, use_quantized_modules
 from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, use_input_groups
 from teal.model import Block, ModelConfig, Transformer
@@ -32,34 +34,57 @@ from teal.progress import progress
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".pt", ".gguf")
 READABLE_DTYPES = ("F32", "F16", "BF16")
+BLOCK_DEVICES = ("cpu",)  # whose kernels read GGUF's block types
 COMPARED_ROWS = 1024  # of head and embedding at a time
 PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of quantized weights
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, keep_integers: bool = False
+) -> Transformer:  # fmt: skip
     """The model in a Hugging Face folder, in eval mode, with its weights on device as dtype.
 
-    Raises UserError for a folder that is incomplete, damaged, or holds another architecture. Also for a weight that is
-    NaN or infinite, in the file or as dtype.
+    keep_integers: those of a GGUF file stay what they are, where the device has kernels for them. Else they become
+    floats. Raises UserError for a folder that is incomplete, damaged, or holds another architecture. Also for a weight
+    that is NaN or infinite, in the file or as dtype.
     """
     config = stored_config(folder)
     quantized = load_quantization(folder)
     shards = find_shards(folder)
     packing = quantized if isinstance(quantized, Packing) else None
+    layout = read_layout(folder)
+    if packing is not None and layout is not None and layout.changes_projections():
+        raise UserError(f"{folder}: {packing.method} weights of this family are not supported; start from its floats")
+    blocks = _block_shapes(shards) if keep_integers else {}
+    kinds = {blocks[name].kind if (name := f"{n}.weight") in blocks else "" for n in hf_projection_names(config)}
+    quantize: Callable[[Transformer], None] | None = None
+    form = Form.FLOATS
     if isinstance(quantized, QuantConfig):
-        quantize: Callable[[Transformer], None] | None = partial(use_quantized_modules, config=quantized)
+        quantize = partial(use_quantized_modules, config=quantized)
     elif packing is not None and _can_be_repacked(config, packing, shards):
         quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
-    else:
-        quantize = None
+    elif device.type in BLOCK_DEVICES and blocks:
+        form, quantize = Form.BYTES, partial(use_block_modules, shapes=blocks, prefix=layer_prefix)
+    elif len(kinds) == 1 and (kind := kinds.pop()) in GROUP_TYPES:
+        form, quantize = Form.GROUPS, partial(use_input_groups, bits=GROUP_TYPES[kind], group_size=MIN_GROUP)
     targets = Targets(model := empty_model(config, device, dtype, quantize), packing)
-    _check_shards(shards, targets.stored, config)
+    forms = {name: form for name in blocks if targets.takes(name, form)}
+    _check_shards(shards, targets.stored, config, forms)
     for shard in progress(shards, "loading weights", "shard"):
-        with open_shard(shard) as tensors:
+        with open_shard(shard, forms) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                 if name in targets.stored:
                     targets.take(name, tensors.get_tensor(name), shard)
     return model
+
+
+def _block_shapes(shards: list[Path]) -> dict[str, BlockShape]:
+    """The weights in blocks of these files, by name."""
+    found: dict[str, BlockShape] = {}
+    for shard in shards:
+        with open_shard(shard) as tensors:
+            found |= tensors.shapes
+    return found
 
 
 def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) -> bool:
@@ -99,6 +124,13 @@ class Targets:
                 parts = packing.parts(N, K, target.dtype if scales is None else scales.dtype)
                 self.parts[prefix] = len(parts)
                 self.stored |= {f"{prefix}.{part}": like for part, like in parts.items()}
+
+    def takes(self, name: str, form: Form) -> bool:
+        """Whether a weight in blocks is to be read in this form."""
+        target = self.targets.get(name)
+        if form == Form.GROUPS:
+            return target is None and name.removesuffix("weight") + GROUP_PARTS[0] in self.targets
+        return target is not None and target.dtype == torch.uint8
 
     def take(self, name: str, tensor: Tensor, shard: Path) -> None:
         """Set what this tensor stands for, if it is the last part.
@@ -205,7 +237,7 @@ def empty_model(
             quantize(model)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, (QuantizedLinear, BlockLinear)):
             module.thresholds.zero_()
     if config.tie_embeddings and not isinstance(model.lm_head, QuantizedLinear):
         model.lm_head.weight = model.embedding.weight
@@ -216,7 +248,9 @@ def weight_targets(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face tensor name -> the tensor (often a slice of a stacked weight) that takes its values."""
     c = model.config
     targets: dict[str, Tensor] = {"model.norm.weight": model.norm.weight}
-    for suffix, parameter in model.embedding.named_parameters():
+    if isinstance(model.embedding, BlockEmbedding):
+        targets["model.embed_tokens.weight"] = model.embedding.weight.data[0]
+    for suffix, parameter in () if isinstance(model.embedding, BlockEmbedding) else model.embedding.named_parameters():
         is_packed = suffix == "weight" and isinstance(model.embedding, QuantizedEmbedding)
         targets[f"model.embed_tokens.{'qweight' if is_packed else suffix}"] = parameter
     if not c.tie_embeddings or isinstance(model.lm_head, QuantizedLinear):
@@ -250,7 +284,11 @@ def block_targets(block: Block) -> dict[str, Tensor]:
 def projection_targets(module: nn.Module, sizes: dict[str, int]) -> dict[str, Tensor]:
     """Tensor name -> slice, for a linear layer that stacks the projections of these names and widths."""
     targets: dict[str, Tensor] = {}
+    if isinstance(module, BlockLinear):
+        targets |= {f"{name}.weight": data for name, data in zip(sizes, module.weight.data, strict=True)}
     for suffix, parameter in module.named_parameters():
+        if suffix.startswith("weight."):  # those of a BlockWeight
+            continue
         if isinstance(module, QuantizedLinear) and suffix != "bias":
             suffix, dim = {"weight": "qweight"}.get(suffix, suffix), 1  # input-channel-major
             per_column = module.out_features // parameter.shape[1]  # weights to a word, or to a scale
@@ -311,20 +349,12 @@ def copy_other_files(source: Path, target: Path, without: str = "") -> None:
             shutil.copyfile(path, target / path.name)
 
 
-@contextmanager
-def open_shard(path: Path) -> Iterator[Any]:
-    """The open safetensors file at path, memory-mapped. Raises UserError if it is truncated or corrupt."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or corrupt safetensors file ({error}); download it again") from error
-
-
-def _check_shards(shards: list[Path], targets: dict[str, Tensor], config: ModelConfig) -> None:
+def _check_shards(
+    shards: list[Path], targets: dict[str, Tensor], config: ModelConfig, forms: Mapping[str, Form]
+) -> None:  # fmt: skip
     missing = set(targets)
     for shard in shards:
-        with open_shard(shard) as tensors:
+        with open_shard(shard, forms) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                 missing.discard(name)
                 # Old Llama files carry rotary tables; tied models may carry the embedding twice.

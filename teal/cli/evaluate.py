@@ -138,6 +138,7 @@ def evaluate_model(args: argparse.Namespace) -> None:
     from teal.calibration.texts import first_tokens, read_texts
     from teal.checkpoint.loading import load_for_decoding
     from teal.evaluation.quality import evaluate
+    from teal.layers.block_linear import floats_kept
 
     text = read_texts(args.text, args.field)
     calibration_text = read_texts(args.calibration_text, args.field) if calibrates(args) else ""
@@ -146,7 +147,8 @@ def evaluate_model(args: argparse.Namespace) -> None:
     loaded = load_for_decoding(options, check, sparse=True)
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
     reference = load_reference(args)
-    cases = build_cases(args, loaded, calibration_text)
+    with floats_kept(loaded.model):
+        cases = build_cases(args, loaded, calibration_text)
     window = min(args.window, loaded.model.config.max_seq_len)
     results = evaluate(loaded.model, tokens, cases, window, min(args.stride, window - 1), reference)
     if args.csv is not None:

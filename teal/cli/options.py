@@ -65,6 +65,10 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=cli.positive_int, default=MODEL.threads, metavar="N",
         help="threads on a CPU; otherwise as many as there are cores that the process may use",
     )  # fmt: skip
+    how.add_argument(
+        "--dequantize", action="store_true",
+        help="make floats of a GGUF file's integers, which a CPU else multiplies as they are",
+    )  # fmt: skip
 
 
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from teal.model import Block, KVCache, Transformer
 
 # What the inputs of a block's projections are, in the order of the kernels that run a whole block or step.
 FUSED_INPUTS = ("normed", "attended", "normed", "activated")
-PositionTensors = Callable[[Tensor, int], tuple[Tensor, Tensor, dict[int | None, Tensor]]]
+PositionTensors = Callable[[Tensor, int], list[tuple[Tensor, Tensor, Tensor]]]
 
 
 class Backend(ABC):
@@ -60,7 +60,7 @@ class Backend(ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits fp32 [..., V] of hidden states [..., C]."""
-        return self.model.lm_head(self.norm(hidden))
+        return self.model.unembed(self.norm(hidden))
 
 
 class EagerBackend(Backend):
@@ -104,9 +104,9 @@ class CompiledBackend(Backend):
         self, tokens: Tensor, positions: Tensor, kv_cache: KVCache, position_tensors: PositionTensors
     ) -> Tensor:
         x = self.model.embed(tokens)
-        cos, sin, masks = position_tensors(positions, kv_cache.length)
-        for block, window, k, v in self.layers(kv_cache):
-            context = (cos, sin, masks[window], positions, k, v)
+        tensors = position_tensors(positions, kv_cache.length)
+        for (block, _, k, v), own in zip(self.layers(kv_cache), tensors, strict=True):
+            context = (*own, positions, k, v)
             mark_varying(self.state.phase, x, *context)
             x = self.run_block(block, x, *context)
         return x

@@ -7,6 +7,8 @@ from torch import Tensor
 from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
 from teal.decoding.cpu_program import CpuProgramBackend
 from teal.errors import ParameterError, UserError
+from teal.extras import block_extras
+from teal.layers.block_linear import BlockWeight
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule
 from teal.model import KVCache, Transformer
@@ -42,8 +44,8 @@ class FusedBackend(Backend):
         if tokens.shape[0] > MAX_ROWS or self.state.counting:
             return self.model.hidden_states(tokens, positions, kv_cache)
         x = self.model.embed(tokens)
-        cos, sin, _ = self.position_tensors(positions, kv_cache.length)
-        for block, window, k, v in self.layers(kv_cache):
+        tensors = self.position_tensors(positions, kv_cache.length)
+        for (block, window, k, v), (cos, sin, _) in zip(self.layers(kv_cache), tensors, strict=True):
             x = self.block_decode(block, window, x, cos, sin, positions, k, v)
         return x
 
@@ -119,6 +121,10 @@ def _fused_obstacle(model: Transformer) -> str:
     if inputs != FUSED_INPUTS:
         wanted, found = (", ".join(names) for names in (FUSED_INPUTS, inputs))
         return f"its kernels take inputs {wanted}, and this model's block has {found}"
+    if features := block_extras(model.config):
+        return f"its kernels do not compute {', '.join(features)}"
+    if any(isinstance(module, BlockWeight) for module in model.modules()):
+        return "weights in a GGUF file's integers have no such kernels; {dequantize} them"
     if find_spec("triton") is None:
         return "its kernels need Triton, which is not installed"
     from teal.kernels.gemv.launch import kernels_run_on

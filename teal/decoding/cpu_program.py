@@ -11,29 +11,36 @@ from torch import Tensor, nn
 
 from teal.decoding.backend import FUSED_INPUTS, Backend
 from teal.errors import UserError
+from teal.extras import extras
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.cpu.step.launch import (
     DTYPES,
     STEP_ROWS,
     Call,
+    Embedding,
     Layer,
     Matrix,
     Model,
     StepProgram,
     Thresholded,
+    blocked,
     dotted,
+    embedded,
     gathered,
 )
 from teal.kernels.formats.packing import Weight
+from teal.layers.block_linear import BlockEmbedding, BlockHead, BlockLinear, BlockWeight
 from teal.layers.int8_cache import Int8CacheAttention, has_int8_cache
 from teal.layers.output_head import NativeHead
+from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
 from teal.model import Attention, Block, KVCache, OutputHead, RMSNorm, Transformer, rope_frequencies
 from teal.teal_layers import SparseLinear
 
 ATTENTIONS = (Attention, Int8CacheAttention)
-PROJECTIONS = (nn.Linear, SparseLinear, QuantizedLinear)
-HEADS = (OutputHead, NativeHead, QuantizedHead)
+PROJECTIONS = (nn.Linear, SparseLinear, QuantizedLinear, BlockLinear)
+HEADS = (OutputHead, NativeHead, QuantizedHead, BlockHead)
+EMBEDDINGS = (nn.Embedding, QuantizedEmbedding, BlockEmbedding)
 
 
 class CpuProgramBackend(Backend):
@@ -125,7 +132,7 @@ def _described(model: Transformer, frequencies: Tensor) -> Model:
         *(_layer(block, window) for block, window in zip(model.blocks, c.sliding_windows, strict=True))
     )
     return Model(
-        layers=layers, embedding=model.embedding.weight.data_ptr(), norm=model.norm.weight.data_ptr(),
+        layers=layers, embedding=_embedding(model.embedding), norm=model.norm.weight.data_ptr(),
         frequencies=frequencies.data_ptr(), head=_matrix(model.lm_head), layer_count=c.num_layers,
         vocabulary=c.vocab_size, hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads,
         kv_heads=c.num_kv_heads, head_dim=c.head_dim, eps=c.norm_eps, attention_scale=1 / math.sqrt(c.head_dim),
@@ -149,9 +156,20 @@ def _layer(block: Block, window: int | None) -> Layer:
 def _matrix(module: nn.Module) -> Matrix:
     if isinstance(module, nn.Linear):
         return dotted(module.weight, module.bias)
+    assert isinstance(module, (SparseLinear, QuantizedLinear, BlockLinear))
+    limits = Thresholded(module.thresholds, module.segments)
+    if isinstance(module.weight, BlockWeight):
+        return blocked(module.weight.parts, limits, module.bias)
     assert isinstance(module, (SparseLinear, QuantizedLinear))
     weight = Weight(module.weight, module.scales, module.zeros, module.refined)
-    return gathered(weight, Thresholded(module.thresholds, module.segments), module.bias)
+    return gathered(weight, limits, module.bias)
+
+
+def _embedding(module: nn.Module) -> Embedding:
+    if isinstance(module, BlockEmbedding):
+        return embedded(module.weight.parts[0])
+    assert isinstance(module, (nn.Embedding, QuantizedEmbedding))
+    return embedded(module.weight, module.scales if isinstance(module, QuantizedEmbedding) else None)
 
 
 def program_obstacle(model: Transformer) -> str:
@@ -174,13 +192,15 @@ def _module_obstacle(model: Transformer) -> str:
     inputs = tuple(p.input for p in model.config.projections())
     if inputs != FUSED_INPUTS:
         return f"a block of projections of {', '.join(inputs)} inputs is not supported"
+    if features := extras(model.config):
+        return f"it does not compute {', '.join(features)}"
     for block in model.layers:
         if type(block) is not Block or type(block.attention) not in ATTENTIONS:
             return f"a block of {type(block).__name__} is not supported"
         for p in block.projections():
             if type(module := block.get_submodule(p.module)) not in PROJECTIONS:
                 return f"projections of {type(module).__name__} are not supported"
-    if type(model.embedding) is not nn.Embedding:
+    if type(model.embedding) not in EMBEDDINGS:
         return f"an embedding of {type(model.embedding).__name__} is not supported"
     if type(model.lm_head) not in HEADS:
         return f"a head of {type(model.lm_head).__name__} is not supported"

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from teal.decoding.backend import Backend
 from teal.errors import UserError
+from teal.extras import extras
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program.compiler import compiler_obstacle
 from teal.kernels.program.launch import Program, device_facts, matrix_words, meta_words
@@ -132,6 +133,8 @@ def program_obstacle(model: Transformer) -> str:
 
 def model_obstacle(model: Transformer, device: Device) -> str:
     """As program_obstacle, of model's formats and shapes on such a device."""
+    if features := extras(model.config):
+        return f"it does not compute {', '.join(features)}"
     if has_int8_cache(model):
         return "a KV cache in 8 bits is not supported"
     blocks = _projected(model)
@@ -168,5 +171,5 @@ def _projected(model: Transformer) -> list[list[nn.Module]]:
 
 
 def _weight(module: nn.Module) -> Weight:
-    assert isinstance(module, (SparseLinear, QuantizedLinear))
+    assert isinstance(module, (SparseLinear, QuantizedLinear)) and isinstance(module.weight, Tensor)
     return Weight(module.weight, module.scales, module.zeros, module.refined)

@@ -28,7 +28,8 @@ class Int8CacheAttention(Attention):
         k_cache[rows, :, positions] = pack_int8(k)
         v_cache[rows, :, positions] = pack_int8(v)
         D = self.config.head_dim
-        return attend(q, unpack_int8(k_cache, D, q.dtype), unpack_int8(v_cache, D, q.dtype), mask)
+        keys, values = unpack_int8(k_cache, D, q.dtype), unpack_int8(v_cache, D, q.dtype)
+        return attend(q, keys, values, mask, self.config.attention_softcap)
 
 
 def has_int8_cache(model: Transformer) -> bool:

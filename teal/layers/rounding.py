@@ -1,6 +1,7 @@
 """Round a model's weights in memory, as quantize.py does those of a folder: `from teal import quantize`."""
 
 from teal.errors import UserError
+from teal.layers.block_linear import widen_blocks
 from teal.layers.quantized_embedding import use_quantized_modules
 from teal.layers.quantized_linear import QuantConfig, is_quantized, pick_group_size
 from teal.model import Transformer
@@ -24,8 +25,9 @@ def quantize(
     grouping: "output" keeps a group within one input channel, "input" is the usual kind. embedding: round it too, to 8
     bits; a head that is tied to it must be rounded then.
 
-    To combine it with sparsity, quantize first and sparsify then. Raises UserError for an unknown mode or grouping, and
-    for a group size that does not divide the widths. So it does for a model that is quantized or sparse already.
+    Weights in a GGUF file's own integers become floats before. To combine it with sparsity, quantize first and sparsify
+    then. Raises UserError for an unknown mode or grouping, and for a group size that does not divide the widths. So it
+    does for a model that is quantized or sparse already.
     """
     if any(sparse_layers(model)):
         raise UserError("the model is sparse already; quantize it first, then sparsify it")
@@ -34,5 +36,6 @@ def quantize(
     check_choice("mode", mode, QUANTS)
     scheme = QuantConfig(mode, pick_group_size(model.config, group_size, lm_head), lm_head, grouping, embedding)
     scheme.check_embedding(model.config)
+    widen_blocks(model)
     use_quantized_modules(model, scheme, fill=True)
     return model

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from teal.calibration.stages import BlockStages, Positions, Stream
 from teal.checkpoint.config import load_config
-from teal.checkpoint.weights import block_targets, hf_projection_names, layer_prefix, open_shard, projection_targets
+from teal.checkpoint.layout import open_shard
+from teal.checkpoint.weights import block_targets, hf_projection_names, layer_prefix, projection_targets
 from teal.kernels.formats.packing import dequantize
 from teal.layers.quantized_linear import Packed, QuantConfig, QuantizedLinear, group_scales, pack, round_groups
 from teal.model import Projection, Transformer
@@ -124,7 +125,8 @@ class BlockwiseGptq:
         with torch.device("meta"):
             self.model = Transformer(load_config(source)).eval().requires_grad_(False)
         embedding = self._read("model.embed_tokens.weight")
-        self.stream = Stream([embedding[ids][None].float() for ids in sequences], device, offload=False)
+        scale = self.model.config.embedding_factor(embedding.dtype)
+        self.stream = Stream([embedding[ids][None].float() * scale for ids in sequences], device, offload=False)
         self.model.norm.to_empty(device=device)  # which tells the model's device and dtype
         self.positions = Positions(self.model, sequences.shape[1])
 

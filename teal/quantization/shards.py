@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teal.checkpoint.config import load_config
+from teal.checkpoint.layout import open_shard
 from teal.checkpoint.weights import (
     check_finite,
     hf_projection_names,
     layer_prefix,
-    open_shard,
     stored_config,
     tensor_files,
     write_index,

@@ -121,8 +121,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "unsupported-activation": (lambda f: edit_config(f, hidden_act="gelu"), ("hidden_act 'gelu'", "silu")),
     "foreign-quantization": (lambda f: edit_config(f, quantization_config={"bits": 4}), ("quantization_config",)),
     "unsupported-rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        ("rope_scaling type 'yarn'", "llama3"),
+        lambda f: edit_config(f, rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}),
+        ("rope_scaling type 'proportional'", "llama3"),
     ),
     "odd-rope": (lambda f: edit_config(f, rope_parameters=3), ("rope_parameters 3", "object")),
     "odd-window-layers": (

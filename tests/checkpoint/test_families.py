@@ -23,6 +23,37 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0, 1.25, 2.0],
+    "long_factor": [4.0, 5.0, 6.0],
+}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = {
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 9,
+    "layer_types": LAYER_TYPES,
+    "tie_word_embeddings": True,
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
+GLM = {"head_dim": 16}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {"num_key_value_heads": 6}),
     "llama3-rope-scaling": ("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -43,6 +74,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 8, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
     ),
+    "gemma": ("gemma", {"head_dim": 12, "hidden_act": "gelu", "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", GEMMA),
+    "gemma3-linear-rope": ("gemma3_text", GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "granite": ("granite", GRANITE),
+    "granite-tied": ("granite", GRANITE | {"tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2}),
+    "smollm3-sliding": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 9, "no_rope_layers": [1, 0, 1]},
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-sliding": ("phi3", {"sliding_window": 9}),
+    "phi4-mini": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "glm": ("glm", GLM),
+    "glm4": ("glm4", GLM),
+    "ministral": (
+        "ministral",
+        {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", *2 * ["full_attention"]]},
+    ),
+    "ministral3": ("ministral3", {"head_dim": 12, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.2, "truncate": False}}),
+    "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
 }
 
 
@@ -118,9 +174,9 @@ def test_batch_rows_with_their_own_positions(tmp_path: Path) -> None:
     assert_near("logits of row 1", together[1], second[0], TOLERANCE)
 
 
-def test_default_model_matches_transformers(default_folder: Path) -> None:
-    """The converted GGUF (permuted q and k, dequantized weights) is the model transformers reads from the folder."""
-    expected_model = transformers.AutoModelForCausalLM.from_pretrained(default_folder, dtype=torch.float32)
+def test_default_model_matches_transformers(default_folder: Path, default_floats: Path) -> None:
+    """The converted GGUF (permuted q and k, dequantized weights) is the model transformers reads from its floats."""
+    expected_model = transformers.AutoModelForCausalLM.from_pretrained(default_floats, dtype=torch.float32)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(default_folder)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = torch.tensor([tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]])

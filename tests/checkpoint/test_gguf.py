@@ -25,8 +25,9 @@ from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.files import atomic_folder
-from teal.layers.quantized_linear import is_quantized
-from teal.model import KVCache
+from teal.kernels.formats.blocks import BLOCK_TYPES
+from teal.layers.block_linear import BlockLinear, BlockWeight
+from teal.model import Block, KVCache
 from tests.conftest import (
     ROOT,
     TEXT,
@@ -46,9 +47,14 @@ def hf_model(tmp_path: Path) -> transformers.PreTrainedModel:
     return save_tiny_model(tiny_config("llama", vocab_size=300, **SIZES), tmp_path / "hf")
 
 
+@pytest.mark.parametrize("keep_integers", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize("kind", [*ROUNDING, *K_QUANTS], ids=lambda kind: kind.name)
 def test_every_type_gives_the_model_transformers_would_run(
-    kind: Type, tmp_path: Path, hf_model: transformers.PreTrainedModel, byte_level_tokenizer_json: str
+    kind: Type,
+    keep_integers: bool,
+    tmp_path: Path,
+    hf_model: transformers.PreTrainedModel,
+    byte_level_tokenizer_json: str,
 ) -> None:
     expected = write_gguf(tmp_path / "m.gguf", hf_model, kind, byte_level_vocabulary(byte_level_tokenizer_json))
     for name, tensor in expected.items():
@@ -57,14 +63,22 @@ def test_every_type_gives_the_model_transformers_would_run(
             assert (tensor - original).abs().max() <= ROUNDING[kind] * original.abs().max(), name
     (tmp_path / "out").mkdir()
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    if kind.name in BLOCK_TYPES and not keep_integers:  # floats are fp16, as the scales are
+        expected = {name: tensor.half().float() if tensor.dim() > 1 else tensor for name, tensor in expected.items()}
     hf_model.load_state_dict(expected)
     tokens = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(1))
-    ours = load_model(tmp_path / "out", CPU, torch.float32)
+    ours = load_model(tmp_path / "out", CPU, torch.float32, keep_integers)
     cache = KVCache(ours.config, 1, 40, CPU, torch.float32)
     with torch.inference_mode():
         logits = ours(tokens, torch.arange(40)[None], cache)
         assert_near("logits", logits, hf_model(tokens).logits, 1e-5)
-    assert is_quantized(ours) == (kind in (Type.Q4_0, Type.Q8_0))
+    in_blocks = {isinstance(module, BlockWeight) for module in (ours.embedding.weight, ours.lm_head.weight)}
+    in_blocks |= {type(module) is BlockLinear for block in ours.blocks for module in projection_modules(block)}
+    assert in_blocks == {keep_integers and kind.name in BLOCK_TYPES}
+
+
+def projection_modules(block: Block) -> list[torch.nn.Module]:
+    return [block.get_submodule(p.module) for p in block.projections()]
 
 
 def rope_factors(head_dim: int, theta: float, scaling: dict[str, float]) -> torch.Tensor:

@@ -21,7 +21,36 @@ from teal.errors import UserError
 from tests.conftest import TEXT, assert_near, save_tiny_model, tiny_config
 from tests.gguf_files import CPU, SIZES, byte_level_vocabulary, write_and_close, write_gguf
 
-OVERRIDES: dict[str, dict[str, Any]] = {"qwen3": {"head_dim": 40}}
+# Sizes beside SIZES, such that every number of the family's own computation counts.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 40},
+    "gemma2": {"head_dim": 40, "query_pre_attn_scalar": 40, "sliding_window": 7, "attn_logit_softcapping": 5.0,
+               "final_logit_softcapping": 3.0},
+    "gemma3": {"head_dim": 40, "query_pre_attn_scalar": 40, "sliding_window": 7},
+    "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                "logits_scaling": 4.0},
+    "phi3": {"sliding_window": 7, "pad_token_id": 0},
+    "glm4": {"head_dim": 40, "attention_bias": True, "pad_token_id": 0},
+}  # fmt: skip
+
+
+def own_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What llama.cpp's converter writes for some families only, where config has it."""
+    rope = config.rope_parameters
+    adders = {
+        "sliding_window": writer.add_sliding_window,
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        "final_logit_softcapping": writer.add_final_logit_softcapping,
+        "attention_multiplier": writer.add_attention_scale,
+        "embedding_multiplier": writer.add_embedding_scale,
+        "residual_multiplier": writer.add_residual_scale,
+        "logits_scaling": writer.add_logit_scale,
+    }
+    for name, add in adders.items():
+        if (value := getattr(config, name, None)) is not None:
+            add(value)
+    if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        writer.add_rope_dimension_count(int(share * config.head_dim))
 
 
 def convert(path: Path, folder: Path) -> Path:
@@ -42,13 +71,61 @@ def test_the_model_is_that_of_the_folder(
     for name, parameter in hf_model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
-    expected = write_gguf(tmp_path / "m.gguf", hf_model, kind, byte_level_vocabulary(byte_level_tokenizer_json))
-    ours = load_model(convert(tmp_path / "m.gguf", tmp_path / "out"), CPU, torch.float32)
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        byte_level_vocabulary(byte_level_tokenizer_json)(writer)
+        own_metadata(writer, config)
+
+    expected = write_gguf(tmp_path / "m.gguf", hf_model, kind, write)
+    ours = load_model(convert(tmp_path / "m.gguf", tmp_path / "out"), CPU, torch.float32, keep_integers=True)
     hf_model.load_state_dict(expected)
     tokens = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         logits = ours(tokens, torch.arange(40)[None], ours.new_cache(1, 40))
         assert_near("logits", logits, hf_model(tokens).logits, 1e-5)
+
+
+SHORT = [1.0 + i / 7 for i in range(16)]
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    "linear": ("qwen3", {"rope_type": "linear", "factor": 8.0}),
+    "longrope": ("phi3", {"rope_type": "longrope", "short_factor": SHORT, "long_factor": [9.0] * 16}),
+}
+
+
+def rope_metadata(writer: gguf.GGUFWriter, rope: dict[str, Any], original: int) -> None:
+    """As llama.cpp's converter writes a scaling."""
+    if rope["rope_type"] == "longrope":
+        for name in ("short", "long"):
+            factors = torch.tensor(rope[f"{name}_factor"]).numpy()
+            writer.add_tensor(f"rope_factors_{name}.weight", factors)
+    else:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(original)
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_scaled_rotations_are_those_of_the_folder(name: str, tmp_path: Path, byte_level_tokenizer_json: str) -> None:
+    family, scaling = ROPES[name]
+    rope, original = {**scaling, "rope_theta": 1e4}, 64
+    sizes: dict[str, Any] = SIZES | {"max_position_embeddings": 128, "pad_token_id": 0, "head_dim": 32}
+    if name == "longrope":
+        sizes["original_max_position_embeddings"] = original
+    config = tiny_config(family, vocab_size=300, rope_parameters=rope, **sizes)
+    hf_model: Any = save_tiny_model(config, tmp_path / "hf")
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        byte_level_vocabulary(byte_level_tokenizer_json)(writer)
+        rope_metadata(writer, rope, scaling.get("original_max_position_embeddings", original))
+
+    write_gguf(tmp_path / "m.gguf", hf_model, Type.F32, write)
+    ours = load_model(convert(tmp_path / "m.gguf", tmp_path / "out"), CPU, torch.float32)
+    tokens = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits = ours(tokens, torch.arange(40)[None], ours.new_cache(1, 40))
+        assert_near("logits", logits, hf_model(tokens).logits, 1e-5)
+    assert ours.config.rope_scaling is not None and ours.config.rope_scaling.kind == name
 
 
 def test_a_tensor_of_another_architecture_is_refused(tmp_path: Path, byte_level_tokenizer_json: str) -> None:
@@ -70,8 +147,8 @@ def test_an_unknown_architecture_is_refused_with_the_nearest(architecture: str, 
         resolve_checkpoint(str(tmp_path / "m.gguf"))
 
 
-# Text that tells schemes apart: digits, contractions of either case, capitals within words, marks beside a line's end
-# or a slash, an accent of its own.
+# Text that tells schemes apart: digits, contractions of either case, capitals within words. Also marks beside a line's
+# end or a slash, and an accent of its own.
 HARD = (
     "It's IT'S 12345 and 3.14, getHTTPResponse foo/bar//\n\n  x\t\ty ...\n $% Größe e\u0301t\u00e9 зима 東京 don't\r\n"
 )

@@ -200,12 +200,12 @@ def test_another_family_is_quantized(ungated: Transformer) -> None:
     assert_near("output", run(ungated, tokens), expected, 0.02)
 
 
-# What only the model, what replaces its attention, and what computes a block or a step by kernels may name.
+# What only the model, the table of families, other attention, and kernels of blocks or steps may name.
 ANATOMY = re.compile(
     r"\bwqkv\b|\bgate_up\b|\.wo\b|_proj\b|\bq_size\b|\bkv_size\b|\.attention_norm\b|\.ffn_norm\b|\bfeed_forward\b"
     r"|\"q\", \"k\", \"v\", \"o\""
 )
-MAY_NAME_IT = {"model.py", "fused_block.py", "cpu_program.py", "int8_cache.py"}
+MAY_NAME_IT = {"model.py", "families.py", "gguf_families.py", "fused_block.py", "cpu_program.py", "int8_cache.py"}
 
 
 def test_nothing_else_knows_the_anatomy_of_a_block() -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from teal.calibration.rotation import find_rotation
 from teal.calibration.texts import default_text, first_tokens, rotation_text, split_text, spread_sequences
-from teal.checkpoint.config import FAMILIES, load_config
+from teal.checkpoint.config import load_config
+from teal.checkpoint.families import FAMILIES
 from teal.checkpoint.identity import stored_weights, weights_identity
 from teal.checkpoint.loading import describe
-from teal.checkpoint.rotation import Rotation, rotation_record, write_rotated
+from teal.checkpoint.rotation import Rotation, rotation_record, turns_stream, write_rotated
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.cli import calibrate, quantize
@@ -23,7 +24,15 @@ from teal.evaluation.quality import continue_greedily
 from teal.layers.quantized_linear import QuantConfig
 from teal.model import RMSNorm, Transformer
 from teal.plan import SparsityPlan
-from tests.conftest import QUANTIZABLE, assert_near, assert_one_line_error, link_files, save_tiny_model, tiny_config
+from tests.conftest import (
+    QUANTIZABLE,
+    assert_near,
+    assert_one_line_error,
+    float_tensors,
+    link_files,
+    save_tiny_model,
+    tiny_config,
+)
 
 CPU = torch.device("cpu")
 PROMPTS, CONTINUED = 4, 24  # of the text that has to stay
@@ -62,7 +71,12 @@ def test_logits_stay(family: str, tied: bool, residual: bool, tmp_path: Path) ->
     bias = {"attention_bias": True} if family in ("llama", "qwen3") else {}
     save_tiny_model(tiny_config(family, tie_word_embeddings=tied, **bias), tmp_path / "a")
     set_biases(tmp_path / "a")
-    write_rotated(tmp_path / "a", tmp_path / "b", random_rotation(tmp_path / "a", residual), {"text": "t"})
+    rotation = random_rotation(tmp_path / "a", residual)
+    if residual and not turns_stream(load_config(tmp_path / "a")):
+        with pytest.raises(UserError, match="end in a norm; rotate heads alone"):
+            write_rotated(tmp_path / "a", tmp_path / "b", rotation, {"text": "t"})
+        return
+    write_rotated(tmp_path / "a", tmp_path / "b", rotation, {"text": "t"})
     before, after = (load_model(tmp_path / name, CPU, torch.float32) for name in "ab")
     assert not after.config.tie_embeddings
     assert_near("logits", logits(after), logits(before), 1e-5)
@@ -79,8 +93,8 @@ def test_logits_stay(family: str, tied: bool, residual: bool, tmp_path: Path) ->
             )
         ]
         assert moved == [residual, True, True, residual, residual]
-        norms = [other.attention_norm, other.ffn_norm]
-        assert all(bool((norm.weight == 1).all()) for norm in norms if isinstance(norm, RMSNorm)) == residual
+        for norm in (other.attention_norm, other.ffn_norm):
+            assert not isinstance(norm, RMSNorm) or bool((norm.weight == 1).all()) == residual
 
 
 def test_channels_are_sorted_by_energy(tiny_folder: Path, tmp_path: Path) -> None:
@@ -232,7 +246,7 @@ def test_text_of_a_real_model_stays(default_folder: Path, tmp_path: Path) -> Non
     whatever it was found in.
     """
     wide = link_files(default_folder, tmp_path / "wide", "*.safetensors*")
-    tensors = {name: t.float() for path in default_folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    tensors = {name: tensor.float() for name, tensor in float_tensors(default_folder).items()}
     save_file(tensors, wide / "model.safetensors", {"format": "pt"})
     encode = load_tokenizer(default_folder).encode
     model = load_model(wide, CPU, torch.float32)

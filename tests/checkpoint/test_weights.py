@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teal.checkpoint.config import FAMILIES, load_config
+from teal.checkpoint.config import load_config
+from teal.checkpoint.families import FAMILIES
 from teal.checkpoint.weights import load_model
 from teal.cli import quantize
 from teal.errors import UserError

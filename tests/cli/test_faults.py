@@ -24,13 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from teal.checkpoint.config import load_config
+from teal.checkpoint.families import FAMILIES
 from teal.cli import calibrate, evaluate, generate, quantize, serve
 from teal.errors import UserError
 from teal.files import atomic_file, cache_folder
 from teal.kernels.cpu.native import native_kernels
 from teal.options import ModelOptions
 from teal.plan import SparsityPlan
-from tests.conftest import ROOT, changed
+from tests.conftest import ROOT, changed, tiny_config
 from tests.faults import failing, watching
 
 Command = Callable[..., tuple[int, str, str]]
@@ -267,10 +268,11 @@ json_values = st.recursive(
 paths = st.lists(st.integers(0, 50), min_size=1, max_size=4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @given(path=paths, value=json_values)
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_config_is_read_or_refused(tiny_folder: Path, tmp_path: Path, path: list[int], value: Any) -> None:
-    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_config_is_read_or_refused(family: str, tmp_path: Path, path: list[int], value: Any) -> None:
+    config = tiny_config(family).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(changed(config, path, value)), encoding="utf-8")
     try:
         load_config(tmp_path)

@@ -52,6 +52,7 @@ def test_every_field_has_an_option_that_sets_it(parser: argparse.ArgumentParser)
         "quant_lm_head": (["--quant", "int8", "--lm-head", "int8"], True),
         "kv_cache": (["--kv-cache", "int8"], "int8"),
         "threads": (["--threads", "3"], 3),
+        "dequantize": (["--dequantize"], True),
         "force_plan": (["--force-plan"], True),
     }
     assert list(given) == [field.name for field in fields(ModelOptions)]

@@ -93,9 +93,9 @@ def test_perplexity_equals_transformers(length: int, stride: int, tiny_folder: P
     assert result.score.perplexity == pytest.approx(reference_perplexity(reference, tokens, length, stride), rel=1e-4)
 
 
-def test_default_models_perplexity_equals_transformers(default_folder: Path) -> None:
+def test_default_models_perplexity_equals_transformers(default_folder: Path, default_floats: Path) -> None:
     tokens = first_tokens(load_tokenizer(default_folder).encode, default_text()[20_000:], 600)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(default_folder, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(default_floats, dtype=torch.float32)
     model = load_model(default_folder, CPU, torch.float32)
     [result] = evaluate(model, tokens, [Case("dense", 0.0, None)], 256, 128)
     assert result.score.perplexity == pytest.approx(reference_perplexity(reference, tokens, 256, 128), rel=5e-3)

@@ -15,12 +15,15 @@ from teal.checkpoint.weights import load_model
 from teal.decoding.backend import Backend, EagerBackend
 from teal.decoding.cpu_program import CpuProgramBackend, program_obstacle
 from teal.errors import UserError
+from teal.layers.block_linear import widen_blocks
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.output_head import use_native_head
 from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, use_quantized_linears
+from teal.layers.rounding import quantize
 from teal.model import OutputHead, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import set_counting, sparse_layers, sparsify
+from tests.block_models import use_random_blocks
 from tests.conftest import PROJECTIONS, QUANTIZABLE, assert_near, relative_error, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -41,6 +44,14 @@ FORMATS: dict[str, QuantConfig | None] = {
     "mixed": QuantConfig(
         "mixed", 32, lm_head=True, head_bits=4, average_bits=5.0, refined=((8, 0, 33, 5),) * LAYERS, refined_head=9
     ),
+}
+# Types of GGUF: of all weights; as llama.cpp mixes them, with a head of its own; some weights, others in floats.
+BLOCKS: dict[str, dict[str, str]] = {
+    **{kind: dict.fromkeys((*PROJECTIONS, "embedding"), kind) for kind in ("Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q4_K")},
+    "Q4_K_M": {
+        name: {"v": "Q6_K", "down": "Q5_K", "head": "Q6_K"}.get(name, "Q4_K") for name in (*PROJECTIONS, "head")
+    },
+    "some": {"q": "Q5_0", "k": "Q5_0", "v": "Q8_0", "down": "Q4_1", "gate": "Q4_0", "embedding": "Q8_0"},
 }
 # Rounding of a few values the other way, in bf16 and fp16, bounds the error there: of a residual stream of two blocks.
 # An entry that such a rounding carries over its threshold counts for more: these models have 48 to 96 channels. Without
@@ -67,6 +78,20 @@ def tiny(
         use_quantized_linears(model, scheme, fill=not scheme.is_mixed)
         if scheme.is_mixed:
             fill_mixed(model)
+    if sparse:
+        layer = {name: ProjectionPlan(0.5, THRESHOLDS[name]) for name in PROJECTIONS}
+        sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * LAYERS))
+    return model
+
+
+def in_blocks(folder: Path, format: str, sparse: bool = False, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model of LAYERS layers with weights of GGUF's types, its head tied to its embedding if it has none."""
+    kinds = BLOCKS[format]
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tied = {"tie_word_embeddings": "head" not in kinds}
+    save_tiny_model(tiny_config("qwen2", num_hidden_layers=LAYERS, vocab_size=333, **sizes, **tied), folder)
+    model = load_model(folder, CPU, dtype)
+    use_random_blocks(model, kinds, scale=0.01)
     if sparse:
         layer = {name: ProjectionPlan(0.5, THRESHOLDS[name]) for name in PROJECTIONS}
         sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * LAYERS))
@@ -132,6 +157,30 @@ def test_formats(tmp_path: Path, format: str, sparse: bool, dtype: torch.dtype, 
         check(model, lengths, SPARSE_LIMITS[dtype] if sparse else limit)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("format", BLOCKS)
+@pytest.mark.parametrize("dtype,limit", TOLERANCES, ids=str)
+def test_blocks(tmp_path: Path, format: str, sparse: bool, dtype: torch.dtype, limit: float) -> None:
+    model = in_blocks(tmp_path, format, sparse, dtype)
+    for lengths in ((5,), (3, 9, 4, 17, 6)):
+        check(model, lengths, SPARSE_LIMITS[dtype] if sparse else limit)
+
+
+@pytest.mark.parametrize("format", BLOCKS)
+def test_blocks_are_the_floats_that_they_stand_for(tmp_path: Path, format: str) -> None:
+    model, lengths = in_blocks(tmp_path, format), (5, 8)
+    found = run(program(model), lengths)[0]
+    widen_blocks(model)
+    assert_near("logits", found, run(EagerBackend(model, "test"), lengths)[0], 1e-5)
+
+
+@pytest.mark.parametrize("dtype,limit", TOLERANCES, ids=str)
+def test_a_rounded_embedding(tmp_path: Path, dtype: torch.dtype, limit: float) -> None:
+    save_tiny_model(tiny_config("llama", num_hidden_layers=LAYERS, **QUANTIZABLE | {"vocab_size": 320}), tmp_path)
+    model = quantize(load_model(tmp_path, CPU, dtype), "int8", 32, embedding=True)
+    check(model, (5, 8), limit)
+
+
 @pytest.mark.parametrize("dtype,limit", TOLERANCES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3-norms"])
 def test_a_cache_in_8_bits(tmp_path: Path, family: str, dtype: torch.dtype, limit: float) -> None:
@@ -163,18 +212,22 @@ def test_a_window_that_begins_within_a_chunk(tmp_path: Path) -> None:
     check(load_model(tmp_path, CPU, torch.float32), (530, 290), 1e-5)
 
 
-@pytest.mark.parametrize("format,sparse", itertools.product(("floats", "int4", "int4-input", "mixed"), (False, True)))
+@pytest.mark.parametrize(
+    "format,sparse", itertools.product(("floats", "int4", "int4-input", "mixed", "Q4_K_M"), (False, True))
+)
 def test_bits_depend_on_neither_threads_nor_other_rows(
     tmp_path: Path, format: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = program(tiny(tmp_path, "llama", format, sparse, torch.bfloat16))
+    dtype = torch.bfloat16
+    blocks = format in BLOCKS
+    model = in_blocks(tmp_path, format, sparse, dtype) if blocks else tiny(tmp_path, "llama", format, sparse, dtype)
+    backend = program(model)
     lengths = (3, 300, 9, 4, 17, 6)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     expected = run(backend, lengths)[0]
     for threads in (2, 3, 8):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert torch.equal(run(backend, lengths)[0], expected), f"{threads} threads"
-    model = backend.model
     with torch.inference_mode():
         cache = model.new_cache(2, 20)
         tokens, positions = torch.tensor([[9], [20]]), torch.tensor([[0], [0]])

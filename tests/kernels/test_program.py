@@ -171,13 +171,12 @@ def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, messag
         ("int8 cache", "a KV cache in 8 bits is not supported"),
         ("embedding", "an embedding of QuantizedEmbedding is not supported"),
         ("dense", "weights are not in the kernels' layout"),
+        ("capped", "it does not compute a soft cap of logits"),
     ],
 )
 def test_formats_that_are_refused(kind: str, message: str) -> None:
-    config, dtype = (
-        replace(SMALL, num_layers=1, sliding_windows=()),
-        torch.float32 if kind == "fp32" else torch.bfloat16,
-    )
+    config = replace(SMALL, num_layers=1, sliding_windows=(), logit_softcap=30.0 if kind == "capped" else None)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     model = Transformer(config).to(dtype).requires_grad_(False)
     grouping = "input" if kind == "input groups" else "output"
     if kind == "mixed":

@@ -82,7 +82,8 @@ def test_rooms_say_what_they_are_for(page: Path) -> None:
 
 def test_model_knows_nothing_of_what_replaces_its_modules() -> None:
     text = (ROOT / "model.py").read_text(encoding="utf-8")
-    assert modules()["teal.model"].imports == set()
+    assert modules()["teal.model"].imports == {"teal.projection", "teal.rope"}
+    assert not modules()["teal.projection"].imports | modules()["teal.rope"].imports
     for word in ("SparseLinear", "threshold", "quantize", "compile("):
         assert word not in text
 

@@ -8,26 +8,31 @@ from typing import Any
 import pytest
 import torch
 
-from teal.checkpoint import config
+from teal.checkpoint.families import FAMILIES
 from teal.checkpoint.weights import load_model
 from teal.model import KVCache
 from tests.conftest import ROOT, save_tiny_model, tiny_config
 
 MOST_FILES = {"add-a-model.md": 4, "add-a-format.md": 8, "add-a-sampling-parameter.md": 4, "add-a-kernel.md": 4}
 EXAMPLES = {  # what gives away, in code, that a file knows of the recipe's example: of the format, its integers
-    "add-a-model.md": r"\"qwen3\"|qk_norm",
+    "add-a-model.md": r"\"olmo2\"|qk_norm_full",
     "add-a-format.md": r"& 15\b|\bBITS == [48]|\bbits == [48]",
     "add-a-sampling-parameter.md": r"\bmin[_-]p\b",
     "add-a-kernel.md": r"import reduce_partials\b|reduce_partials = make_op\b",
 }
 BESIDE = {  # files that know of it, too, but that a new one does without
-    "add-a-model.md": {"teal/architectures.py"},  # shapes, to measure speed with
+    "add-a-model.md": {
+        "teal/architectures.py",  # shapes, to measure speed with
+        "teal/checkpoint/gguf_families.py",  # the family's GGUF files
+    },
     "add-a-format.md": {
         "kernels/gemv/gather_tensor_core.py",  # the fast forms of 4 and 8 bits
         "kernels/gemv/gather_tensor_core_rows.py",
         "kernels/gemv/launch.py",  # which reads bytes as words
         "kernels/program/plan.py",  # refuses what it does not know
-        "teal/checkpoint/gguf.py",  # another reader
+        "kernels/cpu/blocks.cpp",  # GGUF's types, a layout apart
+        "kernels/cpu/widen_blocks.cpp",
+        "kernels/formats/blocks.py",
         "teal/quantization/gptq.py",  # better rounding
         "teal/quantization/half_quadratic.py",
     },
@@ -73,12 +78,11 @@ def test_the_example_is_in_no_other_file(recipe: str) -> None:
 
 
 def test_a_family_like_llama_is_a_change_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the two tables of config.py its checkpoint is read and computed; everything else follows from them."""
+    """With a row of the table in families.py its checkpoint is read and computed; everything else follows from them."""
     expected_model: Any = save_tiny_model(tiny_config("llama"), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "newcomer"}))
-    monkeypatch.setattr(config, "FAMILIES", (*config.FAMILIES, "newcomer"))
-    monkeypatch.setitem(config.FAMILY_DEFAULTS, "newcomer", config.FAMILY_DEFAULTS["llama"])
+    monkeypatch.setitem(FAMILIES, "newcomer", FAMILIES["llama"])
     tokens = torch.arange(20)[None]
     model = load_model(tmp_path, torch.device("cpu"), torch.float32)
     with torch.inference_mode():

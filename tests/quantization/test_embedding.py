@@ -87,13 +87,13 @@ def test_the_folder_of_others_is_as_before() -> None:
     assert "embedding" not in QuantConfig("int8", 32).as_json() and QuantConfig("int8", 32).as_json()["version"] == 1
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
+# The program sums in another order: rounded to bf16, near ties of a random model part its text from the modules'.
+@pytest.mark.parametrize(("backend", "dtype"), [("compiled", "fp32"), ("compiled", "bf16"), ("program", "fp32")])
 def test_it_decodes(backend: str, dtype: str, untied: Path, tmp_path: Path) -> None:
     """Dense and sparse, with cache and dtype of activations, by each backend that runs on a CPU."""
     quantize.quantize_folder(untied, tmp_path / "out", INT8)
     engine = Engine.load(str(tmp_path / "out"), device="cpu", dtype=dtype, backend=backend)
-    eager = Engine.load(str(tmp_path / "out"), device="cpu", dtype=dtype)
+    eager = Engine.load(str(tmp_path / "out"), device="cpu", dtype=dtype, backend="eager")
     texts = [list(e.generate([5, 9, 33], max_new_tokens=20, ignore_eos=True)) for e in (engine, eager)]
     assert texts[0] == texts[1] and len(texts[0]) == 20
     assert engine.dtype == engine.cache.k.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

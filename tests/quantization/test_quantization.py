@@ -265,7 +265,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     "change,fragment",
     [
         ({"version": 99}, "version 99"),
-        ({"quant_method": "fp8"}, "'fp8' is not supported"),
+        ({"quant_method": "bitnet"}, "'bitnet' is not supported"),
         ({"mode": "int2"}, "int2"),
         ({"group_size": 5}, "group size 5"),
     ],

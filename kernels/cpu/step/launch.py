@@ -12,13 +12,23 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cpu.native import native_library
+from teal.kernels.formats.blocks import STRIP, Blocks, sections
 from teal.kernels.formats.packing import Weight, check_quantized
 
 STEP_ROWS = 8
 SEGMENTS = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INPUT_MAJOR, OUTPUT_MAJOR, INT8, INT4 = range(4)  # Storage
+INPUT_MAJOR, OUTPUT_MAJOR, INT8, INT4, BLOCKS = range(5)  # Storage
 DONE, UNKNOWN_TOKEN, NO_SLOT, NO_MEMORY = range(4)  # Outcome
+
+
+class BlockPart(ctypes.Structure):
+    """A weight of one of GGUF's block types; see Blocks in blocks.h."""
+
+    _fields_ = [
+        ("values", c_void_p), ("K", c_int64), ("N", c_int64),
+        *((name, c_int32) for name in ("bits", "offset", "group", "has_minima", "nested", "padding")),
+    ]  # fmt: skip
 
 
 class Matrix(ctypes.Structure):
@@ -27,7 +37,8 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("values", "scales", "zeros", "refined", "bias", "thresholds")),
         *((name, c_int64) for name in ("K", "N", "E", "stride", "group", "group_channels", "segments")),
-        ("segment_sizes", c_int64 * SEGMENTS), ("storage", c_int32), ("padding", c_int32),
+        ("segment_sizes", c_int64 * SEGMENTS), ("parts", ctypes.POINTER(BlockPart)), ("part_count", c_int64),
+        ("storage", c_int32), ("padding", c_int32),
     ]  # fmt: skip
 
 
@@ -40,11 +51,19 @@ class Layer(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Embedding(ctypes.Structure):
+    """The vectors of tokens; see step.h."""
+
+    _fields_ = [
+        ("values", c_void_p), ("scales", c_void_p), ("blocks", ctypes.POINTER(BlockPart)), ("group", c_int64),
+    ]  # fmt: skip
+
+
 class Model(ctypes.Structure):
     """A model; see step.h."""
 
     _fields_ = [
-        ("layers", ctypes.POINTER(Layer)), *((name, c_void_p) for name in ("embedding", "norm", "frequencies")),
+        ("layers", ctypes.POINTER(Layer)), ("embedding", Embedding), ("norm", c_void_p), ("frequencies", c_void_p),
         ("head", Matrix),
         *((name, c_int64) for name in ("layer_count", "vocabulary", "hidden", "intermediate")),
         *((name, c_int64) for name in ("heads", "kv_heads", "head_dim")),
@@ -79,15 +98,41 @@ def gathered(weight: Weight, limits: Thresholded, bias: Tensor | None) -> Matrix
         raise ValueError("a weight is not contiguous")
     if weight.scales is not None and not weight.values.is_contiguous():
         raise ValueError("a quantized weight is not contiguous")
-    if len(segments) > SEGMENTS or len(limits.thresholds) != len(segments) or sum(segments) != weight.N:
-        raise ValueError(f"segments {segments} do not cover {weight.N} columns")
     matrix = Matrix(
         values=_address(weight.values), scales=_address(weight.scales), zeros=_address(weight.zeros),
         refined=_address(weight.refined), bias=_address(bias), thresholds=_address(limits.thresholds),
         K=weight.K, N=weight.N, E=0 if weight.refined is None else len(weight.refined),
         stride=weight.values.stride(0), group=weight.group_size, group_channels=weight.channels,
-        segments=len(segments), storage={16: INPUT_MAJOR, 8: INT8, 4: INT4}[weight.bits],
+        storage={16: INPUT_MAJOR, 8: INT8, 4: INT4}[weight.bits],
     )  # fmt: skip
+    return _with_segments(matrix, segments, limits.thresholds)
+
+
+def blocked(parts: Sequence[Blocks], limits: Thresholded, bias: Tensor | None) -> Matrix:
+    """The struct of a thresholded weight of parts side by side in blocks. Raises ValueError as gathered."""
+    matrix = Matrix(
+        bias=_address(bias), thresholds=_address(limits.thresholds), K=parts[0].K, N=sum(part.N for part in parts),
+        group=STRIP, parts=(BlockPart * len(parts))(*map(block_part, parts)), part_count=len(parts), storage=BLOCKS,
+    )  # fmt: skip
+    if any(part.K != matrix.K for part in parts) or (bias is not None and not bias.is_contiguous()):
+        raise ValueError("parts of a weight differ in channels, or a bias is not contiguous")
+    return _with_segments(matrix, list(limits.segments), limits.thresholds)
+
+
+def block_part(weight: Blocks) -> BlockPart:
+    """The struct of such a weight. Raises ValueError for bytes of another size."""
+    sections(weight)
+    found = weight.type
+    return BlockPart(
+        values=_address(weight.data), K=weight.K, N=weight.N, bits=found.bits, offset=found.offset, group=found.group,
+        has_minima=found.has_minima, nested=found.nested,
+    )  # fmt: skip
+
+
+def _with_segments(matrix: Matrix, segments: list[int], thresholds: Tensor) -> Matrix:
+    if len(segments) > SEGMENTS or len(thresholds) != len(segments) or sum(segments) != matrix.N:
+        raise ValueError(f"segments {segments} do not cover {matrix.N} columns")
+    matrix.segments = len(segments)
     matrix.segment_sizes[: len(segments)] = segments
     return matrix
 
@@ -102,6 +147,19 @@ def dotted(weight: Tensor, bias: Tensor | None) -> Matrix:
     )
 
 
+def embedded(weight: Tensor | Blocks, scales: Tensor | None = None) -> Embedding:
+    """The struct of an embedding: floats [V, C], int8 with scales [V, groups], or blocks [C, V].
+
+    Raises ValueError as gathered does.
+    """
+    if isinstance(weight, Blocks):
+        return Embedding(blocks=ctypes.pointer(block_part(weight)))
+    if not weight.is_contiguous() or (scales is not None and not scales.is_contiguous()):
+        raise ValueError("an embedding is not contiguous")
+    group = 1 if scales is None else weight.shape[1] // scales.shape[1]
+    return Embedding(values=_address(weight), scales=_address(scales), group=group)
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -113,9 +171,9 @@ class StepProgram:
         library = native_library()
         if library is None:
             raise ValueError("there are no compiled kernels")
-        sizes = (c_int64 * 4)()
+        sizes = (c_int64 * 5)()
         library.teal_cpu_struct_sizes(sizes)
-        expected = [ctypes.sizeof(struct) for struct in (Matrix, Layer, Model, Call)]
+        expected = [ctypes.sizeof(struct) for struct in (Matrix, Layer, Model, Call, BlockPart)]
         if list(sizes) != expected:
             raise ValueError(f"its structs have {list(sizes)} bytes: expected {expected}")
         self.step = library.teal_cpu_step

@@ -42,8 +42,8 @@ bool beats(float value, float best) { return value > best || (value != value && 
 // Memory of a step, kept for the next one. The team's holder has it. It grows before the first phase alone: there it
 // may fail.
 struct Workspace {
-  std::vector<float> residual, input, y, activated, q, cos, sin, partials, kept_values;
-  std::vector<int32_t> kept_channels;
+  std::vector<float> residual, input, y, activated, q, cos, sin, partials, kept_values, sums;
+  std::vector<int32_t> kept_channels, finished;
   std::vector<Chunk> chunks;
   std::vector<Best> best;
 };
@@ -72,7 +72,8 @@ class Step final : public Job {
   void finish();
 
   int64_t begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns);
-  void multiply(int64_t begin, int64_t end);
+  void finish_columns(int64_t begin, int64_t end);
+  void embed(int64_t token, float* out) const;
   void attend_task(int64_t index);
   void argmax_task(int64_t index, int64_t begin, int64_t end);
   void cache_heads(int64_t row, const CacheLayout& cache);
@@ -104,19 +105,22 @@ Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t thre
       kv_size_(model.kv_heads * model.head_dim),
       product_(model.dtype) {
   const int64_t widest = std::max({model.hidden, q_size_, model.intermediate});
-  int64_t most_refined = model.head.E;
+  int64_t most_refined = model.head.E, partials = Product::partials_room(model.head);
   for (int64_t i = 0; i < model.layer_count; ++i)
-    for (const Matrix* m : {&model.layers[i].qkv, &model.layers[i].o, &model.layers[i].gate_up, &model.layers[i].down})
+    for (const Matrix* m : {&model.layers[i].qkv, &model.layers[i].o, &model.layers[i].gate_up, &model.layers[i].down}) {
       most_refined = std::max(most_refined, m->E);
+      partials = std::max(partials, Product::partials_room(*m));
+    }
   residual_ = grown(memory.residual, rows_ * model.hidden);
   input_ = grown(memory.input, rows_ * padded(widest));
   activated_ = grown(memory.activated, rows_ * padded(model.intermediate));
   q_ = grown(memory.q, (rows_ * model.heads + 2) * padded(model.head_dim));  // and two vectors to spare
   y_stride_ = padded(std::max({q_size_ + 2 * kv_size_, 2 * model.intermediate, model.hidden}));
   grown(memory.y, rows_ * y_stride_);
-  product_.use(grown(memory.kept_channels, Product::LISTS * Kept::room(widest, most_refined)),
-               grown(memory.kept_values, Product::LISTS * Kept::room(widest, most_refined) * GATHER_ROWS),
-               Kept::room(widest, most_refined));
+  product_.use_partials(grown(memory.sums, rows_ * partials), grown(memory.finished, threads * HEAD_TASKS_PER_THREAD + 1));
+  product_.use_lists(grown(memory.kept_channels, Product::LISTS * Kept::room(widest, most_refined)),
+                     grown(memory.kept_values, Product::LISTS * Kept::room(widest, most_refined) * GATHER_ROWS),
+                     Kept::room(widest, most_refined));
   int64_t chunks = 0;  // of a layer without a window
   for (int64_t r = 0; r < rows_ && call.hidden_in == nullptr; ++r) chunks += call.positions[r] / CHUNK + 1;
   memory.chunks.reserve(chunks);
@@ -133,11 +137,7 @@ int64_t Step::next() {
         std::copy(call_.hidden_in, call_.hidden_in + rows_ * model_.hidden, residual_);
         return begin_head();
       }
-      for (int64_t r = 0; r < rows_; ++r) {
-        const int64_t row_bytes = model_.hidden * (model_.dtype == Dtype::FP32 ? 4 : 2);
-        const char* row = static_cast<const char*>(model_.embedding) + call_.tokens[r] * row_bytes;
-        widen_values(row, model_.dtype, model_.hidden, residual_ + r * model_.hidden);
-      }
+      for (int64_t r = 0; r < rows_; ++r) embed(call_.tokens[r], residual_ + r * model_.hidden);
       find_angles();
       return begin_block();
     case Phase::QKV: return begin_attention();
@@ -155,11 +155,14 @@ int64_t Step::next() {
 void Step::task(int64_t index) {
   if (phase_ == Phase::ATTENTION) return attend_task(index);
   const auto [begin, end] = product_.columns(index);
-  multiply(begin, end);
-  if (phase_ == Phase::HEAD) return argmax_task(index, begin, end);
-  if (phase_ != Phase::GATE_UP) return;
-  const int64_t I = model_.intermediate;
-  multiply(I + begin, I + end);
+  const int64_t I = phase_ == Phase::GATE_UP ? model_.intermediate : 0;
+  product_.multiply(index, begin, end);
+  if (I) product_.multiply(index, I + begin, I + end);
+  if (!product_.completes(index)) return;
+  finish_columns(begin, end);
+  if (phase_ == Phase::HEAD) return argmax_task(product_.block(index), begin, end);
+  if (!I) return;
+  finish_columns(I + begin, I + end);
   by_dtype(model_.dtype, [&](auto type) {
     for (int64_t r = 0; r < rows_; ++r) {
       const float* gate = product_.y(r) + begin;
@@ -169,12 +172,25 @@ void Step::task(int64_t index) {
 }
 
 // y of columns begin to end, rounded as a module's result; the head's is not.
-void Step::multiply(int64_t begin, int64_t end) {
-  product_.multiply(begin, end);
+void Step::finish_columns(int64_t begin, int64_t end) {
+  product_.add_up(begin, end);
   if (phase_ == Phase::HEAD) return;
   by_dtype(model_.dtype, [&](auto type) {
     for (int64_t r = 0; r < rows_; ++r)
       round_and_add<decltype(type)>(product_.y(r) + begin, product_.bias(), begin, end - begin);
+  });
+}
+
+void Step::embed(int64_t token, float* out) const {
+  const Embedding& from = model_.embedding;
+  const int64_t C = model_.hidden;
+  if (from.blocks != nullptr) return widen_column(*from.blocks, token, out);
+  by_dtype(model_.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (from.scales == nullptr) return widen_values(static_cast<const T*>(from.values) + token * C, model_.dtype, C, out);
+    const int8_t* values = static_cast<const int8_t*>(from.values) + token * C;
+    const T* scales = static_cast<const T*>(from.scales) + token * C / from.group;
+    for (int64_t i = 0; i < C; ++i) out[i] = values[i] * widen(scales[i / from.group]);
   });
 }
 
@@ -319,7 +335,7 @@ void Step::finish() {
   if (!call_.choose) return;
   for (int64_t r = 0; r < rows_; ++r) {
     Best best = memory_.best[r];
-    for (int64_t i = 1; i < product_.tasks(); ++i)
+    for (int64_t i = 1; i < product_.blocks(); ++i)
       if (beats(memory_.best[i * rows_ + r].value, best.value)) best = memory_.best[i * rows_ + r];
     call_.tokens[r] = best.index;
     ++call_.positions[r];
@@ -355,10 +371,11 @@ extern "C" int32_t teal_cpu_step(const teal::Model* model, const teal::Call* cal
   return static_cast<int32_t>(outcome);
 }
 
-// Bytes of the structs that the caller fills in: Matrix, Layer, Model, Call.
+// Bytes of the structs that the caller fills in: Matrix, Layer, Model, Call, Blocks.
 extern "C" void teal_cpu_struct_sizes(int64_t* sizes) {
   sizes[0] = sizeof(teal::Matrix);
   sizes[1] = sizeof(teal::Layer);
   sizes[2] = sizeof(teal::Model);
   sizes[3] = sizeof(teal::Call);
+  sizes[4] = sizeof(teal::Blocks);
 }

@@ -16,9 +16,17 @@ struct Layer {
   int64_t window;                         // of attention, in tokens; 0: all
 };
 
+// A vector of C values for each of V tokens.
+struct Embedding {
+  const void* values;   // [V, C] of the model's dtype, or int8
+  const void* scales;   // [V, C / group] of the model's dtype, or null
+  const Blocks* blocks;  // a weight [C, V] instead, or null
+  int64_t group;
+};
+
 struct Model {
   const Layer* layers;
-  const void* embedding;       // [V, C] of the model's dtype
+  Embedding embedding;
   const void* norm;            // [C], the last one
   const float* frequencies;    // [D / 2]: rotation per position, radians
   Matrix head;

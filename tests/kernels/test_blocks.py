@@ -1,0 +1,137 @@
+"""GGUF's block types: the layout against the gguf package, products against fp32, bits, and what is not read."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from teal.kernels import block_linear
+from teal.kernels.block_linear import block_columns, block_floats
+from teal.kernels.cpu.native import native_kernels
+from teal.kernels.formats.blocks import STRIP, Blocks, column, dequantize, pack, sections, size_of, unpack
+from tests.block_models import KINDS, floats_of, random_blocks, random_rows
+from tests.conftest import assert_near
+
+product = block_linear.block_linear
+# Of x, as blocks.cpp rounds it: 24 bits relative to a group's largest, or 16.
+TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 8e-5), (torch.float16, 8e-5)]
+SHAPES = [(256, 32), (768, 200), (1536, 128), (512, 1300)]
+
+
+@pytest.mark.parametrize("K,N", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layout_is_exact(kind: str, K: int, N: int) -> None:
+    rows = random_rows(kind, N, K)
+    weight, expected = pack(kind, torch.from_numpy(rows)), floats_of(kind, rows).t()
+    assert (weight.K, weight.N) == (K, N)
+    assert torch.equal(dequantize(weight), expected)
+    for n in {0, N // 2, N - 1}:
+        assert torch.equal(column(weight, n), expected[:, n]), n
+    assert torch.equal(block_floats([weight], torch.float32), expected)
+    assert torch.equal(block_columns(weight, torch.tensor([N - 1, 0])), expected.t()[[N - 1, 0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_floats_are_rounded_once(kind: str) -> None:
+    weight = random_blocks(kind, 512, 100)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(block_floats([weight], dtype), dequantize(weight).to(dtype))
+    parts = [weight, random_blocks("Q6_K", 512, 130), weight]
+    expected = torch.cat([dequantize(part) for part in parts], dim=1).bfloat16()
+    assert torch.equal(block_floats(parts, torch.bfloat16), expected), "several parts"
+
+
+def test_a_large_tensor_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.from_numpy(random_rows("Q5_1", 700, 64))
+    expected = pack("Q5_1", rows)
+    monkeypatch.setattr("teal.kernels.formats.blocks.ROWS_AT_ONCE", 2 * STRIP)
+    assert torch.equal(pack("Q5_1", rows).data, expected.data)
+
+
+def kept(x: Tensor, threshold: float) -> Tensor:
+    return torch.where(x.abs() < torch.tensor(threshold).to(x.dtype), 0, x.float())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7], ids=["dense", "sparse"])
+@pytest.mark.parametrize("K,N", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(kind: str, K: int, N: int, threshold: float) -> None:
+    weight = random_blocks(kind, K, N)
+    generator = torch.Generator().manual_seed(1)
+    for dtype, limit in TOLERANCES:
+        for rows in (*range(1, 9), 30):
+            x = torch.randn(rows, K, generator=generator).to(dtype)
+            expected = kept(x, threshold).double() @ dequantize(weight).double()
+            assert_near(f"{rows} rows of {dtype}", product(x, weight, threshold), expected.float(), limit)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "Q8_0"])
+def test_products_without_a_compiler(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = random_blocks(kind, 512, 200), torch.randn(3, 512)
+    expected = kept(x, 0.5) @ dequantize(weight)
+    monkeypatch.setattr(block_linear, "native_kernels", lambda: None)
+    assert_near("product", product(x, weight, 0.5), expected, 1e-6)
+    assert torch.equal(block_columns(weight, torch.tensor([7])), dequantize(weight)[:, 7][None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_depend_on_neither_threads_nor_other_rows(kind: str) -> None:
+    weight, x = (
+        random_blocks(kind, 768, 900),
+        torch.randn(8, 768, generator=torch.Generator().manual_seed(2)).bfloat16(),
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = product(x, weight, 0.6)
+        torch.set_num_threads(3)
+        assert torch.equal(product(x, weight, 0.6), expected), "threads"
+    finally:
+        torch.set_num_threads(threads)
+    for r in range(8):
+        assert torch.equal(product(x[r : r + 1], weight, 0.6)[0], expected[r]), f"row {r} alone"
+
+
+def test_hard_rows() -> None:
+    """One entry; one far larger than the others of its group; tiny ones; nothing kept."""
+    weight = random_blocks("Q4_K", 256, 130)
+    for values in ({7: 1.0}, {7: 3e4, 8: 1.0, 40: -1e-3}, dict.fromkeys(range(256), 1e-28)):
+        x = torch.zeros(1, 256)
+        for k, value in values.items():
+            x[0, k] = value
+        expected = x.double() @ dequantize(weight).double()
+        assert_near(str(values)[:20], product(x, weight, 1e-35), expected.float(), 1e-6)
+    assert not product(torch.full((1, 256), 1e-39), weight).any() and not product(torch.ones(1, 256), weight, 2.0).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_none(value: float) -> None:
+    x = torch.ones(2, 256)
+    x[1, 100] = value
+    found = product(x, random_blocks("Q4_1", 256, 64), 0.5)
+    assert not found[1].isfinite().any() and found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q6_K", "Q8_0"])
+def test_dropped_rows_are_never_read(kind: str) -> None:
+    """Values of rows that only dropped entries meet change nothing."""
+    weight = random_blocks(kind, 512, 256)
+    x = torch.randn(1, 512, generator=torch.Generator().manual_seed(3))
+    expected = product(x, weight, 0.8)
+    other = Blocks(*weight[:3], weight.data.clone())
+    sections(other)[0][x[0].abs() < 0.8] = 255
+    assert torch.equal(product(x, other, 0.8), expected)
+
+
+def test_bad_arguments_are_refused() -> None:
+    weight = random_blocks("Q4_0", 64, 40)
+    with pytest.raises(ValueError, match="x has 32 channels: expected 64"):
+        product(torch.ones(1, 32), weight)
+    with pytest.raises(ValueError, match="a Q4_K weight has 64 channels and 40 outputs: expected whole blocks of 256"):
+        size_of("Q4_K", 64, 40)
+    with pytest.raises(ValueError, match=r"data is torch.uint8 \(7,\): expected uint8"):
+        unpack(Blocks("Q4_0", 64, 40, torch.zeros(7, dtype=torch.uint8)))
+    with pytest.raises(IndexError, match="column 40: expected 0 to 39"):
+        block_columns(weight, torch.tensor([40]))
+    with pytest.raises(IndexError, match="column 40: expected 0 to 39"):
+        column(weight, 40)
+    assert native_kernels() is not None
