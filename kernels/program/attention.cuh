@@ -2,19 +2,25 @@
 //
 //     unit    a key/value head and up to GROUP_HEADS of its query heads
 //     block   (unit, split): an equal run of the positions; the last one's block stores the new token's key and value
-//     warp    one of the query heads, and every so many positions of the run
-//     lanes   HEAD_DIM / 8 to a position, 16 bytes of its key and value each
+//     warp    every so many tiles of 16 positions of the run, for all heads of the unit, on tensor cores
 //
-// Every block rotates its own query heads: less than a trip to have it done once. What it sends of each head is the
-// unnormalised sum, the largest score and the sum of exponentials (both to base 2). Whoever multiplies with o combines
-// them, for its own channels only.
+// scores [heads, positions] = queries keys^T leaves in lane 4 g + c just what sums [channels, heads] += values^T weights^T
+// wants of it there: head g, positions 2 c, 2 c + 1 and 8 more. Products may take channels in any order that both sides
+// share, so a lane reads neighbouring channels, 16 bytes at once:
+//
+//     lane 4 g + c    of keys: positions g and g + 8, channels 8 c to 8 c + 7 of every 32
+//                     of values: positions 2 c, 2 c + 1, 2 c + 8, 2 c + 9, channels 8 g to 8 g + 7 of every 64
+//
+// Heads of fewer than 64 channels are read in narrower pieces. Every block rotates its own query heads: less than a trip
+// to have it done once. What it sends of each head is the unnormalised sum, the largest score and the sum of exponentials
+// (both to base 2). Whoever multiplies with o combines them, for its own channels only.
 #pragma once
 
-constexpr int LANES = HEAD_DIM / 8, SEATS = 32 / LANES;  // of a position; positions of a warp at once
-constexpr int SLOT = HEAD_DIM + 2;                       // words of a head and split: sum, largest, weight
+constexpr int SLOT = HEAD_DIM + 2;  // words of a head and split: sum, largest, weight
 constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
-constexpr int AHEAD = 4;                                 // rounds of positions, a lane each, that are loaded together
-constexpr int PARTS = WARPS / GROUP_HEADS;               // warps of a query head
+constexpr int TILE = 16;  // positions
+constexpr int KEY_WORDS = min_of(4, HEAD_DIM / 8), KEY_PIECES = HEAD_DIM / (8 * KEY_WORDS);  // of a lane and position
+constexpr int VALUE_WORDS = min_of(4, HEAD_DIM / 16), VALUE_PIECES = HEAD_DIM / (16 * VALUE_WORDS);
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct Cache {
@@ -22,46 +28,94 @@ struct Cache {
     i64 layer, head, position;  // strides, in elements
 };
 
-struct Running {  // softmax so far, of a query head over the positions that a lane has seen
-    float largest = NOTHING, weight = 0.0f, sum[8] = {};
+struct Tile {  // a lane's part of the keys and values of 16 positions
+    u32 keys[2][KEY_PIECES][KEY_WORDS], values[4][VALUE_PIECES][VALUE_WORDS];
 
-    __device__ __forceinline__ void scale(float factor) {
-        weight *= factor;
+    __device__ __forceinline__ static int key_place(int i) { return 8 * i + lane_of_warp() / 4; }
+    __device__ __forceinline__ static int value_place(int i) { return i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2; }
+
+    // row(place) points to a position's row of 16-bit floats, or is null, and nothing changes.
+    template <class Row>
+    __device__ __forceinline__ void read_keys(Row row) {
 #pragma unroll
-        for (int d = 0; d < 8; d++) sum[d] *= factor;
+        for (int i = 0; i < 2; i++) {
+            const u16* const from = row(key_place(i));
+            if (!from) continue;
+#pragma unroll
+            for (int j = 0; j < KEY_PIECES; j++)
+                read_words(keys[i][j], from + 2 * KEY_WORDS * (4 * j + lane_of_warp() % 4));
+        }
     }
-
-    // part: this lane's part of q k. All lanes of a warp call it; those without a position are not live.
-    __device__ __forceinline__ void see(float part, const float (&v)[8], bool live) {
+    template <class Row>
+    __device__ __forceinline__ void read_values(Row row) {
 #pragma unroll
-        for (int distance = LANES / 2; distance; distance >>= 1) part += __shfl_xor_sync(ALL_LANES, part, distance);
-        const float score = live ? part : NOTHING, highest = fmaxf(largest, score);
-        const float p = live ? exp2f(score - highest) : 0.0f;
-        scale(live ? exp2f(largest - highest) : 1.0f);
-        largest = highest, weight += p;
+        for (int i = 0; i < 4; i++) {
+            const u16* const from = row(value_place(i));
+            if (!from) continue;
 #pragma unroll
-        for (int d = 0; d < 8; d++) sum[d] += p * v[d];
-    }
-
-    // Add what the lanes at a distance have seen.
-    __device__ __forceinline__ void join(int distance) {
-        const float highest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
-        scale(highest == NOTHING ? 0.0f : exp2f(largest - highest));
-        weight += __shfl_xor_sync(ALL_LANES, weight, distance);
-#pragma unroll
-        for (int d = 0; d < 8; d++) sum[d] += __shfl_xor_sync(ALL_LANES, sum[d], distance);
-        largest = highest;
+            for (int j = 0; j < VALUE_PIECES; j++)
+                read_words(values[i][j], from + 2 * VALUE_WORDS * (8 * j + lane_of_warp() / 4));
+        }
     }
 };
 
-__device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
-    const u32 words[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) to[2 * i] = low_of(words[i]), to[2 * i + 1] = high_of(words[i]);
-}
+// Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums of
+// heads 2 c and 2 c + 1.
+struct Running {
+    float largest = NOTHING, weight = 0.0f, sums[VALUE_PIECES][VALUE_WORDS][4] = {};
 
-struct Rounds {
-    uint4 k[AHEAD], v[AHEAD];
+    // Which channel of its head sums[piece][i][j] is; the head is 2 c + j % 2.
+    __device__ __forceinline__ static int channel(int piece, int i, int j) {
+        return (8 * piece + lane_of_warp() / 4) * 2 * VALUE_WORDS + i + j / 2 * VALUE_WORDS;
+    }
+
+    // queries: rows of 16-bit floats; places from live on do not count.
+    __device__ __forceinline__ void see(const Tile& tile, const u16 (&queries)[GROUP_HEADS + 2][ROW], int live) {
+        const int g = lane_of_warp() / 4, c = lane_of_warp() % 4;
+        float scores[2][4] = {};
+#pragma unroll
+        for (int j = 0; j < KEY_PIECES; j++) {
+            u32 q[KEY_WORDS];
+            read_words(q, queries[g % GROUP_HEADS] + 2 * KEY_WORDS * (4 * j + c));
+#pragma unroll
+            for (int i = 0; i < KEY_WORDS; i += 2)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    multiply_add<FLOAT_IS_BF16>(scores[half], {q[i], 0, q[i + 1], 0},
+                                                {tile.keys[half][j][i], tile.keys[half][j][i + 1]});
+        }
+        float p[4], highest = largest;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            p[i] = Tile::value_place(i) < live ? scores[i / 2][i % 2] * (LOG2E * ATTENTION_SCALE) : NOTHING;
+            highest = fmaxf(highest, p[i]);
+        }
+        highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 2));
+        const float factor = exp2f(largest - highest);
+        const float factors[2] = {__shfl_sync(ALL_LANES, factor, 8 * c), __shfl_sync(ALL_LANES, factor, 8 * c + 4)};
+        largest = highest, weight *= factor;
+        u16 bits[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            bits[i] = bits_of(exp2f(p[i] - highest));
+            weight += float_of(bits[i]);
+        }
+        const u32 weights[2] = {bits[0] | (u32)bits[1] << 16, bits[2] | (u32)bits[3] << 16};
+#pragma unroll
+        for (int j = 0; j < VALUE_PIECES; j++)
+#pragma unroll
+            for (int i = 0; i < VALUE_WORDS; i++) {
+                auto pair = [&](int first, int channel) {  // of two neighbouring positions
+                    return __byte_perm(tile.values[first][j][channel / 2], tile.values[first + 1][j][channel / 2],
+                                       channel % 2 ? 0x7632 : 0x5410);
+                };
+#pragma unroll
+                for (int k = 0; k < 4; k++) sums[j][i][k] *= factors[k % 2];
+                multiply_add<FLOAT_IS_BF16>(
+                    sums[j][i], {pair(0, i), pair(0, i + VALUE_WORDS), pair(2, i), pair(2, i + VALUE_WORDS)}, weights);
+            }
+    }
 };
 
 struct Attention {
@@ -94,7 +148,7 @@ struct Attention {
         ::prefetch(cache.v + offset);
     }
 
-    // Query heads, the key and the value into s.heads, as q, k and v's product gave them.
+    // Query heads and the key into s.heads, as q, k and v's product gave them; the value into its row.
     __device__ void take_heads(const u64* qkv, u32 epoch, Shared& s) const {
         constexpr int HALF = HEAD_DIM / 2, COUNT = ceil_div((GROUP_HEADS + 2) * HALF, THREADS);
         float2 loaded[COUNT];
@@ -112,17 +166,23 @@ struct Attention {
             },
             wanted);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            if (wanted(i)) ((float2*)s.heads)[index(i)] = loaded[i];
+        for (int i = 0; i < COUNT; i++) {
+            if (!wanted(i)) continue;
+            const int h = index(i) / HALF, d = 2 * (index(i) % HALF);
+            if (h <= GROUP_HEADS)
+                ((float2*)s.heads)[index(i)] = loaded[i];
+            else
+                s.rows[h][d] = bits_of(loaded[i].x), s.rows[h][d + 1] = bits_of(loaded[i].y);
+        }
         __syncthreads();
     }
 
-    // Norm (Qwen3) and rotation of each query head and the key, a warp for each.
+    // Norm (Qwen3) and rotation of each query head and the key into its row, a warp for each.
     __device__ void rotate(const u16* q_norm, const u16* k_norm, Shared& s) const {
         constexpr int HALF = HEAD_DIM / 2;
         for (int h = warp_of_block(); h <= GROUP_HEADS; h += WARPS) {
             if (h < GROUP_HEADS ? !has_head(h) : !stores) continue;
-            float* const x = s.heads + h * HEAD_DIM;
+            const float* const x = s.heads + h * HEAD_DIM;
             const u16* const norm = h < GROUP_HEADS ? q_norm : k_norm;
             float squares = 0.0f;
             for (int d = lane_of_warp(); d < HEAD_DIM; d += 32) squares += x[d] * x[d];
@@ -133,8 +193,8 @@ struct Attention {
                     a = rounded(rounded(a * scale) * float_of(norm[d]));
                     b = rounded(rounded(b * scale) * float_of(norm[d + HALF]));
                 }
-                x[d] = rounded(a * s.cosines[d] - b * s.sines[d]);
-                x[d + HALF] = rounded(b * s.cosines[d] + a * s.sines[d]);
+                s.rows[h][d] = bits_of(a * s.cosines[d] - b * s.sines[d]);
+                s.rows[h][d + HALF] = bits_of(b * s.cosines[d] + a * s.sines[d]);
             }
         }
         __syncthreads();
@@ -144,69 +204,55 @@ struct Attention {
         if (!stores || unit % HEAD_GROUPS != 0) return;
         const i64 offset = layer * cache.layer + kv * cache.head + position * cache.position;
         for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) {
-            cache.k[offset + d] = bits_of(s.heads[GROUP_HEADS * HEAD_DIM + d]);
-            cache.v[offset + d] = bits_of(s.heads[(GROUP_HEADS + 1) * HEAD_DIM + d]);
+            cache.k[offset + d] = s.rows[GROUP_HEADS][d];
+            cache.v[offset + d] = s.rows[GROUP_HEADS + 1][d];
         }
     }
 
-    // This warp's head and first position, and this lane's position at a round from base on.
-    static constexpr int STRIDE = PARTS * SEATS;
-    __device__ static int head() { return warp_of_block() % GROUP_HEADS; }
-    __device__ int first() const {
-        const int part = warp_of_block() / GROUP_HEADS;
-        return part < PARTS && has_head(head()) ? begin + part * SEATS : end;
-    }
-    __device__ int at(int base, int round) const { return base + round * STRIDE + lane_of_warp() / LANES; }
+    __device__ int first() const { return begin + warp_of_block() * TILE; }
 
-    // Ask for the keys and values of AHEAD rounds from base on. The new token's are not in the cache yet.
-    __device__ __forceinline__ Rounds load(const Cache& cache, int layer, int base) const {
-        const i64 offset = layer * cache.layer + kv * cache.head + lane_of_warp() % LANES * 8;
-        Rounds rounds = {};
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int place = at(base, i);
-            if (place >= end || place == position) continue;
-            rounds.k[i] = *(const uint4*)(cache.k + offset + place * cache.position);
-            rounds.v[i] = *(const uint4*)(cache.v + offset + place * cache.position);
-        }
-        return rounds;
+    // A position's row in the cache. The new token's key and value are not there yet.
+    __device__ const u16* cached(const u16* from, const Cache& cache, int layer, int at) const {
+        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position;
+        return at < end && at != position ? from + offset : nullptr;
+    }
+    __device__ __forceinline__ void load_keys(Tile& tile, const Cache& cache, int layer, int base) const {
+        tile = {};
+        tile.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
     }
 
-    __device__ __forceinline__ void attend(Running& run, Rounds rounds, const Cache& cache, int layer,
+    // tile: the keys of the first one, which were asked for while q, k and v were on their way.
+    __device__ __forceinline__ void attend(Running& run, Tile& tile, const Cache& cache, int layer,
                                            const Shared& s) const {
-        const int d = lane_of_warp() % LANES * 8;
-        float q[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) q[i] = s.heads[head() * HEAD_DIM + d + i] * (LOG2E * ATTENTION_SCALE);
-        for (int base = first(); base < end; base += AHEAD * STRIDE) {
-            if (base != first()) rounds = load(cache, layer, base);
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                if (base + i * STRIDE >= end) break;  // for all lanes
-                float k[8], v[8], part = 0.0f;
-                widen(k, rounds.k[i]), widen(v, rounds.v[i]);
-                if (stores && at(base, i) == position) {
-                    const float* const own = s.heads + GROUP_HEADS * HEAD_DIM + d;
-#pragma unroll
-                    for (int j = 0; j < 8; j++) k[j] = own[j], v[j] = own[HEAD_DIM + j];
-                }
-#pragma unroll
-                for (int j = 0; j < 8; j++) part += q[j] * k[j];
-                run.see(part, v, at(base, i) < end);
+#pragma unroll 1
+        for (int base = first(); base < end; base += WARPS * TILE) {
+            if (base != first()) load_keys(tile, cache, layer, base);
+            tile.read_values([&](int place) { return cached(cache.v, cache, layer, base + place); });
+            if (stores && position < base + TILE) {
+                auto own = [&](int place, int row) { return base + place == position ? s.rows[row] : nullptr; };
+                tile.read_keys([&](int place) { return own(place, GROUP_HEADS); });
+                tile.read_values([&](int place) { return own(place, GROUP_HEADS + 1); });
             }
+            run.see(tile, s.rows, end - base);
         }
     }
 
-    // Join all lanes and warps of each head and send what they have seen.
+    // Join the warps of each head and send what they have seen.
     __device__ void send_seen(Running& run, u64* attended, u32 epoch, Shared& s) const {
+        const int warp = warp_of_block(), g = lane_of_warp() / 4, c = lane_of_warp() % 4;
+        const int warps = end > begin ? min_of(WARPS, ceil_div(end - begin, TILE)) : 0;
+        if (warp < warps) {
+            run.weight += __shfl_xor_sync(ALL_LANES, run.weight, 1);
+            run.weight += __shfl_xor_sync(ALL_LANES, run.weight, 2);
+            if (c == 0 && g < GROUP_HEADS) s.largest[warp][g] = run.largest, s.weight[warp][g] = run.weight;
 #pragma unroll
-        for (int distance = LANES; distance < 32; distance <<= 1) run.join(distance);
-        const int warp = warp_of_block(), lane = lane_of_warp();
-        if (lane == 0) s.largest[warp] = run.largest, s.weight[warp] = run.weight;
-        if (lane < LANES) {
-            float4* const to = (float4*)(s.attended[warp] + lane * 8);
-            to[0] = make_float4(run.sum[0], run.sum[1], run.sum[2], run.sum[3]);
-            to[1] = make_float4(run.sum[4], run.sum[5], run.sum[6], run.sum[7]);
+            for (int j = 0; j < VALUE_PIECES; j++)
+#pragma unroll
+                for (int i = 0; i < VALUE_WORDS; i++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        if (const int h = 2 * c + k % 2; h < GROUP_HEADS)
+                            s.attended[warp][h][Running::channel(j, i, k)] = run.sums[j][i][k];
         }
         __syncthreads();
         for (int i = threadIdx.x; i < GROUP_HEADS * SLOT / 2; i += THREADS) {
@@ -214,13 +260,12 @@ struct Attention {
             if (!has_head(h)) continue;
             float highest = NOTHING, weight = 0.0f;
             float2 total = make_float2(0.0f, 0.0f);
-#pragma unroll
-            for (int w = h; w < PARTS * GROUP_HEADS; w += GROUP_HEADS) highest = fmaxf(highest, s.largest[w]);
-#pragma unroll
-            for (int w = h; w < PARTS * GROUP_HEADS; w += GROUP_HEADS) {
-                const float factor = highest == NOTHING ? 0.0f : exp2f(s.largest[w] - highest);
-                weight += factor * s.weight[w];
-                if (d < HEAD_DIM) total.x += factor * s.attended[w][d], total.y += factor * s.attended[w][d + 1];
+            for (int w = 0; w < warps; w++) highest = fmaxf(highest, s.largest[w][h]);
+#pragma unroll 4
+            for (int w = 0; w < warps; w++) {
+                const float factor = exp2f(s.largest[w][h] - highest);
+                weight += factor * s.weight[w][h];
+                if (d < HEAD_DIM) total.x += factor * s.attended[w][h][d], total.y += factor * s.attended[w][h][d + 1];
             }
             u64* const to = attended + ((u64)query_head(h) * ATTENTION_SPLITS + split) * SLOT + d;
             if (d < HEAD_DIM)

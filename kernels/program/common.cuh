@@ -32,6 +32,25 @@ __device__ __forceinline__ float rounded(float x) { return float_of(bits_of(x));
 // A NaN is never below a threshold: it is kept.
 __device__ __forceinline__ bool is_kept(float x, float threshold) { return !(fabsf(x) < threshold); }
 
+__device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
+    const u32 words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[2 * i] = low_of(words[i]), to[2 * i + 1] = high_of(words[i]);
+}
+
+template <int COUNT>
+__device__ __forceinline__ void read_words(u32 (&to)[COUNT], const u16* from) {  // from is aligned to all of them
+    if constexpr (COUNT == 4) {
+        const uint4 x = *(const uint4*)from;
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    } else if constexpr (COUNT == 2) {
+        const uint2 x = *(const uint2*)from;
+        to[0] = x.x, to[1] = x.y;
+    } else {
+        to[0] = *(const u32*)from;
+    }
+}
+
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int distance = 16; distance; distance >>= 1) x += __shfl_xor_sync(ALL_LANES, x, distance);

@@ -122,7 +122,7 @@ struct Sums<4> {
     __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&factors)[4]) {
         constexpr u32 ONES = 0x3c003c00;
         const u32 b[2] = {__byte_perm(factors[0], factors[1], 0x5410), __byte_perm(factors[2], factors[3], 0x5410)};
-        multiply_add(beside, {__byte_perm(factors[0], factors[1], 0x7632), ONES,
+        multiply_add<false>(beside, {__byte_perm(factors[0], factors[1], 0x7632), ONES,
                               __byte_perm(factors[2], factors[3], 0x7632), ONES}, b);
         const u32 words[4][4] = {{rows[0].x, rows[1].x, rows[2].x, rows[3].x},
                                  {rows[0].y, rows[1].y, rows[2].y, rows[3].y},
@@ -136,7 +136,7 @@ struct Sums<4> {
                 u32 second = __byte_perm(words[w][2], words[w][3], half ? 0x7632 : 0x5410);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    multiply_add(sum + 4 * ((w * 2 + half) * 2 + pair),
+                    multiply_add<false>(sum + 4 * ((w * 2 + half) * 2 + pair),
                                  {low_nibbles(first), high_nibbles(first), low_nibbles(second), high_nibbles(second)},
                                  b);
                     first >>= 8, second >>= 8;

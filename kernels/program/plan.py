@@ -22,7 +22,7 @@ from teal.model import ModelConfig
 
 MAX_CHANNELS = 1 << 16  # of a product: lists hold 16-bit channels
 MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
-GROUP_HEADS = 4  # query heads that a block attends with at once: their sums fill a lane's registers
+GROUP_HEADS = 4  # query heads that a block attends with at once; a tile has room for 8, in half as many blocks
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
 BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
 MIN_SCALED_STAGES = 3  # with less left for the ring, scales are fetched row by row
@@ -250,11 +250,13 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
     by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
     panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 32
-    ring = max(64 * stages * threads, 64 * threads, threads // 8 * c.head_dim)
+    attended = threads // 8 * sizes["GROUP_HEADS"] * c.head_dim
+    ring = max(64 * stages * threads, 64 * threads, attended)
     lists = 4 * max(small, of_x, 0 if scaled else 2 * of_mlp) + 2 * max(of_qkv, of_o, of_h, of_x)
     lists += 6 * max(of_qkv, of_o, of_h) + 4 * c.hidden_size
-    heads = 4 * (sizes["GROUP_HEADS"] + 3) * c.head_dim
-    return ring + max(by_ring, panels) + lists + 8 * threads + heads + 28 * c.num_layers + 1536
+    heads = 4 * (sizes["GROUP_HEADS"] + 2) * c.head_dim + 2 * (sizes["GROUP_HEADS"] + 2) * (c.head_dim + 32)
+    of_warps = threads // 4 * (sizes["GROUP_HEADS"] + 1)
+    return ring + max(by_ring, panels) + lists + 8 * threads + heads + of_warps + 28 * c.num_layers + 1536
 
 
 def _own_pairs(gate_up: Format, sizes: dict[str, int]) -> int:

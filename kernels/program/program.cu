@@ -16,8 +16,7 @@
 // weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 12 MB of words from L2.
 //
 // Straight code costs most of what is not bytes: each of 16 warps issues each instruction, four to a scheduler, so a
-// thousand instructions are 2 us of a layer's 30. Hence loops that are not unrolled, a warp a head in attention, lists
-// made by all threads.
+// thousand instructions are 2 us of a layer's 30. Hence loops that are not unrolled, and lists made by all threads.
 //
 // The generated config (plan.py) says the model's shapes and how each product is cut; nothing here names a family.
 #include "config.cuh"
@@ -144,13 +143,14 @@ struct Step {
     }
 
     __device__ void attend(const Layer& l, Attention& attention) {
-        const Rounds rounds = attention.load(a.cache, layer, attention.first());
+        Tile tile;
+        attention.load_keys(tile, a.cache, layer, attention.first());
         attention.take_heads(words(Words::QKV), epoch, s);
         stamp(4);
         attention.rotate(l.q_norm, l.k_norm, s);
         attention.store_new(a.cache, layer, s);
         Running run;
-        attention.attend(run, rounds, a.cache, layer, s);
+        attention.attend(run, tile, a.cache, layer, s);
         attention.send_seen(run, words(Words::ATTENDED), epoch, s);
         __syncthreads();
     }

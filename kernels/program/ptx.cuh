@@ -49,15 +49,23 @@ __device__ __forceinline__ u32 high_nibbles(u32 x) {
     return pair;
 }
 
-// d += a b on tensor cores: a [16, 16] and b [16, 8] in fp16, d [16, 8] in fp32, spread over a warp. Lane 4 g + c has
+// d += a b on tensor cores: a [16, 16] and b [16, 8] in fp16 or BF16, d [16, 8] in fp32, spread over a warp. Lane 4 g + c
+// has
 //     a  rows g, g + 8, g, g + 8 at depths 2 c (+1), 2 c (+1), 2 c + 8 (+1), 2 c + 8 (+1)
 //     b  column g at depths 2 c (+1), 2 c + 8 (+1)
 //     d  row g, columns 2 c and 2 c + 1; row g + 8, the same
+template <bool BF16>
 __device__ __forceinline__ void multiply_add(float* d, const u32 (&a)[4], const u32 (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    if (BF16)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Words that other blocks read or have written: each u64 is whole, and L1 is passed by.

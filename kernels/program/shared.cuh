@@ -13,6 +13,7 @@ struct Limits {  // thresholds of a layer, rounded to the model's dtype
 
 constexpr int X_PAIRS = ceil_div(HIDDEN / 2, THREADS);  // of the residual stream that a thread adds to
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
+constexpr int ROW = HEAD_DIM + 32;  // of a head in 16 bits: rows two apart are off the same banks
 
 // Channels that a block may list of each product, in multiples of four, and groups that its columns touch: rows of
 // words. SCALED: the panels below have room. A list of floats, or without SCALED, has one row of words of x itself.
@@ -41,7 +42,7 @@ struct Shared {
     union {
         Ring ring;
         float slots[THREADS * 16];  // sums of a product; Format::TEAMS * COLUMNS at most
-        alignas(16) float attended[WARPS][HEAD_DIM];
+        alignas(16) float attended[WARPS][GROUP_HEADS][HEAD_DIM];
     };
     union {
         u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
@@ -58,9 +59,10 @@ struct Shared {
     alignas(16) float2 parts[THREADS];
     Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
     Limits limits[LAYERS];
-    alignas(16) float heads[(GROUP_HEADS + 2) * HEAD_DIM];  // query heads, key and value of an attention unit
+    alignas(16) float heads[(GROUP_HEADS + 1) * HEAD_DIM];  // query heads and key of an attention unit
+    alignas(16) u16 rows[GROUP_HEADS + 2][ROW];             // the same, rotated, and the value
     float cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2];
-    float largest[WARPS], weight[WARPS];
+    float largest[WARPS][GROUP_HEADS], weight[WARPS][GROUP_HEADS];
     alignas(16) int warp_counts[WARPS];
     alignas(16) u32 warp_largest[WARPS];
     alignas(16) float warp_sums[WARPS];

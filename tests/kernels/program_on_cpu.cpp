@@ -126,6 +126,8 @@ T __shfl_up_sync(u32, T x, int distance) {
     const int lane = threadIdx.x % 32;
     return from_lane(x, lane < distance ? lane : lane - distance);
 }
+template <class T>
+T __shfl_sync(u32, T x, int lane) { return from_lane(x, lane); }
 
 inline u32 __reduce_max_sync(u32, u32 x) {
     for (int distance = 16; distance; distance >>= 1) x = std::max(x, __shfl_xor_sync(0, x, distance));
@@ -143,6 +145,7 @@ inline u32 fp16_pair(float low, float high) { return fp16_bits(low) | (u32)fp16_
 inline u32 low_nibbles(u32 x) { return (x & 0x000f000f) | 0x64006400; }
 inline u32 high_nibbles(u32 x) { return (x & 0x00f000f0) | 0x64006400; }
 
+template <bool BF16>
 inline void multiply_add(float* d, const u32 (&a)[4], const u32 (&b)[2]) {
     Warp& warp = own_warp();
     auto& values = warp.values[warp.barrier.generation & 1];
@@ -150,7 +153,10 @@ inline void multiply_add(float* d, const u32 (&a)[4], const u32 (&b)[2]) {
     memcpy(values[lane], a, 16);
     memcpy(values[lane] + 4, b, 8);
     meet(warp.barrier);
-    auto half = [](u32 pair, int k) { return from_fp16(k % 2 ? pair >> 16 : pair); };
+    auto half = [](u32 pair, int k) {
+        const u16 bits = k % 2 ? pair >> 16 : pair;
+        return BF16 ? as<float>((u32)bits << 16) : from_fp16(bits);
+    };
     for (int i = 0; i < 4; i++) {
         const int column = 2 * c + i % 2;
         for (int k = 0; k < 16; k++) {

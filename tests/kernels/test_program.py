@@ -283,6 +283,16 @@ def test_families_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chan
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype,limit", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "fp16"])
+def test_a_warp_that_attends_to_many_tiles_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, limit: float
+) -> None:
+    monkeypatch.setattr("teal.kernels.program.plan.MAX_ATTENTION_SPLITS", 1)
+    config = replace(TINY, num_heads=3, num_kv_heads=1, sliding_windows=(None, 140))
+    check_logits(emulated_backend(random_model(config, dtype, None, False, False, "cpu"), tmp_path, monkeypatch), limit)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_clocks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's clocks rise from phase to phase, and each phase has a block; times add up to those of a layer."""
     backend = emulated_backend(random_model(TINY, torch.float16, "int8", False, False, "cpu"), tmp_path, monkeypatch)
