@@ -2,7 +2,7 @@
 //
 //     unit    a key/value head and up to GROUP_HEADS of its query heads
 //     block   (unit, split): an equal run of the positions; the last one's block stores the new token's key and value
-//     warp    every so many tiles of 16 positions of the run, for all heads of the unit, on tensor cores
+//     seat    one or two warps: every so many tiles of 16 positions, for all heads of the unit, on tensor cores
 //
 // scores [heads, positions] = queries keys^T leaves in lane 4 g + c just what sums [channels, heads] += values^T weights^T
 // wants of it there: head g, positions 2 c, 2 c + 1 and 8 more. Products may take channels in any order that both sides
@@ -21,6 +21,9 @@ constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
 constexpr int TILE = 16;  // positions
 constexpr int KEY_WORDS = min_of(4, HEAD_DIM / 8), KEY_PIECES = HEAD_DIM / (8 * KEY_WORDS);  // of a lane and position
 constexpr int VALUE_WORDS = min_of(4, HEAD_DIM / 16), VALUE_PIECES = HEAD_DIM / (16 * VALUE_WORDS);
+// Warps that share a tile, each with its own pieces of the values: all sums of 128 channels would take the registers that
+// the loops over weights keep. Both multiply with the keys.
+constexpr int TILE_WARPS = VALUE_PIECES > 1 ? 2 : 1, SEATS = WARPS / TILE_WARPS, OWN_PIECES = VALUE_PIECES / TILE_WARPS;
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct Cache {
@@ -29,8 +32,9 @@ struct Cache {
 };
 
 struct Tile {  // a lane's part of the keys and values of 16 positions
-    u32 keys[2][KEY_PIECES][KEY_WORDS], values[4][VALUE_PIECES][VALUE_WORDS];
+    u32 keys[2][KEY_PIECES][KEY_WORDS], values[4][OWN_PIECES][VALUE_WORDS];
 
+    __device__ __forceinline__ static int first_piece() { return warp_of_block() % TILE_WARPS * OWN_PIECES; }
     __device__ __forceinline__ static int key_place(int i) { return 8 * i + lane_of_warp() / 4; }
     __device__ __forceinline__ static int value_place(int i) { return i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2; }
 
@@ -53,8 +57,8 @@ struct Tile {  // a lane's part of the keys and values of 16 positions
             const u16* const from = row(value_place(i));
             if (!from) continue;
 #pragma unroll
-            for (int j = 0; j < VALUE_PIECES; j++)
-                read_words(values[i][j], from + 2 * VALUE_WORDS * (8 * j + lane_of_warp() / 4));
+            for (int j = 0; j < OWN_PIECES; j++)
+                read_words(values[i][j], from + 2 * VALUE_WORDS * (8 * (first_piece() + j) + lane_of_warp() / 4));
         }
     }
 };
@@ -62,11 +66,11 @@ struct Tile {  // a lane's part of the keys and values of 16 positions
 // Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums of
 // heads 2 c and 2 c + 1.
 struct Running {
-    float largest = NOTHING, weight = 0.0f, sums[VALUE_PIECES][VALUE_WORDS][4] = {};
+    float largest = NOTHING, weight = 0.0f, sums[OWN_PIECES][VALUE_WORDS][4] = {};
 
     // Which channel of its head sums[piece][i][j] is; the head is 2 c + j % 2.
     __device__ __forceinline__ static int channel(int piece, int i, int j) {
-        return (8 * piece + lane_of_warp() / 4) * 2 * VALUE_WORDS + i + j / 2 * VALUE_WORDS;
+        return (8 * (Tile::first_piece() + piece) + lane_of_warp() / 4) * 2 * VALUE_WORDS + i + j / 2 * VALUE_WORDS;
     }
 
     // queries: rows of 16-bit floats; places from live on do not count.
@@ -103,7 +107,7 @@ struct Running {
         }
         const u32 weights[2] = {bits[0] | (u32)bits[1] << 16, bits[2] | (u32)bits[3] << 16};
 #pragma unroll
-        for (int j = 0; j < VALUE_PIECES; j++)
+        for (int j = 0; j < OWN_PIECES; j++)
 #pragma unroll
             for (int i = 0; i < VALUE_WORDS; i++) {
                 auto pair = [&](int first, int channel) {  // of two neighbouring positions
@@ -209,24 +213,17 @@ struct Attention {
         }
     }
 
-    __device__ int first() const { return begin + warp_of_block() * TILE; }
-
     // A position's row in the cache. The new token's key and value are not there yet.
     __device__ const u16* cached(const u16* from, const Cache& cache, int layer, int at) const {
         const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position;
         return at < end && at != position ? from + offset : nullptr;
     }
-    __device__ __forceinline__ void load_keys(Tile& tile, const Cache& cache, int layer, int base) const {
-        tile = {};
-        tile.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
-    }
 
-    // tile: the keys of the first one, which were asked for while q, k and v were on their way.
-    __device__ __forceinline__ void attend(Running& run, Tile& tile, const Cache& cache, int layer,
-                                           const Shared& s) const {
+    __device__ __forceinline__ void attend(Running& run, const Cache& cache, int layer, const Shared& s) const {
 #pragma unroll 1
-        for (int base = first(); base < end; base += WARPS * TILE) {
-            if (base != first()) load_keys(tile, cache, layer, base);
+        for (int base = begin + warp_of_block() / TILE_WARPS * TILE; base < end; base += SEATS * TILE) {
+            Tile tile = {};
+            tile.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
             tile.read_values([&](int place) { return cached(cache.v, cache, layer, base + place); });
             if (stores && position < base + TILE) {
                 auto own = [&](int place, int row) { return base + place == position ? s.rows[row] : nullptr; };
@@ -237,22 +234,22 @@ struct Attention {
         }
     }
 
-    // Join the warps of each head and send what they have seen.
+    // Join the seats of each head and send what they have seen.
     __device__ void send_seen(Running& run, u64* attended, u32 epoch, Shared& s) const {
-        const int warp = warp_of_block(), g = lane_of_warp() / 4, c = lane_of_warp() % 4;
-        const int warps = end > begin ? min_of(WARPS, ceil_div(end - begin, TILE)) : 0;
-        if (warp < warps) {
+        const int seat = warp_of_block() / TILE_WARPS, g = lane_of_warp() / 4, c = lane_of_warp() % 4;
+        const int seats = end > begin ? min_of(SEATS, ceil_div(end - begin, TILE)) : 0;
+        if (seat < seats) {
             run.weight += __shfl_xor_sync(ALL_LANES, run.weight, 1);
             run.weight += __shfl_xor_sync(ALL_LANES, run.weight, 2);
-            if (c == 0 && g < GROUP_HEADS) s.largest[warp][g] = run.largest, s.weight[warp][g] = run.weight;
+            if (c == 0 && g < GROUP_HEADS) s.largest[seat][g] = run.largest, s.weight[seat][g] = run.weight;
 #pragma unroll
-            for (int j = 0; j < VALUE_PIECES; j++)
+            for (int j = 0; j < OWN_PIECES; j++)
 #pragma unroll
                 for (int i = 0; i < VALUE_WORDS; i++)
 #pragma unroll
                     for (int k = 0; k < 4; k++)
                         if (const int h = 2 * c + k % 2; h < GROUP_HEADS)
-                            s.attended[warp][h][Running::channel(j, i, k)] = run.sums[j][i][k];
+                            s.attended[seat][h][Running::channel(j, i, k)] = run.sums[j][i][k];
         }
         __syncthreads();
         for (int i = threadIdx.x; i < GROUP_HEADS * SLOT / 2; i += THREADS) {
@@ -260,9 +257,9 @@ struct Attention {
             if (!has_head(h)) continue;
             float highest = NOTHING, weight = 0.0f;
             float2 total = make_float2(0.0f, 0.0f);
-            for (int w = 0; w < warps; w++) highest = fmaxf(highest, s.largest[w][h]);
+            for (int w = 0; w < seats; w++) highest = fmaxf(highest, s.largest[w][h]);
 #pragma unroll 4
-            for (int w = 0; w < warps; w++) {
+            for (int w = 0; w < seats; w++) {
                 const float factor = exp2f(s.largest[w][h] - highest);
                 weight += factor * s.weight[w][h];
                 if (d < HEAD_DIM) total.x += factor * s.attended[w][h][d], total.y += factor * s.attended[w][h][d + 1];

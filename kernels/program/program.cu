@@ -143,14 +143,12 @@ struct Step {
     }
 
     __device__ void attend(const Layer& l, Attention& attention) {
-        Tile tile;
-        attention.load_keys(tile, a.cache, layer, attention.first());
         attention.take_heads(words(Words::QKV), epoch, s);
         stamp(4);
         attention.rotate(l.q_norm, l.k_norm, s);
         attention.store_new(a.cache, layer, s);
         Running run;
-        attention.attend(run, tile, a.cache, layer, s);
+        attention.attend(run, a.cache, layer, s);
         attention.send_seen(run, words(Words::ATTENDED), epoch, s);
         __syncthreads();
     }
