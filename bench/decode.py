@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from teal.bench.gemv import add_input_groups, check_input_groups
-from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step
+from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step, program_phases
 from teal.calibration.choose import choose_plan
 from teal.checkpoint.loading import load_for_decoding, round_weights
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments, model_options
+from teal.decoding.cuda_program import CudaProgramBackend
 from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.hardware import read_bandwidth
@@ -46,7 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
     add_input_groups(group)
     group.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
-    group.add_argument("--profile", action="store_true", help="also print the time of each kernel in a step (CUDA)")
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        help="also print the time of each kernel in a step, of a program's phases in a layer (CUDA)",
+    )
     group.add_argument("--gguf", type=Path, help="also run this GGUF file by llama-cpp-python, on CPU")
     return parser
 
@@ -186,6 +191,8 @@ def add_gpu_figures(
         row["batch_step_ms"] = {rows: 1e3 * batched_step_s(backend, rows, args.context) for rows in args.batch}
         if args.profile:
             row["kernels_us"] = profile_step(runner.engine, prompt)
+        if args.profile and isinstance(backend, CudaProgramBackend):
+            row["phases_us"] = program_phases(backend, args.context)
 
 
 def print_table(rows: list[dict[str, Any]], ceiling: float) -> None:
@@ -202,7 +209,7 @@ def print_table(rows: list[dict[str, Any]], ceiling: float) -> None:
         for rows_at_once, milliseconds in row.get("batch_step_ms", {}).items():
             speed = 1e3 * rows_at_once / milliseconds
             print(f"{'':22}{rows_at_once} rows a step: {milliseconds:.3f} ms, {speed:.1f} tok/s")
-        for name, microseconds in row.get("kernels_us", {}).items():
+        for name, microseconds in (row.get("kernels_us", {}) | row.get("phases_us", {})).items():
             print(f"{'':22}{microseconds:9.1f} us  {name}")
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from teal.decoding.backend import Backend
+from teal.decoding.cuda_program import PHASES, CudaProgramBackend
 from teal.decoding.engine import Engine
 from teal.decoding.sampling import argmax_step
 from teal.layers.phase import Phase
+from teal.model import KVCache
 from teal.options import SamplingParams
 from teal.plan import Histogram, ProjectionPlan, SparsityPlan
 from teal.teal_layers import SparseLinear, sparse_layers
@@ -108,6 +110,19 @@ def batched_step_s(backend: Backend, batch: int, context: int) -> float:
     The prompts are random and go through the model. Rows that shared a text, or a cache of noise, would keep other
     channels than the rows of a server do.
     """
+    tokens, positions, cache = _after_prompts(backend, batch, context)
+
+    def step(_: int) -> None:
+        if backend.choose(tokens, positions, cache) is None:
+            logits = backend.logits(backend.decode(tokens, positions, cache)[:, -1])
+            argmax_step(logits, tokens, positions)
+        positions.sub_(1)  # about the same step again, after the token it chose
+
+    return 1e-6 * graph_microseconds(step, 1)
+
+
+def _after_prompts(backend: Backend, batch: int, context: int) -> tuple[Tensor, Tensor, KVCache]:
+    """Tokens and positions int64 [batch, 1] of a step after random prompts, and the cache that has these."""
     model = backend.model
     device = model.device
     cache = model.new_cache(batch, context + 8)
@@ -115,15 +130,41 @@ def batched_step_s(backend: Backend, batch: int, context: int) -> float:
     positions = torch.arange(context, device=device)[None]
     for row in range(batch):
         backend.prefill(prompts[row : row + 1, :-1], positions, cache.part(slice(row, row + 1), None))
-    tokens = prompts[:, -1:].contiguous()
-    positions = torch.full((batch, 1), context, device=device)
+    return prompts[:, -1:].contiguous(), torch.full((batch, 1), context, device=device), cache
 
-    def step(_: int) -> None:
-        logits = backend.logits(backend.decode(tokens, positions, cache)[:, -1])
-        argmax_step(logits, tokens, positions)
-        positions.sub_(1)  # about the same step again, after the token it chose
 
-    return 1e-6 * graph_microseconds(step, 1)
+@torch.inference_mode()
+def program_phases(backend: CudaProgramBackend, context: int) -> dict[str, float]:
+    """Microseconds of each phase of a layer of the CUDA program, after context tokens, and of the whole layer."""
+    tokens, positions, cache = _after_prompts(backend, 1, context)
+    layers, times = backend.model.config.num_layers, []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        backend.decode(tokens, positions, cache)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / layers)
+    backend.stamps = backend.new_stamps()
+    backend.decode(tokens, positions, cache)
+    stamps, backend.stamps = backend.stamps, None
+    return phase_times(stamps, statistics.median(times))
+
+
+def phase_times(stamps: Tensor, layer_us: float) -> dict[str, float]:
+    """Mean microseconds of the phases, over layers and blocks, and of a layer, which is layer_us.
+
+    stamps: clocks int64 [layers, 1 + phases, blocks] at the start of a layer and the ends of phases; 0 where a block
+    has no part. They are scaled by the mean span of a layer.
+    """
+    clocks = stamps.double()
+    scale = layer_us / float((clocks[:, -1] - clocks[:, 0]).mean())
+    found, before = {}, clocks[:, 0]
+    for i, name in enumerate(PHASES, start=1):
+        here = clocks[:, i]
+        found[name] = scale * float((here - before)[here > 0].mean())
+        before = torch.where(here > 0, here, before)
+    return found | {"a layer": layer_us}
 
 
 def profile_step(engine: Engine, prompt: list[int], tokens: int = 16) -> dict[str, float]:

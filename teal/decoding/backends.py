@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
-from teal.decoding.cpu_program import build
-from teal.errors import ParameterError
+from teal.decoding.cpu_program import CpuProgramBackend
+from teal.errors import ParameterError, UserError
 from teal.extras import block_extras
 from teal.layers.block_linear import BlockWeight
 from teal.layers.int8_cache import has_int8_cache
@@ -62,25 +62,37 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     name, reason = forced, "asked for"
     if forced == "auto":
         name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
+    beneath = name  # a program leaves to it what it does not take
     if name == "program":
-        return _cpu_program(model, reason, bool(compile), forced)
-    if name == "fused" and (obstacle := _fused_obstacle(model)):
-        if forced == "fused":
-            raise ParameterError("{backend} fused cannot run: {}", obstacle)
-        name, reason = "eager" if compile is False else "compiled", f"fused cannot run: {obstacle}"
-    if name == "fused":
-        return FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
-    return CompiledBackend(model, reason) if name == "compiled" else EagerBackend(model, reason)
+        beneath = "fused" if device.type == "cuda" else "compiled" if compile else "eager"
+    if beneath == "fused" and (obstacle := _fused_obstacle(model)):
+        if forced in ("fused", "program"):
+            raise ParameterError("{backend} {} cannot run: {}", forced, obstacle)
+        name = beneath = "eager" if compile is False else "compiled"
+        reason = f"fused cannot run: {obstacle}"
+    if beneath == "fused":
+        backend: Backend = FusedBackend(model, reason, device.type == "cuda" if compile is None else compile)
+    else:
+        backend = CompiledBackend(model, reason) if beneath == "compiled" else EagerBackend(model, reason)
+    return _program(backend, forced == "program") if name == "program" else backend
 
 
-def _cpu_program(model: Transformer, reason: str, compile: bool, forced: str) -> Backend:
-    """The program on a CPU, or the modules where it cannot run. Raises UserError if it was forced."""
-    backend = build(model, reason, compile)
-    if not isinstance(backend, str):
-        return backend
-    if forced == "program":
-        raise ParameterError("{backend} program cannot run: {}", backend)
-    return EagerBackend(model, f"program cannot run: {backend}")
+def _program(others: Backend, forced: bool) -> Backend:
+    """The program of the model's device, or others, which then say why, where it cannot run.
+
+    Raises ParameterError if it is forced and cannot.
+    """
+    try:
+        if others.model.device.type == "cpu":
+            return CpuProgramBackend(others)
+        from teal.decoding.cuda_program import CudaProgramBackend  # its kernel needs CUDA's libraries
+
+        return CudaProgramBackend(others)
+    except UserError as error:
+        if forced:
+            raise ParameterError("{backend} program cannot run: {}", error) from None
+        others.reason = f"program cannot run: {error}"
+        return others
 
 
 def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
+from teal.decoding.backend import FUSED_INPUTS, Backend
+from teal.errors import UserError
 from teal.extras import extras
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.cpu.step.launch import (
@@ -46,23 +47,27 @@ EMBEDDINGS = (nn.Embedding, QuantizedEmbedding, BlockEmbedding)
 class CpuProgramBackend(Backend):
     """Decodes by one call; more rows, counted steps and prefill go to the modules.
 
-    torch.get_num_threads says how many threads a step takes. Raises ValueError for tensors that the program cannot
-    read; see program_obstacle for all else.
+    torch.get_num_threads says how many threads a step takes. Raises UserError, with the reason, if the program cannot
+    run.
     """
 
     name = "program"
 
-    def __init__(self, model: Transformer, reason: str, compile: bool = False) -> None:
-        super().__init__(model, reason)
-        self.others: Backend = CompiledBackend(model, reason) if compile else EagerBackend(model, reason)
-        self.compiles = compile
-        self.keeps_modules = self.others.keeps_modules
+    def __init__(self, others: Backend) -> None:
+        model = others.model
+        if obstacle := program_obstacle(model):
+            raise UserError(obstacle)
+        super().__init__(model, others.reason)
+        self.others, self.compiles, self.keeps_modules = others, others.compiles, others.keeps_modules
         self.program = StepProgram()
         c = model.config
         self.frequencies = frequencies(c.head_dim, *c.rope("global"), model.device).contiguous()
         self.cache_dtype = model.blocks[0].attention.cached_vector(model.dtype)[1]
         self.described: tuple[int, Model] | None = None
-        self._model()
+        try:
+            self._model()
+        except ValueError as error:  # a tensor that the program cannot read
+            raise UserError(str(error)) from None
 
     def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """As Backend.prefill."""
@@ -213,13 +218,3 @@ def _width_obstacle(model: Transformer) -> str:
             if model.config.intermediate_size % group:
                 return f"intermediate size {model.config.intermediate_size} is no multiple of {group} columns"
     return ""
-
-
-def build(model: Transformer, reason: str, compile: bool) -> CpuProgramBackend | str:
-    """The backend, or why there is none."""
-    if found := program_obstacle(model):
-        return found
-    try:
-        return CpuProgramBackend(model, reason, compile)
-    except ValueError as error:
-        return str(error)

@@ -83,7 +83,7 @@ def test_sampling_options_set_every_field(parser: argparse.ArgumentParser) -> No
         ({"sparsity": 0.5, "plan": "p.json"}, "plan does not go with sparsity"),
         ({"device": "tpu"}, "device tpu: unknown device; expected cpu, cuda or cuda:N"),
         ({"dtype": "int3"}, "dtype int3: unknown; expected one of auto, bf16, fp16, fp32"),
-        ({"backend": "fast"}, "backend fast: unknown; expected one of auto, eager, compiled, fused"),
+        ({"backend": "fast"}, "backend fast: unknown; expected one of auto, eager, compiled, fused, program"),
         ({"quant": "int2"}, "quant int2: unknown; expected one of int8, int4"),
         ({"quant_lm_head": True}, "quant_lm_head goes with quant;"),
         ({"kv_cache": "int4"}, "kv_cache int4: unknown; expected one of float, int8"),

@@ -120,7 +120,7 @@ def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("teal.kernels.gemv.launch.kernels_run_on", lambda device: False)
     for arguments, message in (
         ((None, "fused"), "backend fused cannot run: its kernels need CUDA, and the model is on cpu"),
-        ((None, "fastest"), "backend fastest: unknown; expected one of auto, eager, compiled, fused"),
+        ((None, "fastest"), "backend fastest: unknown; expected one of auto, eager, compiled, fused, program"),
         ((True, "eager"), "backend eager contradicts compile=True"),
         ((False, "compiled"), "backend compiled contradicts compile=False"),
     ):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from teal.checkpoint.weights import load_model
 from teal.decoding.backend import Backend, EagerBackend
-from teal.decoding.cpu_program import CpuProgramBackend, build, program_obstacle
+from teal.decoding.cpu_program import CpuProgramBackend, program_obstacle
+from teal.errors import UserError
 from teal.layers.block_linear import widen_blocks
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.output_head import use_native_head
@@ -113,9 +114,7 @@ def fill_mixed(model: Transformer) -> None:
 
 
 def program(model: Transformer) -> CpuProgramBackend:
-    found = build(model, "test", False)
-    assert isinstance(found, CpuProgramBackend), found
-    return found
+    return CpuProgramBackend(EagerBackend(model, "test"))
 
 
 @torch.inference_mode()
@@ -324,7 +323,8 @@ def test_obstacles_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     odd = tiny(tmp_path / "odd").to(torch.float64)
     assert program_obstacle(odd) == "dtype float64 is not supported; expected fp32, bf16 or fp16"
     monkeypatch.setattr("teal.decoding.cpu_program.native_kernels", lambda: None)
-    assert build(tiny(tmp_path / "plain"), "test", False) == "there are no compiled kernels"
+    with pytest.raises(UserError, match="there are no compiled kernels"):
+        program(tiny(tmp_path / "plain"))
 
 
 def test_threads_of_several_models_take_turns(tmp_path: Path) -> None:

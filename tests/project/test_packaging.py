@@ -112,7 +112,8 @@ def test_the_wheel_holds_all_modules_and_data(wheel: Path) -> None:
     expected = {"teal/py.typed"}
     for folder, _, files in os.walk(ROOT / "teal", followlinks=True):
         relative = Path(folder).relative_to(ROOT)
-        expected |= {str(relative / f) for f in files if f.endswith((".py", ".cpp", ".html", ".js", ".css"))}
+        kinds = (".py", ".cpp", ".cu", ".cuh", ".html", ".js", ".css")
+        expected |= {str(relative / f) for f in files if f.endswith(kinds)}
     assert {name for name in names if ".dist-info/" not in name} >= expected, expected - names
     for name in expected - {"teal/py.typed"}:
         assert sizes[name] == (ROOT / name).stat().st_size, name

@@ -1,0 +1,325 @@
+// Attention of one new token: flash-decoding (Dao et al. 2023), split over the cache's positions.
+//
+//     unit    a key/value head and up to GROUP_HEADS of its query heads
+//     block   (unit, split): an equal run of the positions; the last one's block stores the new token's key and value
+//     seat    one or two warps: every so many tiles of 16 positions, for all heads of the unit, on tensor cores
+//
+// scores [heads, positions] = queries keys^T leaves in lane 4 g + c just what sums [channels, heads] += values^T weights^T
+// wants of it there: head g, positions 2 c, 2 c + 1 and 8 more. Products may take channels in any order that both sides
+// share, so a lane reads neighbouring channels, 16 bytes at once:
+//
+//     lane 4 g + c    of keys: positions g and g + 8, channels 8 c to 8 c + 7 of every 32
+//                     of values: positions 2 c, 2 c + 1, 2 c + 8, 2 c + 9, channels 8 g to 8 g + 7 of every 64
+//
+// Heads of fewer than 64 channels are read in narrower pieces. Every block rotates its own query heads: less than a trip
+// to have it done once. What it sends of each head is the unnormalised sum, the largest score and the sum of exponentials
+// (both to base 2). Whoever multiplies with o combines them, for its own channels only.
+#pragma once
+
+constexpr int SLOT = HEAD_DIM + 2;  // words of a head and split: sum, largest, weight
+constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
+constexpr int TILE = 16;  // positions
+constexpr int KEY_WORDS = min_of(4, HEAD_DIM / 8), KEY_PIECES = HEAD_DIM / (8 * KEY_WORDS);  // of a lane and position
+constexpr int VALUE_WORDS = min_of(4, HEAD_DIM / 16), VALUE_PIECES = HEAD_DIM / (16 * VALUE_WORDS);
+// Warps that share a tile, each with its own pieces of the values: all sums of 128 channels would take the registers that
+// the loops over weights keep. Both multiply with the keys.
+constexpr int TILE_WARPS = VALUE_PIECES > 1 ? 2 : 1, SEATS = WARPS / TILE_WARPS, OWN_PIECES = VALUE_PIECES / TILE_WARPS;
+constexpr float LOG2E = 1.4426950408889634f;
+
+struct Cache {
+    u16 *k, *v;
+    i64 layer, head, position;  // strides, in elements
+};
+
+struct Tile {  // a lane's part of the keys and values of 16 positions
+    u32 keys[2][KEY_PIECES][KEY_WORDS], values[4][OWN_PIECES][VALUE_WORDS];
+
+    __device__ __forceinline__ static int first_piece() { return warp_of_block() % TILE_WARPS * OWN_PIECES; }
+    __device__ __forceinline__ static int key_place(int i) { return 8 * i + lane_of_warp() / 4; }
+    __device__ __forceinline__ static int value_place(int i) { return i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2; }
+
+    // row(place) points to a position's row of 16-bit floats, or is null, and nothing changes.
+    template <class Row>
+    __device__ __forceinline__ void read_keys(Row row) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const u16* const from = row(key_place(i));
+            if (!from) continue;
+#pragma unroll
+            for (int j = 0; j < KEY_PIECES; j++)
+                read_words(keys[i][j], from + 2 * KEY_WORDS * (4 * j + lane_of_warp() % 4));
+        }
+    }
+    template <class Row>
+    __device__ __forceinline__ void read_values(Row row) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u16* const from = row(value_place(i));
+            if (!from) continue;
+#pragma unroll
+            for (int j = 0; j < OWN_PIECES; j++)
+                read_words(values[i][j], from + 2 * VALUE_WORDS * (8 * (first_piece() + j) + lane_of_warp() / 4));
+        }
+    }
+};
+
+// Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums of
+// heads 2 c and 2 c + 1.
+struct Running {
+    float largest = NOTHING, weight = 0.0f, sums[OWN_PIECES][VALUE_WORDS][4] = {};
+
+    // Which channel of its head sums[piece][i][j] is; the head is 2 c + j % 2.
+    __device__ __forceinline__ static int channel(int piece, int i, int j) {
+        return (8 * (Tile::first_piece() + piece) + lane_of_warp() / 4) * 2 * VALUE_WORDS + i + j / 2 * VALUE_WORDS;
+    }
+
+    // queries: rows of 16-bit floats; places from live on do not count.
+    __device__ __forceinline__ void see(const Tile& tile, const u16 (&queries)[GROUP_HEADS + 2][ROW], int live) {
+        const int g = lane_of_warp() / 4, c = lane_of_warp() % 4;
+        float scores[2][4] = {};
+#pragma unroll
+        for (int j = 0; j < KEY_PIECES; j++) {
+            u32 q[KEY_WORDS];
+            read_words(q, queries[g % GROUP_HEADS] + 2 * KEY_WORDS * (4 * j + c));
+#pragma unroll
+            for (int i = 0; i < KEY_WORDS; i += 2)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    multiply_add<FLOAT_IS_BF16>(scores[half], {q[i], 0, q[i + 1], 0},
+                                                {tile.keys[half][j][i], tile.keys[half][j][i + 1]});
+        }
+        float p[4], highest = largest;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            p[i] = Tile::value_place(i) < live ? scores[i / 2][i % 2] * (LOG2E * ATTENTION_SCALE) : NOTHING;
+            highest = fmaxf(highest, p[i]);
+        }
+        highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 2));
+        const float factor = exp2f(largest - highest);
+        const float factors[2] = {__shfl_sync(ALL_LANES, factor, 8 * c), __shfl_sync(ALL_LANES, factor, 8 * c + 4)};
+        largest = highest, weight *= factor;
+        u16 bits[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            bits[i] = bits_of(exp2f(p[i] - highest));
+            weight += float_of(bits[i]);
+        }
+        const u32 weights[2] = {bits[0] | (u32)bits[1] << 16, bits[2] | (u32)bits[3] << 16};
+#pragma unroll
+        for (int j = 0; j < OWN_PIECES; j++)
+#pragma unroll
+            for (int i = 0; i < VALUE_WORDS; i++) {
+                auto pair = [&](int first, int channel) {  // of two neighbouring positions
+                    return __byte_perm(tile.values[first][j][channel / 2], tile.values[first + 1][j][channel / 2],
+                                       channel % 2 ? 0x7632 : 0x5410);
+                };
+#pragma unroll
+                for (int k = 0; k < 4; k++) sums[j][i][k] *= factors[k % 2];
+                multiply_add<FLOAT_IS_BF16>(
+                    sums[j][i], {pair(0, i), pair(0, i + VALUE_WORDS), pair(2, i), pair(2, i + VALUE_WORDS)}, weights);
+            }
+    }
+};
+
+struct Attention {
+    int unit, split, kv, begin, end;
+    int position;
+    bool stores;  // the new token's key and value
+
+    __device__ bool place(int position_, int window) {
+        unit = blockIdx.x % UNITS, split = blockIdx.x / UNITS, kv = unit / HEAD_GROUPS, position = position_;
+        const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
+        const int length = ceil_div(position + 1 - first, ATTENTION_SPLITS);
+        begin = first + split * length;
+        end = begin + length < position + 1 ? begin + length : position + 1;
+        stores = begin <= position && end == position + 1;
+        return split < ATTENTION_SPLITS;
+    }
+
+    __device__ int query_head(int h) const { return kv * (HEADS / KV_HEADS) + unit % HEAD_GROUPS * GROUP_HEADS + h; }
+    __device__ bool has_head(int h) const {
+        return h < GROUP_HEADS && unit % HEAD_GROUPS * GROUP_HEADS + h < HEADS / KV_HEADS;
+    }
+
+    // Ask for the first positions while others still work on q, k and v.
+    __device__ void prefetch(const Cache& cache, int layer) const {
+        constexpr int LINES = HEAD_DIM * 2 / 128 > 0 ? HEAD_DIM * 2 / 128 : 1;
+        const int at = begin + threadIdx.x / LINES;
+        if (at >= end || at == position) return;
+        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position + threadIdx.x % LINES * 64;
+        ::prefetch(cache.k + offset);
+        ::prefetch(cache.v + offset);
+    }
+
+    // Query heads and the key into s.heads, as q, k and v's product gave them; the value into its row.
+    __device__ void take_heads(const u64* qkv, u32 epoch, Shared& s) const {
+        constexpr int HALF = HEAD_DIM / 2, COUNT = ceil_div((GROUP_HEADS + 2) * HALF, THREADS);
+        float2 loaded[COUNT];
+        auto index = [](int i) { return (int)threadIdx.x + i * THREADS; };
+        auto wanted = [&](int i) {
+            const int h = index(i) / HALF;
+            return h < GROUP_HEADS ? has_head(h) : h < GROUP_HEADS + 2 && stores;
+        };
+        receive(
+            loaded, epoch,
+            [&](int i) {
+                const int h = index(i) / HALF;
+                const int from = h < GROUP_HEADS ? query_head(h) : HEADS + (h - GROUP_HEADS) * KV_HEADS + kv;
+                return qkv + from * HEAD_DIM + 2 * (index(i) % HALF);
+            },
+            wanted);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            if (!wanted(i)) continue;
+            const int h = index(i) / HALF, d = 2 * (index(i) % HALF);
+            if (h <= GROUP_HEADS)
+                ((float2*)s.heads)[index(i)] = loaded[i];
+            else
+                s.rows[h][d] = bits_of(loaded[i].x), s.rows[h][d + 1] = bits_of(loaded[i].y);
+        }
+        __syncthreads();
+    }
+
+    // Norm (Qwen3) and rotation of each query head and the key into its row, a warp for each.
+    __device__ void rotate(const u16* q_norm, const u16* k_norm, Shared& s) const {
+        constexpr int HALF = HEAD_DIM / 2;
+        for (int h = warp_of_block(); h <= GROUP_HEADS; h += WARPS) {
+            if (h < GROUP_HEADS ? !has_head(h) : !stores) continue;
+            const float* const x = s.heads + h * HEAD_DIM;
+            const u16* const norm = h < GROUP_HEADS ? q_norm : k_norm;
+            float squares = 0.0f;
+            for (int d = lane_of_warp(); d < HEAD_DIM; d += 32) squares += x[d] * x[d];
+            const float scale = norm ? rsqrtf(sum_of_warp(squares) / HEAD_DIM + NORM_EPS) : 1.0f;
+            for (int d = lane_of_warp(); d < HALF; d += 32) {
+                float a = x[d], b = x[d + HALF];
+                if (norm) {
+                    a = rounded(rounded(a * scale) * float_of(norm[d]));
+                    b = rounded(rounded(b * scale) * float_of(norm[d + HALF]));
+                }
+                s.rows[h][d] = bits_of(a * s.cosines[d] - b * s.sines[d]);
+                s.rows[h][d + HALF] = bits_of(b * s.cosines[d] + a * s.sines[d]);
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ void store_new(const Cache& cache, int layer, const Shared& s) const {
+        if (!stores || unit % HEAD_GROUPS != 0) return;
+        const i64 offset = layer * cache.layer + kv * cache.head + position * cache.position;
+        for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) {
+            cache.k[offset + d] = s.rows[GROUP_HEADS][d];
+            cache.v[offset + d] = s.rows[GROUP_HEADS + 1][d];
+        }
+    }
+
+    // A position's row in the cache. The new token's key and value are not there yet.
+    __device__ const u16* cached(const u16* from, const Cache& cache, int layer, int at) const {
+        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position;
+        return at < end && at != position ? from + offset : nullptr;
+    }
+
+    __device__ __forceinline__ void attend(Running& run, const Cache& cache, int layer, const Shared& s) const {
+#pragma unroll 1
+        for (int base = begin + warp_of_block() / TILE_WARPS * TILE; base < end; base += SEATS * TILE) {
+            Tile tile = {};
+            tile.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
+            tile.read_values([&](int place) { return cached(cache.v, cache, layer, base + place); });
+            if (stores && position < base + TILE) {
+                auto own = [&](int place, int row) { return base + place == position ? s.rows[row] : nullptr; };
+                tile.read_keys([&](int place) { return own(place, GROUP_HEADS); });
+                tile.read_values([&](int place) { return own(place, GROUP_HEADS + 1); });
+            }
+            run.see(tile, s.rows, end - base);
+        }
+    }
+
+    // Join the seats of each head and send what they have seen.
+    __device__ void send_seen(Running& run, u64* attended, u32 epoch, Shared& s) const {
+        const int seat = warp_of_block() / TILE_WARPS, g = lane_of_warp() / 4, c = lane_of_warp() % 4;
+        const int seats = end > begin ? min_of(SEATS, ceil_div(end - begin, TILE)) : 0;
+        if (seat < seats) {
+            run.weight += __shfl_xor_sync(ALL_LANES, run.weight, 1);
+            run.weight += __shfl_xor_sync(ALL_LANES, run.weight, 2);
+            if (c == 0 && g < GROUP_HEADS) s.largest[seat][g] = run.largest, s.weight[seat][g] = run.weight;
+#pragma unroll
+            for (int j = 0; j < OWN_PIECES; j++)
+#pragma unroll
+                for (int i = 0; i < VALUE_WORDS; i++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        if (const int h = 2 * c + k % 2; h < GROUP_HEADS)
+                            s.attended[seat][h][Running::channel(j, i, k)] = run.sums[j][i][k];
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < GROUP_HEADS * SLOT / 2; i += THREADS) {
+            const int h = i / (SLOT / 2), d = i % (SLOT / 2) * 2;
+            if (!has_head(h)) continue;
+            float highest = NOTHING, weight = 0.0f;
+            float2 total = make_float2(0.0f, 0.0f);
+            for (int w = 0; w < seats; w++) highest = fmaxf(highest, s.largest[w][h]);
+#pragma unroll 4
+            for (int w = 0; w < seats; w++) {
+                const float factor = exp2f(s.largest[w][h] - highest);
+                weight += factor * s.weight[w][h];
+                if (d < HEAD_DIM) total.x += factor * s.attended[w][h][d], total.y += factor * s.attended[w][h][d + 1];
+            }
+            u64* const to = attended + ((u64)query_head(h) * ATTENTION_SPLITS + split) * SLOT + d;
+            if (d < HEAD_DIM)
+                send(to, total.x, total.y, epoch);
+            else
+                send(to, highest, weight, epoch);
+        }
+    }
+};
+
+// This split's share of attention's output, rounded as its layer does, listed where it reaches the threshold. Eight
+// lanes to a pair of channels, which combine the splits of its head.
+__device__ __forceinline__ Listed list_attended(const u64* attended, float threshold, int split, u32 epoch, Shared& s) {
+    constexpr int LANES_OF_PAIR = 8, COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
+    constexpr int PAIRS = HEADS * HEAD_DIM / 2, PASSES = ceil_div(ceil_div(PAIRS, O_SPLITS), THREADS / LANES_OF_PAIR);
+    const int part = threadIdx.x % LANES_OF_PAIR, place = threadIdx.x / LANES_OF_PAIR;
+    auto pair = [&](int pass) { return split + (place + pass * (THREADS / LANES_OF_PAIR)) * O_SPLITS; };
+    float values[2 * PASSES];
+    u32 keep = 0;
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++) {
+        const int channel = 2 * pair(pass), head = channel / HEAD_DIM;
+        const bool live = pair(pass) < PAIRS;
+        const u64* const first = attended + ((u64)head * ATTENTION_SPLITS + part) * SLOT;
+        float2 seen[2 * COUNT], x = make_float2(0.0f, 0.0f);  // sums, then largest and weight, of each split
+        receive(
+            seen, epoch,
+            [&](int i) {
+                return first + i % COUNT * LANES_OF_PAIR * SLOT + (i < COUNT ? channel % HEAD_DIM : HEAD_DIM);
+            },
+            [&](int i) { return live && part + i % COUNT * LANES_OF_PAIR < ATTENTION_SPLITS; });
+        float highest = NOTHING, weight = 0.0f;
+#pragma unroll
+        for (int i = COUNT; i < 2 * COUNT; i++)
+            if (part + i % COUNT * LANES_OF_PAIR < ATTENTION_SPLITS) highest = fmaxf(highest, seen[i].x);
+#pragma unroll
+        for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1)
+            highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            if (part + i * LANES_OF_PAIR >= ATTENTION_SPLITS) continue;
+            const float factor = exp2f(seen[COUNT + i].x - highest);
+            weight += factor * seen[COUNT + i].y, x.x += factor * seen[i].x, x.y += factor * seen[i].y;
+        }
+#pragma unroll
+        for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1) {
+            weight += __shfl_xor_sync(ALL_LANES, weight, distance);
+            x.x += __shfl_xor_sync(ALL_LANES, x.x, distance);
+            x.y += __shfl_xor_sync(ALL_LANES, x.y, distance);
+        }
+        if (!live) weight = 1.0f;
+        values[2 * pass] = rounded(x.x / weight), values[2 * pass + 1] = rounded(x.y / weight);
+#pragma unroll
+        for (int i = 2 * pass; i < 2 * pass + 2; i++)
+            if (live && part == 0 && is_kept(values[i], threshold)) keep |= 1u << i;
+    }
+    auto row = [&](int i) { return 2 * pair(i / 2) + i % 2; };
+    auto in_panel = [&](int i) { return (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2; };
+    return compact<O, O_GROUPS, O_CHANNELS>(values, keep, row, in_panel, s);
+}

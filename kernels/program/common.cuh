@@ -1,0 +1,58 @@
+// Rounding and the thread's place, for all files of the decode program. No headers: NVRTC brings none.
+#pragma once
+
+constexpr int WARPS = THREADS / 32;  // of the one block on a multiprocessor
+constexpr u32 ALL_LANES = 0xffffffff;
+#define NOTHING __int_as_float(0xff800000)  // minus infinity
+
+__device__ __forceinline__ int warp_of_block() { return threadIdx.x >> 5; }
+__device__ __forceinline__ int lane_of_warp() { return threadIdx.x & 31; }
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int power_of_two(int x) { return x < 2 ? 1 : 2 * power_of_two(x / 2); }  // x or less
+__host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+
+// The model's 16-bit floats by their bits; FLOAT_IS_BF16 comes from the generated config.
+__device__ __forceinline__ u16 bits_of(float x) { return FLOAT_IS_BF16 ? bf16_bits(x) : fp16_bits(x); }
+
+__device__ __forceinline__ float float_of(u16 bits) {
+    return FLOAT_IS_BF16 ? __uint_as_float((u32)bits << 16) : from_fp16(bits);
+}
+
+__device__ __forceinline__ float low_of(u32 pair) {
+    return FLOAT_IS_BF16 ? __uint_as_float(pair << 16) : float_of((u16)pair);
+}
+__device__ __forceinline__ float high_of(u32 pair) {
+    return FLOAT_IS_BF16 ? __uint_as_float(pair & 0xffff0000) : float_of((u16)(pair >> 16));
+}
+
+// x rounded to the model's dtype, as its layers round what they hand on.
+__device__ __forceinline__ float rounded(float x) { return float_of(bits_of(x)); }
+
+// A NaN is never below a threshold: it is kept.
+__device__ __forceinline__ bool is_kept(float x, float threshold) { return !(fabsf(x) < threshold); }
+
+__device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
+    const u32 words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[2 * i] = low_of(words[i]), to[2 * i + 1] = high_of(words[i]);
+}
+
+template <int COUNT>
+__device__ __forceinline__ void read_words(u32 (&to)[COUNT], const u16* from) {  // from is aligned to all of them
+    if constexpr (COUNT == 4) {
+        const uint4 x = *(const uint4*)from;
+        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    } else if constexpr (COUNT == 2) {
+        const uint2 x = *(const uint2*)from;
+        to[0] = x.x, to[1] = x.y;
+    } else {
+        to[0] = *(const u32*)from;
+    }
+}
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int distance = 16; distance; distance >>= 1) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}

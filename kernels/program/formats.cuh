@@ -1,0 +1,163 @@
+// Weights [K, N] as kernels/formats/packing.py lays them out, and the arithmetic of 16 bytes of a row: a granule.
+//
+//     bits   columns of a granule   lanes that sum one granule together
+//     16     8                      1      fused multiply-adds in fp32
+//     8      16                     1      a byte becomes a float by a permutation and one subtraction
+//     4      32                     4      tensor cores, see Sums<4>: those above would be three instructions a weight
+//
+// A quantized weight's scales come as one word for each group, made once by the host ("meta"): for 8 bits the scale as
+// fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point. What meets the
+// weights of a row is a word, too, made of an input x and such a scale (Format::word):
+//
+//     16 bits    x
+//      8 bits    x scale
+//      4 bits    x scale as fp16 below the zero point as fp16
+#pragma once
+
+struct Matrix {
+    const u8* values;
+    const u32* meta;          // [K, N / GROUP], of gate and up [N / GROUP, K]; null for floats
+    const float* thresholds;  // one for each segment of the output
+    const u16* bias;          // [N] or null
+    i64 segments;             // 1: one threshold for all
+    double unscale;           // what 4-bit sums are multiplied with, since their scales were enlarged
+};
+
+template <int K_, int N_, int BITS_, int GROUP_>
+struct Format {
+    static constexpr int K = K_, N = N_, BITS = BITS_, GROUP = GROUP_;
+    static constexpr int COLUMNS = 128 / BITS;
+    static constexpr int ROW_BYTES = N / 8 * BITS;
+    static constexpr int GRANULES = ROW_BYTES / 16;
+    static constexpr int GROUPS = BITS == 16 ? 0 : N / GROUP;
+    static constexpr int GRANULES_OF_GROUP = BITS == 16 ? 1 : GROUP / COLUMNS;
+    static constexpr int TEAM = BITS == 4 ? 4 : 1;
+    static constexpr int TEAMS = THREADS / TEAM;
+
+    // The column of a granule's value i. Values 2 i and 2 i + 1 are neighbours in every format.
+    static __device__ __forceinline__ int column(int granule, int i) {
+        if (BITS != 4) return granule * COLUMNS + i;
+        const int group = granule / GRANULES_OF_GROUP, word = granule % GRANULES_OF_GROUP * 4 + i % 4;
+        return group * GROUP + i / 4 * (GROUP / 8) + word;
+    }
+
+    static __device__ __forceinline__ u32 word(float x, u32 meta) {
+        if (BITS == 16) return __float_as_uint(x);
+        if (BITS == 8) return __float_as_uint(x * __uint_as_float(meta));
+        return fp16_pair(x * high_of(meta), (float)(meta & 0xff));
+    }
+};
+
+template <int BITS>
+struct Sums;
+
+template <>
+struct Sums<16> {
+    float sum[8] = {};
+
+    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&factors)[4]) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const u32 words[4] = {rows[r].x, rows[r].y, rows[r].z, rows[r].w};
+            const float x = __uint_as_float(factors[r]);
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                sum[2 * w] += x * low_of(words[w]);
+                sum[2 * w + 1] += x * high_of(words[w]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ bool finish(float (&out)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] = sum[i];
+        return true;
+    }
+};
+
+template <>
+struct Sums<8> {
+    float sum[16] = {};
+
+    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&factors)[4]) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const u32 words[4] = {rows[r].x, rows[r].y, rows[r].z, rows[r].w};
+            const float x = __uint_as_float(factors[r]);
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                const u32 unsigned_bytes = words[w] ^ 0x80808080;  // q + 128
+#pragma unroll
+                for (int b = 0; b < 4; b++) {  // 2^23 + q + 128 by its bits
+                    const float q = __uint_as_float(__byte_perm(unsigned_bytes, 0x4b000000, 0x7440 | b));
+                    sum[4 * w + b] += x * (q - 8388736.0f);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ bool finish(float (&out)[16]) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) out[i] = sum[i];
+        return true;
+    }
+};
+
+// 4 bits on tensor cores (mma.m16n8k16, sums in fp32). Lane 4 g + c has four rows of weights of its own; the four lanes
+// of a g have one granule. A's rows g and g + 8 are two columns of W, taken from those lanes' words; its depth is their
+// 16 rows. B's column g is x times scale of the very same rows. So of the product only D[g][g] and D[g + 8][g] mean
+// anything, and they lie in lane c = g / 2. Seven eighths of the tensor cores' work is wasted, and they can spare it.
+//
+//     A[g]   = nibbles of lanes 4 g .. 4 g + 3        B[.][g] = x scale of lanes 4 g .. 4 g + 3
+//
+// One logical operation makes fp16 of two nibbles, by their bits: 1024 + n of a low one, 1024 + 16 n of a high one.
+// What that adds, and the zero points, one more product gives, with zero points in A's row g and ones in row g + 8; it
+// is taken off at the end. x scale is rounded to fp16, 2^-12 of it; the list's values (compact) and the scales have
+// been multiplied by powers of two so that they fill its range.
+template <>
+struct Sums<4> {
+    float sum[64] = {};  // tile t = word, half and pair of nibbles: sum[4 t ..] are its four results in this lane
+    float beside[4] = {};
+
+    __device__ __forceinline__ void add(const uint4 (&rows)[4], const u32 (&factors)[4]) {
+        constexpr u32 ONES = 0x3c003c00;
+        const u32 b[2] = {__byte_perm(factors[0], factors[1], 0x5410), __byte_perm(factors[2], factors[3], 0x5410)};
+        multiply_add<false>(beside, {__byte_perm(factors[0], factors[1], 0x7632), ONES,
+                              __byte_perm(factors[2], factors[3], 0x7632), ONES}, b);
+        const u32 words[4][4] = {{rows[0].x, rows[1].x, rows[2].x, rows[3].x},
+                                 {rows[0].y, rows[1].y, rows[2].y, rows[3].y},
+                                 {rows[0].z, rows[1].z, rows[2].z, rows[3].z},
+                                 {rows[0].w, rows[1].w, rows[2].w, rows[3].w}};
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 first = __byte_perm(words[w][0], words[w][1], half ? 0x7632 : 0x5410);
+                u32 second = __byte_perm(words[w][2], words[w][3], half ? 0x7632 : 0x5410);
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    multiply_add<false>(sum + 4 * ((w * 2 + half) * 2 + pair),
+                                 {low_nibbles(first), high_nibbles(first), low_nibbles(second), high_nibbles(second)},
+                                 b);
+                    first >>= 8, second >>= 8;
+                }
+            }
+        }
+    }
+
+    // out[4 n + w]: nibble n of word w. Returns whether this lane is the one of its four that has them.
+    __device__ __forceinline__ bool finish(float (&out)[32]) {
+        const int g = lane_of_warp() >> 2, c = lane_of_warp() & 3;
+        const float zeros = g % 2 ? beside[1] : beside[0], inputs = g % 2 ? beside[3] : beside[2];
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const float* d = sum + 4 * ((w * 2 + n / 4) * 2 + n % 4 / 2) + 2 * (n % 2);
+                const float own = g % 2 ? d[1] : d[0];
+                out[4 * n + w] = n % 2 ? own / 16 - 64 * inputs - zeros : own - 1024 * inputs - zeros;
+            }
+        }
+        return c == g / 2;
+    }
+};

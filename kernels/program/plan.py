@@ -1,0 +1,302 @@
+"""How a model's decode step is cut over the blocks of program.cu, and the config that it is compiled with.
+
+A table of four products, each [K, N] of a format, is all that the kernel knows of a model beside sizes of attention:
+
+    q,k,v       pieces of columns x splits of channels      no piece has columns of two of them
+    o           pieces of columns x splits of channels
+    gate,up     mlp_teams runs of columns x mlp_share splits of channels, which a team adds
+    down        the rows of each of these blocks
+
+A granule is 16 bytes of a row (formats.cuh).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from teal.kernels.formats.packing import Weight
+from teal.model import ModelConfig
+
+MAX_CHANNELS = 1 << 16  # of a product: lists hold 16-bit channels
+MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
+GROUP_HEADS = 4  # query heads that a block attends with at once; a tile has room for 8, in half as many blocks
+MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
+BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
+MIN_SCALED_STAGES = 3  # with less left for the ring, scales are fetched row by row
+MAX_STAGES = 3  # steps of 32 KB, two in flight: a fourth gained nothing
+# Bytes of a row that a block reads at once of q,k,v and of o, about. Narrow pieces leave few splits, whose sums have to
+# be added and whose lists are of more even length. o has enough splits that a block makes its list in one pass: every
+# pass reads what attention sent anew, 1.5 us.
+QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
+MLP_PIECE_BYTES = 400  # of gate, and as many of up: 448 were 3% faster than 224 and 224 10% faster than 112 (H100)
+RUN_GRANULES = 4  # 64 bytes, at whose multiples a team's columns begin: off them bf16 lost 5%
+LANES_OF_PAIR = 8  # of attention.cuh's list_attended
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the plan must know of a GPU: multiprocessors, bytes of shared memory of a block, compute capability."""
+
+    multiprocessors: int
+    shared_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Shape and format of a product's weight. group: columns to a scale, 1 for floats."""
+
+    K: int
+    N: int
+    bits: int
+    group: int
+
+    @classmethod
+    def of(cls, weight: Weight) -> "Format":
+        return cls(weight.K, weight.N, weight.bits, weight.group_size)
+
+    @property
+    def columns(self) -> int:
+        """Of a granule."""
+        return 128 // self.bits
+
+    @property
+    def granules(self) -> int:
+        """Of a row."""
+        return self.N // self.columns
+
+    def teams(self, threads: int) -> int:
+        """Of lanes that sum a granule together."""
+        return threads // 4 if self.bits == 4 else threads
+
+    def __str__(self) -> str:
+        return f"Format<{self.K}, {self.N}, {self.bits}, {self.group}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The model as the plan sees it. head is None for one in floats, which is [V, C]."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    products: tuple[Format, Format, Format, Format]  # q,k,v; o; gate,up; down
+    head: Format | None
+
+    @property
+    def heads_of_key(self) -> int:
+        return self.config.num_heads // self.config.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the step is cut; source is config.cuh, and words the size of the workspace in 64-bit words."""
+
+    grid: int
+    threads: int
+    shared_bytes: int
+    words: int
+    source: str
+
+
+def weight_obstacle(weights: Sequence[Weight]) -> str:
+    """Why the kernel cannot take these weights of all blocks, those of a projection in turn; empty if it can."""
+    for weight in weights:
+        if weight.refined is not None:
+            return "weights of mixed bits are not supported"
+        if weight.by_input:
+            return "groups along the input are not supported"
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            return f"weights of {str(weight.dtype).removeprefix('torch.')} are not supported; expected bf16 or fp16"
+        if not weight.values.is_contiguous() or weight.values.data_ptr() % 16:
+            return "a weight is not contiguous"
+        if weight.K > MAX_CHANNELS:
+            return f"{weight.K} input channels are too many; expected at most {MAX_CHANNELS}"
+        if weight.N * weight.bits % 128:
+            return f"{weight.N} columns of {weight.bits} bits are no multiple of 16 bytes"
+    return ""
+
+
+def shape_obstacle(model: Model, device: Device) -> str:
+    """Why the kernel cannot run a model of these shapes on a device; empty if it can."""
+    c, columns = model.config, model.products[0].columns
+    if device.capability < (8, 0):
+        return f"compute capability {'.'.join(map(str, device.capability))} is too old; expected 8.0 or later"
+    if c.head_dim not in (16, 32, 64, 128, 256):
+        return f"heads of {c.head_dim} channels are not supported; expected 16, 32, 64, 128 or 256"
+    if c.hidden_size > MAX_HIDDEN:
+        return f"hidden size {c.hidden_size} is too large; expected at most {MAX_HIDDEN}"
+    if c.q_size % columns or c.kv_size % columns or c.intermediate_size % model.products[2].columns:
+        return f"widths are no multiples of {columns} columns, which are 16 bytes"
+    if _units(model) > device.multiprocessors:
+        return f"{_units(model)} groups of heads exceed {device.multiprocessors} multiprocessors"
+    if _cut(model, device) is None:
+        return f"{device.shared_bytes} bytes of shared memory are too few for hidden size {c.hidden_size}"
+    return ""
+
+
+def plan(model: Model, device: Device) -> Plan:
+    """The plan of a model that has no obstacle. Raises ValueError for another."""
+    if reason := shape_obstacle(model, device):
+        raise ValueError(reason)
+    found = _cut(model, device)
+    assert found is not None
+    return found
+
+
+def pieces_and_splits(
+    product: Format, unit: int, grid: int, threads: int, piece_bytes: int, least: int = 1
+) -> tuple[int, int]:
+    """(granules of a piece, splits of the channels): whole pieces, about piece_bytes, that keep most blocks busy.
+
+    least: splits that come before all else.
+    """
+    most = min(unit, product.teams(threads))
+    found = []
+    for piece in (p for p in range(1, most + 1) if unit % p == 0):
+        pieces = product.granules // piece
+        if pieces > grid:
+            continue
+        splits = min(grid // pieces, max(1, product.K // 16))
+        distance = abs(math.log2(16 * piece / piece_bytes))
+        found.append((splits >= least, round(pieces * splits / grid, 1), -distance, piece, splits))
+    if not found:
+        return most, 1
+    *_, piece, splits = max(found)
+    return piece, splits
+
+
+def _units(model: Model) -> int:
+    """Key/value heads, each with the groups of its query heads."""
+    return model.config.num_kv_heads * math.ceil(model.heads_of_key / min(GROUP_HEADS, model.heads_of_key))
+
+
+def _cut(model: Model, device: Device) -> Plan | None:
+    """The plan with as many threads and stages as shared memory has room for; None without room."""
+    for threads, scaled in itertools.product(BLOCK_THREADS, (True, False)):
+        sizes = _sizes(model, device.multiprocessors, threads)
+        scaled = scaled and model.products[2].bits < 16
+        if sizes is None:
+            continue
+        for stages in range(MAX_STAGES, 1 if not scaled else MIN_SCALED_STAGES - 1, -1):
+            shared = _shared_bytes(model, sizes, threads, stages, scaled)
+            if shared <= device.shared_bytes:
+                words = _words(model, sizes)
+                constants = sizes | {"THREADS": threads, "STAGES": stages}
+                return Plan(sizes["GRID"], threads, shared, words, _source(model, constants, scaled, shared, words))
+    return None
+
+
+def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
+    """Constants of the config that say how the work is cut; None if so many threads are too few."""
+    c, (qkv, o, gate_up, _) = model.config, model.products
+    unit = math.gcd(c.q_size, c.kv_size) // qkv.columns
+    qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES)
+    one_pass = math.ceil(c.q_size / 2 / (threads // LANES_OF_PAIR))
+    o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
+    teams, share, granules = _mlp(gate_up, grid, threads)
+    head = model.head
+    if not teams or qkv_piece > qkv.teams(threads) or o_piece > o.teams(threads):
+        return None
+    if head is not None and math.ceil(head.granules / grid) > head.teams(threads):
+        return None
+    if qkv.granules // qkv_piece > grid or o.granules // o_piece > grid:
+        return None
+    return {
+        "GRID": grid,
+        "QKV_PIECE": qkv_piece,
+        "QKV_SPLITS": qkv_splits,
+        "O_PIECE": o_piece,
+        "O_SPLITS": o_splits,
+        "MLP_TEAMS": teams,
+        "MLP_SHARE": share,
+        "TEAM_GRANULES": granules,
+        "GROUP_HEADS": min(GROUP_HEADS, model.heads_of_key),
+        "ATTENTION_SPLITS": min(grid // _units(model), MAX_ATTENTION_SPLITS),
+    }
+
+
+def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
+    """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says. 0 teams: none fit."""
+    half, found = gate_up.granules // 2, (0, 1, 1)
+    for share in (1, 2, 4):
+        if grid < share:
+            break
+        granules = RUN_GRANULES * math.ceil(half / RUN_GRANULES / (grid // share))
+        pairs = math.ceil(granules * gate_up.columns / 2 / share)
+        if 2 * granules > gate_up.teams(threads) or pairs * (2 * share if share > 1 else 1) > threads:
+            continue
+        found = math.ceil(half / granules), share, granules
+        if 16 * granules >= MLP_PIECE_BYTES:
+            break
+    return found
+
+
+def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, scaled: bool) -> int:
+    """What shared.cuh's Shared takes at most; the compiler checks it."""
+    c, (qkv, o, gate_up, down) = model.config, model.products
+    splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
+    of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
+    of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])
+    of_h, of_x = 4 * math.ceil(_own_pairs(gate_up, sizes) / 2) + 4, 4 * math.ceil(c.hidden_size / 4)
+    groups = [
+        _groups(product, granules) if scaled else 1
+        for product, granules in (
+            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["TEAM_GRANULES"]), (down, down.granules),
+        )
+    ]  # fmt: skip
+    small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
+    by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
+    panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 32
+    attended = threads // 8 * sizes["GROUP_HEADS"] * c.head_dim
+    ring = max(64 * stages * threads, 64 * threads, attended)
+    lists = 4 * max(small, of_x, 0 if scaled else 2 * of_mlp) + 2 * max(of_qkv, of_o, of_h, of_x)
+    lists += 6 * max(of_qkv, of_o, of_h) + 4 * c.hidden_size
+    heads = 4 * (sizes["GROUP_HEADS"] + 2) * c.head_dim + 2 * (sizes["GROUP_HEADS"] + 2) * (c.head_dim + 32)
+    of_warps = threads // 4 * (sizes["GROUP_HEADS"] + 1)
+    return ring + max(by_ring, panels) + lists + 8 * threads + heads + of_warps + 28 * c.num_layers + 1536
+
+
+def _own_pairs(gate_up: Format, sizes: dict[str, int]) -> int:
+    """Pairs of columns that a block has of the hidden layer, at most."""
+    return math.ceil(sizes["TEAM_GRANULES"] * gate_up.columns / 2 / sizes["MLP_SHARE"])
+
+
+def _groups(product: Format, granules: int) -> int:
+    """How many groups so many neighbouring granules touch, which begin at a multiple of their number."""
+    of_group = product.group // product.columns
+    if product.bits == 16:
+        return 1
+    if granules % of_group == 0:
+        return granules // of_group
+    return 1 if of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
+
+
+def _words(model: Model, sizes: dict[str, int]) -> int:
+    """Size of the workspace: program.cu's Words."""
+    c, (qkv, _, gate_up, _) = model.config, model.products
+    blocks = sizes["MLP_TEAMS"] * sizes["MLP_SHARE"]
+    of_products = (sizes["QKV_SPLITS"] + 1) * qkv.N + (sizes["O_SPLITS"] + blocks + 2) * c.hidden_size
+    teams = 4 * blocks * sizes["MLP_SHARE"] * _own_pairs(gate_up, sizes)
+    return of_products + teams + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
+
+
+def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, words: int) -> str:
+    c = model.config
+    constants = sizes | {
+        "HIDDEN": c.hidden_size, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads, "HEAD_DIM": c.head_dim,
+        "LAYERS": c.num_layers, "VOCAB": c.vocab_size, "Q_SIZE": c.q_size, "KV_SIZE": c.kv_size,
+        "HEAD_BITS": 16 if model.head is None else model.head.bits, "SHARED_BYTES": shared,
+    }  # fmt: skip
+    lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    flags = {"FLOAT_IS_BF16": model.dtype == torch.bfloat16, "SCALED": scaled}
+    lines += [f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
+    lines.append(f"constexpr long long WORKSPACE_WORDS = {words};")
+    lines += [f"constexpr float NORM_EPS = {c.norm_eps!r}f, ATTENTION_SCALE = {1 / math.sqrt(c.head_dim)!r}f;"]
+    names = ("Qkv", "O", "GateUp", "Down", "Head")
+    head = model.head or Format(c.hidden_size, 8, 16, 1)  # of floats it is not read by gather.cuh
+    lines += ["template <int, int, int, int>", "struct Format;"]
+    lines += [f"using {name} = {product};" for name, product in zip(names, (*model.products, head), strict=True)]
+    return "#pragma once\n" + "\n".join(lines) + "\n"

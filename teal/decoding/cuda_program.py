@@ -1,0 +1,176 @@
+"""A decode step of one row as one CUDA kernel (kernels/program); all else by the fused backend, on the same weights."""
+
+import torch
+from torch import Tensor, nn
+
+from teal.decoding.backend import Backend
+from teal.errors import UserError
+from teal.extras import extras
+from teal.kernels.formats.packing import Weight
+from teal.kernels.program.compiler import compiler_obstacle
+from teal.kernels.program.launch import Program, device_facts, matrix_words, meta_words
+from teal.kernels.program.plan import Device, Format, Model, plan, shape_obstacle, weight_obstacle
+from teal.layers.int8_cache import has_int8_cache
+from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
+from teal.model import KVCache, OutputHead, RMSNorm, Transformer
+from teal.rope import frequencies
+from teal.teal_layers import SparseLinear
+
+NO_MATRIX = [0, 0, 0, 0, 1, 0]
+GATE_UP = 2  # its place among the projections
+# At whose ends program.cu takes the clocks, of a layer. A phase has in it the wait for what it needs.
+PHASES = (
+    "list of q,k,v", "q,k,v", "sums of q,k,v", "heads to attention", "attention", "list of o", "o", "sums of o",
+    "list of gate,up", "gate,up", "list of down, down", "sums of down",
+)  # fmt: skip
+Projected = SparseLinear | QuantizedLinear
+
+
+class CudaProgramBackend(Backend):
+    """Decodes a single row by one launch; more rows, counted steps and prefill go to another backend.
+
+    The others' projections are in the layout of the sparse kernels. Raises UserError, with the reason, if the program
+    cannot run.
+    """
+
+    name = "program"
+
+    def __init__(self, others: Backend) -> None:
+        model = others.model
+        if obstacle := program_obstacle(model):
+            raise UserError(obstacle)
+        super().__init__(model, others.reason)
+        self.others, self.compiles = others, others.compiles
+        self.norm, self.position_tensors = others.norm, others.position_tensors
+        device = model.device
+        self.program = Program(plan(_described(model), device_facts(device)), device)
+        self.frequencies = frequencies(model.config.head_dim, *model.config.rope("global"), device).contiguous()
+        self.meta = {
+            module: meta_words(_weight(module), by_group=i == GATE_UP)
+            for block in _projected(model)
+            for i, module in enumerate(block)
+        }
+        if isinstance(model.lm_head, QuantizedHead):
+            self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
+        self.no_threshold = torch.zeros(1, device=device)
+        self.stamps: Tensor | None = None  # of new_stamps, if the clocks of launches are wanted
+        self.tables: dict[
+            tuple[int, ...], Tensor
+        ] = {}  # of all layers, on the device; a captured step may need old ones
+
+    def new_stamps(self) -> Tensor:
+        """Room for a launch's clocks, int64 [layers, 1 + phases, blocks]: 0 where a block has no part in a phase."""
+        layers, blocks = self.model.config.num_layers, self.program.plan.grid
+        return torch.zeros(layers, 1 + len(PHASES), blocks, dtype=torch.int64, device=self.model.device)
+
+    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As Backend.prefill."""
+        return self.others.prefill(tokens, positions, kv_cache)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        if tokens.shape[0] > 1 or self.state.counting:
+            return self.others._decode(tokens, positions, kv_cache)
+        C = self.model.config.hidden_size
+        hidden = torch.empty(1, 1, C, dtype=torch.float32, device=tokens.device)
+        self._launch(tokens, positions, kv_cache, hidden.data_ptr(), 0, 0)
+        return hidden
+
+    def choose(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor | None:
+        """As Backend.choose: for one row the head and the argmax are in the same launch."""
+        if tokens.shape[0] > 1 or self.state.counting:
+            return None
+        logits = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32, device=tokens.device)
+        self._launch(tokens, positions, kv_cache, 0, logits.data_ptr(), tokens.data_ptr())
+        return logits
+
+    def _launch(
+        self, tokens: Tensor, positions: Tensor, kv_cache: KVCache, hidden: int, logits: int, next_token: int
+    ) -> None:
+        """program.cu's Arguments, and the launch."""
+        assert tokens.dtype == positions.dtype == torch.int64, "tokens and positions are int64"
+        model, k, v = self.model, kv_cache.k, kv_cache.v
+        assert k.dtype == model.dtype and k.stride() == v.stride() and k.stride(4) == 1
+        rows = self._layer_table()
+        head = self._matrix(model.lm_head, self.no_threshold)
+        self.program.launch([
+            rows.data_ptr(), model.embedding.weight.data_ptr(), self.frequencies.data_ptr(),
+            model.norm.weight.data_ptr(), *head,
+            k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(2), k.stride(3),
+            self.program.words.data_ptr(), self.program.counters.data_ptr(), self.program.counters[1:].data_ptr(),
+            tokens.data_ptr(), positions.data_ptr(), hidden, logits, next_token,
+            0 if self.stamps is None else self.stamps.data_ptr(),
+        ])  # fmt: skip
+
+    def _layer_table(self) -> Tensor:
+        """Layer of program.cu for every block, on the device; another one when a tensor has been replaced."""
+        words: list[int] = []
+        for block, window in zip(self.model.blocks, self.model.config.sliding_windows, strict=True):
+            for p in block.projections():
+                words += self._matrix(block.get_submodule(p.module))
+            attention = block.attention
+            norms = (block.attention_norm, block.ffn_norm, attention.q_norm, attention.k_norm)
+            words += [norm.weight.data_ptr() if isinstance(norm, RMSNorm) else 0 for norm in norms]
+            words.append(window or 0)
+        key = tuple(words)
+        if key not in self.tables:
+            self.tables[key] = torch.tensor(words, device=self.frequencies.device)
+        return self.tables[key]
+
+    def _matrix(self, module: nn.Module, thresholds: Tensor | None = None) -> list[int]:
+        if isinstance(module, OutputHead):
+            return [module.weight.data_ptr(), *NO_MATRIX[1:]]
+        assert isinstance(module, (SparseLinear, QuantizedLinear))
+        limits = module.thresholds if thresholds is None else thresholds
+        return matrix_words(_weight(module), self.meta[module], limits, module.bias)
+
+
+def program_obstacle(model: Transformer) -> str:
+    """Why the program cannot run model; empty if nothing that can be known before it is built stands against it."""
+    device = model.device
+    if device.type != "cuda":
+        return f"its kernel needs CUDA, and the model is on {device.type}"
+    return model_obstacle(model, device_facts(device)) or compiler_obstacle()
+
+
+def model_obstacle(model: Transformer, device: Device) -> str:
+    """As program_obstacle, of model's formats and shapes on such a device."""
+    if features := extras(model.config):
+        return f"it does not compute {', '.join(features)}"
+    if has_int8_cache(model):
+        return "a KV cache in 8 bits is not supported"
+    blocks = _projected(model)
+    for modules in blocks:
+        if not all(isinstance(module, (SparseLinear, QuantizedLinear)) for module in modules):
+            return "weights are not in the kernels' layout"
+    head = model.lm_head
+    weights = [_weight(module) for modules in blocks for module in modules]
+    if isinstance(head, QuantizedHead):
+        weights.append(_weight(head))
+    elif type(head) is not OutputHead or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"a head of {type(head).__name__} in {head.weight.dtype} is not supported"
+    if reason := weight_obstacle(weights):
+        return reason
+    if type(model.embedding) is not nn.Embedding:
+        return f"an embedding of {type(model.embedding).__name__} is not supported"
+    formats = [tuple(Format.of(_weight(module)) for module in modules) for modules in blocks]
+    if len(set(formats)) > 1:
+        return "blocks of different formats are not supported"
+    return shape_obstacle(_described(model), device)
+
+
+def _described(model: Transformer) -> Model:
+    """What the plan must know of model."""
+    formats = [Format.of(_weight(module)) for module in _projected(model)[0]]
+    head = Format.of(_weight(model.lm_head)) if isinstance(model.lm_head, QuantizedHead) else None
+    qkv, o, gate_up, down = formats
+    return Model(model.config, model.dtype, (qkv, o, gate_up, down), head)
+
+
+def _projected(model: Transformer) -> list[list[nn.Module]]:
+    """The modules of each block's projections."""
+    return [[block.get_submodule(p.module) for p in block.projections()] for block in model.blocks]
+
+
+def _weight(module: nn.Module) -> Weight:
+    assert isinstance(module, (SparseLinear, QuantizedLinear)) and isinstance(module.weight, Tensor)
+    return Weight(module.weight, module.scales, module.zeros, module.refined)

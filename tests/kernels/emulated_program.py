@@ -1,0 +1,48 @@
+"""The decode program on a CPU: program.cu compiled by the system's C++ compiler with program_on_cpu.cpp around it."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from teal.decoding import cuda_program
+from teal.decoding.backend import EagerBackend
+from teal.decoding.cuda_program import CudaProgramBackend, model_obstacle
+from teal.kernels.program import plan as plan_module
+from teal.kernels.program.plan import Device, Plan
+from teal.model import Transformer
+
+COMPILER = shutil.which("g++")
+FEW_BLOCKS = Device(10, 232448, (9, 0))
+HERE, SOURCES = Path(__file__).parent, Path(plan_module.__file__).parent
+
+
+class EmulatedProgram:
+    """As kernels.program.launch.Program; folder is where it is built."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        assert COMPILER is not None
+        (folder / "config.cuh").write_text(plan.source)
+        library, flags = folder / "program.so", ("-std=c++20", "-O1", "-fPIC", "-shared", "-w")
+        includes = (f"-I{folder}", f"-I{SOURCES}")
+        subprocess.run([COMPILER, *flags, *includes, "-o", library, HERE / "program_on_cpu.cpp"], check=True)
+        self.plan, self.library = plan, ctypes.CDLL(str(library))
+        self.words = torch.zeros(plan.words, dtype=torch.int64)
+        self.counters = torch.zeros(2, dtype=torch.int32)
+
+    def launch(self, arguments: Sequence[int]) -> None:
+        values = (ctypes.c_int64 * len(arguments))(*arguments)
+        assert self.library.launch(ctypes.byref(values)), "the blocks wait for each other for ever"
+
+
+def emulated_backend(model: Transformer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> CudaProgramBackend:
+    """A program backend of a model on the CPU, whose prefill is the eager one's."""
+    monkeypatch.setattr(plan_module, "BLOCK_THREADS", (128,))  # which are fibers of one thread
+    monkeypatch.setattr(cuda_program, "device_facts", lambda device: FEW_BLOCKS)
+    monkeypatch.setattr(cuda_program, "Program", lambda plan, device: EmulatedProgram(plan, folder))
+    monkeypatch.setattr(cuda_program, "program_obstacle", lambda model: model_obstacle(model, FEW_BLOCKS))
+    return CudaProgramBackend(EagerBackend(model, "test"))

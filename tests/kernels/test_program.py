@@ -1,0 +1,391 @@
+"""The decode program: what it refuses, how it is cut, that it compiles, and that it computes what the model says."""
+
+import math
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor, nn
+
+from teal.bench.steps import phase_times
+from teal.decoding.backend import Backend, EagerBackend
+from teal.decoding.backends import FusedBackend
+from teal.decoding.compilation import capture
+from teal.decoding.cuda_program import CudaProgramBackend, model_obstacle
+from teal.errors import UserError
+from teal.kernels.program.compiler import compile_source, compiler_obstacle
+from teal.kernels.program.plan import MAX_STAGES, Device, Format, Model, pieces_and_splits, plan, shape_obstacle
+from teal.layers.int8_cache import use_int8_cache
+from teal.layers.quantized_embedding import QuantizedEmbedding
+from teal.layers.quantized_linear import QuantConfig, pick_group_size, use_quantized_linears
+from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
+from teal.plan import ProjectionPlan, SparsityPlan
+from teal.teal_layers import SparseLinear, sparsify
+from tests.conftest import PROJECTIONS, assert_near, relative_error
+from tests.kernels.emulated_program import COMPILER, emulated_backend
+
+SMALL = ModelConfig(
+    vocab_size=1024, hidden_size=512, intermediate_size=1408, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64,
+    max_seq_len=256,
+)  # fmt: skip
+LLAMA_3_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192)
+QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 8192, qkv_bias=True)
+LLAMA_1B = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192)
+A100, RTX_4090, H100 = Device(108, 166912, (8, 0)), Device(128, 101376, (8, 9)), Device(132, 232448, (9, 0))
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+THRESHOLDS = {"q": 0.5, "k": 0.6, "v": 0.4, "o": 0.1, "gate": 0.7, "up": 0.4, "down": 0.3}
+PROMPT, STEPS = 150, 2
+TINY = ModelConfig(
+    vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
+    max_seq_len=256,
+)  # fmt: skip
+FORMATS = {"floats": (None, False), "int8": ("int8", True), "int4": ("int4", False), "int4-head": ("int4", True)}
+# Rounding carries entries over their thresholds: modules in 16 bits are 0.06 to 0.16 from the reference. The
+# program may be so many times as far. A wrong threshold gives 0.3 and more.
+ROUNDED_OTHERWISE = 1.5
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bias-norm-window": {"qkv_bias": True, "o_bias": True, "qk_norm": True, "sliding_windows": (40, 7)},
+    "seven-heads-a-key": {"num_heads": 7, "num_kv_heads": 1},
+    "narrow": {"num_heads": 6, "head_dim": 16, "hidden_size": 96, "intermediate_size": 160},
+    "tied": {"tie_embeddings": True},
+}
+
+
+def described(config: ModelConfig, bits: int, head_bits: int, dtype: torch.dtype = torch.bfloat16) -> Model:
+    """What the plan sees of a model whose weights have so many bits."""
+    group = 1 if bits == 16 else 128
+    qkv, o, gate_up, down = (Format(p.in_features, sum(p.sizes), bits, group) for p in config.projections())
+    head = None if head_bits == 16 else Format(config.hidden_size, config.vocab_size, head_bits, 128)
+    return Model(config, dtype, (qkv, o, gate_up, down), head)
+
+
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, quant: str | None, lm_head: bool, sparse: bool, device: str, seed: int = 0
+) -> Transformer:
+    """A model of random weights, whose entries are about 1 all through it."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        scale = 0.1 if "bias" in name or "norm" in name else 1 if "embedding" in name else p.shape[-1] ** -0.5
+        p.data = noise * scale + (1 if "norm" in name else 0)
+    model = model.to(device, dtype).requires_grad_(False)
+    if quant:
+        scheme = QuantConfig(quant, pick_group_size(config, None, lm_head), lm_head)
+        use_quantized_linears(model, scheme, fill=True)
+    layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] if sparse else 0.0) for name in PROJECTIONS}
+    return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * config.num_layers))
+
+
+class PlainLinear(nn.Module):
+    """The fp32 reference of a SparseLinear: what is below a name's threshold, in the model's dtype, counts as 0."""
+
+    def __init__(self, module: SparseLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts = module.dequantized().float().split(module.sizes, dim=1)
+        self.limits = module.name_thresholds.to(dtype).float()
+        self.bias = None if module.bias is None else module.bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        limits = self.limits if x.shape[1] == 1 else torch.zeros_like(self.limits)  # a prompt is dense
+        kept = [torch.where(x.abs() < limit, 0.0, x) for limit in limits]
+        y = torch.cat([part @ weight for part, weight in zip(kept, self.parts, strict=True)], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+def reference(model: Transformer) -> Transformer:
+    """The model in fp32 and plain PyTorch."""
+    dtype, plain = model.embedding.weight.dtype, Transformer(model.config).to(model.embedding.weight.device)
+    for ours, its in zip(plain.blocks, model.blocks, strict=True):
+        for p in ours.projections():
+            module = its.get_submodule(p.module)
+            assert isinstance(module, SparseLinear)
+            ours.set_submodule(p.module, PlainLinear(module, dtype))
+        for mine, norm in zip(ours.norms().values(), its.norms().values(), strict=True):
+            if isinstance(norm, RMSNorm):
+                mine.weight = nn.Parameter(norm.weight.float())
+    head: Any = model.lm_head
+    weight = head.dequantized().float().t() if hasattr(head, "dequantized") else head.weight.float()
+    plain.lm_head.weight = nn.Parameter(weight.contiguous())
+    plain.embedding.weight.data, plain.norm.weight.data = model.embedding.weight.float(), model.norm.weight.float()
+    return plain.requires_grad_(False)
+
+
+@torch.inference_mode()
+def expected_logits(model: Transformer, ids: Tensor) -> Tensor:
+    """Logits [STEPS, 1, V] of the reference's steps after a prompt."""
+    plain, device = reference(model), ids.device
+    cache = KVCache(model.config, 1, PROMPT + STEPS, device, torch.float32)
+    plain.hidden_states(ids[:, :PROMPT], torch.arange(PROMPT, device=device)[None], cache)
+    places = torch.arange(PROMPT, PROMPT + STEPS, device=device)[:, None, None]
+    return torch.stack([plain(ids[:, int(p) : int(p) + 1], p, cache)[:, 0] for p in places])
+
+
+@torch.inference_mode()
+def step_logits(backend: Backend, ids: Tensor) -> tuple[Tensor, KVCache]:
+    """Logits [STEPS, 1, V] of a backend's steps after a prompt, by the model's own head; and their cache."""
+    device, cache = ids.device, backend.model.new_cache(1, PROMPT + STEPS + 8)
+    backend.prefill(ids[:, :PROMPT], torch.arange(PROMPT, device=device)[None], cache)
+    found = []
+    for place in range(PROMPT, PROMPT + STEPS):
+        token, position = ids[:, place : place + 1].clone(), torch.full((1, 1), place, device=device)
+        found.append(backend.logits(backend.decode(token, position, cache)[:, 0]))
+    return torch.stack(found), cache
+
+
+@torch.inference_mode()
+def program_logits(backend: CudaProgramBackend, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The program's step_logits; and those of its own head [1, V], after the first of these tokens."""
+    found, cache = step_logits(backend, ids)
+    token, position = ids[:, PROMPT : PROMPT + 1].clone(), torch.full((1, 1), PROMPT, device=ids.device)
+    logits = backend.choose(token, position, cache)
+    assert logits is not None and int(token) == int(logits.argmax()) and int(position) == PROMPT + 1
+    return found, logits
+
+
+@pytest.mark.parametrize(
+    "changes,device,message",
+    [
+        (
+            {"head_dim": 96, "num_heads": 4, "num_kv_heads": 4},
+            H100,
+            "heads of 96 channels are not supported; expected 16, 32, 64, 128 or 256",
+        ),
+        ({"hidden_size": 20480}, H100, "hidden size 20480 is too large; expected at most 16384"),
+        ({"num_kv_heads": 8}, replace(H100, multiprocessors=7), "8 groups of heads exceed 7 multiprocessors"),
+        ({}, replace(H100, capability=(7, 5)), "compute capability 7.5 is too old; expected 8.0 or later"),
+        ({}, replace(H100, shared_bytes=49152), "49152 bytes of shared memory are too few for hidden size 512"),
+        ({"intermediate_size": 1400}, H100, "widths are no multiples of 32 columns, which are 16 bytes"),
+    ],
+)
+def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, message: str) -> None:
+    model = described(replace(SMALL, **changes), 4, 8)
+    assert shape_obstacle(model, device).startswith(message)
+    with pytest.raises(ValueError, match=message):
+        plan(model, device)
+
+
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        ("fits", ""),
+        ("fp32", "weights of float32 are not supported; expected bf16 or fp16"),
+        ("input groups", "groups along the input are not supported"),
+        ("mixed", "weights of mixed bits are not supported"),
+        ("int8 cache", "a KV cache in 8 bits is not supported"),
+        ("embedding", "an embedding of QuantizedEmbedding is not supported"),
+        ("dense", "weights are not in the kernels' layout"),
+        ("capped", "it does not compute a soft cap of logits"),
+    ],
+)
+def test_formats_that_are_refused(kind: str, message: str) -> None:
+    config = replace(SMALL, num_layers=1, sliding_windows=(), logit_softcap=30.0 if kind == "capped" else None)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    model = Transformer(config).to(dtype).requires_grad_(False)
+    grouping = "input" if kind == "input groups" else "output"
+    if kind == "mixed":
+        use_quantized_linears(model, QuantConfig("mixed", 128, average_bits=4.5, refined=((1, 1, 1, 1),)))
+    elif kind != "dense":
+        use_quantized_linears(model, QuantConfig("int4", 128, grouping=grouping))
+    if kind == "int8 cache":
+        use_int8_cache(model)
+    if kind == "embedding":
+        model.embedding = QuantizedEmbedding(model.embedding, 128)  # type: ignore[assignment]
+    if kind == "fp32":
+        model.lm_head.to(torch.bfloat16)
+    assert model_obstacle(model, H100) == message
+    with pytest.raises(UserError, match="its kernel needs CUDA, and the model is on cpu"):
+        CudaProgramBackend(EagerBackend(model, "test"))
+
+
+@pytest.mark.parametrize("piece_bytes", [128, 512])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("config", [LLAMA_3_8B, QWEN_7B, LLAMA_1B, SMALL], ids=["8B", "qwen", "1B", "small"])
+def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bits: int, piece_bytes: int) -> None:
+    qkv = described(config, bits, 16).products[0]
+    unit = math.gcd(config.q_size, config.kv_size) // qkv.columns
+    piece, splits = pieces_and_splits(qkv, unit, H100.multiprocessors, 512, piece_bytes)
+    assert qkv.granules % piece == 0 and qkv.granules // piece * splits <= H100.multiprocessors
+    for end in (config.q_size, config.q_size + config.kv_size):
+        assert end % (piece * qkv.columns) == 0, "a piece has columns of two projections"
+
+
+@pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
+@pytest.mark.parametrize("device", [A100, RTX_4090, H100], ids=["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("bits,head_bits", [(4, 8), (8, 16), (16, 16), (4, 4)])
+def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int, tmp_path: Path) -> None:
+    found = plan(described(LLAMA_3_8B, bits, head_bits), device)
+    assert found.shared_bytes <= device.shared_bytes
+    cubin = compile_source(found.source, f"sm_{device.capability[0]}{device.capability[1]}")
+    assert b"decode_step" in cubin
+    if DISASSEMBLER.exists():
+        (tmp_path / "cubin").write_bytes(cubin)
+        run = subprocess.run([DISASSEMBLER, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True)
+        odd = re.findall(r".*desc\[UR\d*[13579]\].*", run.stdout)
+        assert "LDGSTS" in run.stdout and not odd, f"a GPU refuses {odd[:1]}: see gather.cuh's Turn"
+
+
+@pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
+def test_a_failed_compilation_says_where() -> None:
+    with pytest.raises(UserError, match=r"compiling program.cu for sm_90 failed: .*error"):
+        compile_source("#error no config", "sm_90")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant,lm_head", FORMATS.values(), ids=FORMATS)
+def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, lm_head: bool) -> None:
+    seed = {None: 0, "int8": 1, "int4": 4}[quant]  # with which no entry is at its threshold but for rounding
+    model = random_model(TINY, torch.float16, quant, lm_head, True, "cpu", seed)
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant", [None, "int4"])
+def test_bits_do_not_depend_on_who_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None
+) -> None:
+    """Launches of the emulation run their threads in different orders."""
+    backend = emulated_backend(random_model(TINY, torch.float16, quant, True, True, "cpu"), tmp_path, monkeypatch)
+    first, *others = (program_logits(backend, some_ids(backend.model)) for _ in range(3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, first, strict=True))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teal.kernels.program.plan.MIN_SCALED_STAGES", MAX_STAGES + 1)
+    model = random_model(TINY, torch.float16, "int4", False, False, "cpu")
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+    assert "SCALED = false" in (tmp_path / "config.cuh").read_text()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant,piece_bytes,share", [(None, 1, 1), (None, 100, 2), ("int8", 1, 1), ("int8", 100, 4)])
+def test_teams_of_blocks_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, piece_bytes: int, share: int
+) -> None:
+    monkeypatch.setattr("teal.kernels.program.plan.MLP_PIECE_BYTES", piece_bytes)
+    model = random_model(TINY, torch.float16, quant, False, False, "cpu")
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+    assert f"MLP_SHARE = {share};" in (tmp_path / "config.cuh").read_text()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_families_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    quant = None if "tie_embeddings" in changes else "int4"
+    model = random_model(replace(TINY, **changes), torch.bfloat16, quant, False, False, "cpu")
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 1e-2)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype,limit", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "fp16"])
+def test_a_warp_that_attends_to_many_tiles_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, limit: float
+) -> None:
+    monkeypatch.setattr("teal.kernels.program.plan.MAX_ATTENTION_SPLITS", 1)
+    config = replace(TINY, num_heads=3, num_kv_heads=1, sliding_windows=(None, 140))
+    check_logits(emulated_backend(random_model(config, dtype, None, False, False, "cpu"), tmp_path, monkeypatch), limit)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_clocks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block's clocks rise from phase to phase, and each phase has a block; times add up to those of a layer."""
+    backend = emulated_backend(random_model(TINY, torch.float16, "int8", False, False, "cpu"), tmp_path, monkeypatch)
+    backend.stamps = backend.new_stamps()
+    with torch.inference_mode():
+        backend.decode(
+            torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), backend.model.new_cache(1, 8)
+        )
+    for clocks in backend.stamps.movedim(2, 1).flatten(0, 1):
+        taken = clocks[clocks > 0].tolist()
+        assert taken == sorted(taken) and clocks[0] > 0 and clocks[-1] > 0
+    assert (backend.stamps > 0).any(dim=2).all(), "a phase without a block"
+    times = phase_times(backend.stamps, 40.0)
+    assert times.pop("a layer") == 40.0 and min(times.values()) > 0
+
+
+@pytest.mark.gpu
+def test_bits_of_a_thousand_steps() -> None:
+    backend = CudaProgramBackend(
+        FusedBackend(random_model(SMALL, torch.bfloat16, None, False, True, "cuda"), "test", False)
+    )
+    cache, place = backend.model.new_cache(1, 64), torch.full((1, 1), 40, device="cuda")
+    cache.k.normal_(), cache.v.normal_()
+    first: Tensor | None = None
+    for _ in range(1000):
+        with torch.inference_mode():
+            logits = backend.choose(torch.tensor([[7]], device="cuda"), place.clone(), cache)
+        assert logits is not None and (first is None or torch.equal(logits, first))
+        first = logits if first is None else first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("quant,lm_head", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype,limit", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=["bf16", "fp16"])
+def test_formats(dtype: torch.dtype, limit: float, quant: str | None, lm_head: bool, sparse: bool) -> None:
+    model = random_model(SMALL, dtype, quant, lm_head, sparse, "cuda")
+    if sparse:
+        ids = some_ids(model)
+        modules = step_logits(EagerBackend(model, "test"), ids)[0]
+        limit = ROUNDED_OTHERWISE * relative_error(modules, expected_logits(model, ids))
+    check_on_gpu(model, limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_families(changes: dict[str, Any]) -> None:
+    quant = None if "tie_embeddings" in changes else "int4"
+    check_on_gpu(random_model(replace(TINY, **changes), torch.bfloat16, quant, False, False, "cuda"), 1e-2)
+
+
+def check_on_gpu(model: Transformer, limit: float) -> None:
+    """check_logits, and the same bits in every run."""
+    backend = CudaProgramBackend(FusedBackend(model, "test", compile=False))
+    first = check_logits(backend, limit)
+    for _ in range(10):
+        assert all(map(torch.equal, program_logits(backend, some_ids(model)), first)), "bits differ between runs"
+
+
+def some_ids(model: Transformer) -> Tensor:
+    """Token ids [1, PROMPT + STEPS]."""
+    shape, generator = (1, PROMPT + STEPS), torch.Generator().manual_seed(1)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.embedding.weight.device)
+
+
+def check_logits(backend: CudaProgramBackend, limit: float) -> tuple[Tensor, Tensor]:
+    """The program's logits, which are the reference's."""
+    ids = some_ids(backend.model)
+    expected = expected_logits(backend.model, ids)
+    logits, of_its_head = program_logits(backend, ids)
+    assert_near("logits", logits, expected, limit)
+    assert_near("logits of the program's head", of_its_head, expected[0], limit)
+    return logits, of_its_head
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_graph_gives_the_same_tokens_and_sees_new_thresholds() -> None:
+    model = random_model(SMALL, torch.bfloat16, "int4", True, True, "cuda")
+    backend = CudaProgramBackend(FusedBackend(model, "test", compile=False))
+    cache, token, position = model.new_cache(1, 256), *(torch.zeros(1, 1, dtype=torch.int64).cuda() for _ in range(2))
+
+    def text(step: Any, count: int = 20) -> list[int]:
+        token.fill_(5)
+        position.zero_()
+        return [step() or int(token) for _ in range(count)]
+
+    def eager() -> None:
+        backend.choose(token, position, cache)
+
+    sparse = text(eager)
+    graph = capture(eager, (token, position))
+    assert text(graph.replay) == sparse
+    sparsify(model, SparsityPlan({}, "test", 0.0, ({n: ProjectionPlan(0.0, 0.0) for n in PROJECTIONS},) * 3))
+    dense = text(eager)
+    assert text(graph.replay) == dense != sparse
