@@ -4,16 +4,16 @@
 //     block   (unit, split): an equal run of the positions; the last one's block stores the new token's key and value
 //     seat    one or two warps: every so many tiles of 16 positions, for all heads of the unit, on tensor cores
 //
-// scores [heads, positions] = queries keys^T leaves in lane 4 g + c just what sums [channels, heads] += values^T weights^T
-// wants of it there: head g, positions 2 c, 2 c + 1 and 8 more. Products may take channels in any order that both sides
-// share, so a lane reads neighbouring channels, 16 bytes at once:
+// Two products, scores [heads, positions] = queries keys^T and sums [channels, heads] += values^T weights^T. The first
+// leaves in lane 4 g + c what the second wants there: head g, positions 2 c, 2 c + 1 and 8 more. Channels may come in
+// any order that both sides share, so a lane reads neighbouring ones, 16 bytes at once:
 //
 //     lane 4 g + c    of keys: positions g and g + 8, channels 8 c to 8 c + 7 of every 32
 //                     of values: positions 2 c, 2 c + 1, 2 c + 8, 2 c + 9, channels 8 g to 8 g + 7 of every 64
 //
-// Heads of fewer than 64 channels are read in narrower pieces. Every block rotates its own query heads: less than a trip
-// to have it done once. What it sends of each head is the unnormalised sum, the largest score and the sum of exponentials
-// (both to base 2). Whoever multiplies with o combines them, for its own channels only.
+// Heads of fewer than 64 channels are read in narrower pieces. Every block rotates its own query heads: less than a
+// trip to have it done once. What it sends of each head is the unnormalised sum, the largest score and the sum of
+// exponentials (both to base 2). Whoever multiplies with o combines them, for its own channels only.
 #pragma once
 
 constexpr int SLOT = HEAD_DIM + 2;  // words of a head and split: sum, largest, weight
@@ -21,7 +21,7 @@ constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
 constexpr int TILE = 16;  // positions
 constexpr int KEY_WORDS = min_of(4, HEAD_DIM / 8), KEY_PIECES = HEAD_DIM / (8 * KEY_WORDS);  // of a lane and position
 constexpr int VALUE_WORDS = min_of(4, HEAD_DIM / 16), VALUE_PIECES = HEAD_DIM / (16 * VALUE_WORDS);
-// Warps that share a tile, each with its own pieces of the values: all sums of 128 channels would take the registers that
+// Warps that share a tile, each with its own pieces of the values: all sums of 128 channels would take registers that
 // the loops over weights keep. Both multiply with the keys.
 constexpr int TILE_WARPS = VALUE_PIECES > 1 ? 2 : 1, SEATS = WARPS / TILE_WARPS, OWN_PIECES = VALUE_PIECES / TILE_WARPS;
 constexpr float LOG2E = 1.4426950408889634f;
@@ -63,8 +63,8 @@ struct Tile {  // a lane's part of the keys and values of 16 positions
     }
 };
 
-// Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums of
-// heads 2 c and 2 c + 1.
+// Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums
+// of heads 2 c and 2 c + 1.
 struct Running {
     float largest = NOTHING, weight = 0.0f, sums[OWN_PIECES][VALUE_WORDS][4] = {};
 

@@ -49,8 +49,8 @@ __device__ __forceinline__ u32 high_nibbles(u32 x) {
     return pair;
 }
 
-// d += a b on tensor cores: a [16, 16] and b [16, 8] in fp16 or BF16, d [16, 8] in fp32, spread over a warp. Lane 4 g + c
-// has
+// d += a b on tensor cores: a [16, 16] and b [16, 8] in fp16 or bf16, d [16, 8] in fp32, spread over a warp. Lane
+// 4 g + c has
 //     a  rows g, g + 8, g, g + 8 at depths 2 c (+1), 2 c (+1), 2 c + 8 (+1), 2 c + 8 (+1)
 //     b  column g at depths 2 c (+1), 2 c + 8 (+1)
 //     d  row g, columns 2 c and 2 c + 1; row g + 8, the same

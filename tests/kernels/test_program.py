@@ -51,6 +51,8 @@ ROUNDED_OTHERWISE = 1.5
 FAMILIES: dict[str, dict[str, Any]] = {
     "bias-norm-window": {"qkv_bias": True, "o_bias": True, "qk_norm": True, "sliding_windows": (40, 7)},
     "seven-heads-a-key": {"num_heads": 7, "num_kv_heads": 1},
+    "wide": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 128},  # two warps share 16 positions
+    "widest": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 256},
     "narrow": {"num_heads": 6, "head_dim": 16, "hidden_size": 96, "intermediate_size": 160},
     "tied": {"tie_embeddings": True},
 }
