@@ -205,7 +205,10 @@ ANATOMY = re.compile(
     r"\bwqkv\b|\bgate_up\b|\.wo\b|_proj\b|\bq_size\b|\bkv_size\b|\.attention_norm\b|\.ffn_norm\b|\bfeed_forward\b"
     r"|\"q\", \"k\", \"v\", \"o\""
 )
-MAY_NAME_IT = {"model.py", "families.py", "gguf_families.py", "fused_block.py", "cpu_program.py", "int8_cache.py"}
+MAY_NAME_IT = {
+    "model.py", "families.py", "gguf_families.py", "fused_block.py", "cpu_program.py", "cuda_program.py",
+    "int8_cache.py",
+}  # fmt: skip
 
 
 def test_nothing_else_knows_the_anatomy_of_a_block() -> None:

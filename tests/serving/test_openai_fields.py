@@ -336,9 +336,8 @@ def test_names_without_an_option(tiny_folder: Path) -> None:
 
     def names(checkpoint: str | None, name: str, *served: str) -> tuple[str, ...]:
         engine.name = name
-        return model_names(
-            Namespace(checkpoint=checkpoint, random_weights=None, served_model_name=served or None), engine
-        )
+        options = {"checkpoint": checkpoint, "random_weights": None, "adapter": None}
+        return model_names(Namespace(**options, served_model_name=served or None), engine)
 
     assert names(None, "SmolLM2-135M-Instruct-v1") == ("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-v1")
     assert names("org/name", "org/name") == ("name", "org/name")
