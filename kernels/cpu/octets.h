@@ -1,4 +1,5 @@
-// Bytes of weights in registers: from a strip of blocks.py, and in products of four at a time.
+// Bytes of weights in registers: from a strip of blocks.py, and in products of four at a time. Those with registers of 256
+// bits are in quads_avx2.h.
 #pragma once
 
 #include <cstdint>
@@ -89,18 +90,6 @@ TEAL_INLINE void interleave(const Octets rows[4], Octets out[4]) {
   out[1] = reinterpret_cast<Octets>(_mm512_unpackhi_epi16(low, next_low));
   out[2] = reinterpret_cast<Octets>(_mm512_unpacklo_epi16(high, next_high));
   out[3] = reinterpret_cast<Octets>(_mm512_unpackhi_epi16(high, next_high));
-#elif defined(__AVX2__)
-  __m256i found[4][2];
-  for (int h = 0; h < 2; ++h) {
-    const auto of = [&](int i) { return load_bytes<__m256i>(reinterpret_cast<const char*>(rows + i) + 32 * h); };
-    const __m256i low = _mm256_unpacklo_epi8(of(0), of(1)), high = _mm256_unpackhi_epi8(of(0), of(1));
-    const __m256i next_low = _mm256_unpacklo_epi8(of(2), of(3)), next_high = _mm256_unpackhi_epi8(of(2), of(3));
-    found[0][h] = _mm256_unpacklo_epi16(low, next_low);
-    found[1][h] = _mm256_unpackhi_epi16(low, next_low);
-    found[2][h] = _mm256_unpacklo_epi16(high, next_high);
-    found[3][h] = _mm256_unpackhi_epi16(high, next_high);
-  }
-  for (int v = 0; v < 4; ++v) out[v] = load_bytes<Octets>(found[v]);
 #else
   for (int v = 0; v < 4; ++v)
     for (int lane = 0; lane < LANES; ++lane)
@@ -108,37 +97,11 @@ TEAL_INLINE void interleave(const Octets rows[4], Octets out[4]) {
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512BW__)
-// As add_products. Without VNNI two products are added in 16 bits, where eight bits of weights would not fit.
-template <int BITS>
-TEAL_INLINE __m256i add_products_256(__m256i sums, __m256i weights, __m256i x) {
-#if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sums, weights, x);
-#else
-  const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
-  if constexpr (BITS < 8) return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), ones));
-  const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(weights, nibble), x);
-  const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(weights, 4), nibble), x);
-  const __m256i tops = _mm256_slli_epi32(_mm256_madd_epi16(high, ones), 4);
-  return _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(low, ones), tops));
-#endif
-}
-#endif
-
-// sums + the products of each lane's four bytes with the four of x, which are signed. Weights have so many bits.
-template <int BITS>
+// sums + the products of each lane's four bytes with the four of x, which are signed.
 TEAL_INLINE Integers add_products(const Integers& sums, const Octets& weights, int32_t x) {
 #if defined(__AVX512VNNI__)
   return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(weights), _mm512_set1_epi32(x)));
-#elif defined(__AVX2__) && !defined(__AVX512BW__)
-  __m256i found[2];
-  for (int h = 0; h < 2; ++h) {
-    const __m256i before = load_bytes<__m256i>(reinterpret_cast<const char*>(&sums) + 32 * h);
-    const __m256i four = load_bytes<__m256i>(reinterpret_cast<const char*>(&weights) + 32 * h);
-    found[h] = add_products_256<BITS>(before, four, _mm256_set1_epi32(x));
-  }
-  return load_bytes<Integers>(found);
 #else
   const Words lanes = load_bytes<Words>(&weights);
   Integers found = sums;
