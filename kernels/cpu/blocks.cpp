@@ -14,9 +14,9 @@
 #include <cmath>
 #include <limits>
 
+#include "avx2.h"
 #include "matrix.h"
 #include "octets.h"
-#include "quads_avx2.h"
 
 namespace teal {
 namespace {
@@ -160,7 +160,7 @@ void add_quads(const Blocks& w, const Group<ROWS, DIGITS>& group, int64_t quad, 
   const int32_t* ahead = std::min(channels + AHEAD, last - 4 * QUADS);
   for (int64_t strip = begin; strip < end; ++strip, ++found) {
     for (int i = 0; i < 4 * QUADS; ++i) prefetch<BITS>(w, ahead[i], strip);
-#if defined(TEAL_QUADS_AVX2)
+#if defined(TEAL_AVX2)
     int32_t x[ROWS][DIGITS][QUADS];
     for (int r = 0; r < ROWS; ++r)
       for (int t = 0; t < DIGITS; ++t) std::copy_n(group.entries[r][t] + quad, QUADS, x[r][t]);
@@ -186,7 +186,7 @@ void add_scaled(Blocks w, const Scales s, const Group<ROWS, DIGITS>& group, int6
   w.nested = NESTED;  // a local copy of what the loop below does not change: no store of it can
   w.has_minima = MINIMA;
   const int64_t channel = group.channel;
-#if defined(TEAL_QUADS_AVX2)
+#if defined(TEAL_AVX2)
   add_scaled_256<ROWS, DIGITS, MINIMA>(w, s, channel, group.unit, group.sum, column, found, sums, WIDTH);
 #else
   Lanes units[ROWS], entries[ROWS];

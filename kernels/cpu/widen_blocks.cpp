@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "avx2.h"
 #include "blocks.h"
 #include "matrix.h"
 #include "octets.h"
@@ -55,6 +56,12 @@ TEAL_INLINE Lanes weight_of(const Blocks& w, const Lanes& integer, const Lanes& 
 template <int BITS, typename T>
 void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, int64_t strip, int64_t count, T* out,
                  int64_t stride) {
+#if defined(TEAL_AVX2)
+  if (count == STRIP) return widen_strip_256<BITS>(w, s, first, last, strip, out, stride);
+  T rows[MIN_GROUP * STRIP];
+  widen_strip_256<BITS>(w, s, first, last, strip, rows, STRIP);
+  for (int64_t k = 0; k < last - first; ++k) std::copy_n(rows + k * STRIP, count, out + k * stride);
+#else
   const int64_t column = strip * STRIP;
   Lanes scale[VECTORS], minimum[VECTORS] = {};
   for (int v = 0; v < VECTORS; ++v) {
@@ -69,6 +76,7 @@ void widen_strip(const Blocks& w, const Scales& s, int64_t first, int64_t last, 
     for (int v = 0; v < VECTORS; ++v) store(to + v * LANES, weight_of(w, found[v], scale[v], minimum[v]));
     if (count < STRIP) std::copy_n(row, count, out);
   }
+#endif
 }
 
 #if defined(__AVX512BF16__)

@@ -1,13 +1,13 @@
-// Products of blocks.cpp with registers of 256 bits, for processors without AVX-512: halves of its registers of 64 bytes,
-// which GCC 12 takes through memory there. 1536 x 1536 in Q4_1, Q6_K, Q8_0 took 271, 698, 288 us of a Zen 5 core as
-// compiled for AVX2, and take 89, 149, 122; floats in bf16 take 124 to 157.
+// What blocks.cpp and widen_blocks.cpp do, with registers of 256 bits, for processors without AVX-512: by halves of their
+// registers of 64 bytes, which GCC 12 takes through memory there. 1536 x 1536 in Q4_1, Q6_K, Q8_0 took 271, 698, 288 us
+// of a Zen 5 core as compiled for AVX2, and take 89, 149, 122; floats in bf16 take 124 to 157.
 #pragma once
 
 #include "blocks.h"
 #include "octets.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512BW__)
-#define TEAL_QUADS_AVX2
+#define TEAL_AVX2
 
 namespace teal {
 
@@ -128,6 +128,46 @@ TEAL_INLINE void add_scaled_256(const Blocks& w, const Scales& s, int64_t channe
       _mm256_storeu_ps(to, sum);
     }
   }
+}
+
+TEAL_INLINE void store_256(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
+TEAL_INLINE void store_256(Half* to, __m256 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+TEAL_INLINE void store_256(BFloat16* to, __m256 x) {  // as store of floats.h
+  const __m256i words = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(words, 16), _mm256_set1_epi32(1));
+  const __m256i sums = _mm256_add_epi32(_mm256_add_epi32(words, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i halves = _mm256_srli_epi32(sums, 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+}
+
+// Rows of one group and strip as floats, rounded twice as the gguf package does: out [last - first, stride].
+template <int BITS, typename T>
+TEAL_INLINE void widen_strip_256(const Blocks& w, const Scales& s, int64_t first, int64_t last, int64_t strip, T* out,
+                                 int64_t stride) {
+  const __m256 offset = _mm256_set1_ps(static_cast<float>(w.offset));
+  for (int side = 0; side < 2; ++side)
+    for (int h = 0; h < 2; ++h) {
+      __m256 scale[4], minimum[4];  // of columns 16 b + 8 h to 16 b + 8 h + 7 of the side
+      for (int b = 0; b < 4; ++b) {
+        const int64_t n = strip * STRIP + side * 64 + 16 * b + 8 * h;
+        scale[b] = scale_256(w, s, first, n);
+        minimum[b] = w.has_minima ? minimum_256(w, s, first, n) : _mm256_setzero_ps();
+      }
+      for (int64_t k = first; k < last; ++k) {
+        const __m256i bytes = half_bytes<BITS>(w.values + k * w.row_bytes(), w.columns(), strip, side, h);
+        const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+        const __m128i pairs[2] = {_mm_unpacklo_epi32(low, high), _mm_unpackhi_epi32(low, high)};
+        for (int b = 0; b < 4; ++b) {
+          const __m128i eight = b % 2 ? _mm_unpackhi_epi64(pairs[b / 2], pairs[b / 2]) : pairs[b / 2];
+          const __m256 integers = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+          __m256 x = _mm256_mul_ps(_mm256_sub_ps(integers, offset), scale[b]);
+          if (w.has_minima) x = _mm256_add_ps(x, minimum[b]);
+          store_256(out + (k - first) * stride + side * 64 + 16 * b + 8 * h, x);
+        }
+      }
+    }
 }
 
 }  // namespace teal
