@@ -1,6 +1,6 @@
-// What blocks.cpp and widen_blocks.cpp do, with registers of 256 bits, for processors without AVX-512: by halves of their
-// registers of 64 bytes, which GCC 12 takes through memory there. 1536 x 1536 in Q4_1, Q6_K, Q8_0 took 271, 698, 288 us
-// of a Zen 5 core as compiled for AVX2, and take 89, 149, 122; floats in bf16 take 124 to 157.
+// What blocks.cpp and widen_blocks.cpp do, with registers of 256 bits, for processors without AVX-512: by halves of
+// their registers of 64 bytes, which GCC 12 takes through memory there. 1536 x 1536 in Q4_1, Q6_K, Q8_0 took 271, 698,
+// 288 us of a Zen 5 core as compiled for AVX2, and take 89, 149, 122; floats in bf16 take 124 to 157.
 #pragma once
 
 #include "blocks.h"
@@ -135,7 +135,8 @@ TEAL_INLINE void store_256(Half* to, __m256 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 TEAL_INLINE void store_256(BFloat16* to, __m256 x) {  // as store of floats.h
-  const __m256i words = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(words, 16), _mm256_set1_epi32(1));
+  const __m256i words = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(words, 16), _mm256_set1_epi32(1));
   const __m256i sums = _mm256_add_epi32(_mm256_add_epi32(words, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i halves = _mm256_srli_epi32(sums, 16);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));

@@ -1,5 +1,5 @@
-// Bytes of weights in registers: from a strip of blocks.py, and in products of four at a time. Those with registers of 256
-// bits are in avx2.h.
+// Bytes of weights in registers: from a strip of blocks.py, and in products of four at a time. avx2.h has those with
+// registers of 256 bits.
 #pragma once
 
 #include <cstdint>

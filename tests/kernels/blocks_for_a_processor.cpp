@@ -1,4 +1,4 @@
-// Products with blocks, and their floats, as C functions: a test compiles them for other processors than the one at hand.
+// Products with blocks, and their floats, as C functions: a test compiles them for other processors than this one.
 #include "blocks.h"
 #include "matrix.h"
 
