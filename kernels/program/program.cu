@@ -72,6 +72,15 @@ struct QkvPart {
     __device__ bool has(int i) const { return own(i) < QKV_CHANNELS && channel(own(i)) < HIDDEN; }
 };
 
+// Of o.
+struct OPart {
+    static constexpr int PIECES = O::GRANULES / O_PIECE;
+    const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
+    const int first_group = piece * O_PIECE / O::GRANULES_OF_GROUP;
+
+    __device__ int channel(int i) const { return 2 * (i / 2 * O_SPLITS + split) + i % 2; }
+};
+
 struct Step {
     const Arguments& a;
     Shared& s;
@@ -127,11 +136,9 @@ struct Step {
         if (part.split < QKV_SPLITS) fetch_panel<Qkv, QKV_GROUPS, QKV_CHANNELS>(l.qkv, part.first_group, channel, s);
     }
     __device__ void fetch_o_panel(const Layer& l) {
-        constexpr int PIECES = O::GRANULES / O_PIECE;
-        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
-        auto channel = [&](int i) { return 2 * (i / 2 * O_SPLITS + split) + i % 2; };
-        const int first_group = piece * O_PIECE / O::GRANULES_OF_GROUP;
-        if (split < O_SPLITS) fetch_panel<O, O_GROUPS, O_CHANNELS>(l.o, first_group, channel, s);
+        const OPart part;
+        auto channel = [&](int i) { return part.channel(i); };
+        if (part.split < O_SPLITS) fetch_panel<O, O_GROUPS, O_CHANNELS>(l.o, part.first_group, channel, s);
     }
 
     __device__ void reduce_qkv(const Layer& l) {
@@ -154,13 +161,12 @@ struct Step {
     }
 
     __device__ void send_o(const Layer& l) {
-        constexpr int PIECES = O::GRANULES / O_PIECE;
-        const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
-        if (split >= O_SPLITS) return;
-        const Listed listed = list_attended(words(Words::ATTENDED), s.limits[layer].o, split, epoch, s);
+        const OPart part;
+        if (part.split >= O_SPLITS) return;
+        const Listed listed = list_attended(words(Words::ATTENDED), s.limits[layer].o, part.split, epoch, s);
         stamp(6);
-        product<O, O_PIECE, O_CHANNELS>(l.o, piece, piece * O_PIECE / O::GRANULES_OF_GROUP, split, listed,
-                                        words(Words::O_PARTS), epoch, s, [] {});
+        product<O, O_PIECE, O_CHANNELS>(l.o, part.piece, part.first_group, part.split, listed, words(Words::O_PARTS),
+                                        epoch, s, [] {});
     }
 
     template <int SPLITS>

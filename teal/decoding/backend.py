@@ -1,4 +1,4 @@
-"""What a backend is, and the two that run a model's modules: as they are, or compiled.
+"""What a backend is, the two that run a model's modules, as they are or compiled, and what all others build on.
 
 A backend runs a model's layers. It changes neither the model's methods nor its list of layers. All give the same result
 but for rounding; the eager one is the reference. Prefill and decode are methods of their own.
@@ -110,3 +110,16 @@ class CompiledBackend(Backend):
             mark_varying(self.state.phase, x, *context)
             x = self.run_block(block, x, *context)
         return x
+
+
+class StepBackend(Backend):
+    """Runs decode steps by kernels of its own, and prefill by another backend, on the same weights."""
+
+    def __init__(self, others: Backend) -> None:
+        super().__init__(others.model, others.reason)
+        self.others, self.compiles = others, others.compiles
+        self.norm, self.position_tensors = others.norm, others.position_tensors
+
+    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
+        """As Backend.prefill."""
+        return self.others.prefill(tokens, positions, kv_cache)

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend
+from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend, StepBackend
 from teal.decoding.cpu_program import CpuProgramBackend
 from teal.errors import ParameterError, UserError
 from teal.extras import block_extras
@@ -17,7 +17,7 @@ from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
 
 
-class FusedBackend(Backend):
+class FusedBackend(StepBackend):
     """Decode by seven kernels a block (fused_block.py); prefill by another backend, on the same weights.
 
     Projections of a dense model in floats are replaced, in place, by modules of the layout that the kernels read.
@@ -30,14 +30,8 @@ class FusedBackend(Backend):
 
         if not has_kernel_layout(model):
             sparsify(model, keep_all_plan(model.config))
-        super().__init__(model, reason)
+        super().__init__(CompiledBackend(model, reason) if compile else EagerBackend(model, reason))
         self.block_decode = fused_decode
-        self.others: Backend = CompiledBackend(model, reason) if compile else EagerBackend(model, reason)
-        self.compiles, self.norm, self.position_tensors = compile, self.others.norm, self.others.position_tensors
-
-    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """As Backend.prefill."""
-        return self.others.prefill(tokens, positions, kv_cache)
 
     def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         """More rows than the kernels take go through the modules, and so does what is counted."""

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from teal.decoding.backend import FUSED_INPUTS, Backend
+from teal.decoding.backend import FUSED_INPUTS, Backend, StepBackend
 from teal.errors import UserError
 from teal.extras import extras
 from teal.kernels.cpu.native import native_kernels
@@ -44,7 +44,7 @@ HEADS = (OutputHead, NativeHead, QuantizedHead, BlockHead)
 EMBEDDINGS = (nn.Embedding, QuantizedEmbedding, BlockEmbedding)
 
 
-class CpuProgramBackend(Backend):
+class CpuProgramBackend(StepBackend):
     """Decodes by one call; more rows, counted steps and prefill go to the modules.
 
     torch.get_num_threads says how many threads a step takes. Raises UserError, with the reason, if the program cannot
@@ -57,8 +57,8 @@ class CpuProgramBackend(Backend):
         model = others.model
         if obstacle := program_obstacle(model):
             raise UserError(obstacle)
-        super().__init__(model, others.reason)
-        self.others, self.compiles, self.keeps_modules = others, others.compiles, others.keeps_modules
+        super().__init__(others)
+        self.keeps_modules = others.keeps_modules
         self.program = StepProgram()
         c = model.config
         self.frequencies = frequencies(c.head_dim, *c.rope("global"), model.device).contiguous()
@@ -68,10 +68,6 @@ class CpuProgramBackend(Backend):
             self._model()
         except ValueError as error:  # a tensor that the program cannot read
             raise UserError(str(error)) from None
-
-    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """As Backend.prefill."""
-        return self.others.prefill(tokens, positions, kv_cache)
 
     def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         if not self._takes(len(tokens)):

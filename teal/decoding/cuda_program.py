@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from teal.decoding.backend import Backend
+from teal.decoding.backend import Backend, StepBackend
 from teal.errors import UserError
 from teal.extras import extras
 from teal.kernels.formats.packing import Weight
@@ -26,7 +26,7 @@ PHASES = (
 Projected = SparseLinear | QuantizedLinear
 
 
-class CudaProgramBackend(Backend):
+class CudaProgramBackend(StepBackend):
     """Decodes a single row by one launch; more rows, counted steps and prefill go to another backend.
 
     The others' projections are in the layout of the sparse kernels. Raises UserError, with the reason, if the program
@@ -39,9 +39,7 @@ class CudaProgramBackend(Backend):
         model = others.model
         if obstacle := program_obstacle(model):
             raise UserError(obstacle)
-        super().__init__(model, others.reason)
-        self.others, self.compiles = others, others.compiles
-        self.norm, self.position_tensors = others.norm, others.position_tensors
+        super().__init__(others)
         device = model.device
         self.program = Program(plan(_described(model), device_facts(device)), device)
         self.frequencies = frequencies(model.config.head_dim, *model.config.rope("global"), device).contiguous()
@@ -54,18 +52,12 @@ class CudaProgramBackend(Backend):
             self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
         self.no_threshold = torch.zeros(1, device=device)
         self.stamps: Tensor | None = None  # of new_stamps, if the clocks of launches are wanted
-        self.tables: dict[
-            tuple[int, ...], Tensor
-        ] = {}  # of all layers, on the device; a captured step may need old ones
+        self.tables: dict[tuple[int, ...], Tensor] = {}  # of all layers; a captured step may need old ones
 
     def new_stamps(self) -> Tensor:
         """Room for a launch's clocks, int64 [layers, 1 + phases, blocks]: 0 where a block has no part in a phase."""
         layers, blocks = self.model.config.num_layers, self.program.plan.grid
         return torch.zeros(layers, 1 + len(PHASES), blocks, dtype=torch.int64, device=self.model.device)
-
-    def prefill(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
-        """As Backend.prefill."""
-        return self.others.prefill(tokens, positions, kv_cache)
 
     def _decode(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor:
         if tokens.shape[0] > 1 or self.state.counting:
