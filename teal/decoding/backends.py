@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerBackend, StepBackend
@@ -11,10 +12,11 @@ from teal.extras import block_extras
 from teal.layers.block_linear import BlockWeight
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule
+from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import KVCache, Transformer
 from teal.options import BACKENDS, MAX_ROWS, check_choice
 from teal.plan import keep_all_plan
-from teal.teal_layers import sparsify
+from teal.teal_layers import SparseLinear, sparsify
 
 
 class FusedBackend(StepBackend):
@@ -55,7 +57,10 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
     device = model.device
     name, reason = forced, "asked for"
     if forced == "auto":
-        name, reason = best_backend(device.type, has_kernel_layout(model), has_int8_cache(model), compile)
+        layout = has_kernel_layout(model)
+        name, reason = best_backend(
+            device.type, layout, has_int8_cache(model), compile, layout and _program_pays(model)
+        )
     beneath = name  # a program leaves to it what it does not take
     if name == "program":
         beneath = "fused" if device.type == "cuda" else "compiled" if compile else "eager"
@@ -89,8 +94,15 @@ def _program(others: Backend, forced: bool) -> Backend:
         return others
 
 
-def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None) -> tuple[str, str]:
-    """Name and reason of the fastest backend on a type of device; kernel_layout: see has_kernel_layout."""
+def best_backend(
+    device: str, kernel_layout: bool, int8_cache: bool, compile: bool | None, program_pays: bool = False
+) -> tuple[str, str]:
+    """Name and reason of the fastest backend on a type of device.
+
+    kernel_layout: see has_kernel_layout. program_pays: whether CUDA's program beats the fused kernels.
+    """
+    if device == "cuda" and kernel_layout and program_pays:
+        return "program", "a step of 16- or 8-bit weights is one kernel on this GPU"
     if device == "cuda" and kernel_layout:
         return "fused", "sparse or quantized weights on CUDA"
     if device == "cuda" and int8_cache:
@@ -107,6 +119,14 @@ def best_backend(device: str, kernel_layout: bool, int8_cache: bool, compile: bo
 def has_kernel_layout(model: Transformer) -> bool:
     """Whether the projections are stored as the fused kernels read them: SparseLinear and QuantizedLinear modules."""
     return any(isinstance(module, PhasedModule) for module in model.layers.modules())
+
+
+def _program_pays(model: Transformer) -> bool:
+    """Whether CUDA's program has been measured to beat the fused kernels: on an H100, but for 4-bit weights."""
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) != (9, 0):
+        return False
+    modules = [module for module in model.layers.modules() if isinstance(module, (SparseLinear, QuantizedLinear))]
+    return not any(m.scales is not None and m.weight.dtype != torch.int8 for m in modules)
 
 
 def _fused_obstacle(model: Transformer) -> str:

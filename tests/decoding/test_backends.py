@@ -115,6 +115,23 @@ def test_a_cpu_decodes_by_the_program_or_says_why_not(tiny_folder: Path, monkeyp
         choose_backend(loaded.model, forced="program")
 
 
+@pytest.mark.parametrize(
+    "capability,format,pays",
+    [((9, 0), None, True), ((9, 0), "int8", True), ((9, 0), "int4", False), ((8, 0), None, False)],
+)
+def test_where_the_cuda_program_pays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], format: str | None, pays: bool
+) -> None:
+    model = tiny(tmp_path, "dense" if format else "sparse")
+    if format is not None:
+        use_quantized_linears(model, QuantConfig(format, 32), fill=True)
+    monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backends._program_pays(model) is pays
+    name, _ = best_backend("cuda", True, False, None, pays)
+    assert name == ("program" if pays else "fused")
+
+
 def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(tmp_path, "dense")
     monkeypatch.setattr("teal.kernels.gemv.launch.kernels_run_on", lambda device: False)
