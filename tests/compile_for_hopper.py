@@ -78,7 +78,7 @@ def compile_refined(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor) -> No
     from teal.kernels.attention_gemv import attention_gemv
     from teal.kernels.dequantize import launch as floats
     from teal.kernels.norm_gemv import norm_gemv
-    from teal.kernels.silu_gemv import silu_gemv
+    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.sparse_gemv import sparse_gemv
 
     (B, C), E = x.shape, 3
@@ -86,7 +86,7 @@ def compile_refined(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor) -> No
     quantized = (torch.zeros(C + E, 4, dtype=x.dtype), zeros, torch.arange(E, dtype=torch.int32))
     sparse_gemv(x, values, t1, [512], *quantized)
     norm_gemv(residual, norm, 1e-5, values, t1, [512], *quantized)
-    silu_gemv(torch.zeros(2, B, 2 * C), values, t1, *quantized)
+    activation_gemv(torch.zeros(2, B, 2 * C), values, t1, *quantized)
     one = torch.zeros(B, 4, 1)
     attention_gemv(torch.zeros(B, 4, 1, C // 4), one, one, values, t1, *quantized)
     floats(values, *quantized)
@@ -104,7 +104,7 @@ def main() -> None:
     from teal.kernels.norm_gemv import norm_gemv
     from teal.kernels.reduce_partials import reduce_partials
     from teal.kernels.rope_attention import rope_attention
-    from teal.kernels.silu_gemv import silu_gemv
+    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.sparse_gemv import sparse_gemv
 
     JITFunction.run = compile_only
@@ -124,7 +124,7 @@ def main() -> None:
             o = attention_gemv(*splits, torch.zeros(H * D, C, dtype=dtype), t1)
             residual = reduce_partials(o, torch.float32, norm, residual)
             gate_up = norm_gemv(residual, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
-            silu_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
+            activation_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
             sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
             compile_quantized(x, residual, norm, t1, t2)
             argmax_step(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))

@@ -25,12 +25,19 @@ from tests.conftest import PROJECTIONS, QUANTIZABLE, assert_near, relative_error
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, STEPS = 6, 3
 THRESHOLDS = {"q": 0.2, "k": 0.3, "v": 0.1, "o": 0.05, "gate": 0.3, "up": 0.2, "down": 0.02}
+GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "sliding_window_pattern": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-attention-bias": ("llama", {"attention_bias": True}),
     "mistral-sliding": ("mistral", {"sliding_window": 4}),
     "qwen2-bias": ("qwen2", {}),
     "qwen3-head-norms": ("qwen3", {"head_dim": 12}),
+    "gemma-gelu": ("gemma", {"head_dim": 12, "hidden_act": "gelu"}),
+    "gemma2-soft-cap": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3-norms-after": ("gemma3_text", GEMMA | {"tie_word_embeddings": True}),
+    "glm4-norms-after": ("glm4", {"head_dim": 16, "attention_bias": True}),
+    "olmo2-norms-of-all-heads": ("olmo2", {}),
+    "stablelm-layer-norms": ("stablelm", {"use_qkv_bias": True}),
 }
 
 

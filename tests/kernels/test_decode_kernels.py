@@ -10,7 +10,7 @@ import torch
 
 from teal.kernels import attention_gemv as attention_gemv_file
 from teal.kernels import norm_gemv as norm_gemv_file
-from teal.kernels import silu_gemv as silu_gemv_file
+from teal.kernels import activation_gemv as activation_gemv_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
 from teal.kernels.argmax import argmax_step
 from teal.kernels.attention_gemv import attention_gemv
@@ -22,7 +22,7 @@ from teal.kernels.reference import (
     silu_reference,
 )
 from teal.kernels.rope_attention import rope_attention
-from teal.kernels.silu_gemv import silu_gemv
+from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from tests.conftest import ROOT, relative_error
 from tests.products import DEVICE, DTYPES, FP32_SUMS, boundary_error, close, make, reference
@@ -101,13 +101,13 @@ def test_norm_gemv(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 8])
 @pytest.mark.parametrize("splits", [1, 5])
-def test_silu_gemv(splits: int, B: int, dtype: torch.dtype) -> None:
+def test_activation_gemv(splits: int, B: int, dtype: torch.dtype) -> None:
     K, N = 90, 70
     _, weight, thresholds = make(B, K, [N], dtype)
     gate_up = torch.randn(splits, B, 2 * K, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     gate, up = gate_up.sum(0).to(dtype).chunk(2, dim=-1)
     x = silu_reference(gate, up)
-    actual = silu_gemv(gate_up, weight, thresholds)
+    actual = activation_gemv(gate_up, weight, thresholds)
     close(
         actual,
         reference(x, weight, thresholds, [N]),
@@ -159,7 +159,7 @@ def test_opcheck() -> None:
         x, weight, thresholds = make(B, 64, [40, 24], torch.float32)
         torch.library.opcheck(sparse_gemv, (x, weight, thresholds, [40, 24]))
         torch.library.opcheck(norm_gemv, (x, torch.ones(64, device=DEVICE), 1e-5, weight, thresholds, [40, 24]))
-        torch.library.opcheck(silu_gemv, (torch.randn(2, B, 128, device=DEVICE), weight, thresholds[:1]))
+        torch.library.opcheck(activation_gemv, (torch.randn(2, B, 128, device=DEVICE), weight, thresholds[:1]))
         parts = torch.randn(2, B, 64, device=DEVICE)
         torch.library.opcheck(reduce_partials, (parts, torch.bfloat16, None, None))
         where = (torch.zeros(B, 1, dtype=torch.int64, device=DEVICE) for _ in range(2))
@@ -210,7 +210,7 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         rope_attention(parts, None, None, None, 1e-5, one, one, same_row, cache, cache.clone(), 4, 0, one.dtype)
     for call in (
         lambda: norm_gemv(x, torch.ones(63, device=DEVICE), 1e-5, weight, limits, [48]),
-        lambda: silu_gemv(torch.ones(2, 1, 64, device=DEVICE), weight, limits),
+        lambda: activation_gemv(torch.ones(2, 1, 64, device=DEVICE), weight, limits),
         lambda: argmax_step(torch.ones(2, 8, device=DEVICE), torch.zeros(2, 1, device=DEVICE), same_row.clone()),
         lambda: argmax_step(torch.ones(2, 8, device=DEVICE).t(), same_row.clone(), same_row.clone()),
         lambda: argmax_step(torch.ones(3, 8, device=DEVICE), same_row.clone(), same_row.clone()),
@@ -235,7 +235,7 @@ def test_every_launcher_takes_a_tile() -> None:
     for partials in (
         sparse_gemv_file.launch(x, weight, limits, [48], tile=tile),
         norm_gemv_file.launch(x, one, 1e-5, weight, limits, [48], tile=tile),
-        silu_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), weight, limits, tile=tile),
+        activation_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), weight, limits, tile=tile),
         attention_gemv_file.launch(sums, ones, ones, weight, limits, tile=tile),
     ):
         assert partials.shape == (4, 1, 48) and partials.isfinite().all()
