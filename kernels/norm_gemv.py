@@ -25,7 +25,7 @@ def norm_gemv_kernel(
     rows = tl.arange(0, META.BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
     mean, scale = row_scale(p_x, rows, B, K, eps, LAYER_NORM, CHUNK)
-    x = normed(x, mean, scale, norm[None, :], bias[None, :], LAYER_NORM, META.DTYPE)
+    x = normed(x, mean, scale, norm, bias, LAYER_NORM, META.DTYPE)
     sparse_product(
         x, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
         B, K, N, META, PDL,

@@ -23,9 +23,10 @@ def norm_residual_kernel(
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) + tl.zeros([1, 1], tl.int32)
-    columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = columns < N
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     norm, bias = load_norm(p_norm, p_bias, columns, N, LAYER_NORM)
+    columns = columns[None, :]
+    inside = columns < N
     residual = tl.load(p_residual + row * N + columns, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     let_next_start(PDL)

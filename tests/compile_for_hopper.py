@@ -92,6 +92,28 @@ def compile_refined(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor) -> No
     floats(values, *quantized)
 
 
+def compile_families(residual: Tensor, norm: Tensor, t1: Tensor) -> None:
+    """What families beyond plain ones take: norms after sublayers, of all heads and layer norms, GELU, soft caps."""
+    from teal.kernels.activation_gemv import activation_gemv
+    from teal.kernels.norm_gemv import norm_gemv
+    from teal.kernels.norm_residual import norm_residual
+    from teal.kernels.rope_attention import rope_attention
+    from teal.kernels.sparse_gemv import sparse_gemv
+
+    (B, C), dtype, D, H, KV = residual.shape, norm.dtype, 256, 4, 2
+    weight = torch.zeros(C, C, dtype=dtype)
+    norm_gemv(residual, norm, 1e-5, weight, t1, [C], bias=norm)
+    sparse_gemv(residual, weight, t1, [C])
+    activation_gemv(torch.zeros(2, B, 2 * C), weight, t1, activation="gelu_tanh")
+    for bias in (None, norm):
+        norm_residual(residual, norm, bias, 1e-5, residual)
+    angles, positions = torch.zeros(B, D // 2), torch.zeros(B, 1, dtype=torch.int64)
+    cache = torch.zeros(B, KV, 64, D, dtype=dtype)
+    qkv = torch.zeros(1, B, (H + 2 * KV) * D)
+    for norms in ((None, None), (torch.zeros(H * D, dtype=dtype), torch.zeros(KV * D, dtype=dtype))):
+        rope_attention(qkv, None, *norms, 1e-6, angles, angles, positions, cache, cache, H, 0, dtype, 50.0)
+
+
 def main() -> None:
     """Go through a decode step's kernels for each dtype and one or several rows."""
     from teal.kernels.gemv import launch
@@ -127,6 +149,7 @@ def main() -> None:
             activation_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
             sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
             compile_quantized(x, residual, norm, t1, t2)
+            compile_families(residual, norm, t1)
             argmax_step(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 

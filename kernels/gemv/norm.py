@@ -44,11 +44,11 @@ def load_norm(p_norm, p_bias, columns, K, LAYER_NORM: tl.constexpr):
 
 @triton.jit
 def normed(x, mean, scale, norm, bias, LAYER_NORM: tl.constexpr, DTYPE: tl.constexpr):
-    """Entries x of rows with that mean and scale, normed and rounded to DTYPE as model.py's norms would."""
+    """Entries x [BLOCK_B, BLOCK] of rows with that mean and scale; norm, bias [BLOCK]. Rounded as model.py does."""
     if LAYER_NORM:
-        y = rounded((x.to(tl.float32) - mean) * scale * norm + bias, DTYPE)
+        y = rounded((x.to(tl.float32) - mean) * scale * norm[None, :] + bias[None, :], DTYPE)
     else:
-        y = rounded(rounded(x.to(tl.float32) * scale, DTYPE) * norm, DTYPE)
+        y = rounded(rounded(x.to(tl.float32) * scale, DTYPE) * norm[None, :], DTYPE)
     return y
 
 
