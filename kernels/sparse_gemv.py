@@ -22,9 +22,10 @@ def sparse_gemv_kernel(
     wait_for_previous(PDL)
     rows = tl.arange(0, META.BLOCK_B)[:, None]
     x = tl.load(p_x + rows * K + channels[None, :], mask=(rows < B) & (channels < K)[None, :], other=0.0)
+    x = rounded(x.to(tl.float32), META.DTYPE)
     sparse_product(
-        rounded(x.to(tl.float32), META.DTYPE), threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index,
-        p_value, p_partial, B, K, N, META, PDL,
+        x, threshold, weight_rows, channels, start, end, p_weight, stride, p_scale, p_zero, p_index, p_value, p_partial,
+        B, K, N, META, PDL,
     )  # fmt: skip
 
 
@@ -35,9 +36,9 @@ def launch(
     """Partial sums of x @ weight over channels whose |x| reaches the threshold of their column segment.
 
     x is [B, K], contiguous, B from 1 to 8, of weight's dtype or in fp32, which is rounded to it. weight is [K, N] with
-    contiguous rows. With scales, zeros and refined it is a quantized weight (packing.py), whose dtype is that of its
-    scales. thresholds are fp32 [J]; segments: J widths, at most 3, that add up to N. Returns fp32 [splits, B, N], to be summed over the first dimension
-    (reduce_partials). Raises ValueError on a mismatch.
+    contiguous rows. With scales, zeros and refined it is a quantized weight (packing.py), of its scales' dtype.
+    thresholds are fp32 [J]; segments: J widths, at most 3, that add up to N. Returns fp32 [splits, B, N], to be summed
+    over the first dimension (reduce_partials). Raises ValueError on a mismatch.
     """
     matrix = Weight(weight, scales, zeros, refined)
     check_rows(x, matrix, (matrix.dtype, torch.float32))

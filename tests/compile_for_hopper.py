@@ -75,10 +75,10 @@ def compile_quantized(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor, t2:
 
 def compile_refined(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor) -> None:
     """Products with a weight of 4 bits whose channels may be refined, and this weight in floats."""
+    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.attention_gemv import attention_gemv
     from teal.kernels.dequantize import launch as floats
     from teal.kernels.norm_gemv import norm_gemv
-    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.sparse_gemv import sparse_gemv
 
     (B, C), E = x.shape, 3
@@ -120,13 +120,13 @@ def main() -> None:
 
     launch.has_tensor_cores = lambda device: True
     launch.has_dependent_launch = lambda device: True
+    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.argmax import argmax_step
     from teal.kernels.attention_gemv import attention_gemv
     from teal.kernels.formats.kv_int8 import packed_width
     from teal.kernels.norm_gemv import norm_gemv
     from teal.kernels.reduce_partials import reduce_partials
     from teal.kernels.rope_attention import rope_attention
-    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.sparse_gemv import sparse_gemv
 
     JITFunction.run = compile_only

@@ -16,7 +16,6 @@ from teal.options import BACKENDS, MAX_ROWS, check_choice
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparsify
 
-
 # What fused_block.py computes beyond a plain block, by its names in extras.py; anything new is refused until it does.
 FUSED_EXTRAS = frozenset({
     "activation gelu_tanh", "layer norms", "sublayers without a norm before", "norms after sublayers",

@@ -5,6 +5,8 @@ projection is a sparse GEMV that makes its own input and drops what is below the
 which the next kernel adds up. A norm after a sublayer is one kernel more, and so are norms of q and k over all heads.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +18,7 @@ from teal.kernels.norm_residual import norm_residual
 from teal.kernels.reduce_partials import reduce_partials
 from teal.kernels.rope_attention import rope_attention
 from teal.kernels.sparse_gemv import sparse_gemv
-from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Attention, Block, LayerNorm, RMSNorm
-from teal.teal_layers import SparseLinear
-
-Projected = SparseLinear | QuantizedLinear
 
 
 def fused_decode(
@@ -52,8 +50,8 @@ def fused_decode(
     return _added(y, None, block.ffn_end, x)[:, None]
 
 
-def _of_normed(norm: nn.Module, x: Tensor, linear: Projected) -> Tensor:
-    """Partial sums [splits, B, N] of linear's product with what norm makes of x fp32 [B, C]."""
+def _of_normed(norm: nn.Module, x: Tensor, linear: Any) -> Tensor:
+    """Partial sums [splits, B, N] of linear's product with norm(x), for x fp32 [B, C]."""
     weight = (linear.weight, linear.thresholds, linear.segments, linear.scales, linear.zeros, linear.refined)
     if isinstance(norm, (RMSNorm, LayerNorm)):
         return norm_gemv(x, norm.weight, norm.eps, *weight, _bias(norm))
@@ -65,7 +63,9 @@ def _attention(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Attention's splits from the partial sums of q, k and v: see rope_attention."""
-    config, wqkv, bias = attention.config, attention.wqkv, attention.wqkv.bias
+    config = attention.config
+    wqkv: Any = attention.wqkv
+    bias = wqkv.bias
     q_norm, k_norm = attention.q_norm, attention.k_norm
     norms = (q_norm.weight, k_norm.weight) if isinstance(q_norm, RMSNorm) else (None, None)
     if norms[0] is not None and norms[0].numel() > config.head_dim:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from teal.kernels import dequantize as dequantize_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
+from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.attention_gemv import attention_gemv
 from teal.kernels.formats.packing import Weight, dequantize, pack_int4
 from teal.kernels.gemv import launch
@@ -15,7 +16,6 @@ from teal.kernels.gemv.tuning import MAX_SPAN, GemvTile, input_run
 from teal.kernels.norm_gemv import norm_gemv
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
-from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
 from teal.options import MAX_ROWS

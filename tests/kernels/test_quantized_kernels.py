@@ -13,13 +13,13 @@ from teal.decoding.backend import Backend, EagerBackend
 from teal.decoding.backends import FusedBackend
 from teal.kernels import dequantize as dequantize_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
+from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.attention_gemv import attention_gemv
 from teal.kernels.formats.packing import Weight, dequantize
 from teal.kernels.gemv import launch
 from teal.kernels.gemv.tuning import GemvTile, default_tile
 from teal.kernels.norm_gemv import norm_gemv
 from teal.kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
-from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from teal.layers.quantized_linear import QuantConfig, round_to_nearest
 from teal.model import KVCache
