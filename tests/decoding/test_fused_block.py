@@ -25,7 +25,7 @@ from tests.conftest import PROJECTIONS, QUANTIZABLE, assert_near, relative_error
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, STEPS = 6, 3
 THRESHOLDS = {"q": 0.2, "k": 0.3, "v": 0.1, "o": 0.05, "gate": 0.3, "up": 0.2, "down": 0.02}
-GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "sliding_window_pattern": 2}
+GEMMA: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "sliding_window_pattern": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-attention-bias": ("llama", {"attention_bias": True}),
