@@ -23,9 +23,22 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(weight.dtype) * weight
 
 
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm in fp32, rounded once to weight's dtype: x [..., K] -> [..., K]."""
+    x32 = x.float() - x.float().mean(-1, keepdim=True)
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float() + bias.float()).to(weight.dtype)
+
+
 def silu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up in fp32, rounded once to their dtype."""
     return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def gelu_tanh_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """As silu_reference, with x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) in place of silu(x)."""
+    x = gate.float()
+    return (x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) * up.float()).to(gate.dtype)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -35,13 +48,19 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, window: int) -> Tensor:
-    """fp32 softmax(q k^T / sqrt(D)) v of q [B, H, D] over the positions up to each row's own, [B, H, D]."""
+def attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, window: int, softcap: float = 0.0
+) -> Tensor:  # fmt: skip
+    """fp32 softmax(q k^T / sqrt(D)) v of q [B, H, D] over the positions up to each row's own, [B, H, D].
+
+    Scores become softcap * tanh(scores / softcap), unless that is 0.
+    """
     B, H, D = q.shape
     KV, S = k_cache.shape[1], k_cache.shape[2]
     k, v = (cache.float().repeat_interleave(H // KV, dim=1) for cache in (k_cache, v_cache))  # [B, H, S, D]
     behind = positions.view(B, 1, 1) - torch.arange(S, device=q.device)
     allowed = (behind >= 0) & ((behind < window) if window else True)
     scores = torch.einsum("bhd,bhsd->bhs", q.float(), k) / D**0.5
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
     return torch.einsum("bhs,bhsd->bhd", weights, v.masked_fill(~allowed[..., None], 0.0))

@@ -52,13 +52,37 @@ def summed_heads(
 
 
 @triton.jit
-def normed_and_rotated(
-    a, b, p_norm, eps, cos, sin, HALF: tl.constexpr, BLOCK_H: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr
+def scale_of_all(
+    p_partial, p_bias, i_row, B, N, eps, FIRST: tl.constexpr, COUNT: tl.constexpr, SPLITS_IN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr = 1024,
 ):  # fmt: skip
-    """Head norm (Qwen3) and rotation of both halves [HEADS, BLOCK_H], rounded as the layers would."""
-    if HAS_NORM:
+    """1 / root mean square of columns FIRST to FIRST + COUNT of a row, summed, biased and rounded."""
+    squares = tl.zeros([CHUNK], tl.float32)
+    for i in range(0, COUNT, CHUNK):
+        column = FIRST + i + tl.arange(0, CHUNK)
+        x = tl.zeros([CHUNK], tl.float32)
+        for s in tl.static_range(SPLITS_IN):
+            x += tl.load(p_partial + (s * B + i_row) * N + column, mask=column < FIRST + COUNT, other=0.0)
+        if HAS_BIAS:
+            x += tl.load(p_bias + column, mask=column < FIRST + COUNT, other=0.0).to(tl.float32)
+        x = rounded(x, DTYPE)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares) / COUNT + eps)
+
+
+@triton.jit
+def normed_and_rotated(
+    a, b, p_norm, scale, eps, cos, sin, HALF: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotation of both halves [HEADS, BLOCK_H], rounded as the layers would.
+
+    NORM "head": of each head by itself (Qwen3). "all": of all at once, with their scale and p_norm [HEADS, 1] (OLMo 2).
+    """
+    if NORM != "none":
         d = tl.arange(0, BLOCK_H)[None, :]
-        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+        if NORM == "head":
+            scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
         a = rounded(a * scale, DTYPE) * tl.load(p_norm + d, mask=d < HALF, other=0.0).to(tl.float32)
         b = rounded(b * scale, DTYPE) * tl.load(p_norm + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
         a, b = rounded(a, DTYPE), rounded(b, DTYPE)
@@ -92,31 +116,35 @@ def store_vector(p, x, y, HALF: tl.constexpr, BLOCK_H: tl.constexpr, SCALE_AT: t
 
 
 @triton.jit
+def soft_capped(scores, SOFTCAP: tl.constexpr):
+    """SOFTCAP tanh(scores / SOFTCAP), with tanh(u) = 1 - 2 / (1 + exp(2 u)) (Gemma 2); scores if SOFTCAP is 0."""
+    if SOFTCAP > 0:
+        scores = SOFTCAP - 2 * SOFTCAP / (1.0 + tl.exp(scores * (2 / SOFTCAP)))
+    return scores
+
+
+@triton.jit
 def new_token(
     a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum, scale, at, i_row, i_kv, B, N,
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS_IN: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, SOFTCAP: tl.constexpr, SCALE_AT: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write the new key and value [at] and the split of their position; returns its scores [HEADS]."""
     d = tl.arange(0, BLOCK_H)[None, :]
     g = tl.arange(0, HEADS)
     pair = tl.arange(0, 2)  # key and value, side by side so that their loads are
     x, y = summed_heads(
-        p_partial,
-        p_bias,
-        i_row,
-        B,
-        N,
-        KV * G + i_kv + pair * KV,
-        pair < 2,
-        HALF,
-        SPLITS_IN,
-        BLOCK_H,
-        2,
-        HAS_BIAS,
+        p_partial, p_bias, i_row, B, N, KV * G + i_kv + pair * KV, pair < 2, HALF, SPLITS_IN, BLOCK_H, 2, HAS_BIAS,
         DTYPE,
-    )
-    k_x, k_y = normed_and_rotated(x, y, p_k_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, DTYPE)
+    )  # fmt: skip
+    k_scale = 1.0
+    if NORM == "all":
+        p_k_norm += i_kv * 2 * HALF
+        k_scale = scale_of_all(
+            p_partial, p_bias, i_row, B, N, eps, KV * G * 2 * HALF, KV * 2 * HALF, SPLITS_IN, HAS_BIAS, DTYPE
+        )
+    k_x, k_y = normed_and_rotated(x, y, p_k_norm, k_scale, eps, cos, sin, HALF, BLOCK_H, NORM, DTYPE)
     is_key = (pair == 0)[:, None]
     k_x = tl.sum(tl.where(is_key, k_x, 0.0), axis=0)[None, :]
     k_y = tl.sum(tl.where(is_key, k_y, 0.0), axis=0)[None, :]
@@ -127,7 +155,7 @@ def new_token(
     inside = (g < G)[:, None] & (d < HALF)
     tl.store(p_sum, tl.broadcast_to(x, [HEADS, BLOCK_H]), mask=inside)
     tl.store(p_sum + HALF, tl.broadcast_to(y, [HEADS, BLOCK_H]), mask=inside)
-    return (tl.sum(a * k_x, axis=1) + tl.sum(b * k_y, axis=1)) * scale
+    return soft_capped((tl.sum(a * k_x, axis=1) + tl.sum(b * k_y, axis=1)) * scale, SOFTCAP)
 
 
 @triton.jit
@@ -169,8 +197,8 @@ def repeated(x, ROWS: tl.constexpr):
 @triton.jit
 def attend(
     a, b, k_low, k_high, v_low, v_high, p_k, p_v, stride, begin, end, scale,
-    HALF: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, SCALE_AT: tl.constexpr,
-    DTYPE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, SOFTCAP: tl.constexpr,
+    SCALE_AT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Attention of queries [BLOCK_G, 2 x BLOCK_H] over cache rows begin to end, whose first block is loaded already.
 
@@ -185,7 +213,7 @@ def attend(
         next_k = load_positions(p_k, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
         next_v = load_positions(p_v, i + BLOCK_P, end, stride, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
         scores = product(a, tl.trans(k_low), tl.zeros([BLOCK_G, BLOCK_P], tl.float32), DTYPE)
-        scores = product(b, tl.trans(k_high), scores, DTYPE) * scale
+        scores = soft_capped(product(b, tl.trans(k_high), scores, DTYPE) * scale, SOFTCAP)
         scores = tl.where((i + tl.arange(0, BLOCK_P) < end)[None, :], scores, float("-inf"))
         highest = tl.maximum(largest, tl.max(scores, axis=1))
         kept = tl.exp(largest - highest)
@@ -217,7 +245,8 @@ def rope_attention_kernel(
     stride_b, stride_h, stride_s, B,
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS_IN: tl.constexpr, NUM_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, SOFTCAP: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     i_row, i_kv, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     N: tl.constexpr = (KV * G + 2 * KV) * 2 * HALF
@@ -242,19 +271,25 @@ def rope_attention_kernel(
         a, b = summed_heads(
             p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS_IN, BLOCK_H, HEADS, HAS_BIAS, DTYPE
         )
-        a, b = normed_and_rotated(a, b, p_q_norm, eps, cos, sin, HALF, BLOCK_H, HAS_NORM, DTYPE)
+        p_norm, q_scale = p_q_norm, 1.0
+        if NORM == "all":
+            p_norm = p_q_norm + (i_kv * G + tl.minimum(g, G - 1))[:, None] * 2 * HALF
+            q_scale = scale_of_all(
+                p_partial, p_bias, i_row, B, N, eps, 0, KV * G * 2 * HALF, SPLITS_IN, HAS_BIAS, DTYPE
+            )
+        a, b = normed_and_rotated(a, b, p_norm, q_scale, eps, cos, sin, HALF, BLOCK_H, NORM, DTYPE)
     if i_split == 0:
         scores = new_token(
             a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum + g[:, None] * NUM_SPLITS * 2 * HALF + d,
             scale, earlier.to(tl.int64) * stride_s, i_row, i_kv, B, N,
-            KV, G, HALF, SPLITS_IN, HEADS, BLOCK_H, HAS_BIAS, HAS_NORM, SCALE_AT, DTYPE,
+            KV, G, HALF, SPLITS_IN, HEADS, BLOCK_H, HAS_BIAS, NORM, SOFTCAP, SCALE_AT, DTYPE,
         )  # fmt: skip
         tl.store(p_max + g * NUM_SPLITS, scores, mask=g < G)
         tl.store(p_exp_sum + g * NUM_SPLITS, tl.full([HEADS], 1.0, tl.float32), mask=g < G)
     else:
         low, high, largest, weight = attend(
             repeated(a, BLOCK_G), repeated(b, BLOCK_G), k_low, k_high, v_low, v_high, p_k, p_v, stride_s, begin, end,
-            scale, HALF, BLOCK_G, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE,
+            scale, HALF, BLOCK_G, BLOCK_H, BLOCK_P, SOFTCAP, SCALE_AT, DTYPE,
         )  # fmt: skip
         p_row = p_sum + row[:, None] * NUM_SPLITS * 2 * HALF + d
         inside = (row < G)[:, None] & (d < HALF)
@@ -272,12 +307,14 @@ def attention_splits(B: int, KV: int) -> int:
 def launch(
     partials: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     cos: Tensor, sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, window: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """softmax(q k^T / sqrt(D)) v over positions 0 to positions[b], in splits; the last window of them if window > 0.
 
     q, k and v come from partial sums fp32 [splits, B, (H + 2 KV) D]; k and v go into the caches at positions. bias is
-    [(H + 2 KV) D]; q_norm and k_norm are [D], RMSNorm weights of each head (Qwen3). cos and sin are fp32 with B * D/2
+    [(H + 2 KV) D]. q_norm and k_norm are RMSNorm weights, [D] of each head (Qwen3), or [H D] and [KV D] of all heads at
+    once (OLMo 2). Then every program reads all of q, so that few splits are wanted. Scores become softcap *
+    tanh(scores / softcap), unless that is 0 (Gemma 2). cos and sin are fp32 with B * D/2
     values; positions int64 with B values, below S. k_cache and v_cache are [B, KV, S, D] of dtype, or int8 [B, KV, S,
     packed_width(D)] (kv_int8.py), and of one layout. bias and norms are of dtype, too. All rounding is that of the
     unfused layers. Returns fp32 sums [B, H, splits, D], max_logits and exp_sums [B, H, splits]. Attention's output is
@@ -293,14 +330,16 @@ def launch(
     num_splits = sums.shape[2]
     head_block = triton.next_power_of_2(heads // KV)
     packed = k_cache.dtype == torch.int8
+    norm = "none" if q_norm is None else "head" if q_norm.numel() == D else "all"
     warps = 8 if packed or B * KV * num_splits <= FEW_PROGRAMS else 4
     rope_attention_kernel[(B, KV, num_splits)](
         partials, bias, q_norm, k_norm, eps, cos, sin, positions, k_cache, v_cache, sums, max_logits, exp_sums,
         1 / math.sqrt(D), *k_cache.stride()[:3], B,
         KV=KV, G=heads // KV, HALF=D // 2, SPLITS_IN=splits, NUM_SPLITS=num_splits, WINDOW=window, HEADS=head_block,
-        BLOCK_G=max(16, head_block), BLOCK_H=max(16, triton.next_power_of_2(D // 2)), BLOCK_P=BLOCK_POSITIONS,
-        HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, DTYPE=TRITON_DTYPES[dtype],
-        SCALE_AT=packed_width(D) - ALIGNMENT if packed else 0, **launch_options(k_cache.device, num_warps=warps),
+        BLOCK_G=max(16, head_block), BLOCK_H=max(16, triton.next_power_of_2(D // 2)),
+        BLOCK_P=BLOCK_POSITIONS if D <= 128 else BLOCK_POSITIONS // 2, HAS_BIAS=bias is not None, NORM=norm,
+        SOFTCAP=softcap, DTYPE=TRITON_DTYPES[dtype], SCALE_AT=packed_width(D) - ALIGNMENT if packed else 0,
+        **launch_options(k_cache.device, num_warps=warps),
     )  # fmt: skip
     return sums, max_logits, exp_sums
 
@@ -340,7 +379,9 @@ def _check(
         raise ValueError(f"positions are {positions.dtype} {tuple(positions.shape)}: expected {B} contiguous int64")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm: expected both or none")
-    for name, tensor, count in (("bias", bias, N), ("q_norm", q_norm, D), ("k_norm", k_norm, D)):
+    of_all = q_norm is not None and q_norm.numel() != D
+    normed = (("q_norm", q_norm, heads * D if of_all else D), ("k_norm", k_norm, KV * D if of_all else D))
+    for name, tensor, count in (("bias", bias, N), *normed):
         if tensor is not None and (tensor.numel() != count or tensor.dtype != dtype):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype} [{count}]")
     for name, tensor in (("cos", cos), ("sin", sin)):

@@ -75,10 +75,10 @@ def compile_quantized(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor, t2:
 
 def compile_refined(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor) -> None:
     """Products with a weight of 4 bits whose channels may be refined, and this weight in floats."""
+    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.attention_gemv import attention_gemv
     from teal.kernels.dequantize import launch as floats
     from teal.kernels.norm_gemv import norm_gemv
-    from teal.kernels.silu_gemv import silu_gemv
     from teal.kernels.sparse_gemv import sparse_gemv
 
     (B, C), E = x.shape, 3
@@ -86,10 +86,32 @@ def compile_refined(x: Tensor, residual: Tensor, norm: Tensor, t1: Tensor) -> No
     quantized = (torch.zeros(C + E, 4, dtype=x.dtype), zeros, torch.arange(E, dtype=torch.int32))
     sparse_gemv(x, values, t1, [512], *quantized)
     norm_gemv(residual, norm, 1e-5, values, t1, [512], *quantized)
-    silu_gemv(torch.zeros(2, B, 2 * C), values, t1, *quantized)
+    activation_gemv(torch.zeros(2, B, 2 * C), values, t1, *quantized)
     one = torch.zeros(B, 4, 1)
     attention_gemv(torch.zeros(B, 4, 1, C // 4), one, one, values, t1, *quantized)
     floats(values, *quantized)
+
+
+def compile_families(residual: Tensor, norm: Tensor, t1: Tensor) -> None:
+    """What families beyond plain ones take: norms after sublayers, of all heads and layer norms, GELU, soft caps."""
+    from teal.kernels.activation_gemv import activation_gemv
+    from teal.kernels.norm_gemv import norm_gemv
+    from teal.kernels.norm_residual import norm_residual
+    from teal.kernels.rope_attention import rope_attention
+    from teal.kernels.sparse_gemv import sparse_gemv
+
+    (B, C), dtype, D, H, KV = residual.shape, norm.dtype, 256, 4, 2
+    weight = torch.zeros(C, C, dtype=dtype)
+    norm_gemv(residual, norm, 1e-5, weight, t1, [C], bias=norm)
+    sparse_gemv(residual, weight, t1, [C])
+    activation_gemv(torch.zeros(2, B, 2 * C), weight, t1, activation="gelu_tanh")
+    for bias in (None, norm):
+        norm_residual(residual, norm, bias, 1e-5, residual)
+    angles, positions = torch.zeros(B, D // 2), torch.zeros(B, 1, dtype=torch.int64)
+    cache = torch.zeros(B, KV, 64, D, dtype=dtype)
+    qkv = torch.zeros(1, B, (H + 2 * KV) * D)
+    for norms in ((None, None), (torch.zeros(H * D, dtype=dtype), torch.zeros(KV * D, dtype=dtype))):
+        rope_attention(qkv, None, *norms, 1e-6, angles, angles, positions, cache, cache, H, 0, dtype, 50.0)
 
 
 def main() -> None:
@@ -98,13 +120,13 @@ def main() -> None:
 
     launch.has_tensor_cores = lambda device: True
     launch.has_dependent_launch = lambda device: True
+    from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.argmax import argmax_step
     from teal.kernels.attention_gemv import attention_gemv
     from teal.kernels.formats.kv_int8 import packed_width
     from teal.kernels.norm_gemv import norm_gemv
     from teal.kernels.reduce_partials import reduce_partials
     from teal.kernels.rope_attention import rope_attention
-    from teal.kernels.silu_gemv import silu_gemv
     from teal.kernels.sparse_gemv import sparse_gemv
 
     JITFunction.run = compile_only
@@ -124,9 +146,10 @@ def main() -> None:
             o = attention_gemv(*splits, torch.zeros(H * D, C, dtype=dtype), t1)
             residual = reduce_partials(o, torch.float32, norm, residual)
             gate_up = norm_gemv(residual, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
-            silu_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
+            activation_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
             sparse_gemv(x, torch.zeros(C, 64, dtype=dtype), t1, [64])
             compile_quantized(x, residual, norm, t1, t2)
+            compile_families(residual, norm, t1)
             argmax_step(torch.zeros(B, 1000, dtype=dtype), positions, torch.zeros(B, 1, dtype=torch.int64))
     print(f"{len(compiled)} launches of {len(set(compiled))} kernels compiled")
 

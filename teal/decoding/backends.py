@@ -18,9 +18,15 @@ from teal.options import BACKENDS, MAX_ROWS, check_choice
 from teal.plan import keep_all_plan
 from teal.teal_layers import SparseLinear, sparsify
 
+# What fused_block.py computes beyond a plain block, by its names in extras.py; anything new is refused until it does.
+FUSED_EXTRAS = frozenset({
+    "activation gelu_tanh", "layer norms", "sublayers without a norm before", "norms after sublayers",
+    "norms of q and k over all heads", "a soft cap of attention scores",
+})  # fmt: skip
+
 
 class FusedBackend(StepBackend):
-    """Decode by seven kernels a block (fused_block.py); prefill by another backend, on the same weights.
+    """Decode by seven kernels a plain block (fused_block.py); prefill by another backend, on the same weights.
 
     Projections of a dense model in floats are replaced, in place, by modules of the layout that the kernels read.
     """
@@ -135,7 +141,7 @@ def _fused_obstacle(model: Transformer) -> str:
     if inputs != FUSED_INPUTS:
         wanted, found = (", ".join(names) for names in (FUSED_INPUTS, inputs))
         return f"its kernels take inputs {wanted}, and this model's block has {found}"
-    if features := block_extras(model.config):
+    if features := [name for name in block_extras(model.config) if name not in FUSED_EXTRAS]:
         return f"its kernels do not compute {', '.join(features)}"
     if any(isinstance(module, BlockWeight) for module in model.modules()):
         return "weights in a GGUF file's integers have no such kernels; {dequantize} them"

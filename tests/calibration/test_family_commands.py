@@ -12,6 +12,7 @@ from teal.calibration.stages import BlockStages, Positions, Stream
 from teal.calibration.thresholds import Settings, calibrate, measure_sparsity
 from teal.checkpoint.identity import weights_identity
 from teal.checkpoint.weights import load_model
+from teal.decoding import backends
 from teal.decoding.backends import choose_backend
 from teal.errors import UserError
 from teal.extras import block_extras, extras
@@ -130,7 +131,9 @@ def test_quantized_folders(method: str, mode: str, family: str, tmp_path: Path) 
     assert weights_identity(source) != weights_identity(tmp_path / "b")
 
 
-def test_fast_paths_refuse_what_they_do_not_compute(family: str, model: Transformer) -> None:
+def test_fast_paths_refuse_what_they_do_not_compute(
+    family: str, model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     within, around = NAMED[family]
     assert within in ", ".join(block_extras(model.config)) and bool(within) == bool(block_extras(model.config))
     assert around in extras(model.config)
@@ -138,6 +141,8 @@ def test_fast_paths_refuse_what_they_do_not_compute(family: str, model: Transfor
     assert backend.name == "eager" and around in backend.reason
     with pytest.raises(UserError, match=f"program cannot run: .*{around}"):
         choose_backend(model, forced="program")
+    assert choose_backend(model, forced="fused").name == "fused"
+    monkeypatch.setattr(backends, "FUSED_EXTRAS", frozenset())
     if within:
         with pytest.raises(UserError, match=f"fused cannot run: its kernels do not compute .*{within}"):
             choose_backend(model, forced="fused")

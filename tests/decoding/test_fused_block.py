@@ -25,12 +25,19 @@ from tests.conftest import PROJECTIONS, QUANTIZABLE, assert_near, relative_error
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPT, STEPS = 6, 3
 THRESHOLDS = {"q": 0.2, "k": 0.3, "v": 0.1, "o": 0.05, "gate": 0.3, "up": 0.2, "down": 0.02}
+GEMMA: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4, "sliding_window_pattern": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-attention-bias": ("llama", {"attention_bias": True}),
     "mistral-sliding": ("mistral", {"sliding_window": 4}),
     "qwen2-bias": ("qwen2", {}),
     "qwen3-head-norms": ("qwen3", {"head_dim": 12}),
+    "gemma-gelu": ("gemma", {"head_dim": 12, "hidden_act": "gelu"}),
+    "gemma2-soft-cap": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3-norms-after": ("gemma3_text", GEMMA | {"tie_word_embeddings": True}),
+    "glm4-norms-after": ("glm4", {"head_dim": 16, "attention_bias": True}),
+    "olmo2-norms-of-all-heads": ("olmo2", {}),
+    "stablelm-layer-norms": ("stablelm", {"use_qkv_bias": True}),
 }
 
 
@@ -64,6 +71,14 @@ def decode_logits(backend: Backend, batch: int, steps: int = STEPS) -> Tensor:
     return torch.stack(logits)
 
 
+def kind_of_model(kind: str, folder: Path) -> Transformer:
+    """The dense model in folder, quantized, or with a cache in 8 bits."""
+    model = load_model(folder, DEVICE, torch.float32)
+    if kind == "int8 cache":
+        use_int8_cache(model)
+    return quantize(model, kind) if kind in ("int8", "int4") else model
+
+
 def count_block_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the calls of blocks' forward from now on, by what a call reads."""
     calls: dict[str, int] = {}
@@ -94,6 +109,32 @@ def test_logits_equal_the_unfused_layers(
     assert all(type(block) is Block for block in model.layers)
     dense = decode_logits(eager(sparse_model(tmp_path, torch.float32, 0.0)), batch)
     assert relative_error(dense, expected) > 1e-2, "logits of the dense model"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int8 cache"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4", "olmo2", "stablelm"])
+def test_families_in_every_format(family: str, kind: str, batch: int, tmp_path: Path) -> None:
+    own = {"gemma2": GEMMA | {"attn_logit_softcapping": 2.0}, "gemma3_text": GEMMA}.get(family, {})
+    save_tiny_model(tiny_config(family, **own | QUANTIZABLE | {"head_dim": 32, "num_hidden_layers": 1}), tmp_path)
+    model = kind_of_model(kind, tmp_path)
+    expected = decode_logits(eager(model), batch, 2)
+    limit = 1e-3 if kind == "int8 cache" else 1e-5  # a byte may be rounded the other way
+    assert_near("logits", decode_logits(fused(model), batch, 2), expected, limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["gemma2-soft-cap", "gemma3-norms-after", "olmo2-norms-of-all-heads", "stablelm-layer-norms"]
+)
+def test_families_in_16_bits(name: str, tmp_path: Path) -> None:
+    """As near to the model in fp32 as the unfused layers in bf16 are; dense, as a threshold may cut either way."""
+    family, overrides = FAMILIES[name]
+    save_tiny_model(tiny_config(family, num_hidden_layers=2, **overrides), tmp_path)
+    exact = decode_logits(eager(sparse_model(tmp_path, torch.float32, 0.0)), 3)
+    model = sparse_model(tmp_path, torch.bfloat16, 0.0)
+    unfused = relative_error(decode_logits(eager(model), 3), exact)
+    assert relative_error(decode_logits(fused(model), 3), exact) <= 1.5 * unfused < 0.2, f"logits, unfused {unfused}"
 
 
 @pytest.mark.usefixtures("nan_filled_empty")

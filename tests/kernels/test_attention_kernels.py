@@ -24,17 +24,23 @@ def combined(splits: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("bias,norm", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("B,H,KV,D,window", [(1, 4, 2, 16, 0), (3, 6, 2, 12, 5), (8, 2, 2, 64, 0), (2, 8, 1, 64, 70)])
+@pytest.mark.parametrize(
+    "bias,norm,softcap",
+    [(False, "", 0.0), (True, "", 0.0), (False, "head", 0.0), (True, "all", 0.0), (False, "", 2.0)],
+)
+@pytest.mark.parametrize(
+    "B,H,KV,D,window", [(1, 4, 2, 16, 0), (3, 6, 2, 12, 5), (8, 2, 2, 64, 0), (2, 8, 1, 64, 70), (1, 3, 1, 256, 80)]
+)
 def test_rope_attention(
-    B: int, H: int, KV: int, D: int, window: int, bias: bool, norm: bool, dtype: torch.dtype
+    B: int, H: int, KV: int, D: int, window: int, bias: bool, norm: str, softcap: float, dtype: torch.dtype
 ) -> None:
     """Keys and values land in the cache where they belong; the splits are attention over it, where NaN waits beyond."""
     generator = torch.Generator().manual_seed(0)
     N, S = (H + 2 * KV) * D, 140
     parts = torch.randn(3, B, N, generator=generator).to(DEVICE)
     b = torch.randn(N, generator=generator).to(DEVICE, dtype) if bias else None
-    norms = [torch.rand(D, generator=generator).to(DEVICE, dtype) + 0.5 if norm else None for _ in range(2)]
+    sizes = (H * D, KV * D) if norm == "all" else (D, D)
+    norms = [torch.rand(size, generator=generator).to(DEVICE, dtype) + 0.5 if norm else None for size in sizes]
     angles = torch.randn(B, 1, 1, D // 2, generator=generator).to(DEVICE)
     positions = torch.tensor([[100], [0], [37], [1], [64], [65], [2], [139]][:B], device=DEVICE)
     k, v = (torch.randn(2, B, KV, S, D, generator=generator).to(DEVICE, dtype) for _ in range(2))
@@ -45,11 +51,12 @@ def test_rope_attention(
     cosine, sine = angles.cos(), angles.sin()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()  # what the kernel reads early must be older than the kernel before it
-    splits = rope_attention(parts, b, *norms, 1e-6, cosine, sine, positions, k[1], v[1], H, window, dtype)
+    splits = rope_attention(parts, b, *norms, 1e-6, cosine, sine, positions, k[1], v[1], H, window, dtype, softcap)
     linear = (parts.double().sum(0) + (0 if b is None else b.double())).to(dtype)
     heads = [part.view(B, -1, D) for part in linear.split((H * D, KV * D, KV * D), dim=1)]
-    if norm:
-        heads[:2] = [rms_norm_reference(h, w, 1e-6) for h, w in zip(heads, norms, strict=False) if w is not None]
+    for i, w in enumerate(norms):
+        if w is not None:
+            heads[i] = rms_norm_reference(heads[i].view(B, -1, len(w)), w, 1e-6).view(B, -1, D)
     cos, sin = angles.cos().view(B, -1), angles.sin().view(B, -1)
     q, *expected = rope_reference(heads[0], cos, sin), rope_reference(heads[1], cos, sin), heads[2]
     tolerance = 6e-3 if dtype == torch.bfloat16 else 2e-6
@@ -59,7 +66,7 @@ def test_rope_attention(
         assert torch.equal(cache[0].nan_to_num(7.0), before.nan_to_num(7.0)), f"{name} of another layer was written"
         beyond = torch.arange(S, device=DEVICE) > positions  # [B, S]
         assert cache[1].isnan().all(-1).equal(beyond[:, None].expand(B, KV, S)), f"{name} was written elsewhere"
-    output = attention_reference(q, k[1].nan_to_num(0), v[1].nan_to_num(0), positions, window)
+    output = attention_reference(q, k[1].nan_to_num(0), v[1].nan_to_num(0), positions, window, softcap)
     assert relative_error(combined(splits), output) <= tolerance, "attention output"
 
 

@@ -8,21 +8,24 @@ import sys
 import pytest
 import torch
 
+from teal.kernels import activation_gemv as activation_gemv_file
 from teal.kernels import attention_gemv as attention_gemv_file
 from teal.kernels import norm_gemv as norm_gemv_file
-from teal.kernels import silu_gemv as silu_gemv_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
+from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.argmax import argmax_step
 from teal.kernels.attention_gemv import attention_gemv
 from teal.kernels.gemv.tuning import GemvTile
 from teal.kernels.norm_gemv import norm_gemv
+from teal.kernels.norm_residual import norm_residual
 from teal.kernels.reduce_partials import reduce_partials
 from teal.kernels.reference import (
+    gelu_tanh_reference,
+    layer_norm_reference,
     rms_norm_reference,
     silu_reference,
 )
 from teal.kernels.rope_attention import rope_attention
-from teal.kernels.silu_gemv import silu_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from tests.conftest import ROOT, relative_error
 from tests.products import DEVICE, DTYPES, FP32_SUMS, boundary_error, close, make, reference
@@ -74,6 +77,14 @@ def test_nan_and_infinity_stay_visible(value: float, B: int) -> None:
     assert not y[-1].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [1, 3])
+def test_rows_in_fp32_are_rounded_to_the_weights_dtype(B: int, dtype: torch.dtype) -> None:
+    x, weight, limits = make(B, 97, [31, 7], torch.float32)
+    weight = weight.to(dtype)
+    close(sparse_gemv(x, weight, limits, [31, 7]), reference(x.to(dtype), weight, limits, [31, 7]), "rounded rows")
+
+
 def test_rows_of_a_wider_weight() -> None:
     x, weight, limits = make(1, 64, [48], torch.bfloat16)
     wide = torch.full((64, 80), math.nan, dtype=torch.bfloat16, device=DEVICE)
@@ -99,19 +110,50 @@ def test_norm_gemv(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B,K", [(1, 64), (3, 576), (1, 4100)])
+def test_norm_gemv_of_a_layer_norm(B: int, K: int, dtype: torch.dtype) -> None:
+    """Rows have a mean far from 0, which a variance from squares alone would lose."""
+    x, weight, limits = make(B, K, [40], torch.float32)
+    x, weight = x + 30, weight.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    norm, bias = ((torch.rand(K, generator=generator) + shift).to(DEVICE, dtype) for shift in (0.5, -0.5))
+    normed = layer_norm_reference(x, norm, bias, 1e-5)
+    tolerance = max(5e-6, boundary_error(normed, weight, limits, [40]))
+    actual = norm_gemv(x, norm, 1e-5, weight, limits, [40], bias=bias)
+    close(actual, reference(normed, weight, limits, [40]), "layer norm", tolerance)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B,N", [(1, 1), (3, 300), (8, 640), (1, 5376), (1, 8200)])
+def test_norm_residual(B: int, N: int, dtype: torch.dtype, layer_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, residual = (torch.randn(B, N, generator=generator).to(DEVICE) for _ in range(2))
+    norm, bias = ((torch.rand(N, generator=generator) + 0.5).to(DEVICE, dtype) for _ in range(2))
+    exact = norm.float()
+    if layer_norm:
+        expected = residual + layer_norm_reference(y, exact, bias.float(), 1e-5)
+    else:
+        expected = residual + rms_norm_reference(y, exact, 1e-5)
+    actual = norm_residual(y, norm, bias if layer_norm else None, 1e-5, residual)
+    assert actual.dtype == torch.float32 and relative_error(actual, expected) <= 1e-6, "sum"
+    assert relative_error(residual, actual) > 1e-2 or (layer_norm and N == 1), "what was added"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 8])
-@pytest.mark.parametrize("splits", [1, 5])
-def test_silu_gemv(splits: int, B: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("splits,activation", [(1, "silu"), (5, "silu"), (5, "gelu_tanh")])
+def test_activation_gemv(splits: int, activation: str, B: int, dtype: torch.dtype) -> None:
     K, N = 90, 70
     _, weight, thresholds = make(B, K, [N], dtype)
     gate_up = torch.randn(splits, B, 2 * K, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     gate, up = gate_up.sum(0).to(dtype).chunk(2, dim=-1)
-    x = silu_reference(gate, up)
-    actual = silu_gemv(gate_up, weight, thresholds)
+    x = {"silu": silu_reference, "gelu_tanh": gelu_tanh_reference}[activation](gate, up)
+    actual = activation_gemv(gate_up, weight, thresholds, activation=activation)
     close(
         actual,
         reference(x, weight, thresholds, [N]),
-        "silu",
+        activation,
         max(FP32_SUMS, boundary_error(x, weight, thresholds, [N])),
     )
 
@@ -159,9 +201,10 @@ def test_opcheck() -> None:
         x, weight, thresholds = make(B, 64, [40, 24], torch.float32)
         torch.library.opcheck(sparse_gemv, (x, weight, thresholds, [40, 24]))
         torch.library.opcheck(norm_gemv, (x, torch.ones(64, device=DEVICE), 1e-5, weight, thresholds, [40, 24]))
-        torch.library.opcheck(silu_gemv, (torch.randn(2, B, 128, device=DEVICE), weight, thresholds[:1]))
+        torch.library.opcheck(activation_gemv, (torch.randn(2, B, 128, device=DEVICE), weight, thresholds[:1]))
         parts = torch.randn(2, B, 64, device=DEVICE)
         torch.library.opcheck(reduce_partials, (parts, torch.bfloat16, None, None))
+        torch.library.opcheck(norm_residual, (parts[0], torch.ones(64, device=DEVICE), None, 1e-5, parts[1]))
         where = (torch.zeros(B, 1, dtype=torch.int64, device=DEVICE) for _ in range(2))
         torch.library.opcheck(argmax_step, (torch.randn(B, 300, device=DEVICE), *where))
         cache = torch.randn(B, 2, 8, 16, device=DEVICE)
@@ -210,7 +253,13 @@ def test_bad_arguments_are_refused_before_a_launch() -> None:
         rope_attention(parts, None, None, None, 1e-5, one, one, same_row, cache, cache.clone(), 4, 0, one.dtype)
     for call in (
         lambda: norm_gemv(x, torch.ones(63, device=DEVICE), 1e-5, weight, limits, [48]),
-        lambda: silu_gemv(torch.ones(2, 1, 64, device=DEVICE), weight, limits),
+        lambda: norm_gemv(x, one[0], 1e-5, weight, limits, [48], bias=torch.ones(63, device=DEVICE)),
+        lambda: norm_residual(one, torch.ones(7, device=DEVICE), None, 1e-5, one),
+        lambda: norm_residual(one, one[0], one[0].double(), 1e-5, one),
+        lambda: norm_residual(one, one[0], None, 1e-5, one[:1]),
+        lambda: norm_residual(one.double(), one[0], None, 1e-5, one.double()),
+        lambda: activation_gemv(torch.ones(2, 1, 64, device=DEVICE), weight, limits),
+        lambda: activation_gemv(torch.ones(2, 1, 128, device=DEVICE), weight, limits, activation="relu"),
         lambda: argmax_step(torch.ones(2, 8, device=DEVICE), torch.zeros(2, 1, device=DEVICE), same_row.clone()),
         lambda: argmax_step(torch.ones(2, 8, device=DEVICE).t(), same_row.clone(), same_row.clone()),
         lambda: argmax_step(torch.ones(3, 8, device=DEVICE), same_row.clone(), same_row.clone()),
@@ -235,7 +284,7 @@ def test_every_launcher_takes_a_tile() -> None:
     for partials in (
         sparse_gemv_file.launch(x, weight, limits, [48], tile=tile),
         norm_gemv_file.launch(x, one, 1e-5, weight, limits, [48], tile=tile),
-        silu_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), weight, limits, tile=tile),
+        activation_gemv_file.launch(torch.randn(2, 1, 128, device=DEVICE), weight, limits, tile=tile),
         attention_gemv_file.launch(sums, ones, ones, weight, limits, tile=tile),
     ):
         assert partials.shape == (4, 1, 48) and partials.isfinite().all()
@@ -247,4 +296,4 @@ def test_every_kernel_compiles_for_hopper() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "of 9 kernels compiled" in done.stdout
+    assert "of 10 kernels compiled" in done.stdout

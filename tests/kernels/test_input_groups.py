@@ -8,6 +8,7 @@ from torch import Tensor
 
 from teal.kernels import dequantize as dequantize_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
+from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.attention_gemv import attention_gemv
 from teal.kernels.formats.packing import Weight, dequantize, pack_int4
 from teal.kernels.gemv import launch
@@ -15,7 +16,6 @@ from teal.kernels.gemv.tuning import MAX_SPAN, GemvTile, input_run
 from teal.kernels.norm_gemv import norm_gemv
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
-from teal.kernels.silu_gemv import silu_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
 from teal.options import MAX_ROWS
@@ -182,7 +182,7 @@ def test_the_fused_products(B: int, bits: int) -> None:
     assert relative_error(found, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5, "norm"
     gate_up = torch.randn(3, B, 2 * K, device=DEVICE)
     hidden = silu_reference(*gate_up.sum(0).chunk(2, dim=-1))
-    found = silu_gemv(gate_up, values, limits, *scales).sum(0)
+    found = activation_gemv(gate_up, values, limits, *scales).sum(0)
     assert relative_error(found, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5, "silu"
     sums, one = torch.randn(B, 4, 1, 16, device=DEVICE), torch.ones(B, 4, 1, device=DEVICE)
     found = attention_gemv(sums, 0 * one, one, values, limits, *scales).sum(0)

@@ -13,13 +13,13 @@ from teal.decoding.backend import Backend, EagerBackend
 from teal.decoding.backends import FusedBackend
 from teal.kernels import dequantize as dequantize_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
+from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.attention_gemv import attention_gemv
 from teal.kernels.formats.packing import Weight, dequantize
 from teal.kernels.gemv import launch
 from teal.kernels.gemv.tuning import GemvTile, default_tile
 from teal.kernels.norm_gemv import norm_gemv
 from teal.kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
-from teal.kernels.silu_gemv import silu_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from teal.layers.quantized_linear import QuantConfig, round_to_nearest
 from teal.model import KVCache
@@ -179,7 +179,7 @@ def test_the_fused_products(B: int, bits: int) -> None:
     assert relative_error(actual, sparse_linear_reference(normed, exact, limits, [N])) <= 1e-5, "norm"
     gate_up = torch.randn(3, B, 2 * K, device=DEVICE)
     hidden = silu_reference(*gate_up.sum(0).chunk(2, dim=-1))
-    actual = silu_gemv(gate_up, values, limits, scales, zeros).sum(0)
+    actual = activation_gemv(gate_up, values, limits, scales, zeros).sum(0)
     assert relative_error(actual, sparse_linear_reference(hidden, exact, limits, [N])) <= 1e-5, "silu"
     sums, one = torch.randn(B, 4, 1, 16, device=DEVICE), torch.ones(B, 4, 1, device=DEVICE)
     actual = attention_gemv(sums, 0 * one, one, values, limits, scales, zeros).sum(0)
@@ -193,7 +193,7 @@ def test_opcheck(B: int) -> None:
     torch.library.opcheck(sparse_gemv, (x, values, limits, [96], scales, zeros))
     one = torch.ones(64, device=DEVICE)
     torch.library.opcheck(norm_gemv, (x, one, 1e-5, values, limits, [96], scales, zeros))
-    torch.library.opcheck(silu_gemv, (torch.randn(2, B, 128, device=DEVICE), values, limits, scales, zeros))
+    torch.library.opcheck(activation_gemv, (torch.randn(2, B, 128, device=DEVICE), values, limits, scales, zeros))
 
 
 def test_bad_arguments_are_refused_before_a_launch() -> None:

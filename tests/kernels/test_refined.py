@@ -10,6 +10,7 @@ from teal.kernels import dequantize as dequantize_file
 from teal.kernels import quantized_matmul as quantized_matmul_file
 from teal.kernels import sparse_gemv as sparse_gemv_file
 from teal.kernels import sparse_linear as sparse_linear_file
+from teal.kernels.activation_gemv import activation_gemv
 from teal.kernels.attention_gemv import attention_gemv
 from teal.kernels.formats.packing import Weight, check_refined, dequantize, pack_int4
 from teal.kernels.gemv import launch
@@ -17,7 +18,6 @@ from teal.kernels.gemv.tuning import GemvTile
 from teal.kernels.norm_gemv import norm_gemv
 from teal.kernels.quantized_matmul import floats, quantized_matmul
 from teal.kernels.reference import rms_norm_reference, silu_reference, sparse_linear_reference
-from teal.kernels.silu_gemv import silu_gemv
 from teal.kernels.sparse_gemv import sparse_gemv
 from teal.kernels.sparse_linear import sparse_linear, sparse_linear_op
 from teal.options import MAX_ROWS
@@ -197,7 +197,7 @@ def test_the_fused_products(B: int, refined: str) -> None:
     assert_near("norm", found, sparse_linear_reference(normed, exact, limits, [N]), 1e-5)
     gate_up = torch.randn(3, B, 2 * K, device=DEVICE)
     hidden = silu_reference(*gate_up.sum(0).chunk(2, dim=-1))
-    found = silu_gemv(gate_up, values, limits, *rest).sum(0)
+    found = activation_gemv(gate_up, values, limits, *rest).sum(0)
     assert_near("silu", found, sparse_linear_reference(hidden, exact, limits, [N]), 1e-5)
     sums, one = x.view(B, K // D, 1, D), torch.ones(B, K // D, 1, device=DEVICE)
     found = attention_gemv(sums, 0 * one, one, values, limits, *rest).sum(0)
@@ -212,7 +212,7 @@ def test_opcheck(B: int) -> None:
     torch.library.opcheck(sparse_linear_op, (x, values, limits, [96], *rest))
     torch.library.opcheck(sparse_gemv, (x, values, limits, [96], *rest))
     torch.library.opcheck(norm_gemv, (x, torch.ones(K, device=DEVICE), 1e-5, values, limits, [96], *rest))
-    torch.library.opcheck(silu_gemv, (torch.randn(2, B, 2 * K, device=DEVICE), values, limits, *rest))
+    torch.library.opcheck(activation_gemv, (torch.randn(2, B, 2 * K, device=DEVICE), values, limits, *rest))
     one = torch.ones(B, K, 1, device=DEVICE)
     torch.library.opcheck(attention_gemv, (torch.randn(B, K, 1, 1, device=DEVICE), 0 * one, one, values, limits, *rest))
 
