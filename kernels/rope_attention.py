@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teal.kernels.formats.kv_int8 import ALIGNMENT, LARGEST, packed_width
+from teal.kernels.formats.kv_int8 import ALIGNMENT, packed_width
 from teal.kernels.gemv.gather import INTERPRETED, let_next_start, rounded, wait_for_previous
+from teal.kernels.gemv.kv_cache import load_positions, store_vector
 from teal.kernels.gemv.launch import TRITON_DTYPES, launch_options
 from teal.kernels.gemv.op import make_op
 
 BLOCK_POSITIONS = 64
-INT8_LARGEST = tl.constexpr(float(LARGEST))
 MAX_SPLITS = 16  # 8 key/value heads x 16 splits are 128 programs, one for each multiprocessor of an H100
 PROGRAMS = 256
 # As many programs or fewer get 8 warps each: 4,096 positions take 10.0 us with 8 and 11.2 with 4, on an H100. Where a
@@ -90,29 +90,21 @@ def normed_and_rotated(
 
 
 @triton.jit
-def nearest_integer(x):
-    """fp32 x rounded to an integer, ties to even, for |x| below 2^22."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def store_vector(p, x, y, HALF: tl.constexpr, BLOCK_H: tl.constexpr, SCALE_AT: tl.constexpr, DTYPE: tl.constexpr):
-    """Put both halves [1, BLOCK_H] of a key or value into the cache at p; returns what the cache gives back."""
-    d = tl.arange(0, BLOCK_H)[None, :]
-    if SCALE_AT > 0:
-        bad = tl.max(tl.where((x * 0 != 0) | (y * 0 != 0), 1, 0)) > 0  # an Inf or NaN: all becomes NaN
-        scale = tl.max(tl.maximum(tl.abs(x), tl.abs(y))) / INT8_LARGEST
-        divisor = tl.where(bad | (scale == 0), 1.0, scale)
-        x, y = nearest_integer(tl.where(bad, 0.0, x / divisor)), nearest_integer(tl.where(bad, 0.0, y / divisor))
-        tl.store(p + d, x.to(tl.int8), mask=d < HALF)
-        tl.store(p + HALF + d, y.to(tl.int8), mask=d < HALF)
-        scale = tl.where(bad, float("nan"), scale)
-        tl.store((p + SCALE_AT).to(tl.pointer_type(tl.float32)), scale)
-        x, y = rounded(x * scale, DTYPE), rounded(y * scale, DTYPE)
-    else:
-        tl.store(p + d, x, mask=d < HALF)
-        tl.store(p + HALF + d, y, mask=d < HALF)
-    return x, y
+def queries(
+    p_partial, p_bias, p_norm, eps, cos, sin, i_row, i_kv, B, N,
+    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, SPLITS_IN: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Both halves [HEADS, BLOCK_H] of the queries of a key/value head, normed and rotated."""
+    g = tl.arange(0, HEADS)
+    a, b = summed_heads(
+        p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS_IN, BLOCK_H, HEADS, HAS_BIAS, DTYPE
+    )
+    scale = 1.0
+    if NORM == "all":
+        p_norm += (i_kv * G + tl.minimum(g, G - 1))[:, None] * 2 * HALF
+        scale = scale_of_all(p_partial, p_bias, i_row, B, N, eps, 0, KV * G * 2 * HALF, SPLITS_IN, HAS_BIAS, DTYPE)
+    return normed_and_rotated(a, b, p_norm, scale, eps, cos, sin, HALF, BLOCK_H, NORM, DTYPE)
 
 
 @triton.jit
@@ -166,26 +158,6 @@ def product(x, y, out, DTYPE: tl.constexpr):
     else:
         out = tl.dot(x.to(DTYPE), y, out, input_precision="ieee")
     return out
-
-
-@triton.jit
-def load_positions(
-    p, i, end, stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, SCALE_AT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Both halves [BLOCK_P, BLOCK_H] of the cache rows from position i on, in DTYPE; zeros from end on."""
-    position = i + tl.arange(0, BLOCK_P)
-    d = tl.arange(0, BLOCK_H)[None, :]
-    offsets = position[:, None].to(tl.int64) * stride + d
-    inside = (position < end)[:, None] & (d < HALF)
-    low = tl.load(p + offsets, mask=inside, other=0)
-    high = tl.load(p + offsets + HALF, mask=inside, other=0)
-    if SCALE_AT > 0:
-        p_scale = (p + position.to(tl.int64) * stride + SCALE_AT).to(tl.pointer_type(tl.float32))
-        scale = tl.load(p_scale, mask=position < end, other=0.0)[:, None]
-        low = rounded(low.to(tl.float32) * scale, DTYPE).to(DTYPE)
-        high = rounded(high.to(tl.float32) * scale, DTYPE).to(DTYPE)
-    return low, high
 
 
 @triton.jit
@@ -268,16 +240,10 @@ def rope_attention_kernel(
     a = tl.zeros([HEADS, BLOCK_H], tl.float32)
     b = tl.zeros([HEADS, BLOCK_H], tl.float32)
     if (begin < end) | (i_split == 0):
-        a, b = summed_heads(
-            p_partial, p_bias, i_row, B, N, i_kv * G + g, g < G, HALF, SPLITS_IN, BLOCK_H, HEADS, HAS_BIAS, DTYPE
-        )
-        p_norm, q_scale = p_q_norm, 1.0
-        if NORM == "all":
-            p_norm = p_q_norm + (i_kv * G + tl.minimum(g, G - 1))[:, None] * 2 * HALF
-            q_scale = scale_of_all(
-                p_partial, p_bias, i_row, B, N, eps, 0, KV * G * 2 * HALF, SPLITS_IN, HAS_BIAS, DTYPE
-            )
-        a, b = normed_and_rotated(a, b, p_norm, q_scale, eps, cos, sin, HALF, BLOCK_H, NORM, DTYPE)
+        a, b = queries(
+            p_partial, p_bias, p_q_norm, eps, cos, sin, i_row, i_kv, B, N,
+            KV, G, HALF, SPLITS_IN, HEADS, BLOCK_H, HAS_BIAS, NORM, DTYPE,
+        )  # fmt: skip
     if i_split == 0:
         scores = new_token(
             a, b, p_partial, p_bias, p_k_norm, eps, cos, sin, p_k, p_v, p_sum + g[:, None] * NUM_SPLITS * 2 * HALF + d,
