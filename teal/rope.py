@@ -57,8 +57,13 @@ def rope_angles(
     angles = positions[:, :, None, None].float() * freqs
     if scaling is None or scaling.attention_factor == 1 or turned == 0:
         return angles.cos(), angles.sin()
-    factors = torch.where(freqs > 0, scaling.attention_factor, 1.0)
+    factors = angle_factors(freqs, scaling)
     return angles.cos() * factors, angles.sin() * factors
+
+
+def angle_factors(freqs: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """By what cos and sin of pairs with these frequencies are multiplied: 1 where a pair does not turn."""
+    return torch.where(freqs > 0, 1.0 if scaling is None else scaling.attention_factor, 1.0)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from teal.errors import UserError
 from teal.extras import extras
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.cpu.step.launch import (
+    ACTIVATIONS,
     DTYPES,
     STEP_ROWS,
     Call,
@@ -21,6 +22,7 @@ from teal.kernels.cpu.step.launch import (
     Layer,
     Matrix,
     Model,
+    Norm,
     StepProgram,
     Thresholded,
     blocked,
@@ -34,14 +36,21 @@ from teal.layers.int8_cache import Int8CacheAttention, has_int8_cache
 from teal.layers.output_head import NativeHead
 from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
-from teal.model import Attention, Block, KVCache, OutputHead, RMSNorm, Transformer
-from teal.rope import frequencies
+from teal.model import Attention, Block, KVCache, LayerNorm, ModelConfig, OutputHead, RMSNorm, Transformer
+from teal.rope import RopeKind, angle_factors, frequencies
 from teal.teal_layers import SparseLinear
 
 ATTENTIONS = (Attention, Int8CacheAttention)
 PROJECTIONS = (nn.Linear, SparseLinear, QuantizedLinear, BlockLinear)
 HEADS = (OutputHead, NativeHead, QuantizedHead, BlockHead)
 EMBEDDINGS = (nn.Embedding, QuantizedEmbedding, BlockEmbedding)
+
+# By teal/extras.py's names; a family with anything else is refused.
+COMPUTED = {
+    "activation gelu_tanh", "layer norms", "sublayers without a norm before", "norms after sublayers",
+    "norms of q and k over all heads", "a soft cap of attention scores", "a scaled embedding", "a soft cap of logits",
+    "rotations that differ by layer", "a factor of cos and sin",
+}  # fmt: skip
 
 
 class CpuProgramBackend(StepBackend):
@@ -60,8 +69,7 @@ class CpuProgramBackend(StepBackend):
         super().__init__(others)
         self.keeps_modules = others.keeps_modules
         self.program = StepProgram()
-        c = model.config
-        self.frequencies = frequencies(c.head_dim, *c.rope("global"), model.device).contiguous()
+        self.rotations = _rotations(model.config)
         self.cache_dtype = model.blocks[0].attention.cached_vector(model.dtype)[1]
         self.described: tuple[int, Model] | None = None
         try:
@@ -120,35 +128,60 @@ class CpuProgramBackend(StepBackend):
     def _model(self) -> Model:
         """The model's struct; another one when thresholds have been replaced."""
         if self.described is None or self.described[0] != self.state.replaced:
-            self.described = self.state.replaced, _described(self.model, self.frequencies)
+            self.described = self.state.replaced, _described(self.model, self.rotations)
         return self.described[1]
 
 
-def _described(model: Transformer, frequencies: Tensor) -> Model:
+def _rotations(config: ModelConfig) -> Tensor:
+    """Of each kind of rotation that config has: frequencies, and factors of cos and sin. fp32 [kinds, 2, D/2]."""
+    found = []
+    for kind in _rope_kinds(config):
+        turned, theta, scaling = config.rope(kind)
+        freqs = frequencies(config.head_dim, turned, theta, scaling, torch.device("cpu"))
+        found.append(torch.stack((freqs, angle_factors(freqs, scaling))))
+    return torch.stack(found)
+
+
+def _rope_kinds(config: ModelConfig) -> list[RopeKind]:
+    return list(dict.fromkeys(config.ropes()))
+
+
+def _described(model: Transformer, rotations: Tensor) -> Model:
     c = model.config
+    ropes, kinds = c.ropes(), _rope_kinds(c)
     layers = (Layer * c.num_layers)(
-        *(_layer(block, window) for block, window in zip(model.blocks, c.sliding_windows, strict=True))
+        *(
+            _layer(block, window, kinds.index(rope))
+            for block, window, rope in zip(model.blocks, c.sliding_windows, ropes, strict=True)
+        )
     )
     return Model(
-        layers=layers, embedding=_embedding(model.embedding), norm=model.norm.weight.data_ptr(),
-        frequencies=frequencies.data_ptr(), head=_matrix(model.lm_head), layer_count=c.num_layers,
-        vocabulary=c.vocab_size, hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads,
-        kv_heads=c.num_kv_heads, head_dim=c.head_dim, eps=c.norm_eps, attention_scale=1 / math.sqrt(c.head_dim),
-        dtype=DTYPES[model.dtype], int8_cache=has_int8_cache(model),
+        layers=layers, embedding=_embedding(model.embedding), norm=_norm(model.norm), rotations=rotations.data_ptr(),
+        head=_matrix(model.lm_head), layer_count=c.num_layers, vocabulary=c.vocab_size, hidden=c.hidden_size,
+        intermediate=c.intermediate_size, heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+        rotation_count=len(kinds), eps=c.norm_eps, attention_scale=1 / math.sqrt(c.head_dim),
+        embedding_scale=c.embedding_factor(model.dtype), attention_softcap=c.attention_softcap or 0,
+        logit_softcap=c.logit_softcap or 0, activation=ACTIVATIONS[c.activation], dtype=DTYPES[model.dtype],
+        int8_cache=has_int8_cache(model), heads_normed_together=c.qk_norm_full,
     )  # fmt: skip
 
 
-def _layer(block: Block, window: int | None) -> Layer:
-    attention = block.attention
-    norms = {
-        "attention_norm": block.attention_norm, "ffn_norm": block.ffn_norm,
-        "q_norm": attention.q_norm, "k_norm": attention.k_norm,
-    }  # fmt: skip
+def _layer(block: Block, window: int | None, rotation: int) -> Layer:
+    ends = ("attention_norm", "attention_end", "ffn_norm", "ffn_end")
+    heads = {"q_norm": block.attention.q_norm, "k_norm": block.attention.k_norm}
     return Layer(
         **{p.name: _matrix(block.get_submodule(p.module)) for p in block.projections()},
-        **{name: norm.weight.data_ptr() for name, norm in norms.items() if isinstance(norm, RMSNorm)},
-        window=window or 0,
-    )
+        **{name: _norm(getattr(block, name)) for name in ends},
+        **{name: norm.weight.data_ptr() for name, norm in heads.items() if isinstance(norm, RMSNorm)},
+        window=window or 0, rotation=rotation,
+    )  # fmt: skip
+
+
+def _norm(module: nn.Module) -> Norm:
+    """The struct of a norm of model.py, or of what stands in its place."""
+    if isinstance(module, LayerNorm):
+        return Norm(weight=module.weight.data_ptr(), bias=module.bias.data_ptr())
+    return Norm(weight=module.weight.data_ptr()) if isinstance(module, RMSNorm) else Norm()
 
 
 def _matrix(module: nn.Module) -> Matrix:
@@ -190,7 +223,7 @@ def _module_obstacle(model: Transformer) -> str:
     inputs = tuple(p.input for p in model.config.projections())
     if inputs != FUSED_INPUTS:
         return f"a block of projections of {', '.join(inputs)} inputs is not supported"
-    if features := extras(model.config):
+    if features := [name for name in extras(model.config) if name not in COMPUTED]:
         return f"it does not compute {', '.join(features)}"
     for block in model.layers:
         if type(block) is not Block or type(block.attention) not in ATTENTIONS:

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "activations.h"
+
 namespace teal {
 namespace {
 
@@ -63,16 +65,17 @@ void soften(float* scores, int64_t count, float* largest_and_sum) {
 }
 
 template <typename T, int HEADS_>
-void attend_heads(const float* q, const char* k, const char* v, const CacheLayout& layout, float scale, int64_t count,
-                  float* partial) {
+void attend_heads(const float* q, const char* k, const char* v, const CacheLayout& layout, const Scoring& scoring,
+                  int64_t count, float* partial) {
   alignas(64) float scores[HEADS_ * CHUNK];
   const int64_t D = layout.head_dim, size = partial_size(D);
   for (int64_t s = 0; s < count; ++s) {
     const char* slot = k + s * layout.slot_stride;
     score<T, HEADS_>(q, reinterpret_cast<const T*>(slot), D, scores + s);
-    const float factor = layout.int8 ? scale * scale_of(slot, layout) : scale;
+    const float factor = layout.int8 ? scoring.scale * scale_of(slot, layout) : scoring.scale;
     for (int h = 0; h < HEADS_; ++h) scores[h * CHUNK + s] *= factor;
   }
+  for (int h = 0; h < HEADS_ && scoring.softcap; ++h) cap_softly(scores + h * CHUNK, count, scoring.softcap);
   for (int h = 0; h < HEADS_; ++h) soften(scores + h * CHUNK, count, partial + h * size);
   if (layout.int8)
     for (int64_t s = 0; s < count; ++s) {
@@ -83,13 +86,13 @@ void attend_heads(const float* q, const char* k, const char* v, const CacheLayou
 }
 
 template <typename T>
-void attend_typed(const float* q, int64_t heads, const char* k, const char* v, const CacheLayout& layout, float scale,
-                  int64_t count, float* partial) {
+void attend_typed(const float* q, int64_t heads, const char* k, const char* v, const CacheLayout& layout,
+                  const Scoring& scoring, int64_t count, float* partial) {
   const int64_t stride = padded(layout.head_dim), size = partial_size(layout.head_dim);
   int64_t h = 0;
   for (; h + HEADS <= heads; h += HEADS)
-    attend_heads<T, HEADS>(q + h * stride, k, v, layout, scale, count, partial + h * size);
-  for (; h < heads; ++h) attend_heads<T, 1>(q + h * stride, k, v, layout, scale, count, partial + h * size);
+    attend_heads<T, HEADS>(q + h * stride, k, v, layout, scoring, count, partial + h * size);
+  for (; h < heads; ++h) attend_heads<T, 1>(q + h * stride, k, v, layout, scoring, count, partial + h * size);
 }
 
 void write_bytes(const float* vector, const CacheLayout& layout, char* slot) {
@@ -119,14 +122,14 @@ void write_slot(const float* vector, const CacheLayout& layout, char* slot) {
   });
 }
 
-void attend(const float* q, int64_t heads, const char* k, const char* v, const CacheLayout& layout, float scale,
-            int64_t begin, int64_t end, float* partial) {
+void attend(const float* q, int64_t heads, const char* k, const char* v, const CacheLayout& layout,
+            const Scoring& scoring, int64_t begin, int64_t end, float* partial) {
   k += begin * layout.slot_stride;
   v += begin * layout.slot_stride;
   const int64_t count = end - begin;
-  if (layout.int8) return attend_typed<int8_t>(q, heads, k, v, layout, scale, count, partial);
+  if (layout.int8) return attend_typed<int8_t>(q, heads, k, v, layout, scoring, count, partial);
   by_dtype(layout.dtype, [&](auto type) {
-    attend_typed<decltype(type)>(q, heads, k, v, layout, scale, count, partial);
+    attend_typed<decltype(type)>(q, heads, k, v, layout, scoring, count, partial);
   });
 }
 

@@ -17,6 +17,7 @@ from teal.kernels.formats.packing import Weight, check_quantized
 
 STEP_ROWS = 8
 SEGMENTS = 3
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INPUT_MAJOR, OUTPUT_MAJOR, INT8, INT4, BLOCKS = range(5)  # Storage
 DONE, UNKNOWN_TOKEN, NO_SLOT, NO_MEMORY = range(4)  # Outcome
@@ -42,12 +43,19 @@ class Matrix(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Norm(ctypes.Structure):
+    """A norm; see step.h."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
 class Layer(ctypes.Structure):
     """A block; see step.h."""
 
     _fields_ = [
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")), ("window", c_int64),
+        *((name, Norm) for name in ("attention_norm", "attention_end", "ffn_norm", "ffn_end")),
+        ("q_norm", c_void_p), ("k_norm", c_void_p), ("window", c_int64), ("rotation", c_int64),
     ]  # fmt: skip
 
 
@@ -63,11 +71,13 @@ class Model(ctypes.Structure):
     """A model; see step.h."""
 
     _fields_ = [
-        ("layers", ctypes.POINTER(Layer)), ("embedding", Embedding), ("norm", c_void_p), ("frequencies", c_void_p),
+        ("layers", ctypes.POINTER(Layer)), ("embedding", Embedding), ("norm", Norm), ("rotations", c_void_p),
         ("head", Matrix),
         *((name, c_int64) for name in ("layer_count", "vocabulary", "hidden", "intermediate")),
-        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim")),
-        *((name, c_float) for name in ("eps", "attention_scale")), ("dtype", c_int32), ("int8_cache", c_int32),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "rotation_count")),
+        *((name, c_float) for name in ("eps", "attention_scale", "embedding_scale")),
+        *((name, c_float) for name in ("attention_softcap", "logit_softcap")),
+        *((name, c_int32) for name in ("activation", "dtype", "int8_cache", "heads_normed_together", "padding")),
     ]  # fmt: skip
 
 

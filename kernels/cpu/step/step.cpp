@@ -1,12 +1,14 @@
 // A decode step of a few rows: embedding, blocks, head and argmax as phases of one job (team.h).
 //
 //     between phases, by one thread                       a phase's tasks, by all
-//     residual += down; norm; list kept channels          q,k,v       blocks of columns
+//     residual += end(down); norm; list kept channels     q,k,v       blocks of columns
 //     norms of heads, rotation, into the cache            attention   row x key head x chunk of positions
 //     combine chunks; list                                o           blocks of columns
-//     residual += o; norm; list                           gate,up     blocks of both, and silu(gate) * up
+//     residual += end(o); norm; list                      gate,up     blocks of both, and activation(gate) * up
 //     list                                                down        blocks of columns
 //     after the last block: norm; list                    head        blocks of columns, and the argmax of each
+//
+// What families have beyond a plain model are fields of step.h's structs. Each has a value that changes nothing.
 //
 // Every sum belongs to one task and has a fixed order, whatever the number of threads and the rows beside it.
 
@@ -15,12 +17,12 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
-#include <vector>
 
 #include "activations.h"
 #include "attention.h"
 #include "product.h"
 #include "team.h"
+#include "workspace.h"
 
 namespace teal {
 namespace {
@@ -28,31 +30,8 @@ namespace {
 // Blocks of columns that a thread finds in a phase: with one alone a paused thread would hold up the other for long.
 constexpr int64_t TASKS_PER_THREAD = 2, HEAD_TASKS_PER_THREAD = 8;
 
-struct Chunk {
-  int64_t row, begin, end;  // positions
-};
-
-struct Best {
-  float value;
-  int64_t index;
-};
-
+// NaN beats all else, as in torch's argmax.
 bool beats(float value, float best) { return value > best || (value != value && best == best); }
-
-// Memory of a step, kept for the next one. The team's holder has it. It grows before the first phase alone: there it
-// may fail.
-struct Workspace {
-  std::vector<float> residual, input, y, activated, q, cos, sin, partials, kept_values, sums;
-  std::vector<int32_t> kept_channels, finished;
-  std::vector<Chunk> chunks;
-  std::vector<Best> best;
-};
-
-template <typename T>
-T* grown(std::vector<T>& memory, int64_t count) {
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
-}
 
 class Step final : public Job {
  public:
@@ -77,8 +56,9 @@ class Step final : public Job {
   void attend_task(int64_t index);
   void argmax_task(int64_t index, int64_t begin, int64_t end);
   void cache_heads(int64_t row, const CacheLayout& cache);
-  void add_to_residual();
-  void normalize(const void* weight);
+  void norm_heads(float* y);
+  void add_to_residual(const Norm& end);
+  void norm_input(const Norm& norm);
   CacheLayout cache_layout() const {
     return {model_.dtype, model_.int8_cache != 0, model_.head_dim, call_.slot_stride};
   }
@@ -114,7 +94,7 @@ Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t thre
   residual_ = grown(memory.residual, rows_ * model.hidden);
   input_ = grown(memory.input, rows_ * padded(widest));
   activated_ = grown(memory.activated, rows_ * padded(model.intermediate));
-  q_ = grown(memory.q, (rows_ * model.heads + 2) * padded(model.head_dim));  // and two vectors to spare
+  q_ = grown(memory.q, (rows_ * model.heads + 1) * padded(model.head_dim));  // and a key
   y_stride_ = padded(std::max({q_size_ + 2 * kv_size_, 2 * model.intermediate, model.hidden}));
   grown(memory.y, rows_ * y_stride_);
   product_.use_partials(grown(memory.sums, rows_ * partials), grown(memory.finished, threads * HEAD_TASKS_PER_THREAD + 1));
@@ -125,8 +105,8 @@ Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t thre
   for (int64_t r = 0; r < rows_ && call.hidden_in == nullptr; ++r) chunks += call.positions[r] / CHUNK + 1;
   memory.chunks.reserve(chunks);
   grown(memory.partials, chunks * model.heads * partial_size(model.head_dim));
-  grown(memory.cos, rows_ * model.head_dim / 2);
-  grown(memory.sin, rows_ * model.head_dim / 2);
+  grown(memory.cos, model.rotation_count * rows_ * model.head_dim / 2);
+  grown(memory.sin, model.rotation_count * rows_ * model.head_dim / 2);
   grown(memory.best, rows_ * (threads * HEAD_TASKS_PER_THREAD + 1));
 }
 
@@ -142,11 +122,11 @@ int64_t Step::next() {
       return begin_block();
     case Phase::QKV: return begin_attention();
     case Phase::ATTENTION: return begin_o();
-    case Phase::O: add_to_residual(); return begin_gate_up();
+    case Phase::O: add_to_residual(model_.layers[layer_].attention_end); return begin_gate_up();
     case Phase::GATE_UP:
       return begin_product(Phase::DOWN, model_.layers[layer_].down, activated_, model_.hidden);
     case Phase::DOWN:
-      add_to_residual();
+      add_to_residual(model_.layers[layer_].ffn_end);
       return ++layer_ < model_.layer_count ? begin_block() : begin_head();
     default: finish(); return 0;
   }
@@ -166,15 +146,19 @@ void Step::task(int64_t index) {
   by_dtype(model_.dtype, [&](auto type) {
     for (int64_t r = 0; r < rows_; ++r) {
       const float* gate = product_.y(r) + begin;
-      silu_product<decltype(type)>(gate, gate + I, end - begin, activated_ + r * padded(I) + begin);
+      gated<decltype(type)>(model_.activation, gate, gate + I, end - begin, activated_ + r * padded(I) + begin);
     }
   });
 }
 
-// y of columns begin to end, rounded as a module's result; the head's is not.
+// y of columns begin to end, rounded as a module's result; the head's may be capped instead.
 void Step::finish_columns(int64_t begin, int64_t end) {
   product_.add_up(begin, end);
-  if (phase_ == Phase::HEAD) return;
+  if (phase_ == Phase::HEAD) {
+    for (int64_t r = 0; r < rows_ && model_.logit_softcap; ++r)
+      cap_softly(product_.y(r) + begin, end - begin, model_.logit_softcap);
+    return;
+  }
   by_dtype(model_.dtype, [&](auto type) {
     for (int64_t r = 0; r < rows_; ++r)
       round_and_add<decltype(type)>(product_.y(r) + begin, product_.bias(), begin, end - begin);
@@ -184,14 +168,15 @@ void Step::finish_columns(int64_t begin, int64_t end) {
 void Step::embed(int64_t token, float* out) const {
   const Embedding& from = model_.embedding;
   const int64_t C = model_.hidden;
-  if (from.blocks != nullptr) return widen_column(*from.blocks, token, out);
   by_dtype(model_.dtype, [&](auto type) {
     using T = decltype(type);
+    if (from.blocks != nullptr) return widen_column(*from.blocks, token, out);
     if (from.scales == nullptr) return widen_values(static_cast<const T*>(from.values) + token * C, model_.dtype, C, out);
     const int8_t* values = static_cast<const int8_t*>(from.values) + token * C;
     const T* scales = static_cast<const T*>(from.scales) + token * C / from.group;
     for (int64_t i = 0; i < C; ++i) out[i] = values[i] * widen(scales[i / from.group]);
   });
+  for (int64_t i = 0; i < C; ++i) out[i] *= model_.embedding_scale;
 }
 
 int64_t Step::begin_product(Phase phase, const Matrix& matrix, const float* x, int64_t columns) {
@@ -204,59 +189,75 @@ int64_t Step::begin_product(Phase phase, const Matrix& matrix, const float* x, i
 void Step::find_angles() {
   const int64_t half = model_.head_dim / 2;
   float *cos = memory_.cos.data(), *sin = memory_.sin.data();
-  for (int64_t r = 0; r < rows_; ++r)
-    for (int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(call_.positions[r]) * model_.frequencies[i];
-      cos[r * half + i] = std::cos(angle);
-      sin[r * half + i] = std::sin(angle);
-    }
+  for (int64_t k = 0; k < model_.rotation_count; ++k) {
+    const float *frequencies = model_.rotations + 2 * k * half, *factors = frequencies + half;
+    for (int64_t r = 0; r < rows_; ++r, cos += half, sin += half)
+      for (int64_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(call_.positions[r]) * frequencies[i];
+        cos[i] = std::cos(angle) * factors[i];
+        sin[i] = std::sin(angle) * factors[i];
+      }
+  }
 }
 
-void Step::normalize(const void* weight) {
+void Step::norm_input(const Norm& norm) {
   const int64_t C = model_.hidden;
   by_dtype(model_.dtype, [&](auto type) {
     for (int64_t r = 0; r < rows_; ++r)
-      rms_norm<decltype(type)>(residual_ + r * C, weight, C, model_.eps, input_ + r * padded(C));
+      normalize<decltype(type)>(residual_ + r * C, norm, C, model_.eps, input_ + r * padded(C));
   });
 }
 
-void Step::add_to_residual() {
+// residual += end(y).
+void Step::add_to_residual(const Norm& end) {
   const int64_t C = model_.hidden;
-  for (int64_t r = 0; r < rows_; ++r)
-    for (int64_t n = 0; n < C; ++n) residual_[r * C + n] += product_.y(r)[n];
+  for (int64_t r = 0; r < rows_; ++r) {
+    float* y = product_.y(r);
+    if (end.weight != nullptr)
+      by_dtype(model_.dtype, [&](auto type) { normalize<decltype(type)>(y, end, C, model_.eps, y); });
+    for (int64_t n = 0; n < C; ++n) residual_[r * C + n] += y[n];
+  }
 }
 
 int64_t Step::begin_block() {
   const Layer& layer = model_.layers[layer_];
-  normalize(layer.attention_norm);
+  norm_input(layer.attention_norm);
   return begin_product(Phase::QKV, layer.qkv, input_, layer.qkv.N);
 }
 
 int64_t Step::begin_gate_up() {
   const Layer& layer = model_.layers[layer_];
-  normalize(layer.ffn_norm);
+  norm_input(layer.ffn_norm);
   return begin_product(Phase::GATE_UP, layer.gate_up, input_, model_.intermediate);
+}
+
+// Norms of a row's queries and keys, in place.
+void Step::norm_heads(float* y) {
+  const Layer& layer = model_.layers[layer_];
+  const auto norm = [&](float* vector, const void* weight, int64_t size) {
+    const int64_t width = model_.heads_normed_together ? size : model_.head_dim;
+    by_dtype(model_.dtype, [&](auto type) {
+      for (int64_t n = 0; n < size; n += width)
+        rms_norm<decltype(type)>(vector + n, weight, width, model_.eps, vector + n);
+    });
+  };
+  if (layer.q_norm != nullptr) norm(y, layer.q_norm, q_size_);
+  if (layer.k_norm != nullptr) norm(y + q_size_, layer.k_norm, kv_size_);
 }
 
 // Norms and rotation of a row's heads; its keys and values go into the cache.
 void Step::cache_heads(int64_t row, const CacheLayout& cache) {
   const int64_t D = model_.head_dim, H = model_.heads, KV = model_.kv_heads;
-  const Layer& layer = model_.layers[layer_];
-  const float* y = product_.y(row);
-  const float *cos = memory_.cos.data() + row * D / 2, *sin = memory_.sin.data() + row * D / 2;
-  float* spare = memory_.q.data() + rows_ * H * padded(D);
+  float* y = product_.y(row);
+  norm_heads(y);
+  const int64_t angles = (model_.layers[layer_].rotation * rows_ + row) * D / 2;
+  const float *cos = memory_.cos.data() + angles, *sin = memory_.sin.data() + angles;
+  float* key = q_ + rows_ * H * padded(D);
   const int64_t at = layer_ * call_.layer_stride + row * call_.row_stride + call_.positions[row] * call_.slot_stride;
   by_dtype(model_.dtype, [&](auto type) {
-    using T = decltype(type);
     for (int64_t h = 0; h < H + KV; ++h) {
-      const float* head = y + h * D;
-      float* out = h < H ? q_ + (row * H + h) * padded(D) : spare;
-      if (const void* norm = h < H ? layer.q_norm : layer.k_norm) {
-        rms_norm<T>(head, norm, D, model_.eps, spare + padded(D));
-        rotate<T>(spare + padded(D), cos, sin, D, out);
-      } else {
-        rotate<T>(head, cos, sin, D, out);
-      }
+      float* out = h < H ? q_ + (row * H + h) * padded(D) : key;
+      rotate<decltype(type)>(y + h * D, cos, sin, D, out);
       if (h >= H) write_slot(out, cache, call_.k + at + (h - H) * call_.head_stride);
     }
   });
@@ -289,8 +290,8 @@ void Step::attend_task(int64_t index) {
   const int64_t at = layer_ * call_.layer_stride + chunk.row * call_.row_stride + head * call_.head_stride;
   const float* q = q_ + (chunk.row * H + head * shared) * padded(D);
   float* partial = memory_.partials.data() + (index / KV * H + head * shared) * partial_size(D);
-  attend(q, shared, call_.k + at, call_.v + at, cache_layout(), model_.attention_scale, chunk.begin, chunk.end,
-         partial);
+  const Scoring scoring{model_.attention_scale, model_.attention_softcap};
+  attend(q, shared, call_.k + at, call_.v + at, cache_layout(), scoring, chunk.begin, chunk.end, partial);
 }
 
 int64_t Step::begin_o() {
@@ -313,7 +314,7 @@ int64_t Step::begin_o() {
 int64_t Step::begin_head() {
   if (call_.hidden_out != nullptr) std::copy(residual_, residual_ + rows_ * model_.hidden, call_.hidden_out);
   if (call_.logits == nullptr) return 0;
-  normalize(model_.norm);
+  norm_input(model_.norm);
   phase_ = Phase::HEAD;
   const Product::Work work{&model_.head, input_, call_.logits, model_.vocabulary, model_.vocabulary};
   return product_.begin(work, rows_, threads_ * HEAD_TASKS_PER_THREAD);

@@ -9,11 +9,19 @@ namespace teal {
 
 constexpr int64_t STEP_ROWS = 8;
 
+// A norm with a weight [C] and a bias [C] of the model's dtype. Without a bias it is an RMS norm; without a weight it
+// leaves a vector as it is.
+struct Norm {
+  const void *weight, *bias;
+};
+
+// Block of model.py.
 struct Layer {
   Matrix qkv, o, gate_up, down;
-  const void *attention_norm, *ffn_norm;  // [C] of the model's dtype
-  const void *q_norm, *k_norm;            // [D] of it, or null
-  int64_t window;                         // of attention, in tokens; 0: all
+  Norm attention_norm, attention_end, ffn_norm, ffn_end;
+  const void *q_norm, *k_norm;  // RMS norms, see Model::heads_normed_together; or null
+  int64_t window;               // of attention, in tokens; 0: all
+  int64_t rotation;             // which of the model's its heads have
 };
 
 // A vector of C values for each of V tokens.
@@ -24,16 +32,22 @@ struct Embedding {
   int64_t group;
 };
 
+enum class Activation : int32_t { SILU, GELU_TANH };
+
 struct Model {
   const Layer* layers;
   Embedding embedding;
-  const void* norm;            // [C], the last one
-  const float* frequencies;    // [D / 2]: rotation per position, radians
+  Norm norm;               // the last one
+  const float* rotations;  // [rotation_count, 2, D / 2]: turn per position in radians, and a factor of its cos and sin
   Matrix head;
-  int64_t layer_count, vocabulary, hidden, intermediate, heads, kv_heads, head_dim;
-  float eps, attention_scale;
+  int64_t layer_count, vocabulary, hidden, intermediate, heads, kv_heads, head_dim, rotation_count;
+  float eps, attention_scale, embedding_scale;
+  float attention_softcap, logit_softcap;  // capped() of model.py; 0: none
+  Activation activation;
   Dtype dtype;
-  int32_t int8_cache;  // keys and values as kv_int8.py lays them out
+  int32_t int8_cache;             // keys and values as kv_int8.py lays them out
+  int32_t heads_normed_together;  // q_norm is [H D] and k_norm [K D]; otherwise each is [D], for every head by itself
+  int32_t padding;
 };
 
 // One token for each of so many rows, contiguous. What is not wanted is null.
