@@ -10,7 +10,13 @@ from teal.decoding.backends import FusedBackend
 from teal.decoding.cuda_program import CudaProgramBackend
 from teal.kernels.program.plan import Device, Format, Model
 from teal.layers.int8_cache import has_int8_cache, use_int8_cache
-from teal.layers.quantized_linear import QuantConfig, pick_group_size, use_quantized_linears
+from teal.layers.quantized_linear import (
+    QuantConfig,
+    QuantizedHead,
+    pick_group_size,
+    round_to_nearest,
+    use_quantized_linears,
+)
 from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import SparseLinear, sparsify
@@ -64,6 +70,15 @@ def random_model(
         use_quantized_linears(model, scheme, fill=True)
     layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] if sparse else 0.0) for name in PROJECTIONS}
     return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * config.num_layers))
+
+
+def use_int4_head(model: Transformer) -> Transformer:
+    """model with its head in 4 bits, in place."""
+    group = pick_group_size(model.config, None, True)
+    head = QuantizedHead(model.lm_head, group, bits=4)
+    head.set_weight(*round_to_nearest(model.lm_head.weight.t().contiguous(), 4, group))
+    model.lm_head = head  # type: ignore[assignment]
+    return model
 
 
 class PlainLinear(nn.Module):

@@ -45,6 +45,7 @@ from tests.kernels.program_models import (
     random_model,
     some_ids,
     step_logits,
+    use_int4_head,
 )
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
@@ -149,6 +150,14 @@ def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("quant", [None, "int4"])
+def test_a_head_of_4_bits_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None) -> None:
+    model = use_int4_head(random_model(TINY, torch.float16, quant, False, False, "cpu"))
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+    assert "HEAD_BITS = 4;" in (tmp_path / "config.cuh").read_text()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant", [None, "int4"])
 def test_bits_do_not_depend_on_who_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None
 ) -> None:
@@ -238,6 +247,12 @@ def test_formats(dtype: torch.dtype, limit: float, quant: str | None, lm_head: b
         modules = step_logits(EagerBackend(model, "test"), ids)[0]
         limit = ROUNDED_OTHERWISE * relative_error(modules, expected_logits(model, ids))
     check_on_gpu(model, limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", [None, "int4"])
+def test_a_head_of_4_bits(quant: str | None) -> None:
+    check_on_gpu(use_int4_head(random_model(SMALL, torch.float16, quant, False, False, "cuda")), 2e-3)
 
 
 @pytest.mark.gpu
