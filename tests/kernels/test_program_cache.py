@@ -119,6 +119,17 @@ def test_bytes_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: 
     check_bytes(model, emulated_backend(model, tmp_path, monkeypatch))
 
 
+@on_a_cpu
+@torch.inference_mode()
+def test_a_token_attends_to_what_the_cache_gives_back_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token attends to its own value alone; unrounded, the output is 5e-3 off."""
+    model = int8_model({}, torch.float16, "cpu")
+    backend, first = emulated_backend(model, tmp_path, monkeypatch), torch.zeros(1, 1, dtype=torch.int64)
+    hidden = backend.decode(first, first.clone(), model.new_cache(1, 8))
+    plain = reference(model)
+    assert_near("hidden", hidden, plain.hidden_states(first, first, plain.new_cache(1, 8)), 3e-3)
+
+
 @pytest.mark.gpu
 @by_dtype
 @by_family
