@@ -6,62 +6,16 @@
 //
 // Two products, scores [heads, positions] = queries keys^T and sums [channels, heads] += values^T weights^T. The first
 // leaves in lane 4 g + c what the second wants there: head g, positions 2 c, 2 c + 1 and 8 more. Channels may come in
-// any order that both sides share, so a lane reads neighbouring ones, 16 bytes at once:
+// any order that both sides share, so a lane reads neighbouring ones (cache.cuh).
 //
-//     lane 4 g + c    of keys: positions g and g + 8, channels 8 c to 8 c + 7 of every 32
-//                     of values: positions 2 c, 2 c + 1, 2 c + 8, 2 c + 9, channels 8 g to 8 g + 7 of every 64
-//
-// Heads of fewer than 64 channels are read in narrower pieces. Every block rotates its own query heads: less than a
-// trip to have it done once. What it sends of each head is the unnormalised sum, the largest score and the sum of
-// exponentials (both to base 2). Whoever multiplies with o combines them, for its own channels only.
+// Every block rotates its own query heads: less than a trip to have it done once. What it sends of each head is the
+// unnormalised sum, the largest score and the sum of exponentials (both to base 2). Whoever multiplies with o combines
+// them, for its own channels only.
 #pragma once
 
 constexpr int SLOT = HEAD_DIM + 2;  // words of a head and split: sum, largest, weight
 constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
-constexpr int TILE = 16;  // positions
-constexpr int KEY_WORDS = min_of(4, HEAD_DIM / 8), KEY_PIECES = HEAD_DIM / (8 * KEY_WORDS);  // of a lane and position
-constexpr int VALUE_WORDS = min_of(4, HEAD_DIM / 16), VALUE_PIECES = HEAD_DIM / (16 * VALUE_WORDS);
-// Warps that share a tile, each with its own pieces of the values: all sums of 128 channels would take registers that
-// the loops over weights keep. Both multiply with the keys.
-constexpr int TILE_WARPS = VALUE_PIECES > 1 ? 2 : 1, SEATS = WARPS / TILE_WARPS, OWN_PIECES = VALUE_PIECES / TILE_WARPS;
 constexpr float LOG2E = 1.4426950408889634f;
-
-struct Cache {
-    u16 *k, *v;
-    i64 layer, head, position;  // strides, in elements
-};
-
-struct Tile {  // a lane's part of the keys and values of 16 positions
-    u32 keys[2][KEY_PIECES][KEY_WORDS], values[4][OWN_PIECES][VALUE_WORDS];
-
-    __device__ __forceinline__ static int first_piece() { return warp_of_block() % TILE_WARPS * OWN_PIECES; }
-    __device__ __forceinline__ static int key_place(int i) { return 8 * i + lane_of_warp() / 4; }
-    __device__ __forceinline__ static int value_place(int i) { return i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2; }
-
-    // row(place) points to a position's row of 16-bit floats, or is null, and nothing changes.
-    template <class Row>
-    __device__ __forceinline__ void read_keys(Row row) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u16* const from = row(key_place(i));
-            if (!from) continue;
-#pragma unroll
-            for (int j = 0; j < KEY_PIECES; j++)
-                read_words(keys[i][j], from + 2 * KEY_WORDS * (4 * j + lane_of_warp() % 4));
-        }
-    }
-    template <class Row>
-    __device__ __forceinline__ void read_values(Row row) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const u16* const from = row(value_place(i));
-            if (!from) continue;
-#pragma unroll
-            for (int j = 0; j < OWN_PIECES; j++)
-                read_words(values[i][j], from + 2 * VALUE_WORDS * (8 * (first_piece() + j) + lane_of_warp() / 4));
-        }
-    }
-};
 
 // Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums
 // of heads 2 c and 2 c + 1.
@@ -80,7 +34,7 @@ struct Running {
 #pragma unroll
         for (int j = 0; j < KEY_PIECES; j++) {
             u32 q[KEY_WORDS];
-            read_words(q, queries[g % GROUP_HEADS] + 2 * KEY_WORDS * (4 * j + c));
+            read_bytes<4 * KEY_WORDS>(q, queries[g % GROUP_HEADS] + 2 * KEY_WORDS * (4 * j + c));
 #pragma unroll
             for (int i = 0; i < KEY_WORDS; i += 2)
 #pragma unroll
@@ -144,10 +98,10 @@ struct Attention {
 
     // Ask for the first positions while others still work on q, k and v.
     __device__ void prefetch(const Cache& cache, int layer) const {
-        constexpr int LINES = HEAD_DIM * 2 / 128 > 0 ? HEAD_DIM * 2 / 128 : 1;
+        constexpr int LINE = 128 / sizeof(Cached), LINES = ceil_div(CACHE_WIDTH, LINE);
         const int at = begin + threadIdx.x / LINES;
         if (at >= end || at == position) return;
-        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position + threadIdx.x % LINES * 64;
+        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position + threadIdx.x % LINES * LINE;
         ::prefetch(cache.k + offset);
         ::prefetch(cache.v + offset);
     }
@@ -204,27 +158,43 @@ struct Attention {
         __syncthreads();
     }
 
-    __device__ void store_new(const Cache& cache, int layer, const Shared& s) const {
-        if (!stores || unit % HEAD_GROUPS != 0) return;
-        const i64 offset = layer * cache.layer + kv * cache.head + position * cache.position;
-        for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) {
-            cache.k[offset + d] = s.rows[GROUP_HEADS][d];
-            cache.v[offset + d] = s.rows[GROUP_HEADS + 1][d];
+    // The new token's key and value into the cache. Of 8 bits, their rows become what it gives back.
+    template <class Element>
+    __device__ void store_new(const CacheOf<Element>& cache, int layer, Shared& s) const {
+        if constexpr (sizeof(Element) == 1) {
+            if (!stores) return;
+            const i64 offset = vector_of(cache, layer, position);
+            const bool writes = unit % HEAD_GROUPS == 0;
+            for (int i = warp_of_block(); i < 2; i += WARPS)
+                round_to_int8(s.rows[GROUP_HEADS + i], writes ? (i ? cache.v : cache.k) + offset : nullptr);
+            __syncthreads();
+        } else {
+            if (!stores || unit % HEAD_GROUPS != 0) return;
+            const i64 offset = vector_of(cache, layer, position);
+            for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) {
+                cache.k[offset + d] = s.rows[GROUP_HEADS][d];
+                cache.v[offset + d] = s.rows[GROUP_HEADS + 1][d];
+            }
         }
     }
 
-    // A position's row in the cache. The new token's key and value are not there yet.
-    __device__ const u16* cached(const u16* from, const Cache& cache, int layer, int at) const {
-        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position;
+    __device__ i64 vector_of(const Cache& cache, int layer, int at) const {
+        return layer * cache.layer + kv * cache.head + at * cache.position;
+    }
+
+    // A position's vector in the cache. The new token's key and value are not there yet.
+    __device__ const Cached* cached(const Cached* from, const Cache& cache, int layer, int at) const {
+        const i64 offset = vector_of(cache, layer, at);
         return at < end && at != position ? from + offset : nullptr;
     }
 
     __device__ __forceinline__ void attend(Running& run, const Cache& cache, int layer, const Shared& s) const {
 #pragma unroll 1
         for (int base = begin + warp_of_block() / TILE_WARPS * TILE; base < end; base += SEATS * TILE) {
-            Tile tile = {};
-            tile.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
-            tile.read_values([&](int place) { return cached(cache.v, cache, layer, base + place); });
+            TileOf<Cached> found = {};
+            found.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
+            found.read_values([&](int place) { return cached(cache.v, cache, layer, base + place); });
+            Tile tile = floats_of(found);
             if (stores && position < base + TILE) {
                 auto own = [&](int place, int row) { return base + place == position ? s.rows[row] : nullptr; };
                 tile.read_keys([&](int place) { return own(place, GROUP_HEADS); });

@@ -4,6 +4,7 @@
 constexpr int WARPS = THREADS / 32;  // of the one block on a multiprocessor
 constexpr u32 ALL_LANES = 0xffffffff;
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
+constexpr u32 NAN_BITS = 0x7fc00000;        // above those of all numbers
 
 __device__ __forceinline__ int warp_of_block() { return threadIdx.x >> 5; }
 __device__ __forceinline__ int lane_of_warp() { return threadIdx.x & 31; }
@@ -26,6 +27,16 @@ __device__ __forceinline__ float high_of(u32 pair) {
     return FLOAT_IS_BF16 ? __uint_as_float(pair & 0xffff0000) : float_of((u16)(pair >> 16));
 }
 
+// Two of them in a word, low in the lower half.
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+    return FLOAT_IS_BF16 ? bf16_pair(low, high) : fp16_pair(low, high);
+}
+
+// Signed byte number i of a word: 2^23 + q + 128 by its bits, less what is too much.
+__device__ __forceinline__ float signed_byte(u32 word, int i) {
+    return __uint_as_float(__byte_perm(word ^ 0x80808080, 0x4b000000, 0x7440 | i)) - 8388736.0f;
+}
+
 // x rounded to the model's dtype, as its layers round what they hand on.
 __device__ __forceinline__ float rounded(float x) { return float_of(bits_of(x)); }
 
@@ -38,16 +49,20 @@ __device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
     for (int i = 0; i < 4; i++) to[2 * i] = low_of(words[i]), to[2 * i + 1] = high_of(words[i]);
 }
 
-template <int COUNT>
-__device__ __forceinline__ void read_words(u32 (&to)[COUNT], const u16* from) {  // from is aligned to all of them
-    if constexpr (COUNT == 4) {
+// So many bytes, to which from is aligned, into the lowest of the words.
+template <int BYTES, int COUNT>
+__device__ __forceinline__ void read_bytes(u32 (&to)[COUNT], const void* from) {
+    static_assert(COUNT == ceil_div(BYTES, 4), "words have room for other bytes");
+    if constexpr (BYTES == 16) {
         const uint4 x = *(const uint4*)from;
         to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-    } else if constexpr (COUNT == 2) {
+    } else if constexpr (BYTES == 8) {
         const uint2 x = *(const uint2*)from;
         to[0] = x.x, to[1] = x.y;
-    } else {
+    } else if constexpr (BYTES == 4) {
         to[0] = *(const u32*)from;
+    } else {
+        to[0] = *(const u16*)from;
     }
 }
 

@@ -86,12 +86,8 @@ struct Sums<8> {
             const float x = __uint_as_float(factors[r]);
 #pragma unroll
             for (int w = 0; w < 4; w++) {
-                const u32 unsigned_bytes = words[w] ^ 0x80808080;  // q + 128
 #pragma unroll
-                for (int b = 0; b < 4; b++) {  // 2^23 + q + 128 by its bits
-                    const float q = __uint_as_float(__byte_perm(unsigned_bytes, 0x4b000000, 0x7440 | b));
-                    sum[4 * w + b] += x * (q - 8388736.0f);
-                }
+                for (int b = 0; b < 4; b++) sum[4 * w + b] += x * signed_byte(words[w], b);
             }
         }
     }

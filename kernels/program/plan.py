@@ -78,12 +78,16 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The model as the plan sees it. head is None for one in floats, which is [V, C]."""
+    """The model as the plan sees it. head is None for one in floats, which is [V, C].
+
+    cache_bits: of a key's or value's entry, 16 or 8 (kernels/formats/kv_int8.py).
+    """
 
     config: ModelConfig
     dtype: torch.dtype
     products: tuple[Format, Format, Format, Format]  # q,k,v; o; gate,up; down
     head: Format | None
+    cache_bits: int = 16
 
     @property
     def heads_of_key(self) -> int:
@@ -288,7 +292,8 @@ def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, word
     constants = sizes | {
         "HIDDEN": c.hidden_size, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads, "HEAD_DIM": c.head_dim,
         "LAYERS": c.num_layers, "VOCAB": c.vocab_size, "Q_SIZE": c.q_size, "KV_SIZE": c.kv_size,
-        "HEAD_BITS": 16 if model.head is None else model.head.bits, "SHARED_BYTES": shared,
+        "HEAD_BITS": 16 if model.head is None else model.head.bits, "CACHE_BITS": model.cache_bits,
+        "SHARED_BYTES": shared,
     }  # fmt: skip
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
     flags = {"FLOAT_IS_BF16": model.dtype == torch.bfloat16, "SCALED": scaled}

@@ -28,6 +28,7 @@
 #include "shared.cuh"
 #include "residual.cuh"
 #include "product.cuh"
+#include "cache.cuh"
 #include "attention.cuh"
 #include "mlp.cuh"
 #include "head.cuh"

@@ -42,6 +42,7 @@ class CudaProgramBackend(StepBackend):
         super().__init__(others)
         device = model.device
         self.program = Program(plan(_described(model), device_facts(device)), device)
+        self.cache_dtype = torch.int8 if has_int8_cache(model) else model.dtype
         self.frequencies = frequencies(model.config.head_dim, *model.config.rope("global"), device).contiguous()
         self.meta = {
             module: meta_words(_weight(module), by_group=i == GATE_UP)
@@ -81,7 +82,7 @@ class CudaProgramBackend(StepBackend):
         """program.cu's Arguments, and the launch."""
         assert tokens.dtype == positions.dtype == torch.int64, "tokens and positions are int64"
         model, k, v = self.model, kv_cache.k, kv_cache.v
-        assert k.dtype == model.dtype and k.stride() == v.stride() and k.stride(4) == 1
+        assert k.dtype == self.cache_dtype and k.stride() == v.stride() and k.stride(4) == 1
         rows = self._layer_table()
         head = self._matrix(model.lm_head, self.no_threshold)
         self.program.launch([
@@ -128,8 +129,6 @@ def model_obstacle(model: Transformer, device: Device) -> str:
     """As program_obstacle, of model's formats and shapes on such a device."""
     if features := extras(model.config):
         return f"it does not compute {', '.join(features)}"
-    if has_int8_cache(model):
-        return "a KV cache in 8 bits is not supported"
     blocks = _projected(model)
     for modules in blocks:
         if not all(isinstance(module, (SparseLinear, QuantizedLinear)) for module in modules):
@@ -155,7 +154,8 @@ def _described(model: Transformer) -> Model:
     formats = [Format.of(_weight(module)) for module in _projected(model)[0]]
     head = Format.of(_weight(model.lm_head)) if isinstance(model.lm_head, QuantizedHead) else None
     qkv, o, gate_up, down = formats
-    return Model(model.config, model.dtype, (qkv, o, gate_up, down), head)
+    cache_bits = 8 if has_int8_cache(model) else 16
+    return Model(model.config, model.dtype, (qkv, o, gate_up, down), head, cache_bits)
 
 
 def _projected(model: Transformer) -> list[list[nn.Module]]:

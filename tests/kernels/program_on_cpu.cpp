@@ -141,6 +141,7 @@ inline u16 bf16_bits(float x) {
 }
 inline u16 fp16_bits(float x) { return as<u16>((_Float16)x); }
 inline float from_fp16(u16 bits) { return (float)as<_Float16>(bits); }
+inline u32 bf16_pair(float low, float high) { return bf16_bits(low) | (u32)bf16_bits(high) << 16; }
 inline u32 fp16_pair(float low, float high) { return fp16_bits(low) | (u32)fp16_bits(high) << 16; }
 inline u32 low_nibbles(u32 x) { return (x & 0x000f000f) | 0x64006400; }
 inline u32 high_nibbles(u32 x) { return (x & 0x00f000f0) | 0x64006400; }
