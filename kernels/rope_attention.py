@@ -237,8 +237,7 @@ def rope_attention_kernel(
     v_low, v_high = load_positions(p_v, begin, end, stride_s, HALF, BLOCK_H, BLOCK_P, SCALE_AT, DTYPE)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    a = tl.zeros([HEADS, BLOCK_H], tl.float32)
-    b = tl.zeros([HEADS, BLOCK_H], tl.float32)
+    a, b = tl.zeros([HEADS, BLOCK_H], tl.float32), tl.zeros([HEADS, BLOCK_H], tl.float32)
     if (begin < end) | (i_split == 0):
         a, b = queries(
             p_partial, p_bias, p_q_norm, eps, cos, sin, i_row, i_kv, B, N,

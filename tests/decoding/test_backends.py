@@ -128,6 +128,8 @@ def test_where_the_cuda_program_pays(
     monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert backends._program_pays(model) is pays
+    use_int8_cache(model)
+    assert not backends._program_pays(model), "not measured"
     name, _ = best_backend("cuda", True, False, None, pays)
     assert name == ("program" if pays else "fused")
 

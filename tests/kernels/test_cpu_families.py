@@ -68,7 +68,7 @@ def thresholded(model: Transformer, sparse: bool) -> Transformer:
 def check_rows(model: Transformer) -> None:
     """The program's logits are the eager model's, of the median row to 1e-5.
 
-    An entry of a few rows may be rounded to the other side of a threshold or to another byte, and norms after sublayers
+    An entry of a few rows may be rounded to the other side of a threshold, or to another byte. Norms after sublayers
     enlarge what is lost of a small sum.
     """
     for lengths in LENGTHS:

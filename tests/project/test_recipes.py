@@ -24,6 +24,7 @@ BESIDE = {  # files that know of it, too, but that a new one does without
     "add-a-model.md": {
         "teal/architectures.py",  # shapes, to measure speed with
         "teal/checkpoint/gguf_families.py",  # the family's GGUF files
+        "teal/decoding/cpu_program.py",  # a CPU's step, which leaves to the modules what it does not know
     },
     "add-a-format.md": {
         "kernels/gemv/gather_tensor_core.py",  # the fast forms of 4 and 8 bits
