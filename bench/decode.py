@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from teal.bench.gemv import add_input_groups, check_input_groups
 from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step, program_phases
 from teal.calibration.choose import choose_plan
-from teal.checkpoint.loading import load_for_decoding, round_weights
+from teal.checkpoint.loading import LoadedModel, load_for_decoding, round_weights
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments, model_options
 from teal.decoding.cuda_program import CudaProgramBackend
@@ -29,7 +30,7 @@ from teal.errors import UserError
 from teal.hardware import read_bandwidth
 from teal.model import ModelConfig
 from teal.options import SamplingParams
-from teal.plan import SparsityPlan
+from teal.plan import ProjectionPlan, SparsityPlan, keep_all_plan
 from teal.teal_layers import achieved_sparsity, weight_bytes_per_token
 
 Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
@@ -125,7 +126,7 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     loaded = load_for_decoding(options, sparse=True)
     if args.input_groups:
         round_weights(loaded, args.quant, args.lm_head == "int8", grouping="input")
-    plans = {f"{target:.0%} sparse": choose_plan(loaded, target, args.plan) for target in targets}
+    plans = {f"{target:.0%} sparse": starting_plan(loaded, target, args) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans
     elif args.zero_through_sparse:
@@ -134,6 +135,15 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     if args.random_weights is not None and args.plan is None:
         plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
+
+
+def starting_plan(loaded: LoadedModel, target: float, args: argparse.Namespace) -> SparsityPlan:
+    """A checkpoint's plan, or for random weights, which no text fits, one whose thresholds fitted_plan has to find."""
+    if args.random_weights is None or args.plan is not None:
+        return choose_plan(loaded, target, args.plan)
+    plan = keep_all_plan(loaded.model.config)
+    layers = tuple(dict.fromkeys(layer, ProjectionPlan(target, 0.0)) for layer in plan.layers)
+    return replace(plan, target=target, layers=layers)
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
