@@ -111,7 +111,7 @@ def test_logits_equal_the_unfused_layers(
     assert relative_error(dense, expected) > 1e-2, "logits of the dense model"
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int8 cache"])
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4", "olmo2", "stablelm"])
 def test_families_in_every_format(family: str, kind: str, batch: int, tmp_path: Path) -> None:
