@@ -16,22 +16,20 @@ from teal.extras import extras
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.quantized_linear import use_quantized_linears
 from teal.model import Transformer
-from teal.plan import ProjectionPlan, SparsityPlan
-from teal.teal_layers import sparsify
 from tests.block_models import use_random_blocks
 from tests.checkpoint.test_families import FAMILIES
-from tests.conftest import PROJECTIONS, QUANTIZABLE, assert_near, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, assert_near, save_tiny_model, tiny_config
 from tests.kernels.test_cpu_program import (
     BLOCKS,
     CPU,
     FORMATS,
     LAYERS,
     SPARSE_LIMITS,
-    THRESHOLDS,
     check,
     fill_mixed,
     program,
     run,
+    thresholded,
 )
 
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
@@ -55,14 +53,6 @@ def built(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **sizes: 
     family, options = EXTRAS[kind]
     save_tiny_model(tiny_config(family, **QUANTIZABLE | {"num_hidden_layers": LAYERS} | options | sizes), folder)
     return load_model(folder, CPU, dtype)
-
-
-def thresholded(model: Transformer, sparse: bool) -> Transformer:
-    """model with thresholds, in place, if it is to have them."""
-    if sparse:
-        layer = {name: ProjectionPlan(0.5, THRESHOLDS[name]) for name in PROJECTIONS}
-        sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
-    return model
 
 
 def check_rows(model: Transformer) -> None:

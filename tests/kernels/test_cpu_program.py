@@ -61,6 +61,14 @@ TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-
 THRESHOLDS = {"q": 0.3, "k": 0.3, "v": 0.2, "o": 0.1, "gate": 0.4, "up": 0.3, "down": 0.2}
 
 
+def thresholded(model: Transformer, sparse: bool) -> Transformer:
+    """model with thresholds, in place, if it is to have them."""
+    if sparse:
+        layer = {name: ProjectionPlan(0.5, THRESHOLDS[name]) for name in PROJECTIONS}
+        sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
+    return model
+
+
 def tiny(
     folder: Path,
     family: str = "llama",
@@ -78,10 +86,7 @@ def tiny(
         use_quantized_linears(model, scheme, fill=not scheme.is_mixed)
         if scheme.is_mixed:
             fill_mixed(model)
-    if sparse:
-        layer = {name: ProjectionPlan(0.5, THRESHOLDS[name]) for name in PROJECTIONS}
-        sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * LAYERS))
-    return model
+    return thresholded(model, sparse)
 
 
 def in_blocks(folder: Path, format: str, sparse: bool = False, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -92,10 +97,7 @@ def in_blocks(folder: Path, format: str, sparse: bool = False, dtype: torch.dtyp
     save_tiny_model(tiny_config("qwen2", num_hidden_layers=LAYERS, vocab_size=333, **sizes, **tied), folder)
     model = load_model(folder, CPU, dtype)
     use_random_blocks(model, kinds, scale=0.01)
-    if sparse:
-        layer = {name: ProjectionPlan(0.5, THRESHOLDS[name]) for name in PROJECTIONS}
-        sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * LAYERS))
-    return model
+    return thresholded(model, sparse)
 
 
 def fill_mixed(model: Transformer) -> None:
