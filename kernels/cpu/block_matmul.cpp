@@ -1,5 +1,6 @@
 // Products of bf16 with many rows and weights in blocks, where the processor multiplies bf16. Half a strip's columns
-// become bf16, so many channels at a time that they stay in L2 while all rows meet them. block_linear.py has the op.
+// become bf16, so many channels at a time that they stay in L2 while all rows meet them, by the matrix registers of amx.h
+// where there are any. block_linear.py has the op.
 // A column's sum has the same bits in any thread, and a row's beside any others.
 
 #include <ATen/Parallel.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "amx.h"
 #include "blocks.h"
 #include "tensors.h"
 
@@ -49,21 +51,52 @@ void multiply_rows(const BFloat16* x, int64_t rows, int64_t stride, const BFloat
   if constexpr (COUNT > 1) multiply_rows<COUNT - 1>(x, rows, stride, tile, pairs, sums);
 }
 
-// Columns of a weight from begin on, half a strip at most, into y.
-void multiply_columns(const Blocks& w, const BFloat16* x, int64_t rows, int64_t begin, BFloat16* y, int64_t y_stride) {
+// All rows of x, by the registers that every such processor has.
+class VectorRows {
+ public:
+  struct Scope {};
+
+  VectorRows(const BFloat16* x, int64_t rows, int64_t stride) : x(x), rows(rows), stride(stride) {}
+  int64_t padded() const { return rows; }
+
+  // sums [rows][64] += rows times a tile [pairs][64][2] of the channels from k on.
+  void multiply(int64_t k, const BFloat16* tile, int64_t pairs, float* sums) const {
+    multiply_rows<ROWS>(x + k, rows, stride, tile, pairs, sums);
+  }
+
+ private:
+  const BFloat16* x;
+  int64_t rows, stride;
+};
+
+// Columns of a weight from begin on, half a strip at most, into count rows of y.
+template <typename Rows>
+void multiply_columns(const Blocks& w, const Rows& rows, int64_t count, int64_t begin, BFloat16* y, int64_t y_stride) {
   alignas(64) static thread_local BFloat16 tile[CHANNELS * HALF_STRIP];
-  std::vector<float> sums(rows * HALF_STRIP);
+  std::vector<float> sums(rows.padded() * HALF_STRIP);
   for (int64_t k = 0; k < w.K; k += CHANNELS) {
-    const int64_t count = std::min(CHANNELS, w.K - k);
-    widen_pairs(w, k, k + count, begin, tile);
-    multiply_rows<ROWS>(x + k, rows, w.K, tile, count / 2, sums.data());
+    const int64_t channels = std::min(CHANNELS, w.K - k);
+    widen_pairs(w, k, k + channels, begin, tile);
+    rows.multiply(k, tile, channels / 2, sums.data());
   }
   const int64_t width = std::min(HALF_STRIP, w.N - begin);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < count; ++r) {
     BFloat16 row[HALF_STRIP];
     for (int v = 0; v < VECTORS; ++v) store(row + v * LANES, load(sums.data() + r * HALF_STRIP + v * LANES));
     std::copy_n(row, width, y + r * y_stride);
   }
+}
+
+template <typename Rows>
+void multiply_by(const Blocks& w, const at::Tensor& x, at::Tensor& y) {
+  const int64_t count = x.size(0), stride = y.stride(0);
+  const Rows rows(x.const_data_ptr<BFloat16>(), count, w.K);
+  auto* to = y.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, (w.N + HALF_STRIP - 1) / HALF_STRIP, 1, [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const typename Rows::Scope scope;
+    for (int64_t n = first * HALF_STRIP; n < std::min(w.N, last * HALF_STRIP); n += HALF_STRIP)
+      multiply_columns(w, rows, count, n, to + n, stride);
+  });
 }
 
 void block_matmul(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef type, at::Tensor& y) {
@@ -71,13 +104,10 @@ void block_matmul(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef t
   TORCH_CHECK_VALUE(y.dim() == 2 && y.size(0) == x.size(0) && y.stride(1) == 1 && y.scalar_type() == at::kBFloat16,
                     "y: expected as many rows of bf16");
   const Blocks weight = blocks_of(data, type, x.size(1), y.size(1));
-  const auto* from = x.const_data_ptr<BFloat16>();
-  auto* to = y.mutable_data_ptr<BFloat16>();
-  const int64_t rows = x.size(0), stride = y.stride(0);
-  at::parallel_for(0, (weight.N + HALF_STRIP - 1) / HALF_STRIP, 1, [&](int64_t first, int64_t last) {
-    for (int64_t n = first * HALF_STRIP; n < std::min(weight.N, last * HALF_STRIP); n += HALF_STRIP)
-      multiply_columns(weight, from, rows, n, to + n, stride);
-  });
+#if defined(TEAL_AMX)
+  if (amx_permitted()) return multiply_by<TileRows<HALF_STRIP>>(weight, x, y);
+#endif
+  multiply_by<VectorRows>(weight, x, y);
 }
 
 }  // namespace

@@ -19,3 +19,39 @@ extern "C" void product(const uint8_t* data, const int32_t* type, int64_t K, int
 extern "C" void floats(const uint8_t* data, const int32_t* type, int64_t K, int64_t N, int32_t dtype, void* out) {
   teal::widen_blocks(weight_of(data, type, K, N), static_cast<teal::Dtype>(dtype), 0, K, 0, N, out, N);
 }
+
+#if defined(TEAL_EMULATED)
+// The same for an emulator: one call, read from stdin, whose result goes to stdout. No rows of x ask for the floats.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+struct Call {
+  int64_t K, N, rows, bytes;
+  int32_t type[5], dtype;
+  float limit;
+  int32_t unused;
+};
+
+template <typename T>
+static std::vector<T> read(int64_t count) {
+  std::vector<T> found(count);
+  if (std::fread(found.data(), sizeof(T), count, stdin) != static_cast<size_t>(count)) std::abort();
+  return found;
+}
+
+int main() {
+  const Call c = read<Call>(1)[0];
+  const std::vector<uint8_t> data = read<uint8_t>(c.bytes);
+  const std::vector<float> x = read<float>(c.rows * c.K);
+  std::vector<float> found(c.rows ? c.rows * c.N : c.K * c.N);
+  int64_t size = found.size() * sizeof(float);
+  if (c.rows) {
+    product(data.data(), c.type, c.K, c.N, c.dtype, x.data(), c.rows, c.limit, found.data());
+  } else {
+    floats(data.data(), c.type, c.K, c.N, c.dtype, found.data());
+    size = c.dtype ? size / 2 : size;
+  }
+  return std::fwrite(found.data(), 1, size, stdout) != static_cast<size_t>(size);
+}
+#endif
