@@ -13,7 +13,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from teal.cli import command_line as cli
 from teal.cli.options import (
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="rtn",
         help="round to nearest, half-quadratic fit of scales and zeros, or GPTQ on a calibration text",
     )
-    add_head_argument(what, "quantize the output head too; mixed, with --mode mixed, to as many bits", "mixed")
+    add_head_argument(what, "quantize the output head too; mixed: with --mode mixed, to as many bits", "mixed")
     what.add_argument(
         "--embedding", choices=("none", "int8"), default="none",
         help="round the embedding too, which saves memory; with --lm-head where the head is the same weight",
@@ -125,10 +125,12 @@ def check_mode(args: argparse.Namespace) -> None:
     """Raise UserError for options that do not go with --mode, before anything is read."""
     if args.mode == "mixed":
         check_method(args.mode, args.method)
+        if args.lm_head == "int4":
+            raise UserError("--lm-head int4 does not go with --mode mixed; choose mixed or int8")
     elif args.bits is not None:
         raise UserError(f"--bits {args.bits:g} goes with --mode mixed; leave it out")
     elif args.lm_head == "mixed":
-        raise UserError("--lm-head mixed goes with --mode mixed; choose int8")
+        raise UserError("--lm-head mixed goes with --mode mixed; choose int8 or int4")
 
 
 def check_method(mode: str, method: str) -> None:
@@ -143,17 +145,17 @@ def scheme_of(args: argparse.Namespace, config: "ModelConfig") -> "QuantConfig":
 
     head = args.lm_head != "none"
     group_size = pick_group_size(config, args.group_size, head)
-    scheme = QuantConfig(args.mode, group_size, head, args.grouping, args.embedding == "int8", **mixed_fields(args))
+    embedding, head_bits = args.embedding == "int8", 4 if args.lm_head in ("int4", "mixed") else 8
+    scheme = QuantConfig(args.mode, group_size, head, args.grouping, embedding, average_bits(args), head_bits)
     scheme.check_embedding(config)
     return scheme
 
 
-def mixed_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """What of a QuantConfig only mode mixed has."""
+def average_bits(args: argparse.Namespace) -> float | None:
+    """Of a weight of --mode mixed; None for the other modes."""
     if args.mode != "mixed":
-        return {}
-    bits = DEFAULT_BITS if args.bits is None else args.bits
-    return {"average_bits": bits, "head_bits": 4 if args.lm_head == "mixed" else 8}
+        return None
+    return DEFAULT_BITS if args.bits is None else args.bits
 
 
 def mode_name(scheme: "QuantConfig") -> str:

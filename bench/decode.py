@@ -122,10 +122,10 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
-    options = model_options(args, **{"quant": None, "quant_lm_head": False} if args.input_groups else {})
+    options = model_options(args, **{"quant": None, "quant_lm_head": None} if args.input_groups else {})
     loaded = load_for_decoding(options, sparse=True)
     if args.input_groups:
-        round_weights(loaded, args.quant, args.lm_head == "int8", grouping="input")
+        round_weights(loaded, args.quant, model_options(args).quant_lm_head, grouping="input")
     plans = {f"{target:.0%} sparse": starting_plan(loaded, target, args) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans

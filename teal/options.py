@@ -43,10 +43,10 @@ class ModelOptions:
     random_weights: a known architecture instead. adapter: a LoRA adapter's folder or hub id, merged into the
     checkpoint. sparsity: the share of activations to drop, plan: a plan file instead.
     compile None means on CUDA only, backend "auto" what suits device, dtype and formats. quant ("int8", "int4") rounds
-    the weights at load, quant_lm_head those of the output head to 8 bits. kv_cache "int8" keeps keys and values in 8
-    bits. threads: how many a CPU computes with, in the whole process. None is the cores that affinity and quota allow
-    (teal.environment). dequantize makes floats of a GGUF file's integers, which a CPU else multiplies as they are.
-    force_plan takes plans that were made for other weights.
+    the weights at load, quant_lm_head those of the output head, to the same or other bits. kv_cache "int8" keeps keys
+    and values in 8 bits. threads: how many a CPU computes with, in the whole process. None is the cores that affinity
+    and quota allow (teal.environment). dequantize makes floats of a GGUF file's integers, which a CPU else multiplies
+    as they are. force_plan takes plans that were made for other weights.
     """
 
     checkpoint: str | None = None
@@ -60,7 +60,7 @@ class ModelOptions:
     compile: bool | None = None
     backend: str = BACKENDS[0]
     quant: str | None = None
-    quant_lm_head: bool = False
+    quant_lm_head: str | None = None
     kv_cache: str = KV_CACHES[0]
     threads: int | None = None
     dequantize: bool = False
@@ -81,8 +81,10 @@ class ModelOptions:
         check_choice("backend", self.backend, BACKENDS)
         if self.quant is not None:
             check_choice("quant", self.quant, QUANTS)
-        elif self.quant_lm_head:
+        elif self.quant_lm_head is not None:
             raise ParameterError("{quant_lm_head} goes with {quant}; to keep the rest in floats is not supported")
+        if self.quant_lm_head is not None:
+            check_choice("quant_lm_head", self.quant_lm_head, QUANTS)
         check_choice("kv_cache", self.kv_cache, KV_CACHES)
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ParameterError(f"{{threads}} {{}} is out of range; expected 1 to {MAX_THREADS}", self.threads)

@@ -21,7 +21,7 @@ from teal.hardware import pick_device, pick_dtype
 from teal.kernels.cpu.native import native_kernels
 from teal.layers.int8_cache import has_int8_cache, use_int8_cache
 from teal.layers.output_head import use_native_head
-from teal.layers.quantized_linear import is_quantized, pick_group_size
+from teal.layers.quantized_linear import BITS, is_quantized, pick_group_size
 from teal.layers.rounding import quantize
 from teal.model import ModelConfig, OutputHead, Transformer
 from teal.options import DraftOptions, ModelOptions
@@ -106,22 +106,23 @@ def _keeps_integers(options: ModelOptions, device: torch.device) -> bool:
 
 
 def round_weights(
-    loaded: LoadedModel, quant: str, quant_lm_head: bool, parameter: str = "quant", grouping: str = "output"
+    loaded: LoadedModel, quant: str, quant_lm_head: str | None, parameter: str = "quant", grouping: str = "output"
 ) -> None:
-    """Round the weights of loaded to "int8" or "int4" in place, and those of the output head to 8 bits if asked to.
+    """Round the weights of loaded to "int8" or "int4" in place, and those of the output head if asked to.
 
     parameter is the one that asks for it. Raises UserError if they are rounded by now.
     """
     if is_quantized(loaded.model):
         raise _rounded_already(parameter, quant, loaded.name)
     quantize(loaded.model, quant, None, quant_lm_head, grouping)
-    loaded.identity += f"-{quant}" + ("-head8" if quant_lm_head else "") + ("-input" if grouping == "input" else "")
+    head = "" if quant_lm_head is None else f"-head{BITS[quant_lm_head]}"
+    loaded.identity += f"-{quant}{head}" + ("-input" if grouping == "input" else "")
 
 
 def check_fit(options: ModelOptions, model: Described) -> None:
     """Raise UserError unless a model's weights can be rounded as options ask, and the plan that they name is for it."""
     if options.quant is not None:
-        _check_rounding(model, "quant", options.quant, options.quant_lm_head)
+        _check_rounding(model, "quant", options.quant, options.quant_lm_head is not None)
     _check_plan(model, options.sparsity, options.plan, options.force_plan)
 
 
@@ -130,7 +131,7 @@ def check_draft_fit(draft: DraftOptions, model: Described, force_plan: bool) -> 
     if draft.lookup:
         return
     if draft.quant is not None:
-        _check_rounding(model, "draft_quant", draft.quant, quant_lm_head=True)
+        _check_rounding(model, "draft_quant", draft.quant, with_head=True)
     if draft.checkpoint is not None:
         model = _described_draft(draft.checkpoint, model)
     _check_plan(model, draft.sparsity, draft.plan, force_plan)
@@ -168,10 +169,10 @@ def load_draft(checkpoint: str, target: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def _check_rounding(model: Described, parameter: str, quant: str, quant_lm_head: bool) -> None:
+def _check_rounding(model: Described, parameter: str, quant: str, with_head: bool) -> None:
     if model.is_quantized:
         raise _rounded_already(parameter, quant, model.name)
-    pick_group_size(model.config, None, quant_lm_head)
+    pick_group_size(model.config, None, with_head)
 
 
 def _rounded_already(parameter: str, quant: str, name: str) -> ParameterError:

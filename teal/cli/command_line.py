@@ -19,7 +19,7 @@ EXIT_ERROR, EXIT_USAGE = 1, 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 # Options that are not called as the parameter that they set; all others are, with dashes.
 SPELLED = {
-    "quant_lm_head": "--lm-head int8",
+    "quant_lm_head": "--lm-head",
     "draft_length": "--speculate",
     "draft_lookup": "--speculate-lookup",
 }

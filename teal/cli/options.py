@@ -55,7 +55,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--plan", help="sparsity plan (JSON) to use instead of --sparsity")
     add_force_plan_argument(how)
     how.add_argument("--quant", choices=QUANTS, help="round the weights at load; quantize.py does it once")
-    add_head_argument(how, "with --quant: round the head too")
+    add_head_argument(how, "with --quant: round the head too, to the same or other bits")
     add_kv_cache_argument(how)
     add_compile_argument(how)
     how.add_argument(
@@ -133,8 +133,8 @@ def add_device_argument(group: Group) -> None:
 
 
 def add_head_argument(group: Group, help: str, *more: str) -> None:
-    """The option that rounds the output head; more: what it may be rounded to beside int8."""
-    group.add_argument("--lm-head", choices=("none", "int8", *more), default="none", help=help)
+    """The option that rounds the output head; more: what it may be rounded to beside what --quant can."""
+    group.add_argument("--lm-head", choices=("none", *QUANTS, *more), default="none", help=help)
 
 
 def add_kv_cache_argument(group: Group) -> None:
@@ -166,7 +166,7 @@ def model_options(args: argparse.Namespace, **other: Any) -> ModelOptions:
 
     given = {f.name: getattr(args, f.name) for f in fields(ModelOptions) if hasattr(args, f.name)}
     if hasattr(args, "lm_head"):
-        given["quant_lm_head"] = args.lm_head == "int8"
+        given["quant_lm_head"] = None if args.lm_head == "none" else args.lm_head
     options = ModelOptions(**given | other)
     check_family(options.checkpoint)
     return options

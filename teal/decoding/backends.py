@@ -136,7 +136,7 @@ def _program_pays(model: Transformer) -> bool:
         return False
     if has_int8_cache(model):
         return False
-    modules = [module for module in model.layers.modules() if isinstance(module, (SparseLinear, QuantizedLinear))]
+    modules = [module for module in model.modules() if isinstance(module, (SparseLinear, QuantizedLinear))]
     return not any(m.scales is not None and m.weight.dtype != torch.int8 for m in modules)
 
 

@@ -96,7 +96,7 @@ def rounded_draft(loaded: LoadedModel, options: DraftOptions) -> LoadedModel:
         return load_draft(options.checkpoint, loaded)
     draft = replace(sharing_copy(loaded), calibrate_s=0.0)
     assert options.quant is not None
-    round_weights(draft, options.quant, quant_lm_head=True, parameter="draft_quant")
+    round_weights(draft, options.quant, quant_lm_head="int8", parameter="draft_quant")
     return draft
 
 

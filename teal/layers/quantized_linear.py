@@ -34,8 +34,9 @@ from teal.user_text import is_number
 QUANT_METHOD = "teal"
 VERSIONS = {"int8": 1, "int4": 1, "mixed": 2}  # of quantization_config, by mode
 EMBEDDING_VERSION = 3  # of one whose embedding is rounded, whatever the mode
+HEAD_VERSION = 4  # of one whose head has 4 bits by another mode than mixed, whatever the embedding
 BITS = {"int8": 8, "int4": 4, "mixed": 4}  # of a stored value; refined channels have two rows of 4
-MIXED_FIELDS = ("average_bits", "head_bits", "refined", "refined_head")  # of QuantConfig, which other modes leave alone
+MIXED_FIELDS = ("average_bits", "refined", "refined_head")  # of QuantConfig, which other modes leave alone
 GROUPINGS = ("output", "input")
 Packed = tuple[Tensor, Tensor, Tensor | None]  # values, scales and zeros of a weight (kernels/formats/packing.py)
 
@@ -71,10 +72,14 @@ class QuantConfig:
             raise UserError(f"grouping {self.grouping!r} is unknown; expected one of {', '.join(GROUPINGS)}")
         if not isinstance(self.embedding, bool):
             raise UserError(f"embedding {self.embedding!r:.200} is not usable; expected true or false")
+        if self.head_bits not in (4, 8):
+            raise UserError(f"head_bits {self.head_bits!r:.200} is not usable; expected 4 or 8")
         if self.is_mixed:
             self._check_mixed()
-        elif (self.average_bits, self.head_bits, self.refined, self.refined_head) != (None, 8, (), 0):
+        elif (self.average_bits, self.refined, self.refined_head) != (None, (), 0):
             raise UserError(f"mode {self.mode} has no refined channels; expected mode mixed")
+        elif self.head_bits == 4 and not self.lm_head:
+            raise UserError("head_bits is 4; expected 8 for a head that is not rounded")
 
     def _check_mixed(self) -> None:
         if self.by_input:
@@ -82,15 +87,13 @@ class QuantConfig:
         bits = self.average_bits
         if bits is None or not is_number(bits) or not 4 <= bits <= 8:
             raise ParameterError("{bits} {} is out of range; expected 4 <= bits <= 8", bits)
-        if self.head_bits not in (4, 8):
-            raise UserError(f"head_bits {self.head_bits!r:.200} is not usable; expected 4 or 8")
         layers = self.refined
         if not isinstance(layers, (list, tuple)) or not all(isinstance(counts, (list, tuple)) for counts in layers):
             raise UserError(f"refined {layers!r:.200} is not usable; expected a list of counts for each layer")
         for count in (*chain(*layers), self.refined_head):
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise UserError(f"refined channels {count!r:.200} are not usable; expected a whole number from 0 on")
-        if self.refined_head and not (self.lm_head and self.head_bits == 4):
+        if self.refined_head and not self.has_int4_head:
             raise UserError(f"refined_head is {self.refined_head}; expected 0 for a head that is not of 4 bits")
         object.__setattr__(self, "refined", tuple(map(tuple, layers)))
 
@@ -114,12 +117,16 @@ class QuantConfig:
         """Raise UserError for a rounded embedding whose head would keep the same weight in floats."""
         if self.embedding and config.tie_embeddings and not self.lm_head:
             raise ParameterError(
-                "{embedding} int8: this model's head is the same weight; round it too, by {quant_lm_head}"
+                "{embedding} int8: this model's head is the same weight; round it too, by {quant_lm_head} int8 or int4"
             )
 
     @property
     def is_mixed(self) -> bool:
         return self.mode == "mixed"
+
+    @property
+    def has_int4_head(self) -> bool:
+        return self.lm_head and self.head_bits == 4
 
     @property
     def bits(self) -> int:
@@ -132,6 +139,8 @@ class QuantConfig:
     @property
     def version(self) -> int:
         """Of quantization_config: readers that know less refuse it."""
+        if self.has_int4_head and not self.is_mixed:
+            return HEAD_VERSION
         return EMBEDDING_VERSION if self.embedding else VERSIONS[self.mode]
 
     def as_json(self) -> dict[str, Any]:
@@ -139,6 +148,8 @@ class QuantConfig:
         fields = {name: value for name, value in asdict(self).items() if self.is_mixed or name not in MIXED_FIELDS}
         if self.is_mixed:
             fields["refined"] = [list(counts) for counts in self.refined]  # what a file gives back
+        elif self.head_bits == 8:
+            del fields["head_bits"]
         if not self.embedding:
             del fields["embedding"]
         return {"quant_method": QUANT_METHOD, "version": self.version, **fields}
@@ -151,7 +162,7 @@ class QuantConfig:
             raise UserError(
                 f"{where}: quantization_config quant_method {found!r} is not supported; expected teal, awq or gptq"
             )
-        version, known = raw.get("version"), sorted({*VERSIONS.values(), EMBEDDING_VERSION})
+        version, known = raw.get("version"), sorted({*VERSIONS.values(), EMBEDDING_VERSION, HEAD_VERSION})
         if version not in known:
             expected = " and ".join(map(str, known))
             raise UserError(f"{where}: quantization version {version!r:.200}; this code reads {expected}")

@@ -81,6 +81,15 @@ def _importance(hessian: Tensor) -> Tensor:
     return diagonal.where(diagonal != 0, 1.0).argsort(descending=True)
 
 
+def _hessian(inputs: Stream) -> Tensor:
+    """The sum of x^T x over all tokens, fp32 [K, K]."""
+    K = inputs.parts[0].shape[-1]
+    hessian = torch.zeros(K, K, device=inputs.device)
+    for part in inputs.parts:
+        hessian += part[0].t() @ part[0]
+    return hessian
+
+
 def _round_in_order(
     weight: Tensor, hessian: Tensor, order: Tensor, round_row: Callable[[Tensor, int], Tensor]
 ) -> None:  # fmt: skip
@@ -108,8 +117,9 @@ def _round_in_order(
 class BlockwiseGptq:
     """Quantizes a folder's model block by block, each on what the quantized ones before it make of a text.
 
-    Holds the activations of the text and one block's weights, in fp32 on device. sequences: token ids [S, L].
-    where: the file that holds each tensor. refined: the channels with a second row, int32 [E], by projection's name.
+    Holds the activations of the text and one block's weights, or the head's, in fp32 on device. sequences: token ids
+    [S, L]. where: the file that holds each tensor. refined: the channels with a second row, int32 [E], by the name of a
+    projection or the head.
     """
 
     def __init__(
@@ -169,9 +179,7 @@ class BlockwiseGptq:
         def quantize(p: Projection) -> None:
             inputs, module = stages.inputs(p, self.stream), block.get_submodule(p.module)
             assert isinstance(module, nn.Linear)
-            hessian = torch.zeros(module.in_features, module.in_features, device=self.device)
-            for part in inputs.parts:
-                hessian += part[0].t() @ part[0]
+            hessian = _hessian(inputs)
             bits, size, weight = self.scheme.bits, self.scheme.group_size, module.weight.t().to(dtype)
             refined = self.refined.get(layer_prefix(i) + p.hf_names[0])
             if self.scheme.by_input:
@@ -188,6 +196,17 @@ class BlockwiseGptq:
             quantize(p)
         block.to_empty(device="meta")
         return found
+
+    @torch.inference_mode()
+    def head(self, weight: Tensor, refined: Tensor | None) -> Packed:
+        """The head's weight [N, K] in 4 bits, on a CPU. Its inputs are the final norm's results after all blocks."""
+        norm = self.model.norm
+        for suffix, own in norm.named_parameters():
+            own.copy_(self._read(f"model.norm.{suffix}"))
+        hessian = _hessian(self.stream.map(norm))
+        values, scales, zeros = gptq(weight.t().to(self.device), hessian, 4, self.scheme.group_size, refined)
+        assert zeros is not None
+        return values.cpu(), scales.cpu(), zeros.cpu()
 
     def _holder(
         self, module: nn.Linear, dtype: torch.dtype, packed: Packed, refined: Tensor | None

@@ -86,7 +86,7 @@ def choose_refined(model: Transformer, scheme: QuantConfig, sequences: Tensor) -
                 names.append([layer_prefix(i) + name for name in p.hf_names])
         for stacked, channels in zip(names, best_channels(costs, scheme.average_bits), strict=True):
             found |= dict.fromkeys(stacked, channels)
-        if scheme.lm_head and scheme.head_bits == 4:
+        if scheme.has_int4_head:
             weight, energy = model.lm_head.weight.t(), head_energy(model, sequences)
             head = channel_costs(weight, [weight.shape[1]], [energy], scheme.group_size)
             [found[HEAD]] = best_channels([head], scheme.average_bits)

@@ -35,8 +35,8 @@ METHODS = {"rtn": round_to_nearest, "hqq": half_quadratic}  # of a weight by its
 class Rounding:
     """How weights are rounded: by "rtn", "hqq" or, on device and for sequences of token ids [S, L], by "gptq".
 
-    refined: the channels with a second row, int32 [E], by the name of a projection. Head and embedding are rounded to
-    nearest.
+    refined: the channels with a second row, int32 [E], by the name of a projection. An embedding and a head of 8 bits
+    are rounded to nearest, whatever the method.
     """
 
     method: str = "rtn"
@@ -48,17 +48,17 @@ class Rounding:
         """The parts of a projection's or the head's weight [N, K], or an embedding [V, C]; None if gptq makes them."""
         if name == EMBEDDING:
             return round_to_nearest(weight, 8, scheme.group_size)
-        head = name == HEAD
-        if self.method == "gptq" and not head:
+        head, size = name == HEAD, scheme.group_size
+        bits = scheme.head_bits if head else scheme.bits
+        method = "rtn" if head and bits == 8 else self.method
+        if method == "gptq":
             return None
-        bits, size = scheme.head_bits if head else scheme.bits, scheme.group_size
         refined = self.refined.get(name)
         if refined is not None:
             return round_in_two_terms(weight.t().contiguous(), refined, size)
-        method = METHODS["rtn" if head else self.method]
         if scheme.by_input and not head:
-            return round_input_groups(weight, bits, size, method)
-        return method(weight.t().contiguous(), bits, size)
+            return round_input_groups(weight, bits, size, METHODS[method])
+        return METHODS[method](weight.t().contiguous(), bits, size)
 
 
 def write_shards(source: Path, work: Path, scheme: QuantConfig, rounding: Rounding) -> None:
@@ -80,7 +80,7 @@ def write_shards(source: Path, work: Path, scheme: QuantConfig, rounding: Roundi
         path = work / f"model-{i + 1:05}-of-{len(jobs):05}.safetensors"
         is_layer = i + 1 < len(jobs)
         if not path.exists():
-            tensors = quantized_tensors(names, projections, scheme, rounding)
+            tensors = quantized_tensors(names, projections, scheme, rounding, gptq)
             if gptq is not None and is_layer:
                 tensors |= gptq.layer(i)
             with atomic_file(path) as temporary:
@@ -107,11 +107,15 @@ def _jobs(source: Path, scheme: QuantConfig) -> list[dict[str, Path]]:
 
 
 def quantized_tensors(
-    names: dict[str, Path], projections: set[str], scheme: QuantConfig, rounding: Rounding
-) -> dict[str, Tensor]:  # fmt: skip
-    """What a shard holds of these tensors: weights of projections rounded, or left to gptq, the rest as it is.
+    names: dict[str, Path],
+    projections: set[str],
+    scheme: QuantConfig,
+    rounding: Rounding,
+    gptq: BlockwiseGptq | None,
+) -> dict[str, Tensor]:
+    """What a shard holds of these tensors: weights of projections rounded, or left to gptq.layer, the rest as it is.
 
-    Raises UserError.
+    gptq: of method "gptq", for the head, past all blocks when it comes to it. Raises UserError.
     """
     result: dict[str, Tensor] = {}
     dtypes: dict[Any, str] = {}
@@ -131,6 +135,9 @@ def quantized_tensors(
             (one, first), (other, second) = dtypes.items()
             raise UserError(f"{path}: {first} is {one} and {second} is {other}; expected one dtype in a layer")
         parts = rounding.weight(prefix, tensor, scheme)
+        if parts is None and prefix == HEAD:
+            assert gptq is not None
+            parts = gptq.head(tensor, rounding.refined.get(HEAD))
         if parts is not None:
             refined = rounding.refined.get(prefix, torch.empty(0)).clone()  # a file holds no tensor twice
             stored_parts = zip(("qweight", "scales", "zeros", "refined"), (*parts, refined), strict=True)

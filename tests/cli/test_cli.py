@@ -307,7 +307,7 @@ EARLY: dict[str, tuple[tuple[str, ...], str]] = {
     "draft-too-long": (("--prompt", "a", "--speculate", "99"), "--speculate 99"),
     "lookup-too-long": (("--prompt", "a", "--speculate", "99", "--speculate-lookup"), "--speculate 99"),
     "dense-draft": (("--prompt", "a", "--speculate", "2", "--draft-sparsity", "0"), "--draft-sparsity 0"),
-    "head-without-quant": (("--prompt", "a", "--lm-head", "int8"), "--lm-head int8 goes with --quant"),
+    "head-without-quant": (("--prompt", "a", "--lm-head", "int8"), "--lm-head goes with --quant"),
     "width-without-groups": (("--prompt", "a", "--quant", "int4"), "group"),
     "draft-width-without-groups": (("--prompt", "a", "--speculate", "2", "--draft-quant", "int4"), "group"),
     "empty-stop": (("--prompt", "a", "--stop", ""), "--stop is empty"),

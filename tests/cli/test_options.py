@@ -50,7 +50,7 @@ def test_every_field_has_an_option_that_sets_it(parser: argparse.ArgumentParser)
         "compile": (["--no-compile"], False),
         "backend": (["--backend", "fused"], "fused"),
         "quant": (["--quant", "int4"], "int4"),
-        "quant_lm_head": (["--quant", "int8", "--lm-head", "int8"], True),
+        "quant_lm_head": (["--quant", "int8", "--lm-head", "int4"], "int4"),
         "kv_cache": (["--kv-cache", "int8"], "int8"),
         "threads": (["--threads", "3"], 3),
         "dequantize": (["--dequantize"], True),
@@ -85,7 +85,8 @@ def test_sampling_options_set_every_field(parser: argparse.ArgumentParser) -> No
         ({"dtype": "int3"}, "dtype int3: unknown; expected one of auto, bf16, fp16, fp32"),
         ({"backend": "fast"}, "backend fast: unknown; expected one of auto, eager, compiled, fused, program"),
         ({"quant": "int2"}, "quant int2: unknown; expected one of int8, int4"),
-        ({"quant_lm_head": True}, "quant_lm_head goes with quant;"),
+        ({"quant_lm_head": "int8"}, "quant_lm_head goes with quant;"),
+        ({"quant": "int8", "quant_lm_head": True}, "quant_lm_head True: unknown; expected one of int8, int4"),
         ({"kv_cache": "int4"}, "kv_cache int4: unknown; expected one of float, int8"),
     ],
     ids=str,
@@ -115,7 +116,7 @@ def test_the_library_names_parameters_and_a_command_line_its_options() -> None:
     inner = ParameterError("{quant_lm_head} {} goes with {quant}", "{dtype}")
     error = ParameterError("plan {}: {}; use {dtype} {!r:.3}", Path("{a}"), inner, "bf16")
     assert str(error) == "plan {a}: quant_lm_head {dtype} goes with quant; use dtype 'bf"
-    assert cli.message_of(error) == "plan {a}: --lm-head int8 {dtype} goes with --quant; use --dtype 'bf"
+    assert cli.message_of(error) == "plan {a}: --lm-head {dtype} goes with --quant; use --dtype 'bf"
     assert cli.message_of(UserError("a {dtype} of its own")) == "a {dtype} of its own"
 
 

@@ -74,8 +74,8 @@ def load(folder: Path, dtype: str, **options: Any) -> SpeculativeEngine:
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {},
     "sparse": {"sparse": True},
-    "int8-head": {"quant": "int8", "quant_lm_head": True},
-    "int4-sparse-int8-head": {"quant": "int4", "quant_lm_head": True, "sparse": True},
+    "int8-head": {"quant": "int8", "quant_lm_head": "int8"},
+    "int4-sparse-int8-head": {"quant": "int4", "quant_lm_head": "int8", "sparse": True},
     "compiled": {"compile": True},
     "int8-cache": {"kv_cache": "int8"},
 }

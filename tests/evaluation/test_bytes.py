@@ -34,7 +34,7 @@ def test_floats_count_as_16_bits_in_any_dtype(dtype: torch.dtype, tiny_folder: P
 def test_integers_count_as_they_are_and_scales_as_16_bits(quantizable_folder: Path) -> None:
     """Hidden 64, intermediate 96, one of two heads for keys and values; int8 with a scale for 32 weights."""
     model = load_model(quantizable_folder, CPU, torch.float32)
-    quantize(model, "int8", 32, False, "output")
+    quantize(model, "int8", 32)
     layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96
     [result] = evaluate(model, tokens(50), [Case("dense", 0.0, None)], 50, 49)
     expected = 3 * (layer + 2 * layer // 32) + 2 * 320 * 64

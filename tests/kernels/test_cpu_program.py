@@ -38,7 +38,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 FORMATS: dict[str, QuantConfig | None] = {
     "floats": None,
     "int8": QuantConfig("int8", 32, lm_head=True),
-    "int4": QuantConfig("int4", 32),
+    "int4": QuantConfig("int4", 32, lm_head=True, head_bits=4),
     "int8-input": QuantConfig("int8", 32, grouping="input"),
     "int4-input": QuantConfig("int4", 32, grouping="input"),
     "mixed": QuantConfig(

@@ -121,7 +121,7 @@ def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bit
 
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
 @pytest.mark.parametrize("device", [A100, RTX_4090, H100], ids=["sm_80", "sm_89", "sm_90"])
-@pytest.mark.parametrize("bits,head_bits", [(4, 8), (8, 16), (16, 16), (4, 4)])
+@pytest.mark.parametrize("bits,head_bits", [(4, 8), (8, 16), (16, 16), (4, 4), (8, 4)])
 def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int, tmp_path: Path) -> None:
     found = plan(described(LLAMA_3_8B, bits, head_bits), device)
     assert found.shared_bytes <= device.shared_bytes
@@ -149,7 +149,7 @@ def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("quant", [None, "int4"])
+@pytest.mark.parametrize("quant", [None, "int4", "int8"])
 def test_a_head_of_4_bits_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None) -> None:
     model = use_int4_head(random_model(TINY, torch.float16, quant, False, False, "cpu"))
     check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
@@ -250,7 +250,7 @@ def test_formats(dtype: torch.dtype, limit: float, quant: str | None, lm_head: b
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quant", [None, "int4"])
+@pytest.mark.parametrize("quant", [None, "int4", "int8"])
 def test_a_head_of_4_bits(quant: str | None) -> None:
     check_on_gpu(use_int4_head(random_model(SMALL, torch.float16, quant, False, False, "cuda")), 2e-3)
 

@@ -103,8 +103,8 @@ def test_it_decodes(backend: str, dtype: str, untied: Path, tmp_path: Path) -> N
 
 
 def test_in_memory_as_in_a_folder(untied: Path, quantizable_folder: Path, tmp_path: Path) -> None:
-    for source, head in ((untied, False), (quantizable_folder, True)):
-        scheme = QuantConfig("int8", 32, lm_head=head, embedding=True)
+    for source, head in ((untied, None), (quantizable_folder, "int8")):
+        scheme = QuantConfig("int8", 32, lm_head=head is not None, embedding=True)
         quantize.quantize_folder(source, out := tmp_path / f"out-{head}", scheme)
         model = load_model(source, CPU, torch.float32)
         quantize_in_memory(model, "int8", lm_head=head, embedding=True)

@@ -32,9 +32,9 @@ def logits(model: Transformer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode,bits", [("int8", 8), ("int4", 4)])
-@pytest.mark.parametrize("lm_head", [False, True])
+@pytest.mark.parametrize("lm_head,head_bits", [(None, 0), ("int8", 8), ("int4", 4)])
 def test_it_computes_with_the_rounded_weights(
-    model: Transformer, quantizable_folder: Path, mode: str, bits: int, lm_head: bool
+    model: Transformer, quantizable_folder: Path, mode: str, bits: int, lm_head: str | None, head_bits: int
 ) -> None:
     twin = load_model(quantizable_folder, torch.device("cpu"), torch.float32)
 
@@ -44,10 +44,10 @@ def test_it_computes_with_the_rounded_weights(
         return linear
 
     replace_projections(twin, rounded)
-    if lm_head:
-        rounded(twin.lm_head, 8)
+    if head_bits:
+        rounded(twin.lm_head, head_bits)
     assert quantize(model, mode, 32, lm_head) is model
-    assert isinstance(model.lm_head, QuantizedLinear) == lm_head
+    assert isinstance(model.lm_head, QuantizedLinear) == bool(head_bits)
     assert_near("logits", logits(model), logits(twin), 1e-5)
 
 
@@ -66,8 +66,13 @@ def test_sparsity_comes_after_rounding(model: Transformer) -> None:
 
 @pytest.mark.parametrize(
     "arguments,fragment",
-    [({"mode": "int5"}, "int5"), ({"group_size": 128}, "128"), ({"grouping": "rows"}, "rows")],
-    ids=["mode", "group_size", "grouping"],
+    [
+        ({"mode": "int5"}, "int5"),
+        ({"group_size": 128}, "128"),
+        ({"grouping": "rows"}, "rows"),
+        ({"lm_head": True}, "lm_head True: unknown; expected one of int8, int4"),
+    ],
+    ids=["mode", "group_size", "grouping", "lm_head"],
 )
 def test_mistakes(model: Transformer, arguments: dict[str, Any], fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):

@@ -115,4 +115,4 @@ def test_a_head_of_an_odd_width_is_refused_by_name(tmp_path: Path, byte_level_to
     with pytest.raises(UserError, match=r"the vocabulary \(quant_lm_head\) width 331"):
         pick_group_size(config, None, lm_head=True)
     with pytest.raises(UserError, match=r"the vocabulary \(quant_lm_head\) width 331"):
-        load_for_decoding(ModelOptions(str(source), device="cpu", dtype="fp32", quant="int8", quant_lm_head=True))
+        load_for_decoding(ModelOptions(str(source), device="cpu", dtype="fp32", quant="int8", quant_lm_head="int4"))
