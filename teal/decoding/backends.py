@@ -128,7 +128,7 @@ def has_kernel_layout(model: Transformer) -> bool:
 
 
 def _program_pays(model: Transformer) -> bool:
-    """Whether CUDA's program has been measured to beat the fused kernels: on an H100, but for 4-bit weights.
+    """Whether CUDA's program has been measured to beat the fused kernels: on an H100, but for 4-bit weights, the head's too.
 
     Nobody has measured it with a KV cache in 8 bits.
     """
