@@ -117,7 +117,7 @@ class QuantConfig:
         """Raise UserError for a rounded embedding whose head would keep the same weight in floats."""
         if self.embedding and config.tie_embeddings and not self.lm_head:
             raise ParameterError(
-                "{embedding} int8: this model's head is the same weight; round it too, by {quant_lm_head} int8 or int4"
+                "{embedding} int8: this model's head is the same weight; round it too, by {quant_lm_head} int8"
             )
 
     @property

@@ -50,7 +50,7 @@ class Rounding:
             return round_to_nearest(weight, 8, scheme.group_size)
         head, size = name == HEAD, scheme.group_size
         bits = scheme.head_bits if head else scheme.bits
-        method = "rtn" if head and bits == 8 else self.method
+        method = self.method if scheme.has_int4_head or not head else "rtn"
         if method == "gptq":
             return None
         refined = self.refined.get(name)

@@ -116,15 +116,26 @@ def test_a_cpu_decodes_by_the_program_or_says_why_not(tiny_folder: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "capability,format,pays",
-    [((9, 0), None, True), ((9, 0), "int8", True), ((9, 0), "int4", False), ((8, 0), None, False)],
+    "capability,scheme,pays",
+    [
+        ((9, 0), None, True),
+        ((9, 0), QuantConfig("int8", 32), True),
+        ((9, 0), QuantConfig("int4", 32), False),
+        ((9, 0), QuantConfig("int8", 32, lm_head=True, head_bits=4), False),
+        ((8, 0), None, False),
+    ],
+    ids=["floats", "int8", "int4", "int4-head", "A100"],
 )
 def test_where_the_cuda_program_pays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], format: str | None, pays: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    scheme: QuantConfig | None,
+    pays: bool,
 ) -> None:
-    model = tiny(tmp_path, "dense" if format else "sparse")
-    if format is not None:
-        use_quantized_linears(model, QuantConfig(format, 32), fill=True)
+    model = tiny(tmp_path, "dense" if scheme else "sparse")
+    if scheme is not None:
+        use_quantized_linears(model, scheme, fill=True)
     monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert backends._program_pays(model) is pays
