@@ -68,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="rtn",
         help="round to nearest, half-quadratic fit of scales and zeros, or GPTQ on a calibration text",
     )
-    add_head_argument(what, "quantize the output head too; mixed: with --mode mixed, to as many bits", "mixed")
+    add_head_argument(
+        what, "quantize the output head too: 8 bits to nearest, 4 by --method; mixed: as --mode mixed", "mixed"
+    )
     what.add_argument(
         "--embedding", choices=("none", "int8"), default="none",
         help="round the embedding too, which saves memory; with --lm-head where the head is the same weight",

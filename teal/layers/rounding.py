@@ -21,9 +21,9 @@ def quantize(
 
     Each nn.Linear [N, K] becomes a QuantizedLinear: integers [K, N] in 8 or 4 bits, scales in the weight's dtype.
     mode: "int8" (symmetric) or "int4" (with zero points). group_size: weights to a scale; None takes the largest of
-    128, 64 and 32 that divides every width. lm_head: round the output head too, to
-    "int8" or "int4", in groups along the output. grouping: "output" keeps a group within one input channel, "input" is
-    the usual kind. embedding: round it too, to 8 bits; a head that is tied to it must be rounded then.
+    128, 64 and 32 that divides every width. lm_head: round the output head too, to "int8" or "int4", in groups along
+    the output. grouping: "output" keeps a group within one input channel, "input" is the usual kind. embedding: round
+    it too, to 8 bits; a head that is tied to it must be rounded then.
 
     Weights in a GGUF file's own integers become floats before. To combine it with sparsity, quantize first and sparsify
     then. Raises UserError for an unknown mode, head or grouping, and for a group size that does not divide the widths.
