@@ -13,7 +13,10 @@ def quicken() -> None:
     """Let a call of a device function skip the parts of Triton's language that the kernel's call replaced already.
 
     For each such call the interpreter (3.9) looks through all members of all parts for those left to replace.
+    Without debug, it also computes for each sum of integers whether it overflows, and drops the answer.
     """
+    assert not interpreter.interpreter_builder.options.debug, "overflows would be asserted"
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     replace = interpreter._patch_builtin
     builtins: dict[Any, list[str]] = {}  # by part of the language, from its first use, before any was replaced
 
