@@ -85,8 +85,14 @@ def expect(token: int, tokens: list[int]) -> None:
     assert tokens == [token] * len(tokens) and tokens, tokens
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("name", OPTIONS)
+DTYPES_OF_OPTIONS = [
+    pytest.param(name, dtype, marks=[pytest.mark.slow] if name == "compiled" and dtype != "bf16" else [])
+    for name in OPTIONS
+    for dtype in ("bf16", "fp16", "fp32")
+]  # compiling takes 10 s a dtype; test_cli.py compiles in fp32
+
+
+@pytest.mark.parametrize("name,dtype", DTYPES_OF_OPTIONS)
 def test_the_larger_logit_wins(close_folder: Path, dtype: str, name: str) -> None:
     engine = load(close_folder, dtype, **OPTIONS[name])
     expect(FIRST, list(engine.generate(PROMPTS[0], max_new_tokens=4, ignore_eos=True)))

@@ -148,6 +148,7 @@ def test_unknown_task_is_refused(tiny_folder: Path) -> None:
         run_tasks(model, load_tokenizer(tiny_folder), ["no_such_task"], 0.0, None, None)
 
 
+@pytest.mark.usefixtures("only_local_tasks")
 def test_command_line(call: InvokeMain, tiny_folder: Path, task_folder: Path) -> None:  # noqa: F811
     options = ("--checkpoint", tiny_folder, "--device", "cpu", "--dtype", "fp32", "--sparsity", "0", "--tokens", "50")
     tasks = ("--lm-eval", "local_choice", "--lm-eval-path", task_folder, "--lm-eval-limit", "4", "--json")

@@ -1,8 +1,10 @@
 """The decode program on a CPU: program.cu compiled by the system's C++ compiler with program_on_cpu.cpp around it."""
 
 import ctypes
+import functools
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,19 @@ from teal.model import Transformer
 COMPILER = shutil.which("g++")
 FEW_BLOCKS = Device(10, 232448, (9, 0))
 HERE, SOURCES = Path(__file__).parent, Path(plan_module.__file__).parent
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w")
+
+
+@functools.cache
+def standard_headers() -> "tempfile.TemporaryDirectory[str]":
+    """A folder, until this process ends, with the standard library's headers of program_on_cpu.cpp, precompiled."""
+    assert COMPILER is not None
+    folder = tempfile.TemporaryDirectory()
+    lines = (HERE / "program_on_cpu.cpp").read_text(encoding="utf-8").splitlines()
+    header = Path(folder.name) / "standard.h"
+    header.write_text("\n".join(line for line in lines if line.startswith("#include <")))
+    subprocess.run([COMPILER, *FLAGS, "-x", "c++-header", header], check=True)
+    return folder
 
 
 class EmulatedProgram:
@@ -27,9 +42,9 @@ class EmulatedProgram:
     def __init__(self, plan: Plan, folder: Path) -> None:
         assert COMPILER is not None
         (folder / "config.cuh").write_text(plan.source)
-        library, flags = folder / "program.so", ("-std=c++20", "-O1", "-fPIC", "-shared", "-w")
-        includes = (f"-I{folder}", f"-I{SOURCES}")
-        subprocess.run([COMPILER, *flags, *includes, "-o", library, HERE / "program_on_cpu.cpp"], check=True)
+        library, precompiled = folder / "program.so", f"{standard_headers().name}/standard.h"
+        options = (*FLAGS, "-shared", "-include", precompiled, f"-I{folder}", f"-I{SOURCES}")
+        subprocess.run([COMPILER, *options, "-o", library, HERE / "program_on_cpu.cpp"], check=True)
         self.plan, self.library = plan, ctypes.CDLL(str(library))
         self.words = torch.zeros(plan.words, dtype=torch.int64)
         self.counters = torch.zeros(2, dtype=torch.int32)

@@ -5,6 +5,7 @@
 // shared memory happen at once or as late as they may. So a missing barrier or wait gives other results.
 #define PTX_CUH
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -83,22 +84,32 @@ struct Copy {
     int bytes, group;
 };
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // to begin with; a swapcontext is two system calls, a jump is none
+    jmp_buf resume;
     std::unique_ptr<u8[]> stack;
     Block* block;
     Index thread, place;
-    bool ended = false;
+    bool begun = false, ended = false;
     int closed = 0;  // groups of copies
     std::deque<Copy> copies;
 };
 static bool late;  // whether copies wait until they are awaited
 static std::vector<Fiber> fibers;
 static Fiber* current;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 #define threadIdx (current->thread)
 #define blockIdx (current->place)
 
-inline void give_way() { swapcontext(&current->context, &scheduler); }
+inline void give_way() {
+    if (!_setjmp(current->resume)) _longjmp(scheduler, 1);
+}
+inline void take_turn(Fiber& fiber) {  // until it gives way
+    current = &fiber;
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.resume, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+}
 inline void meet(Barrier& barrier) {
     const int generation = barrier.generation;
     if (++barrier.arrived == barrier.expected) {
@@ -253,8 +264,7 @@ extern "C" int launch(const Arguments* given) {
         for (int i : order) {
             Fiber& fiber = fibers[i];
             if (fiber.ended || (!all && random_below(3) == 0)) continue;
-            current = &fiber;
-            swapcontext(&scheduler, &fiber.context);
+            take_turn(fiber);
             left -= fiber.ended;
         }
     }
