@@ -1,6 +1,6 @@
 // Products of bf16 with many rows and weights in blocks, where the processor multiplies bf16. Half a strip's columns
-// become bf16, so many channels at a time that they stay in L2 while all rows meet them, by the matrix registers of amx.h
-// where there are any. block_linear.py has the op.
+// become bf16, so many channels at a time that they stay in L2 while all rows meet them. The matrix registers of amx.h
+// multiply where there are any. block_linear.py has the op.
 // A column's sum has the same bits in any thread, and a row's beside any others.
 
 #include <ATen/Parallel.h>
