@@ -30,7 +30,7 @@ from teal.errors import UserError
 from teal.hardware import read_bandwidth
 from teal.model import ModelConfig
 from teal.options import SamplingParams
-from teal.plan import ProjectionPlan, SparsityPlan, keep_all_plan
+from teal.plan import ProjectionPlan, SparsityPlan, even_plan
 from teal.teal_layers import achieved_sparsity, weight_bytes_per_token
 
 Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
@@ -122,10 +122,12 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
-    options = model_options(args, **{"quant": None, "quant_lm_head": None} if args.input_groups else {})
+    options = asked = model_options(args)
+    if args.input_groups:  # rounded below
+        options = replace(asked, quant=None, quant_lm_head=None)
     loaded = load_for_decoding(options, sparse=True)
     if args.input_groups:
-        round_weights(loaded, args.quant, model_options(args).quant_lm_head, grouping="input")
+        round_weights(loaded, args.quant, asked.quant_lm_head, grouping="input")
     plans = {f"{target:.0%} sparse": starting_plan(loaded, target, args) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans
@@ -141,9 +143,7 @@ def starting_plan(loaded: LoadedModel, target: float, args: argparse.Namespace) 
     """A checkpoint's plan, or for random weights, which no text fits, one whose thresholds fitted_plan has to find."""
     if args.random_weights is None or args.plan is not None:
         return choose_plan(loaded, target, args.plan)
-    plan = keep_all_plan(loaded.model.config)
-    layers = tuple(dict.fromkeys(layer, ProjectionPlan(target, 0.0)) for layer in plan.layers)
-    return replace(plan, target=target, layers=layers)
+    return even_plan(loaded.model.config, ProjectionPlan(target, 0.0))
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:

@@ -259,8 +259,13 @@ def plan_file(folder: Path | None, sparsity: float, plan: str | None) -> Path | 
 
 def keep_all_plan(config: ModelConfig) -> SparsityPlan:
     """The plan that drops nothing: dense decoding by the sparse kernels."""
-    layer = dict.fromkeys(projection_names(config), ProjectionPlan(0.0, 0.0))
-    return SparsityPlan(config_fields(config), "none", 0.0, (layer,) * config.num_layers)
+    return even_plan(config, ProjectionPlan(0.0, 0.0), "none")
+
+
+def even_plan(config: ModelConfig, projection: ProjectionPlan, method: str = "uniform") -> SparsityPlan:
+    """The plan that is the same for every projection of every layer."""
+    layer = dict.fromkeys(projection_names(config), projection)
+    return SparsityPlan(config_fields(config), method, projection.sparsity, (layer,) * config.num_layers)
 
 
 def projection_names(config: ModelConfig) -> list[str]:

@@ -16,7 +16,7 @@ from teal.decoding.speculation import STEP_COST, SpeculativeEngine
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig, QuantizedHead
 from teal.options import DraftOptions, ModelOptions
-from teal.plan import ProjectionPlan, SparsityPlan, keep_all_plan, plan_name, projection_names
+from teal.plan import ProjectionPlan, even_plan, plan_name
 from teal.teal_layers import sparse_layers
 from tests.conftest import assert_one_line_error
 
@@ -80,9 +80,7 @@ def test_it_shares_embedding_and_a_head_in_floats(rotated: Path, head: bool) -> 
 
 def test_the_plan_is_the_one_beside_the_draft(rotated: Path, tmp_path: Path) -> None:
     draft = shutil.copytree(rounded(rotated, head=False), tmp_path / "draft")
-    keep = keep_all_plan(stored_config(rotated))
-    layer = dict.fromkeys(projection_names(stored_config(rotated)), ProjectionPlan(0.4, 0.125))
-    SparsityPlan(keep.model, "uniform", 0.4, (layer,) * len(keep.layers)).save(draft / plan_name(0.4))
+    even_plan(stored_config(rotated), ProjectionPlan(0.4, 0.125)).save(draft / plan_name(0.4))
     engine = speculative(rotated, draft)
     assert engine.drafter is not None and engine.drafter.backend is not None
     for modules in sparse_layers(engine.drafter.backend.model):

@@ -4,13 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from teal.checkpoint.weights import load_model
+from teal.checkpoint.weights import stored_config
 from teal.decoding.engine import Engine
 from teal.decoding.speculation import SpeculativeEngine
 from teal.options import DraftOptions, ModelOptions
-from teal.plan import ProjectionPlan, keep_all_plan
+from teal.plan import ProjectionPlan, even_plan
 from tests.checkpoint.test_families import FAMILIES
 from tests.conftest import save_tiny_model, tiny_config
 from tests.decoding.test_scheduler import run
@@ -25,9 +24,7 @@ def test_drafted_and_shared_texts(family: str, tmp_path: Path, byte_level_tokeni
     kind, options = FAMILIES[family]
     save_tiny_model(tiny_config(kind, **options | {"vocab_size": 300}), tmp_path)
     (tmp_path / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
-    plan = keep_all_plan(load_model(tmp_path, torch.device("cpu"), torch.float32).config)
-    layers = tuple(dict.fromkeys(layer, ProjectionPlan(0.2, 0.15)) for layer in plan.layers)
-    replace(plan, target=0.2, layers=layers).save(tmp_path / "plan.json")
+    even_plan(stored_config(tmp_path), ProjectionPlan(0.2, 0.15)).save(tmp_path / "plan.json")
     model = ModelOptions(str(tmp_path), device="cpu", dtype="fp32")
 
     def texts(engine: Engine) -> list[list[int]]:

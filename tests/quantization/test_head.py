@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from teal.checkpoint.loading import load_for_decoding
 from teal.checkpoint.weights import find_shards, load_model
@@ -20,7 +20,7 @@ from teal.errors import UserError
 from teal.kernels.formats.packing import dequantize
 from teal.kernels.reduce_partials import reduce_partials
 from teal.kernels.sparse_gemv import sparse_gemv
-from teal.layers.quantized_linear import QuantConfig, QuantizedHead, QuantizedLinear, round_to_nearest
+from teal.layers.quantized_linear import QuantConfig, QuantizedHead, round_to_nearest
 from teal.model import Transformer
 from teal.options import DraftOptions, ModelOptions
 from teal.quantization.gptq import BlockwiseGptq, gptq
@@ -35,6 +35,7 @@ from tests.conftest import (
     save_tiny_model,
     tiny_config,
 )
+from tests.quantized_folders import TEXT_OPTIONS, dequantized_twin
 from tests.token_logits import SEQUENCES, logits
 
 Command = Callable[..., tuple[int, str, str]]
@@ -71,15 +72,6 @@ def original_head(source: Path) -> Tensor:
     return load(source).lm_head.weight.t().contiguous()
 
 
-def twin(source: Path, quantized: Transformer) -> Transformer:
-    """The dense model of source with the weights that quantized stands for."""
-    model, modules = load(source), dict(quantized.named_modules())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and isinstance(own := modules[name], QuantizedLinear):
-            module.weight = nn.Parameter(own.dequantized().t().contiguous(), requires_grad=False)
-    return model
-
-
 @torch.inference_mode()
 def head_inputs(model: Transformer) -> Tensor:
     """What the head reads of the calibration text [S * L, K]."""
@@ -108,7 +100,7 @@ def test_a_folder_holds_4_bits_and_computes_with_them(
         rounding = {"rtn": round_to_nearest, "hqq": half_quadratic}[method]
         expected = dequantize(*rounding(original_head(source), 4, 32))
         assert torch.equal(model.lm_head.dequantized(), expected)
-    assert_near("logits of the dequantized twin", logits(model), logits(twin(source, model)), 1e-5)
+    assert_near("logits of the dequantized twin", logits(model), logits(dequantized_twin(source, model)), 1e-5)
     assert_near("logits of the dense model", logits(model), logits(load(source)), 0.5)
 
 
@@ -185,21 +177,10 @@ def test_at_load_as_in_a_folder(mode: str, quantizable_folder: Path, tmp_path: P
     out, command = tmp_path / "out", ("--mode", mode, "--lm-head", "int4")
     code, _, err = call_main(quantize.main, "--checkpoint", quantizable_folder, *command, "-o", out)
     assert code == 0, err
-    options = (
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--prompt",
-        "The lobster",
-        "--max-new-tokens",
-        "20",
-        "--ignore-eos",
-    )
-    code, written, err = call_main(generate.main, "--checkpoint", out, *options)
+    code, written, err = call_main(generate.main, "--checkpoint", out, *TEXT_OPTIONS)
     assert code == 0 and written.strip(), err
     at_load = ("--checkpoint", quantizable_folder, "--quant", mode, "--lm-head", "int4")
-    assert call_main(generate.main, *at_load, *options)[1] == written
+    assert call_main(generate.main, *at_load, *TEXT_OPTIONS)[1] == written
     given = ModelOptions(
         str(quantizable_folder), device="cpu", dtype="fp32", quant=mode, quant_lm_head="int4"
     )  # fmt: skip

@@ -23,6 +23,7 @@ from teal.quantization import gptq, refinement
 from teal.quantization.gptq import BlockwiseGptq
 from teal.teal_layers import sparse_layers, sparsify
 from tests.conftest import ROOT, assert_near, assert_one_line_error, relative_error
+from tests.quantized_folders import dequantized_twin
 from tests.token_logits import SEQUENCES, logits
 
 Command = Callable[..., tuple[int, str, str]]
@@ -59,15 +60,6 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for shard in find_shards(folder) for name, tensor in load_file(shard).items()}
 
 
-def twin(folder: Path, quantized: Transformer) -> Transformer:
-    """The dense model of folder with the weights that quantized stands for."""
-    model = load(folder)
-    for own, other in zip(modules(model), modules(quantized), strict=True):
-        if isinstance(other, QuantizedLinear):
-            own.weight = torch.nn.Parameter(other.dequantized().t().contiguous(), requires_grad=False)
-    return model
-
-
 def test_a_folder_holds_what_was_rounded(folder: Path, mixed: Path) -> None:
     model, dense, stored = load(mixed), load(folder), tensors_of(mixed)
     counts = []
@@ -90,12 +82,12 @@ def test_a_folder_holds_what_was_rounded(folder: Path, mixed: Path) -> None:
 
 def test_it_computes_what_its_weights_say(folder: Path, mixed: Path) -> None:
     model = load(mixed)
-    assert_near("logits of the dequantized twin", logits(model), logits(twin(folder, model)), 1e-5)
+    assert_near("logits of the dequantized twin", logits(model), logits(dequantized_twin(folder, model)), 1e-5)
 
 
 def test_sparse_decoding_is_that_of_the_dequantized_weights(folder: Path, mixed: Path) -> None:
     model = load(mixed)
-    reference = twin(folder, model)
+    reference = dequantized_twin(folder, model)
     dense = logits(model)
     for m in (model, reference):
         sparsify(m, keep_all_plan(m.config))

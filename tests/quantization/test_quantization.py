@@ -29,6 +29,7 @@ from teal.model import KVCache, Transformer
 from teal.quantization import shards
 from teal.quantization.gptq import BlockwiseGptq
 from tests.conftest import ROOT, assert_near, assert_one_line_error, file_size_limit, relative_error
+from tests.quantized_folders import TEXT_OPTIONS, dequantized_twin
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -36,16 +37,6 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def folder(quantizable_folder: Path) -> Path:
     return quantizable_folder
-
-
-def dequantized_twin(folder: Path, quantized: Transformer) -> Transformer:
-    """The dense model of folder with the weights that quantized stands for."""
-    twin = load_model(folder, torch.device("cpu"), torch.float32)
-    modules = dict(quantized.named_modules())
-    for name, module in twin.named_modules():
-        if isinstance(module, torch.nn.Linear) and isinstance(modules[name], QuantizedLinear):
-            module.weight = torch.nn.Parameter(modules[name].dequantized().t(), requires_grad=False)
-    return twin
 
 
 @torch.inference_mode()
@@ -93,23 +84,13 @@ def test_every_command_takes_a_quantized_folder(folder: Path, tmp_path: Path, ca
 
 
 def test_rounding_at_load_is_what_quantize_writes(folder: Path, tmp_path: Path, call_main: Command) -> None:
-    options = (
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--prompt",
-        "The lobster",
-        "--max-new-tokens",
-        "20",
-        "--ignore-eos",
-    )
     quantize.quantize_folder(folder, tmp_path / "out", QuantConfig("int4", 32))
-    code, written, err = call_main(generate.main, "--checkpoint", tmp_path / "out", *options)
+    code, written, err = call_main(generate.main, "--checkpoint", tmp_path / "out", *TEXT_OPTIONS)
     assert code == 0, err
-    assert call_main(generate.main, "--checkpoint", folder, "--quant", "int4", *options)[1] == written
-    assert call_main(generate.main, "--checkpoint", folder, "--quant", "int4", "--sparsity", "0.3", *options)[0] == 0
-    code, _, err = call_main(generate.main, "--checkpoint", tmp_path / "out", "--quant", "int8", *options)
+    assert call_main(generate.main, "--checkpoint", folder, "--quant", "int4", *TEXT_OPTIONS)[1] == written
+    sparse = ("--quant", "int4", "--sparsity", "0.3", *TEXT_OPTIONS)
+    assert call_main(generate.main, "--checkpoint", folder, *sparse)[0] == 0
+    code, _, err = call_main(generate.main, "--checkpoint", tmp_path / "out", "--quant", "int8", *TEXT_OPTIONS)
     assert_one_line_error(code, err, "--quant int8", "quantized already")
 
 
