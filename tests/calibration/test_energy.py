@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal.calibration.energy import channel_energies, head_energy
+from teal.calibration.sensitivity import drawn
 from teal.calibration.stages import Positions
 from teal.calibration.texts import default_text
 from teal.checkpoint.tokenizer import load_tokenizer
@@ -44,7 +45,7 @@ def test_energies_are_those_of_autograd(model: Transformer, sequences: Tensor) -
     for i, block in enumerate(model.blocks):
         x = block(x, *Positions(model, len(ids)).context(i))
     logits = model.logits(x)[0]
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    labels = drawn(logits.detach().softmax(-1), torch.Generator().manual_seed(0))[:, 0]
     F.cross_entropy(logits, labels, reduction="sum").backward()
     for i, block in enumerate(model.blocks):
         assert set(found[i]) == set(PROJECTIONS)

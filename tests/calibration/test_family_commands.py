@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teal.calibration.sensitivity import BackwardPass
+from teal.calibration.sensitivity import BackwardPass, drawn
 from teal.calibration.stages import BlockStages, Positions, Stream
 from teal.calibration.thresholds import Settings, calibrate, measure_sparsity
 from teal.checkpoint.identity import weights_identity
@@ -104,7 +104,7 @@ def test_gradients_of_the_head(model: Transformer) -> None:
     x = model.hidden_states(ids, torch.arange(16)[None], model.new_cache(1, 16)).detach().requires_grad_()
     p = model.logits(x)[0].log_softmax(-1)
     # drawn again, as BackwardPass draws them
-    labels = torch.multinomial(p.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    labels = drawn(p.detach().exp(), torch.Generator().manual_seed(0))
     [expected] = torch.autograd.grad(-p.gather(1, labels).sum(), x)
     assert_near("gradient", backward.gradients[0], expected, 1e-4)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from teal.calibration import sensitivity
 from teal.calibration.curves import GRID, ErrorCurve, error_curve, error_curves
-from teal.calibration.sensitivity import BackwardPass, Samples, pieces_of, probes
+from teal.calibration.sensitivity import BackwardPass, Samples, drawn, pieces_of, probes
 from teal.calibration.stages import Positions
 from teal.calibration.texts import default_text
 from teal.checkpoint.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_autograd(model: Transformer, sequences: Tensor) 
     for i, block in enumerate(model.blocks):
         x = block(x, *Positions(model, len(ids)).context(i))
     logits = model.logits(x)[0]
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    labels = drawn(logits.detach().softmax(-1), generator)[:, 0]
     F.cross_entropy(logits, labels, reduction="sum").backward()
     for handle in handles:
         handle.remove()
@@ -245,3 +245,13 @@ def test_a_long_text_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = pieces_of(sequences, 4 * 512 - 5)
     assert pieces.shape == (4, 512) and pieces[0, 0] == 0 and pieces[-1, -1] == 9 * 1030 + 1023
     assert pieces_of(sequences[:2, :7], 100).shape == (2, 7)
+
+
+def test_labels_are_drawn_by_their_probabilities() -> None:
+    row = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
+    labels = drawn(row.expand(20_000, 6), torch.Generator().manual_seed(0))
+    shares = labels.flatten().bincount(minlength=6) / len(labels)
+    assert labels.shape == (20_000, 1)
+    assert shares[row == 0].sum() == 0
+    assert (shares - row).abs().max() < 0.015  # four standard deviations
+    assert torch.equal(labels, drawn(row.expand(20_000, 6), torch.Generator().manual_seed(0)))
