@@ -17,6 +17,7 @@ from teal.cli.options import (
     model_options,
     sampling_params,
 )
+from teal.cli.ranks import is_first, start_ranks
 from teal.errors import UserError
 from teal.options import (
     COUNTED_TOKENS,
@@ -71,8 +72,13 @@ def main() -> None:
     args = build_parser().parse_args()
     params, model, draft = sampling_params(args), model_options(args), draft_options(args)
     check_arguments(args, draft)
+    if not is_first():
+        start_ranks(args.tensor_parallel, args.device)
+        load_engine(model, draft, None).follow()
+        return
     given = args.prompt is not None or args.prompt_file is not None
     prompt = read_prompt(args) if given or not args.chat else ""
+    start_ranks(args.tensor_parallel, args.device)
     engine = load_engine(model, draft, functools.partial(check_model, args, prompt, params))
     if args.chat:
         chat(engine, args, params, prompt or None)
@@ -110,7 +116,7 @@ def check_model(args: argparse.Namespace, prompt: str, params: SamplingParams, m
         check_prompt(model.tokenizer.encode(prompt, allow_special=args.special_tokens), model.config.max_seq_len)
 
 
-def load_engine(model: ModelOptions, draft: DraftOptions | None, check: "Check") -> "Engine":
+def load_engine(model: ModelOptions, draft: DraftOptions | None, check: "Check | None") -> "Engine":
     """The engine of these options, unless check refuses the model. Raises UserError."""
     # Importing torch takes a second: not for --help or a mistyped option.
     from teal.decoding.speculation import SpeculativeEngine

@@ -18,6 +18,7 @@ from teal.kernels.sparse_linear import sparse_linear
 from teal.layers.block_linear import BlockLinear, BlockWeight
 from teal.layers.phase import Phase, PhasedModule, call_state
 from teal.layers.quantized_linear import QuantizedLinear
+from teal.layers.team import GatheredHead, team_of
 from teal.model import Block, Transformer
 from teal.plan import SparsityPlan
 
@@ -211,14 +212,18 @@ def set_counting(model: Transformer, on: bool) -> None:
 
 
 def achieved_sparsity(model: Transformer) -> list[dict[str, float]]:
-    """Measured share of dropped entries since counting began, by layer and projection; empty dicts if none seen."""
-    result = []
+    """Measured share of dropped entries since counting began, by layer and projection; empty dicts if none seen.
+
+    Of a model that several ranks share it is that of this one's inputs, unless all of them ask.
+    """
+    result, team = [], team_of(model)
     for layer in sparse_layers(model):
         shares: dict[str, float] = {}
         for module in layer:
-            seen = int(module.seen)
+            counts = torch.cat((module.kept[0], module.seen[None]))
+            *kept, seen = (counts if team is None else team.total(counts)).tolist()
             if seen:
-                shares |= {n: 1 - int(k) / seen for n, k in zip(module.names, module.kept[0], strict=True)}
+                shares |= {n: 1 - k / seen for n, k in zip(module.names, kept, strict=True)}
         result.append(shares)
     return result
 
@@ -227,19 +232,23 @@ def weight_bytes_per_token(model: Transformer, float_bytes: int | None = None) -
     """Bytes of weights one decode step reads: all projections and the head, less the rows that sparsity skips.
 
     Skipped rows are those counted since set_counting; without a count all rows are taken as read. float_bytes is what
-    a weight or scale in floats counts, whatever dtype it has here; None is the size of that dtype.
+    a weight or scale in floats counts, whatever dtype it has here; None is the size of that dtype. Of a model that
+    several ranks share it is what this one reads, or all do, as in achieved_sparsity.
     """
     modules = [
         m for m in model.layers.modules() if isinstance(m, (SparseLinear, QuantizedLinear, BlockLinear, nn.Linear))
     ]
     total = 0.0
-    for module in (*modules, model.lm_head):
+    head: nn.Module = model.lm_head
+    for module in (*modules, head.inner if isinstance(head, GatheredHead) else head):
         parts = weight_tensors(module)
         held = sum(part.nbytes for part in parts)
         sizes = [float_bytes if float_bytes and part.is_floating_point() else part.itemsize for part in parts]
         counted = sum(part.numel() * size for part, size in zip(parts, sizes, strict=True))
         # The rows that are read have their bytes in the same parts as all rows.
         total += counted * (module.bytes_read() / held if isinstance(module, SparseLinear) else 1)
+    if (team := team_of(model)) is not None:
+        return float(team.total(torch.tensor(total, dtype=torch.float64, device=model.device)))
     return total
 
 

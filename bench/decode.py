@@ -24,6 +24,7 @@ from teal.calibration.choose import choose_plan
 from teal.checkpoint.loading import LoadedModel, load_for_decoding, round_weights
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments, model_options
+from teal.cli.ranks import start_ranks
 from teal.decoding.cuda_program import CudaProgramBackend
 from teal.decoding.engine import Engine
 from teal.errors import UserError
@@ -115,6 +116,9 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
 def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, EngineRunner]:
     """A runner for each sparsity asked for, by label; two engines at most. Raises UserError."""
     check_input_groups(args)
+    if args.tensor_parallel > 1 and (args.batch or args.profile):
+        raise UserError("--tensor-parallel does not go with --batch and --profile, which time one device")
+    start_ranks(args.tensor_parallel, args.device)
     runners: dict[str, EngineRunner] = {}
     if 0.0 in args.sparsities and args.quant is None:
         dense = model_options(args, sparsity=0.0, plan=None)
@@ -134,7 +138,7 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     elif args.zero_through_sparse:
         plans = {"0% by sparse kernels": choose_plan(loaded, 0.0, None)} | plans
     engine = Engine.from_loaded(loaded, next(iter(plans.values())), options.compile, options.backend)
-    if args.random_weights is not None and args.plan is None:
+    if args.random_weights is not None and args.plan is None and not engine.follows:
         plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
 
@@ -150,6 +154,9 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
     """What the command line asks for: facts about the machine with a row for each configuration, and the model's."""
     prompt = [1000 + i % 1000 for i in range(args.context)]
     runners = build_runners(args, prompt)
+    if (engine := next(iter(runners.values())).engine).follows:
+        engine.follow()
+        raise SystemExit(0)
     device = next(iter(runners.values())).engine.device
     ceiling = read_bandwidth(device)
     timed: dict[str, Runner] = dict(runners)

@@ -27,6 +27,7 @@ QUANTS = ("int8", "int4")  # what weights may be rounded to at load
 KV_CACHES = ("float", "int8")  # how keys and values are kept
 BACKENDS = ("auto", "eager", "compiled", "fused", "program")  # what runs a decode step
 MAX_THREADS = 1024  # of a process's own
+MAX_RANKS = 64  # devices that share a model
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 10, 2048  # of tokens: the paper's calibration set
 METHODS = ("uniform", "greedy", "global")  # of calibration
@@ -46,7 +47,8 @@ class ModelOptions:
     the weights at load, quant_lm_head those of the output head, to the same or other bits. kv_cache "int8" keeps keys
     and values in 8 bits. threads: how many a CPU computes with, in the whole process. None is the cores that affinity
     and quota allow (teal.environment). dequantize makes floats of a GGUF file's integers, which a CPU else multiplies
-    as they are. force_plan takes plans that were made for other weights.
+    as they are. force_plan takes plans that were made for other weights. tensor_parallel: how many devices share the
+    model, each in a process of its own that runs the same program (teal/layers/team.py).
     """
 
     checkpoint: str | None = None
@@ -65,6 +67,7 @@ class ModelOptions:
     threads: int | None = None
     dequantize: bool = False
     force_plan: bool = False
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.random_weights is not None:
@@ -88,6 +91,10 @@ class ModelOptions:
         check_choice("kv_cache", self.kv_cache, KV_CACHES)
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ParameterError(f"{{threads}} {{}} is out of range; expected 1 to {MAX_THREADS}", self.threads)
+        if not 1 <= self.tensor_parallel <= MAX_RANKS:
+            raise ParameterError(
+                f"{{tensor_parallel}} {{}} is out of range; expected 1 to {MAX_RANKS}", self.tensor_parallel
+            )
 
     @property
     def is_sparse(self) -> bool:

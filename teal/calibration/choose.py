@@ -7,7 +7,7 @@ from teal.calibration.curves import ESTIMATE
 from teal.calibration.texts import default_text, text_hash
 from teal.calibration.thresholds import QUICK_GRADIENTS, calibrate_quickly
 from teal.checkpoint.loading import LoadedModel, load_plan
-from teal.errors import UserError
+from teal.errors import ParameterError, UserError
 from teal.layers.block_linear import floats_kept
 from teal.layers.int8_cache import has_int8_cache
 from teal.options import Settings
@@ -41,6 +41,11 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     path = cached_plan(*name, sparsity)
     if path.exists():
         return SparsityPlan.load(path)
+    if loaded.team is not None:
+        raise ParameterError(
+            "{tensor_parallel} {} needs a plan, which one device makes; run calibrate.py --sparsity {} first, or give "
+            "{plan} FILE", loaded.team.rank.count, f"{sparsity:g}",
+        )  # fmt: skip
     if not can_calibrate:
         raise UserError(
             f"there is no plan for sparsity {sparsity:g} yet; python calibrate.py --sparsity {sparsity:g} makes one"

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,9 +23,11 @@ from teal.layers.int8_cache import has_int8_cache, use_int8_cache
 from teal.layers.output_head import use_native_head
 from teal.layers.quantized_linear import BITS, is_quantized, pick_group_size
 from teal.layers.rounding import quantize
+from teal.layers.team import Team, join_team, share
 from teal.model import ModelConfig, OutputHead, Transformer
 from teal.options import DraftOptions, ModelOptions
-from teal.plan import SparsityPlan, Weights, load_fitting_plan, plan_file
+from teal.parallel import Rank
+from teal.plan import SparsityPlan, Weights, config_fields, load_fitting_plan, plan_file
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class LoadedModel:
 
     weights: what plans know it by, None if a quantized checkpoint does not say. load_s: seconds that load_for_decoding
     took; calibrate_s: those of quick calibrations since. force_plan: take plans of other models, too. dtype_reason: why
-    it computes in its dtype. is_rotated: as in Described.
+    it computes in its dtype. is_rotated: as in Described. config and team: of a model that several ranks share.
     """
 
     model: Transformer
@@ -66,6 +68,8 @@ class LoadedModel:
     calibrate_s: float = 0.0
     dtype_reason: str = ""
     is_rotated: bool = False
+    config: ModelConfig | None = None  # of the whole model, where this one is a rank's part
+    team: Team | None = None
 
 
 def load_for_decoding(options: ModelOptions, check: Check | None = None, *, sparse: bool | None = None) -> LoadedModel:
@@ -83,14 +87,23 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     check_fit(options, described)
     if check is not None:
         check(described)
+    team = join_team(options.tensor_parallel, device) if options.tensor_parallel > 1 else None
+    if team is not None:
+        device = team.device
+        if device.type == "cpu" and options.threads is None:  # the ranks share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // team.rank.count))
     choice = pick_dtype(options.dtype, device, options.is_sparse if sparse is None else sparse)
-    loaded = _load(described, device, choice.dtype, keep_integers=_keeps_integers(options, device))
+    rank = None if team is None else team.rank
+    loaded = _load(described, device, choice.dtype, _keeps_integers(options, device), rank)
     loaded.dtype_reason = choice.reason
     use_native_head(loaded.model)
     if options.quant is not None:
         round_weights(loaded, options.quant, options.quant_lm_head)
     if options.kv_cache == "int8":
         use_int8_cache(loaded.model)
+    if team is not None:
+        loaded.config, loaded.team = described.config, team
+        share(loaded.model, team, described.config)
     loaded.force_plan = options.force_plan
     loaded.load_s = time.perf_counter() - start
     return loaded
@@ -198,14 +211,15 @@ def describe(checkpoint: str | None, random_weights: str | None = None, adapter:
 
 
 def _load(
-    described: Described, device: torch.device, dtype: torch.dtype, keep_integers: bool = False
+    described: Described, device: torch.device, dtype: torch.dtype, keep_integers: bool = False,
+    rank: Rank | None = None,
 ) -> LoadedModel:  # fmt: skip
     name, folder = described.name, described.folder
     if folder is None:
-        model = random_model(name, device, dtype)
+        model = random_model(name, device, dtype, rank)
         identity = f"random-{name.lower()}"
         return LoadedModel(model, described.tokenizer, name, identity, None, Weights(name, identity))
-    model = load_model(folder, device, dtype, keep_integers)
+    model = load_model(folder, device, dtype, keep_integers, rank)
     weights = stored_weights(folder, Path(name).resolve().name)
     identity = model_identity(folder)
     return LoadedModel(model, described.tokenizer, name, identity, folder, weights, is_rotated=described.is_rotated)
@@ -216,7 +230,9 @@ def load_plan(path: Path, loaded: LoadedModel) -> SparsityPlan:
 
     Where plan or checkpoint do not say for which weights, shapes are compared and a line on stderr says so.
     """
-    plan = load_fitting_plan(path, loaded.model.config, loaded.force_plan)
+    plan = load_fitting_plan(path, loaded.config or loaded.model.config, loaded.force_plan)
+    if loaded.config is not None:  # thresholds are those of the whole model
+        plan = replace(plan, model=config_fields(loaded.model.config))
     try:
         plan.check_weights(loaded.weights)
     except UserError as error:

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 
 from teal.architectures import ARCHITECTURES
+from teal.checkpoint.sharding import part_config
 from teal.checkpoint.weights import empty_model
 from teal.model import ModelConfig, RopeScaling, Transformer
 from teal.options import check_architecture
+from teal.parallel import Rank
 
 
 def _config(fields: dict[str, Any]) -> ModelConfig:
@@ -25,9 +27,10 @@ def find_preset(name: str, parameter: str = "random_weights") -> ModelConfig:
     return PRESETS[check_architecture(name, parameter)]
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The named architecture with seeded normal weights, made on the device. Raises UserError for an unknown name."""
-    model = empty_model(find_preset(name), device, dtype)
+def random_model(name: str, device: torch.device, dtype: torch.dtype, rank: Rank | None = None) -> Transformer:
+    """The named architecture, or a rank's part, with seeded normal weights, made on the device. Raises UserError."""
+    config = find_preset(name)
+    model = empty_model(config if rank is None else part_config(config, rank), device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() == 1:

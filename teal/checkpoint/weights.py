@@ -23,6 +23,7 @@ from teal.checkpoint.blocks import GROUP_PARTS, GROUP_TYPES, Form, use_block_mod
 from teal.checkpoint.config import load_config, load_quantization
 from teal.checkpoint.fields import read_json
 from teal.checkpoint.layout import open_shard, read_layout
+from teal.checkpoint.sharding import check_rank, cut_of, cut_tensor, fills_groups, part_config
 from teal.errors import ParameterError, UserError
 from teal.kernels.formats.blocks import MIN_GROUP
 from teal.kernels.formats.packing import check_refined
@@ -30,6 +31,7 @@ from teal.layers.block_linear import BlockEmbedding, BlockLinear, BlockShape
 from teal.layers.quantized_embedding import QuantizedEmbedding, use_quantized_modules
 from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, use_input_groups
 from teal.model import Block, ModelConfig, Transformer
+from teal.parallel import Cut, Rank
 from teal.progress import progress
 
 INDEX = "model.safetensors.index.json"
@@ -41,13 +43,14 @@ PACKED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.uint8: "U8"}  # of 
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, keep_integers: bool = False
+    folder: Path, device: torch.device, dtype: torch.dtype, keep_integers: bool = False, rank: Rank | None = None
 ) -> Transformer:  # fmt: skip
     """The model in a Hugging Face folder, in eval mode, with its weights on device as dtype.
 
     keep_integers: those of a GGUF file stay what they are, where the device has kernels for them. Else they become
-    floats. Raises UserError for a folder that is incomplete, damaged, or holds another architecture. Also for a weight
-    that is NaN or infinite, in the file or as dtype.
+    floats. rank: load its part alone, whose config has as many tokens as it has rows. Raises UserError for a folder
+    that is incomplete, damaged, or holds another architecture. Also for a weight that is NaN or infinite, in the file
+    or as dtype.
     """
     config = stored_config(folder)
     quantized = load_quantization(folder)
@@ -56,19 +59,25 @@ def load_model(
     layout = read_layout(folder)
     if packing is not None and layout is not None and layout.changes_projections():
         raise UserError(f"{folder}: {packing.method} weights of this family are not supported; start from its floats")
+    part = config
+    if rank is not None:
+        check_rank(config, rank, quantized, str(folder))
+        part, keep_integers = part_config(config, rank), keep_integers and device.type not in BLOCK_DEVICES
     blocks = _block_shapes(shards) if keep_integers else {}
     kinds = {blocks[name].kind if (name := f"{n}.weight") in blocks else "" for n in hf_projection_names(config)}
     quantize: Callable[[Transformer], None] | None = None
     form = Form.FLOATS
     if isinstance(quantized, QuantConfig):
         quantize = partial(use_quantized_modules, config=quantized)
-    elif packing is not None and _can_be_repacked(config, packing, shards):
+    elif packing is not None and (rank is None or packing.group_size > 0) and _can_be_repacked(part, packing, shards):
         quantize = partial(use_input_groups, bits=packing.bits, group_size=packing.group_size)
     elif device.type in BLOCK_DEVICES and blocks:
         form, quantize = Form.BYTES, partial(use_block_modules, shapes=blocks, prefix=layer_prefix)
-    elif len(kinds) == 1 and (kind := kinds.pop()) in GROUP_TYPES:
+    elif len(kinds) == 1 and (kind := kinds.pop()) in GROUP_TYPES and fills_groups(part, MIN_GROUP):
         form, quantize = Form.GROUPS, partial(use_input_groups, bits=GROUP_TYPES[kind], group_size=MIN_GROUP)
-    targets = Targets(model := empty_model(config, device, dtype, quantize), packing)
+    model = empty_model(part, device, dtype, quantize)
+    whole = model if part is config else empty_model(config, torch.device("meta"), dtype, quantize)
+    targets = Targets(model, packing, whole, {} if rank is None else rank.cuts(config))
     forms = {name: form for name in blocks if targets.takes(name, form)}
     _check_shards(shards, targets.stored, config, forms)
     for shard in progress(shards, "loading weights", "shard"):
@@ -104,23 +113,24 @@ def _can_be_repacked(config: ModelConfig, packing: Packing, shards: list[Path]) 
 class Targets:
     """What takes the tensors of a checkpoint: a model, with the weights of an AWQ or GPTQ one as packing says.
 
-    Such a weight is set as soon as all parts of it have been read.
+    Such a weight is set as soon as all parts of it have been read. whole: the model that the files hold, of which model
+    may be a part, by cuts.
     """
 
-    def __init__(self, model: Transformer, packing: Packing | None) -> None:
-        self.packing = packing
-        self.targets = weight_targets(model)
+    def __init__(self, model: Transformer, packing: Packing | None, whole: Transformer, cuts: dict[str, Cut]) -> None:
+        self.packing, self.cuts = packing, cuts
+        self.targets, stored = weight_targets(model), weight_targets(whole)
         self.stored: dict[str, Tensor] = {}  # tensor name -> its shape and dtype, of all that the files must hold
         self.waiting: dict[str, dict[str, Tensor]] = {}
         self.refined: dict[int, str] = {}  # by id of a target: the tensor that set it, of several that must be equal
         self.parts: dict[str, int] = {}  # how many of each weight
         projections = hf_projection_names(model.config)
-        for name, target in self.targets.items():
+        for name, target in stored.items():
             prefix, _, part = name.rpartition(".")
             if packing is None or prefix not in projections or part == "bias":
                 self.stored[name] = target
             elif part in ("weight", "qweight"):
-                scales = self.targets.get(f"{prefix}.scales")  # of a weight that is held in integers
+                scales = stored.get(f"{prefix}.scales")  # of a weight that is held in integers
                 N, K = target.shape if scales is None else (scales.shape[1], target.shape[0])
                 parts = packing.parts(N, K, target.dtype if scales is None else scales.dtype)
                 self.parts[prefix] = len(parts)
@@ -162,6 +172,11 @@ class Targets:
         target = self.targets[name]
         if name.endswith(".refined"):
             self._check_refined(name, values, shard)
+        if (cut := cut_of(name, self.cuts)) is not None:
+            try:
+                values = cut_tensor(values, cut, name, target)
+            except UserError as error:
+                raise UserError(f"{shard}: {name} {error}; use fewer devices") from None
         target.copy_(values.to(target.device))
         if not target.is_floating_point() or is_finite(target):
             return

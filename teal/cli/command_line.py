@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from teal import __version__, interrupts
 from teal.architectures import ARCHITECTURES
+from teal.cli import ranks
 from teal.errors import UserError
 from teal.user_text import is_text
 
@@ -102,6 +103,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         interrupts.say()
         code = interrupts.EXIT_INTERRUPTED
     interrupts.work_is_done()
+    ranks.leave(code if isinstance(code, int) else 0 if code is None else 1)
     sys.exit(code)
 
 

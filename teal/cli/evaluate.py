@@ -13,9 +13,11 @@ from teal.cli.options import (
     add_force_plan_argument,
     add_kv_cache_argument,
     add_model_arguments,
+    add_tensor_parallel_argument,
     add_text_arguments,
     model_options,
 )
+from teal.cli.ranks import is_first, start_ranks
 from teal.errors import UserError
 from teal.files import FileKind, Output, atomic_file, reserved
 from teal.options import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES, METHODS, POLICY_SHARES, ModelOptions, Settings
@@ -36,7 +38,7 @@ CSV = FileKind("a table of evaluate.py", rb"^method,sparsity,policy,")
 def build_parser() -> cli.Parser:
     """The command line of evaluate.py."""
     parser = cli.Parser("Measure perplexity, divergence from the dense model and greedy agreement, by sparsity.")
-    add_model_arguments(parser)
+    add_tensor_parallel_argument(add_model_arguments(parser))
     grid = parser.add_argument_group("what to evaluate (the dense model always comes first)")
     add_kv_cache_argument(grid)
     grid.add_argument(
@@ -119,6 +121,9 @@ def main() -> None:
     """Refuse what cannot be done, then evaluate."""
     args = build_parser().parse_args()
     check_arguments(args)
+    start_ranks(args.tensor_parallel, args.device)
+    if not is_first():  # which computes as the first does, and says nothing
+        args.csv = args.plot = None
     with reserved(*outputs(args)):
         evaluate_model(args)
 
@@ -145,6 +150,8 @@ def evaluate_model(args: argparse.Namespace) -> None:
     options = model_options(args, sparsity=0.0, plan=None)
     check = functools.partial(check_model, args, text, calibration_text)
     loaded = load_for_decoding(options, check, sparse=True)
+    if loaded.team is not None:
+        loaded.team.in_step = True
     tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
     reference = load_reference(args)
     with floats_kept(loaded.model):

@@ -27,8 +27,8 @@ MODEL, DRAFT = ModelOptions(), DraftOptions()
 Group = argparse._ArgumentGroup
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose the model, its device and dtype."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> Group:
+    """Options that choose the model, its device and dtype; the group of them."""
     model = parser.add_argument_group("model")
     source = model.add_mutually_exclusive_group()
     add_checkpoint_argument(source)
@@ -42,11 +42,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPE_NAMES, default=MODEL.dtype,
         help="auto: bf16 where the device multiplies it, else the faster one",
     )  # fmt: skip
+    return model
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that choose the model and how it decodes."""
-    add_model_arguments(parser)
+    add_tensor_parallel_argument(add_model_arguments(parser))
     how = parser.add_argument_group("sparsity and compilation")
     sparse = how.add_mutually_exclusive_group()
     sparse.add_argument(
@@ -155,6 +156,14 @@ def add_force_plan_argument(group: Group) -> None:
     group.add_argument(
         "--force-plan", action="store_true", help="use a plan that was made for another model with as many layers"
     )
+
+
+def add_tensor_parallel_argument(group: Group) -> None:
+    """The option that shares a model among devices."""
+    group.add_argument(
+        "--tensor-parallel", type=cli.positive_int, default=MODEL.tensor_parallel, metavar="N",
+        help="share the model among N cards of this machine, a process each; a plan must exist already",
+    )  # fmt: skip
 
 
 def model_options(args: argparse.Namespace, **other: Any) -> ModelOptions:

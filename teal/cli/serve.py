@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments, add_draft_arguments, draft_options, model_options
+from teal.cli.ranks import is_first, start_ranks
 from teal.errors import UserError
 from teal.options import DEFAULT_QUEUE, MAX_ROWS, DraftOptions, ModelOptions
 from teal.serving.shutdown import Shutdown, hang_up
@@ -86,9 +87,14 @@ def main() -> None:
     check_arguments(args)
     options, drafting = model_options(args), draft_options(args)
     key = api_key(args.api_key)
+    if not is_first():
+        start_ranks(args.tensor_parallel, args.device)
+        load_engine(options, drafting, args.sparsities)[0].follow()
+        return
     ending = Shutdown()
     callers = make_callers(args, key)
     listener = open_listener(args.host, args.port)
+    start_ranks(args.tensor_parallel, args.device)
     from teal.decoding.scheduler import Scheduler
     from teal.serving.openai_api import Service
 

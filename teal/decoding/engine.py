@@ -18,6 +18,7 @@ from teal.decoding.decoder import PREFILL_CHUNK, Decoder
 from teal.decoding.exclusive import Exclusive
 from teal.decoding.plan_switch import PlanSwitch
 from teal.decoding.requests import Done, Piece, Request
+from teal.decoding.rows import DecodeRows
 from teal.decoding.runner import ModelRunner
 from teal.decoding.statistics import GenerationStats
 from teal.errors import UserError
@@ -84,9 +85,14 @@ class Engine(ModelRunner):
         if plan is not None:
             engine.plan, engine.plan_switch = plan, PlanSwitch(engine.model)
             engine.layout = engine.plan_switch.use(plan)
-        if engine.backend.compiles:
+        if engine.backend.compiles and not engine.follows:
             engine._compile()
         return engine
+
+    def follow(self) -> None:
+        """Of a rank that is not the first: do what that one's engines do, until it ends."""
+        assert self.calls is not None
+        self.calls.follow(DecodeRows)
 
     def use_plan(self, plan: SparsityPlan) -> None:
         """Decode with another plan's thresholds from now on.

@@ -5,6 +5,7 @@ projection is a sparse GEMV that makes its own input and drops what is below the
 which the next kernel adds up. A norm after a sublayer is one kernel more, and so are norms of q and k over all heads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from teal.kernels.norm_residual import norm_residual
 from teal.kernels.reduce_partials import reduce_partials
 from teal.kernels.rope_attention import rope_attention
 from teal.kernels.sparse_gemv import sparse_gemv
+from teal.layers.team import Summed
 from teal.model import Attention, Block, LayerNorm, RMSNorm
 
 
@@ -80,9 +82,12 @@ def _attention(
 
 def _added(partials: Tensor, bias: Tensor | None, end: nn.Module, x: Tensor) -> Tensor:
     """x [B, C] plus what a sublayer's end makes of the sum of partials [splits, B, C] and bias."""
+    add_up: Callable[..., Tensor] = reduce_partials
+    if isinstance(end, Summed):
+        add_up, end = end.team.sum_of_partials, end.inner
     if isinstance(end, (RMSNorm, LayerNorm)):
-        return norm_residual(reduce_partials(partials, x.dtype, bias, None), end.weight, _bias(end), end.eps, x)
-    return reduce_partials(partials, x.dtype, bias, x)
+        return norm_residual(add_up(partials, x.dtype, bias, None), end.weight, _bias(end), end.eps, x)
+    return add_up(partials, x.dtype, bias, x)
 
 
 def _bias(norm: RMSNorm | LayerNorm) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from teal.decoding.compilation import capture
 from teal.decoding.drafting import Drafter, Row
+from teal.decoding.ranks import on_all_ranks
 from teal.decoding.runner import ModelRunner
 from teal.decoding.sampling import argmax_step, sample
 from teal.model import KVCache
@@ -65,6 +66,7 @@ class DecodeRows:
 
     def __init__(self, runner: ModelRunner, count: int, context: int, single: bool = False) -> None:
         self.runner, self.device, self.context, self.single = runner, runner.device, context, single
+        self.calls, self.address = runner.calls, runner.add_rows(self, count, context, single)
         self.tokens, self.positions = (torch.zeros(count, 1, dtype=torch.int64, device=self.device) for _ in range(2))
         self.seen = torch.zeros(1, runner.model.config.vocab_size, dtype=torch.bool, device=self.device)
         self.generator = torch.Generator(self.device)
@@ -86,6 +88,7 @@ class DecodeRows:
         parts = [self.runner.backend.logits(part).float() for part in hidden.split(self.head_rows)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    @on_all_ranks
     def reserve(self, length: int, held: list[int]) -> None:
         """Make room for so many positions, keeping the first held[row] of each row.
 
@@ -103,6 +106,7 @@ class DecodeRows:
         self.cache = grown
         self.graphs.clear()
 
+    @on_all_ranks
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first length positions of two rows."""
         for tensor in (self.cache.k, self.cache.v):
@@ -110,6 +114,7 @@ class DecodeRows:
             tensor[:, a, :, :length] = tensor[:, b, :, :length]
             tensor[:, b, :, :length] = kept
 
+    @on_all_ranks
     def copy(self, source: int, to: int, length: int) -> None:
         """Copy the first length positions of a row to another."""
         for tensor in (self.cache.k, self.cache.v):
@@ -121,6 +126,7 @@ class DecodeRows:
             return self.cache.part(rows, None)
         return self.cache.part(rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
 
+    @on_all_ranks
     def prefill(self, row: int, ids: list[int], begin: int) -> Tensor:
         """Put tokens ids[begin:] at their positions of a row; fp32 logits [1, V] after the last."""
         tokens = torch.tensor([ids[begin:]], device=self.device)
@@ -128,6 +134,7 @@ class DecodeRows:
         hidden = self.runner.backend.prefill(tokens, positions, self._part(slice(row, row + 1), len(ids)))
         return self._logits(hidden[:, -1])
 
+    @on_all_ranks
     def feed(self, rows: range, tokens: list[int], positions: list[int]) -> None:
         """Set what the next step of these rows reads, and where; after a step, that is what it chose, one further."""
         for tensor, values in ((self.tokens, tokens), (self.positions, positions)):
@@ -135,7 +142,14 @@ class DecodeRows:
 
     def step(self, rows: range, length: int, params: SamplingParams = GREEDY, eager: bool = False) -> Step:
         """One token more for these rows, chosen by params; none gets longer than length. eager: not by a graph."""
-        by_graph = self.runner.use_graph and not eager
+        return self.step_from(self._random_state(params), rows, length, params, self.runner.use_graph and not eager)
+
+    @on_all_ranks
+    def step_from(
+        self, state: bytes | None, rows: range, length: int, params: SamplingParams, by_graph: bool
+    ) -> Step:  # fmt: skip
+        """As step, from a state of the generator if one is given."""
+        self._set_random_state(state)
         logits = self._replay(rows, params) if by_graph else self._run(rows, length, params)
         tokens = self.tokens[rows.start : rows.stop, 0]
         if self.device.type == "cpu":
@@ -166,11 +180,46 @@ class DecodeRows:
 
         The row does not get longer than length.
         """
-        if self.runner.use_graph:
+        shared = self.calls is not None and drafter.looks_up
+        proposed = drafter.drafted[:drafts].tolist() if shared else []
+        self.round_from(self._random_state(params), proposed, params, drafts, length, self.runner.use_graph)
+        return drafter.verified(drafts)
+
+    @on_all_ranks
+    def round_from(
+        self, state: bytes | None, proposed: list[int], params: SamplingParams, drafts: int, length: int,
+        by_graph: bool,
+    ) -> None:  # fmt: skip
+        """As round, by the runner's drafter, from a state of the generator and with tokens proposed if given."""
+        self._set_random_state(state)
+        drafter = self.runner.drafter
+        assert drafter is not None
+        if proposed:
+            drafter.drafted[: len(proposed)] = torch.tensor(proposed)
+        if by_graph:
             self._replay(range(1), params, drafter, drafts)
         else:
             self._run_round(length, params, drafter, drafts)
-        return drafter.verified(drafts)
+
+    @on_all_ranks
+    def begin(self, seed: int, ids: list[int]) -> None:
+        """Of a single row: begin a text after these tokens, whose steps sample by seed."""
+        self.generator.manual_seed(seed)
+        self.seen.zero_()
+        self.seen[0, torch.tensor(ids, device=self.device)] = True
+
+    @on_all_ranks
+    def saw(self, token: int) -> None:
+        """Of a single row: note a token that no step chose."""
+        self.seen[0, token] = True
+
+    def _random_state(self, params: SamplingParams) -> bytes | None:
+        """For other ranks: the host may have drawn on this one since the last step."""
+        return None if self.calls is None or params.is_argmax else self.generator.get_state().numpy().tobytes()
+
+    def _set_random_state(self, state: bytes | None) -> None:
+        if state is not None:
+            self.generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
     def _run_round(self, length: int, params: SamplingParams, drafter: Drafter, drafts: int) -> Tensor:
         row = Row(self.tokens[:1], self.positions[:1], self._part(slice(0, 1), length), self.seen, self.generator)
@@ -203,6 +252,7 @@ class DecodeRows:
         self.generator.set_state(state)
         self.graphs[key] = graph, found[-1]
 
+    @on_all_ranks
     def warm(self) -> None:
         """On CUDA compile and capture now what greedy requests of the runner's plan need."""
         if not self.runner.use_graph:

@@ -21,11 +21,14 @@ class Sequence:
         self.filter = StopStrings(request.stops)
         self.text = Lookup([])  # as far as drafting has looked at it
         self.acceptance = Acceptance()
-        device = rows.device
-        self.generator = rows.generator if rows.single else torch.Generator(device)
-        self.generator.manual_seed(request.params.seed)
-        self.seen = rows.seen.zero_() if rows.single else torch.zeros_like(rows.seen)  # bool [1, V], prompt and output
-        self.seen[0, torch.tensor(request.prompt_ids, device=device)] = True
+        device, self.rows = rows.device, rows
+        self.generator, self.seen = rows.generator, rows.seen  # seen: bool [1, V], prompt and output
+        if rows.single:
+            rows.begin(request.params.seed, request.prompt_ids)
+        else:
+            self.generator = torch.Generator(device).manual_seed(request.params.seed)
+            self.seen = torch.zeros_like(rows.seen)
+            self.seen[0, torch.tensor(request.prompt_ids, device=device)] = True
         params, biases = request.params, request.params.biases
         penalized = params.presence_penalty or params.frequency_penalty
         self.counts = torch.zeros(self.seen.shape, device=device) if penalized else None  # generated tokens [1, V]
@@ -47,7 +50,10 @@ class Sequence:
         token = int(sample(logits, params, self.seen, self.generator))
         if self.counts is not None:
             self.counts[0, token] += 1
-        self.seen[0, token] = True
+        if self.rows.single:
+            self.rows.saw(token)
+        else:
+            self.seen[0, token] = True
         return token
 
     def push(self, token: int, logprob: TokenLogprob | None) -> Piece | None:

@@ -1,0 +1,194 @@
+"""The ranks that share a model (teal/parallel.py): how they add up and gather, and the modules that make them do so.
+
+    x ─ norm ─ [q k v] ─ attention ─ [o] ─ Summed ─ + ─ norm ─ [gate up] ─ act(gate) * up ─ [down] ─ Summed ─ +
+
+What few rows have is added by one kernel over memory that the GPUs see of each other (exchange_partials.py). Prompts,
+and all that runs on CPUs, go through torch.distributed.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor, nn
+
+from teal.errors import ParameterError, UserError
+from teal.model import ModelConfig, Transformer
+from teal.options import MAX_ROWS
+from teal.parallel import Rank
+
+gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
+RANK, RANKS, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"  # in the environment, as torchrun sets them
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What exchange_partials.py needs beside the values."""
+
+    words: Tensor
+    epochs: Tensor
+    peers: Tensor
+
+
+class Team:
+    """This process among those that share a model. All of them make the same calls in the same order."""
+
+    def __init__(self, rank: Rank, device: torch.device) -> None:
+        self.rank, self.device = rank, device
+        self.exchange: Exchange | None = None
+        self.in_step = False  # whether all run the same program, and none follows another's calls
+
+    def __deepcopy__(self, _: Any) -> "Team":  # copies of a model are of the same ranks
+        return self
+
+    @property
+    def group(self) -> Any:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    def share_memory(self, channels: int) -> None:
+        """On GPUs: make room for the sums of MAX_ROWS rows of so many channels. Raises UserError."""
+        if self.device.type != "cuda" or self.exchange is not None:
+            return
+        import torch.distributed._symmetric_memory as symmetric
+
+        from teal.kernels.exchange_partials import programs_of
+
+        count = self.rank.count
+        try:
+            words = symmetric.empty(2, count, MAX_ROWS * channels, dtype=torch.int64, device=self.device).zero_()
+            pointers = symmetric.rendezvous(words, self.group).buffer_ptrs
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the GPUs of this machine cannot read each other's memory: {reason}") from None
+        epochs = torch.zeros(programs_of(MAX_ROWS, channels), dtype=torch.int32, device=self.device)
+        self.exchange = Exchange(words, epochs, torch.tensor(pointers, device=self.device))
+        torch.cuda.synchronize(self.device)
+        dist.barrier()  # nobody writes before all have zeros
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x [..., C], of their dtype."""
+        rows = x.numel() // x.shape[-1]
+        if self.exchange is not None and rows <= MAX_ROWS:
+            return self.sum_of_partials(x.reshape(1, rows, -1), x.dtype, None, None).view(x.shape)
+        return collectives.wait_tensor(collectives.all_reduce(x, "sum", self.group))
+
+    def sum_of_partials(
+        self, partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """As reduce_partials, of the partial sums [splits, B, N] of all ranks; bias is this rank's share."""
+        found = self.exchange
+        if found is None:
+            from teal.kernels.reduce_partials import reduce_partials
+
+            whole = self.sum(reduce_partials(partials, torch.float32, bias, None)).to(dtype)
+            return whole if residual is None else whole + residual
+        from teal.kernels.exchange_partials import exchange_partials
+
+        memory = found.words, found.epochs, found.peers, self.rank.index
+        return exchange_partials(partials.contiguous(), dtype, bias, residual, *memory)
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum of all ranks' counts, where all of them ask for it; else this rank's."""
+        if not self.in_step:
+            return counts
+        found = counts.clone()
+        dist.all_reduce(found)
+        return found
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The x [..., n] of all ranks beside each other: [..., n ranks]."""
+        rows = x.reshape(-1, x.shape[-1])
+        parts = rows.new_empty(self.rank.count, *rows.shape)
+        gather_into(parts.flatten(0, 1), rows.contiguous())
+        return parts.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def ranks_asked_for() -> int:
+    """How many processes share the model, as torchrun or teal.cli.ranks says in the environment; 1 of none."""
+    return int(os.environ.get(RANKS, "1"))
+
+
+@functools.cache
+def join_team(count: int, device: torch.device) -> Team:
+    """Meet the other ranks, once. device: that of all; each takes the card of its number. Raises UserError."""
+    found = ranks_asked_for()
+    if count != found:
+        raise ParameterError(
+            f"{{tensor_parallel}} {{}}: {found} process{'es run' if found > 1 else ' runs'} this program; "
+            f"start it from a command line, or by torchrun --nproc-per-node {count}", count,
+        )  # fmt: skip
+    index = int(os.environ[RANK])
+    if device.type == "cuda":
+        card = int(os.environ.get(LOCAL_RANK, index))
+        if device.index is not None or card >= torch.cuda.device_count():
+            asked = f"{{device}} {device} names one" if device.index is not None else f"rank {index} has none"
+            raise ParameterError(
+                f"{{tensor_parallel}} {{}} takes a card for each rank, and {asked}; this machine has "
+                f"{torch.cuda.device_count()}", count,
+            )  # fmt: skip
+        device = torch.device("cuda", card)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Team(Rank(index, count), device)
+
+
+class Summed(nn.Module):
+    """The end of a sublayer whose results add up over the ranks: inner of the sum."""
+
+    def __init__(self, team: Team, inner: nn.Module) -> None:
+        super().__init__()
+        self.team, self.inner = team, inner
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y [B, T, C], this rank's share -> inner of the whole."""
+        return self.inner(self.team.sum(y))
+
+
+class SharedEmbedding(nn.Module):
+    """An embedding of which each rank has the rows of some tokens."""
+
+    def __init__(self, team: Team, inner: nn.Module, rows: range) -> None:
+        super().__init__()
+        self.team, self.inner, self.rows = team, inner, rows
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, T] -> [B, T, C] of inner's dtype, exact: only one rank adds anything but zeros."""
+        own = (tokens >= self.rows.start) & (tokens < self.rows.stop)
+        found = self.inner((tokens - self.rows.start).clamp(0, len(self.rows) - 1))
+        return self.team.sum(torch.where(own[..., None], found, 0))
+
+
+class GatheredHead(nn.Module):
+    """An output head of which each rank has the rows of some tokens; all of them get all logits."""
+
+    def __init__(self, team: Team, inner: nn.Module, vocab_size: int) -> None:
+        super().__init__()
+        self.team, self.inner, self.vocab_size = team, inner, vocab_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> fp32 [..., V]."""
+        return self.team.gather(self.inner(x))[..., : self.vocab_size]
+
+
+def share(model: Transformer, team: Team, config: ModelConfig) -> Transformer:
+    """Make a rank's part of a model of config add up and gather with the others', in place, after all replacements."""
+    team.share_memory(config.hidden_size)
+    for block in model.blocks:
+        for end in ("attention_end", "ffn_end"):
+            block.set_submodule(end, Summed(team, block.get_submodule(end)))
+    model.embedding = SharedEmbedding(team, model.embedding, team.rank.vocabulary(config))  # type: ignore[assignment]
+    model.lm_head = GatheredHead(team, model.lm_head, config.vocab_size)  # type: ignore[assignment]
+    model.config = team.rank.config(config)
+    return model
+
+
+def team_of(model: Transformer) -> Team | None:
+    """Those that share model, if any."""
+    head: nn.Module = model.lm_head
+    return head.team if isinstance(head, GatheredHead) else None
