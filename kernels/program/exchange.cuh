@@ -36,6 +36,31 @@ __device__ __forceinline__ void receive(float2 (&pairs)[COUNT], u32 epoch, At at
     for (int i = 0; i < COUNT; i++) pairs[i] = make_float2(__uint_as_float((u32)a[i]), __uint_as_float((u32)b[i]));
 }
 
+// A pair of sums of all ranks that share the model, from that of this one. Of what o or down adds, each column is the
+// business of one thread of each GPU.
+//
+//     peers[r]    words of rank r: [epoch's parity][o, down][from rank][HIDDEN]
+//
+// The others write into this rank's memory, so that value and signal take one trip over the link. A word is written
+// again two layers later. By then all of this GPU's blocks have read it: the Turnstile between has let them pass, and the
+// others have had sums that were sent after that. Sums run over the ranks in their order: all have the same bits.
+__device__ __forceinline__ float2 sum_of_ranks(u64* const* peers, int which, int column, float2 own, u32 epoch) {
+    const i64 at = (i64)((epoch & 1) * 2 + which) * RANKS * HIDDEN + column;
+    const u64 a = (u64)epoch << 32 | __float_as_uint(own.x), b = (u64)epoch << 32 | __float_as_uint(own.y);
+#pragma unroll 1
+    for (int i = 1; i < RANKS; i++) store_words_far(peers[(RANK + i) % RANKS] + at + RANK * HIDDEN, a, b);
+    float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+    for (int rank = 0; rank < RANKS; rank++) {
+        u64 x = a, y = b;
+        if (rank != RANK)
+            do load_words_far(peers[RANK] + at + rank * HIDDEN, x, y);
+            while ((u32)(x >> 32) != epoch || (u32)(y >> 32) != epoch);
+        total.x += __uint_as_float((u32)x), total.y += __uint_as_float((u32)y);
+    }
+    return total;
+}
+
 // Until a word is there. For a block that has long to wait: it must not take bandwidth from those that work.
 __device__ __forceinline__ void wait_idly(const u64* word, u32 epoch) {
     if (threadIdx.x == 0) {

@@ -80,7 +80,8 @@ class Format:
 class Model:
     """The model as the plan sees it. head is None for one in floats, which is [V, C].
 
-    cache_bits: of a key's or value's entry, 16 or 8 (kernels/formats/kv_int8.py).
+    cache_bits: of a key's or value's entry, 16 or 8 (kernels/formats/kv_int8.py). Of ranks that share a model this is
+    one's part.
     """
 
     config: ModelConfig
@@ -88,6 +89,8 @@ class Model:
     products: tuple[Format, Format, Format, Format]  # q,k,v; o; gate,up; down
     head: Format | None
     cache_bits: int = 16
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def heads_of_key(self) -> int:
@@ -293,7 +296,7 @@ def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, word
         "HIDDEN": c.hidden_size, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads, "HEAD_DIM": c.head_dim,
         "LAYERS": c.num_layers, "VOCAB": c.vocab_size, "Q_SIZE": c.q_size, "KV_SIZE": c.kv_size,
         "HEAD_BITS": 16 if model.head is None else model.head.bits, "CACHE_BITS": model.cache_bits,
-        "SHARED_BYTES": shared,
+        "SHARED_BYTES": shared, "RANK": model.rank, "RANKS": model.ranks,
     }  # fmt: skip
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
     flags = {"FLOAT_IS_BF16": model.dtype == torch.bfloat16, "SCALED": scaled}

@@ -18,6 +18,8 @@
 // Straight code costs most of what is not bytes: each of 16 warps issues each instruction, four to a scheduler, so a
 // thousand instructions are 2 us of a layer's 30. Hence loops that are not unrolled, and lists made by all threads.
 //
+// Of a model that several GPUs share, reducers of o and down also add up what the other GPUs have (exchange.cuh).
+//
 // The generated config (plan.py) says the model's shapes and how each product is cut; nothing here names a family.
 #include "config.cuh"
 #include "ptx.cuh"
@@ -59,6 +61,7 @@ struct Arguments {
     float* logits;      // fp32 [VOCAB], or null: without the head
     i64* next_token;    // or null
     i64* stamps;        // clocks at the end of each part of each layer, [LAYERS][STAMPS][GRID], or null
+    u64* const* peers;  // words of all ranks that share the model (exchange.cuh), or null
 };
 constexpr int STAMPS = 13;
 
@@ -171,9 +174,11 @@ struct Step {
     }
 
     template <int SPLITS>
-    __device__ void reduce_to_residual(const Matrix& m, i64 parts, i64 to) {
+    __device__ void reduce_to_residual(const Matrix& m, i64 parts, i64 to, int which) {
         reduce<HIDDEN, SPLITS>(words(parts), epoch, s, [&](int column, float2 sum) {
-            send(words(to) + column, sum.x + bias_of(m, column), sum.y + bias_of(m, column + 1), epoch);
+            sum.x += bias_of(m, column), sum.y += bias_of(m, column + 1);
+            if (RANKS > 1) sum = sum_of_ranks(a.peers, which, column, sum, epoch);
+            send(words(to) + column, sum.x, sum.y, epoch);
         });
         squares = residual::add(words(to), epoch, s);
     }
@@ -211,7 +216,7 @@ struct Step {
         stamp(7);
         u32 ffn_weight[MLP_PAIRS];
         load_mlp_weight(ffn_weight, l.ffn_norm);
-        reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O);
+        reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O, 0);
         stamp(8);
         feed_forward(l, ffn_weight);
         stamp(11);
@@ -220,7 +225,7 @@ struct Step {
         if (carries) ((u64*)&following)[threadIdx.x] = next;
         __syncthreads();
         if (layer + 1 < LAYERS) load_weight(following), fetch_qkv_panel(following);
-        reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN);
+        reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN, 1);
         stamp(12);
     }
 

@@ -80,6 +80,13 @@ __device__ __forceinline__ void store_words(u64* to, u64 a, u64 b) {
 __device__ __forceinline__ void load_words(const u64* from, u64& a, u64& b) {
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
 }
+// The same where the other side is another GPU.
+__device__ __forceinline__ void store_words_far(u64* to, u64 a, u64 b) {
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(a), "l"(b) : "memory");
+}
+__device__ __forceinline__ void load_words_far(const u64* from, u64& a, u64& b) {
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
+}
 __device__ __forceinline__ void add_release(u32* counter) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }

@@ -90,8 +90,6 @@ def _program(others: Backend, forced: bool) -> Backend:
     Raises ParameterError if it is forced and cannot.
     """
     try:
-        if team_of(others.model) is not None:
-            raise UserError("several devices share the model")
         if others.model.device.type == "cpu":
             return CpuProgramBackend(others)
         from teal.decoding.cuda_program import CudaProgramBackend  # its kernel needs CUDA's libraries
@@ -138,7 +136,7 @@ def has_kernel_layout(model: Transformer) -> bool:
 def _program_pays(model: Transformer) -> bool:
     """Whether CUDA's program has been measured to beat the fused kernels: on an H100, but for 4-bit weights.
 
-    Nobody has measured it with a head of 4 bits.
+    Nobody has measured it with a head of 4 bits, or on several GPUs.
     """
     if team_of(model) is not None:
         return False

@@ -12,7 +12,9 @@ from teal.kernels.program.launch import Program, device_facts, matrix_words, met
 from teal.kernels.program.plan import Device, Format, Model, plan, shape_obstacle, weight_obstacle
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
+from teal.layers.team import SharedEmbedding, team_of
 from teal.model import KVCache, OutputHead, RMSNorm, Transformer
+from teal.parallel import Rank
 from teal.rope import frequencies
 from teal.teal_layers import SparseLinear
 
@@ -52,6 +54,7 @@ class CudaProgramBackend(StepBackend):
         if isinstance(model.lm_head, QuantizedHead):
             self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
         self.no_threshold = torch.zeros(1, device=device)
+        self.team, self.first_row = team_of(model), torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.stamps: Tensor | None = None  # of new_stamps, if the clocks of launches are wanted
         self.tables: dict[tuple[int, ...], Tensor] = {}  # of all layers; a captured step may need old ones
 
@@ -69,8 +72,8 @@ class CudaProgramBackend(StepBackend):
         return hidden
 
     def choose(self, tokens: Tensor, positions: Tensor, kv_cache: KVCache) -> Tensor | None:
-        """As Backend.choose: for one row the head and the argmax are in the same launch."""
-        if tokens.shape[0] > 1 or self.state.counting:
+        """As Backend.choose: for one row the head and the argmax are in the same launch, if the model is not shared."""
+        if tokens.shape[0] > 1 or self.state.counting or self.team is not None:
             return None
         logits = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32, device=tokens.device)
         self._launch(tokens, positions, kv_cache, 0, logits.data_ptr(), tokens.data_ptr())
@@ -83,15 +86,20 @@ class CudaProgramBackend(StepBackend):
         assert tokens.dtype == positions.dtype == torch.int64, "tokens and positions are int64"
         model, k, v = self.model, kv_cache.k, kv_cache.v
         assert k.dtype == self.cache_dtype and k.stride() == v.stride() and k.stride(4) == 1
-        rows = self._layer_table()
-        head = self._matrix(model.lm_head, self.no_threshold)
+        rows, read, peers = self._layer_table(), tokens, 0
+        if self.team is None:
+            embedding, head = model.embedding.weight, self._matrix(model.lm_head, self.no_threshold)
+        else:  # whose ranks have the rows of other tokens; the head is computed outside
+            assert self.team.exchange is not None
+            embedding, read, head = model.embedding(tokens), self.first_row, NO_MATRIX
+            peers = self.team.exchange.step_peers.data_ptr()
         self.program.launch([
-            rows.data_ptr(), model.embedding.weight.data_ptr(), self.frequencies.data_ptr(),
+            rows.data_ptr(), embedding.data_ptr(), self.frequencies.data_ptr(),
             model.norm.weight.data_ptr(), *head,
             k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(2), k.stride(3),
             self.program.words.data_ptr(), self.program.counters.data_ptr(), self.program.counters[1:].data_ptr(),
-            tokens.data_ptr(), positions.data_ptr(), hidden, logits, next_token,
-            0 if self.stamps is None else self.stamps.data_ptr(),
+            read.data_ptr(), positions.data_ptr(), hidden, logits, next_token,
+            0 if self.stamps is None else self.stamps.data_ptr(), peers,
         ])  # fmt: skip
 
     def _layer_table(self) -> Tensor:
@@ -133,16 +141,19 @@ def model_obstacle(model: Transformer, device: Device) -> str:
     for modules in blocks:
         if not all(isinstance(module, (SparseLinear, QuantizedLinear)) for module in modules):
             return "weights are not in the kernels' layout"
-    head = model.lm_head
+    head: nn.Module = model.lm_head
+    embedding: nn.Module = model.embedding
     weights = [_weight(module) for modules in blocks for module in modules]
     if isinstance(head, QuantizedHead):
         weights.append(_weight(head))
+    elif isinstance(embedding, SharedEmbedding):  # and the head is computed outside
+        embedding = embedding.inner
     elif type(head) is not OutputHead or head.weight.dtype not in (torch.bfloat16, torch.float16):
         return f"a head of {type(head).__name__} in {head.weight.dtype} is not supported"
     if reason := weight_obstacle(weights):
         return reason
-    if type(model.embedding) is not nn.Embedding:
-        return f"an embedding of {type(model.embedding).__name__} is not supported"
+    if type(embedding) is not nn.Embedding:
+        return f"an embedding of {type(embedding).__name__} is not supported"
     formats = [tuple(Format.of(_weight(module)) for module in modules) for modules in blocks]
     if len(set(formats)) > 1:
         return "blocks of different formats are not supported"
@@ -155,7 +166,9 @@ def _described(model: Transformer) -> Model:
     head = Format.of(_weight(model.lm_head)) if isinstance(model.lm_head, QuantizedHead) else None
     qkv, o, gate_up, down = formats
     cache_bits = 8 if has_int8_cache(model) else 16
-    return Model(model.config, model.dtype, (qkv, o, gate_up, down), head, cache_bits)
+    team = team_of(model)
+    rank = Rank(0, 1) if team is None else team.rank
+    return Model(model.config, model.dtype, (qkv, o, gate_up, down), head, cache_bits, rank.index, rank.count)
 
 
 def _projected(model: Transformer) -> list[list[nn.Module]]:

@@ -142,14 +142,16 @@ class DecodeRows:
 
     def step(self, rows: range, length: int, params: SamplingParams = GREEDY, eager: bool = False) -> Step:
         """One token more for these rows, chosen by params; none gets longer than length. eager: not by a graph."""
-        return self.step_from(self._random_state(params), rows, length, params, self.runner.use_graph and not eager)
+        by_graph, counting = self.runner.use_graph and not eager, self.runner.backend.state.counting
+        return self.step_from(self._random_state(params), rows, length, params, by_graph, counting)
 
     @on_all_ranks
     def step_from(
-        self, state: bytes | None, rows: range, length: int, params: SamplingParams, by_graph: bool
-    ) -> Step:  # fmt: skip
-        """As step, from a state of the generator if one is given."""
+        self, state: bytes | None, rows: range, length: int, params: SamplingParams, by_graph: bool, counting: bool
+    ) -> Step:
+        """As step, from a state of the generator if one is given; counting: what all ranks do then, by the modules."""
         self._set_random_state(state)
+        self.runner.backend.state.counting = counting
         logits = self._replay(rows, params) if by_graph else self._run(rows, length, params)
         tokens = self.tokens[rows.start : rows.stop, 0]
         if self.device.type == "cpu":

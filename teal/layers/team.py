@@ -27,11 +27,16 @@ RANK, RANKS, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"  # in the environme
 
 @dataclass(slots=True)
 class Exchange:
-    """What exchange_partials.py needs beside the values."""
+    """What exchange_partials.py needs beside the values, and step_peers of kernels/program: its words on all ranks.
+
+    held: what must live as long as its addresses are used.
+    """
 
     words: Tensor
     epochs: Tensor
     peers: Tensor
+    step_peers: Tensor
+    held: tuple[Tensor, ...]
 
 
 class Team:
@@ -54,21 +59,26 @@ class Team:
         """On GPUs: make room for the sums of MAX_ROWS rows of so many channels. Raises UserError."""
         if self.device.type != "cuda" or self.exchange is not None:
             return
-        import torch.distributed._symmetric_memory as symmetric
-
         from teal.kernels.exchange_partials import programs_of
 
-        count = self.rank.count
+        words, peers = self._words(2, self.rank.count, MAX_ROWS * channels)
+        of_steps, step_peers = self._words(2, 2, self.rank.count, channels)
+        epochs = torch.zeros(programs_of(MAX_ROWS, channels), dtype=torch.int32, device=self.device)
+        self.exchange = Exchange(words, epochs, peers, step_peers, (of_steps,))
+        torch.cuda.synchronize(self.device)
+        dist.barrier()  # nobody writes before all have zeros
+
+    def _words(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Zeros int64 that the other ranks can write to, and their addresses on all ranks, int64 [ranks]."""
+        import torch.distributed._symmetric_memory as symmetric
+
         try:
-            words = symmetric.empty(2, count, MAX_ROWS * channels, dtype=torch.int64, device=self.device).zero_()
+            words = symmetric.empty(*shape, dtype=torch.int64, device=self.device).zero_()
             pointers = symmetric.rendezvous(words, self.group).buffer_ptrs
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the GPUs of this machine cannot read each other's memory: {reason}") from None
-        epochs = torch.zeros(programs_of(MAX_ROWS, channels), dtype=torch.int32, device=self.device)
-        self.exchange = Exchange(words, epochs, torch.tensor(pointers, device=self.device))
-        torch.cuda.synchronize(self.device)
-        dist.barrier()  # nobody writes before all have zeros
+        return words, torch.tensor(pointers, device=self.device)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x [..., C], of their dtype."""

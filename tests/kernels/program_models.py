@@ -58,18 +58,30 @@ def random_model(
     config: ModelConfig, dtype: torch.dtype, quant: str | None, lm_head: bool, sparse: bool, device: str, seed: int = 0
 ) -> Transformer:
     """A model of random weights, whose entries are about 1 all through it."""
+    return prepared(random_dense(config, seed).to(device, dtype), quant, lm_head, sparse)
+
+
+def random_dense(config: ModelConfig, seed: int = 0) -> Transformer:
+    """As random_model, in fp32 and as plain as it is made."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         scale = 0.1 if "bias" in name or "norm" in name else 1 if "embedding" in name else p.shape[-1] ** -0.5
         p.data = noise * scale + (1 if "norm" in name else 0)
-    model = model.to(device, dtype).requires_grad_(False)
+    return model.requires_grad_(False)
+
+
+def prepared(
+    model: Transformer, quant: str | None, lm_head: bool, sparse: bool, group: int | None = None
+) -> Transformer:  # fmt: skip
+    """A dense model, rounded in groups of this size, by default the largest, and made sparse in place."""
+    model.requires_grad_(False)
     if quant:
-        scheme = QuantConfig(quant, pick_group_size(config, None, lm_head), lm_head)
+        scheme = QuantConfig(quant, pick_group_size(model.config, group, lm_head), lm_head)
         use_quantized_linears(model, scheme, fill=True)
     layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] if sparse else 0.0) for name in PROJECTIONS}
-    return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * config.num_layers))
+    return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
 
 
 def use_int4_head(model: Transformer) -> Transformer:

@@ -183,6 +183,8 @@ inline void load_words(const u64* from, u64& a, u64& b) {
     a = from[0], b = from[1];
     give_way();
 }
+inline void store_words_far(u64* to, u64 a, u64 b) { store_words(to, a, b); }
+inline void load_words_far(const u64* from, u64& a, u64& b) { load_words(from, a, b); }
 inline void add_release(u32* counter) { ++*counter; }
 inline u32 load_acquire(const u32* counter) {
     give_way();

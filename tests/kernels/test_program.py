@@ -23,6 +23,7 @@ from teal.kernels.program.plan import MAX_STAGES, Device, pieces_and_splits, pla
 from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantConfig, use_quantized_linears
 from teal.model import ModelConfig, Transformer
+from teal.parallel import Rank
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import sparsify
 from tests.conftest import PROJECTIONS, relative_error
@@ -121,9 +122,12 @@ def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bit
 
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
 @pytest.mark.parametrize("device", [A100, RTX_4090, H100], ids=["sm_80", "sm_89", "sm_90"])
-@pytest.mark.parametrize("bits,head_bits", [(4, 8), (8, 16), (16, 16), (4, 4), (8, 4)])
-def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int, tmp_path: Path) -> None:
-    found = plan(described(LLAMA_3_8B, bits, head_bits), device)
+@pytest.mark.parametrize(
+    "bits,head_bits,ranks", [(4, 8, 1), (8, 16, 1), (16, 16, 1), (4, 4, 1), (8, 4, 1), (16, 16, 2)]
+)
+def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int, ranks: int, tmp_path: Path) -> None:
+    part = described(Rank(0, ranks).config(LLAMA_3_8B), bits, head_bits)
+    found = plan(replace(part, ranks=ranks), device)
     assert found.shared_bytes <= device.shared_bytes
     cubin = compile_source(found.source, f"sm_{device.capability[0]}{device.capability[1]}")
     assert b"decode_step" in cubin
