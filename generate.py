@@ -72,7 +72,7 @@ def main() -> None:
     args = build_parser().parse_args()
     params, model, draft = sampling_params(args), model_options(args), draft_options(args)
     check_arguments(args, draft)
-    if not is_first():
+    if not is_first(args.tensor_parallel):
         start_ranks(args.tensor_parallel, args.device)
         load_engine(model, draft, None).follow()
         return

@@ -154,10 +154,11 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
     """What the command line asks for: facts about the machine with a row for each configuration, and the model's."""
     prompt = [1000 + i % 1000 for i in range(args.context)]
     runners = build_runners(args, prompt)
-    if (engine := next(iter(runners.values())).engine).follows:
+    engine = next(iter(runners.values())).engine
+    if engine.follows:
         engine.follow()
         raise SystemExit(0)
-    device = next(iter(runners.values())).engine.device
+    device = engine.device
     ceiling = read_bandwidth(device)
     timed: dict[str, Runner] = dict(runners)
     if args.gguf is not None:

@@ -66,6 +66,7 @@ def exchange_partials_kernel(
     for i in tl.static_range(1, RANKS):  # not to the same one first from everywhere
         p_peer = tl.load(p_peers + (RANK + i) % RANKS).to(tl.pointer_type(tl.int64))
         tl.store(p_peer + entries + RANK * M, sent, mask=inside, cache_modifier=".wt")
+    tl.debug_barrier()  # all threads of this program have read the epoch
     tl.store(p_epochs + i_program, epoch)
     let_next_start(PDL)
     y = tl.zeros_like(own)

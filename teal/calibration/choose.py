@@ -6,7 +6,7 @@ import time
 from teal.calibration.curves import ESTIMATE
 from teal.calibration.texts import default_text, text_hash
 from teal.calibration.thresholds import QUICK_GRADIENTS, calibrate_quickly
-from teal.checkpoint.loading import LoadedModel, load_plan
+from teal.checkpoint.loading import LoadedModel, load_plan, part_plan
 from teal.errors import ParameterError, UserError
 from teal.layers.block_linear import floats_kept
 from teal.layers.int8_cache import has_int8_cache
@@ -40,7 +40,7 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     name = loaded.identity, f"{text_hash(text)}-{settings.method}-{ESTIMATE}", loaded.model.dtype, loaded.model.device
     path = cached_plan(*name, sparsity)
     if path.exists():
-        return SparsityPlan.load(path)
+        return part_plan(SparsityPlan.load(path), loaded)
     if loaded.team is not None:
         raise ParameterError(
             "{tensor_parallel} {} needs a plan, which one device makes; run calibrate.py --sparsity {} first, or give "

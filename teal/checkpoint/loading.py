@@ -225,14 +225,18 @@ def _load(
     return LoadedModel(model, described.tokenizer, name, identity, folder, weights, is_rotated=described.is_rotated)
 
 
+def part_plan(plan: SparsityPlan, loaded: LoadedModel) -> SparsityPlan:
+    """A plan of the whole model, of which loaded may be a rank's part: its thresholds are the same."""
+    return plan if loaded.config is None else replace(plan, model=config_fields(loaded.model.config))
+
+
 def load_plan(path: Path, loaded: LoadedModel) -> SparsityPlan:
     """The plan in a file for a model in memory. Raises UserError if it was made for another, unless loaded.force_plan.
 
     Where plan or checkpoint do not say for which weights, shapes are compared and a line on stderr says so.
     """
     plan = load_fitting_plan(path, loaded.config or loaded.model.config, loaded.force_plan)
-    if loaded.config is not None:  # thresholds are those of the whole model
-        plan = replace(plan, model=config_fields(loaded.model.config))
+    plan = part_plan(plan, loaded)
     try:
         plan.check_weights(loaded.weights)
     except UserError as error:

@@ -122,7 +122,7 @@ def main() -> None:
     args = build_parser().parse_args()
     check_arguments(args)
     start_ranks(args.tensor_parallel, args.device)
-    if not is_first():  # which computes as the first does, and says nothing
+    if not is_first(args.tensor_parallel):  # which computes as the first does, and says nothing
         args.csv = args.plot = None
     with reserved(*outputs(args)):
         evaluate_model(args)

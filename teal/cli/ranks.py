@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from teal.errors import ParameterError
+from teal.options import LOCAL_RANK, RANK, RANKS
 
-RANKS = "WORLD_SIZE"
 LIFELINE = "TEAL_LIFELINE"  # the file descriptor of a started rank's pipe
 ALIVE_S, SILENT_S = 1.0, 8.0  # between signs of life, and after how long without one a rank counts as hung
 GRACE_S = 1.0  # for this process to end by itself when another has
@@ -51,7 +51,7 @@ def start_ranks(count: int, device: str) -> None:
     """Start the other ranks of a command that runs on so many devices, unless torchrun did. Raises UserError."""
     if LIFELINE in os.environ:
         _keep_alive(int(os.environ[LIFELINE]))
-    if not is_first():
+    if not is_first(count):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
     if count == 1 or RANKS in os.environ:
         return
@@ -62,15 +62,15 @@ def start_ranks(count: int, device: str) -> None:
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RANKS: str(count)}
     started = [_start(index, shared) for index in range(1, count)]
-    os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
+    os.environ |= shared | {RANK: "0", LOCAL_RANK: "0"}
     watch = Watch(started)
     atexit.register(watch.end)
     threading.Thread(target=watch.run, name="ranks", daemon=True).start()
 
 
-def is_first() -> bool:
-    """Whether this process talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
+def is_first(count: int) -> bool:
+    """Whether this process, one of so many, talks to the user."""
+    return count == 1 or os.environ.get(RANK, "0") == "0"
 
 
 def leave(code: int) -> None:
@@ -78,7 +78,8 @@ def leave(code: int) -> None:
 
     To take a process group of GPUs down in order, all ranks have to be there, and one that waits for another stays.
     """
-    if RANKS not in os.environ:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -99,7 +100,7 @@ def _check_cards(count: int, device: str) -> None:
 def _start(index: int, shared: dict[str, str]) -> Started:
     ours, theirs = socket.socketpair()
     environment = os.environ | shared | {
-        "RANK": str(index), "LOCAL_RANK": str(index), LIFELINE: str(theirs.fileno()),
+        RANK: str(index), LOCAL_RANK: str(index), LIFELINE: str(theirs.fileno()),
     }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -146,13 +147,20 @@ class Watch:
                 selector.register(rank.life, selectors.EVENT_READ, rank)
             while not self.ending:
                 for key, _ in selector.select(ALIVE_S):
-                    rank = key.data
-                    if not rank.life.recv(LAST_WORDS):
-                        self._give_up(rank, f"ended with code {rank.process.wait()}: {rank.last_line()}")
-                    rank.seen = time.monotonic()
+                    self._hear(key.data)
                 for rank in self.started:
                     if time.monotonic() - rank.seen > SILENT_S:
                         self._give_up(rank, f"has been silent for {SILENT_S:.0f} s, it hangs")
+
+    def _hear(self, rank: Started) -> None:
+        """Take a sign of life, or the end of a rank."""
+        try:
+            is_alive = bool(rank.life.recv(LAST_WORDS))
+        except OSError:  # also where end() has closed it
+            is_alive = False
+        if not is_alive and not self.ending:
+            self._give_up(rank, f"ended with code {rank.process.wait()}: {rank.last_line()}")
+        rank.seen = time.monotonic()
 
     def _give_up(self, rank: Started, why: str) -> None:
         """Say why, and end all of them at once: this process may wait for the lost one on its device.

@@ -87,7 +87,7 @@ def main() -> None:
     check_arguments(args)
     options, drafting = model_options(args), draft_options(args)
     key = api_key(args.api_key)
-    if not is_first():
+    if not is_first(args.tensor_parallel):
         start_ranks(args.tensor_parallel, args.device)
         load_engine(options, drafting, args.sparsities)[0].follow()
         return

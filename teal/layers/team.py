@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from teal.errors import ParameterError, UserError
 from teal.model import ModelConfig, Transformer
-from teal.options import MAX_ROWS
+from teal.options import LOCAL_RANK, MAX_ROWS, RANK, RANKS
 from teal.parallel import Rank
 
 gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
-RANK, RANKS, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"  # in the environment, as torchrun sets them
 
 
 @dataclass(slots=True)
