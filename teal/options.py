@@ -28,6 +28,7 @@ KV_CACHES = ("float", "int8")  # how keys and values are kept
 BACKENDS = ("auto", "eager", "compiled", "fused", "program")  # what runs a decode step
 MAX_THREADS = 1024  # of a process's own
 MAX_RANKS = 64  # devices that share a model
+MAX_CPU_RANKS = 8  # processes that do so on a CPU, to try it: each takes some 0.5 GB beside weights
 # In the environment of the processes that do, as torchrun sets them: which one, of how many, and on this machine.
 RANK, RANKS, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

@@ -13,7 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from teal.errors import ParameterError
+from teal.extras import block_extras
 from teal.model import ModelConfig
+
+# What needs all heads at once, by its names in extras.py.
+UNSHAREABLE = frozenset({"norms of q and k over all heads"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,8 @@ class Rank:
 
     def _check(self, whole: ModelConfig) -> None:
         N = self.count
-        if whole.qk_norm_full:
-            raise ParameterError(
-                "{tensor_parallel} {}: this family norms q and k over all heads, which are on several devices then; "
-                "leave it out", N,
-            )  # fmt: skip
+        for name in UNSHAREABLE.intersection(block_extras(whole)):
+            raise ParameterError("{tensor_parallel} {}: this family has {}; leave it out", N, name)
         for name, size in (("attention heads", whole.num_heads), ("hidden channels", whole.intermediate_size)):
             if size % N:
                 raise ParameterError(f"{{tensor_parallel}} {{}} does not divide this model's {size} {name}", N)

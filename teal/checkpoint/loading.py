@@ -94,10 +94,10 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
             torch.set_num_threads(max(1, torch.get_num_threads() // team.rank.count))
     choice = pick_dtype(options.dtype, device, options.is_sparse if sparse is None else sparse)
     rank = None if team is None else team.rank
-    loaded = _load(described, device, choice.dtype, _keeps_integers(options, device), rank)
+    loaded = _load(described, device, choice.dtype, _keeps_integers(options, device), rank, options)
     loaded.dtype_reason = choice.reason
     use_native_head(loaded.model)
-    if options.quant is not None:
+    if options.quant is not None and described.folder is not None:
         round_weights(loaded, options.quant, options.quant_lm_head)
     if options.kv_cache == "int8":
         use_int8_cache(loaded.model)
@@ -128,8 +128,12 @@ def round_weights(
     if is_quantized(loaded.model):
         raise _rounded_already(parameter, quant, loaded.name)
     quantize(loaded.model, quant, None, quant_lm_head, grouping)
-    head = "" if quant_lm_head is None else f"-head{BITS[quant_lm_head]}"
-    loaded.identity += f"-{quant}{head}" + ("-input" if grouping == "input" else "")
+    loaded.identity += _rounding_name(quant, quant_lm_head) + ("-input" if grouping == "input" else "")
+
+
+def _rounding_name(quant: str, quant_lm_head: str | None) -> str:
+    """What the identity of a model ends with whose weights are rounded at load."""
+    return f"-{quant}" + ("" if quant_lm_head is None else f"-head{BITS[quant_lm_head]}")
 
 
 def check_fit(options: ModelOptions, model: Described) -> None:
@@ -212,13 +216,15 @@ def describe(checkpoint: str | None, random_weights: str | None = None, adapter:
 
 def _load(
     described: Described, device: torch.device, dtype: torch.dtype, keep_integers: bool = False,
-    rank: Rank | None = None,
+    rank: Rank | None = None, options: ModelOptions = ModelOptions(),
 ) -> LoadedModel:  # fmt: skip
+    """A described model. Random weights are made as options round them; those of a folder are read as they are."""
     name, folder = described.name, described.folder
     if folder is None:
-        model = random_model(name, device, dtype, rank)
+        model = random_model(name, device, dtype, rank, options.quant, options.quant_lm_head)
         identity = f"random-{name.lower()}"
-        return LoadedModel(model, described.tokenizer, name, identity, None, Weights(name, identity))
+        own = "" if options.quant is None else _rounding_name(options.quant, options.quant_lm_head)
+        return LoadedModel(model, described.tokenizer, name, identity + own, None, Weights(name, identity))
     model = load_model(folder, device, dtype, keep_integers, rank)
     weights = stored_weights(folder, Path(name).resolve().name)
     identity = model_identity(folder)

@@ -42,7 +42,7 @@ def fills_groups(part: ModelConfig, size: int) -> bool:
 
 
 def cut_of(name: str, cuts: dict[str, Cut]) -> Cut | None:
-    """The cut of a tensor of this name, None of one that every rank has: model.layers.3.self_attn.q_proj.bias."""
+    """The cut of a tensor of this name, None of one that every rank has."""
     module = name.rpartition(".")[0]
     if module.startswith("model.layers."):
         module = module.split(".", 3)[-1]

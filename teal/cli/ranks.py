@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from teal.errors import ParameterError
-from teal.options import LOCAL_RANK, RANK, RANKS
+from teal.options import LOCAL_RANK, MAX_CPU_RANKS, RANK, RANKS
 
 LIFELINE = "TEAL_LIFELINE"  # the file descriptor of a started rank's pipe
 ALIVE_S, SILENT_S = 1.0, 8.0  # between signs of life, and after how long without one a rank counts as hung
@@ -55,8 +55,7 @@ def start_ranks(count: int, device: str) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
     if count == 1 or RANKS in os.environ:
         return
-    if device == "auto" or device.startswith("cuda"):
-        _check_cards(count, device)
+    _check_devices(count, device)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -87,10 +86,14 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _check_cards(count: int, device: str) -> None:
+def _check_devices(count: int, device: str) -> None:
     import torch
 
-    found = torch.cuda.device_count()
+    found = 0 if device == "cpu" else torch.cuda.device_count()
+    if not found and device in ("auto", "cpu") and count > MAX_CPU_RANKS:
+        raise ParameterError(
+            f"{{tensor_parallel}} {{}}: on a CPU at most {MAX_CPU_RANKS} processes share a model", count
+        )
     if device.startswith("cuda:"):
         raise ParameterError("{tensor_parallel} {} takes a card for each rank; leave {device} {} out", count, device)
     if 0 < found < count or (device == "cuda" and found < count):

@@ -8,6 +8,7 @@ all logits and draw with the same random state, so that they choose the same tok
 import functools
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,7 +83,10 @@ def calls_of(team: Team) -> Calls:
 
 
 def on_all_ranks(method: Method) -> Method:
-    """A method of a ModelRunner or DecodeRows that the other ranks call, too, where several share the model."""
+    """A method of a ModelRunner or DecodeRows that the other ranks call, too, where several share the model.
+
+    If it fails on the first rank, it raises SystemExit: nothing can be computed together any more.
+    """
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any) -> Any:
@@ -90,7 +94,12 @@ def on_all_ranks(method: Method) -> Method:
             return method(self, *arguments)
         with uninterrupted():
             self.calls.tell(*self.address, method.__name__, *arguments)
-            return method(self, *arguments)
+            try:
+                return method(self, *arguments)
+            except Exception as error:  # the others are in the middle of it, and no later call would meet theirs
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"error: rank 0 failed in {method.__name__}, where the others wait: {reason}", file=sys.stderr)
+                raise SystemExit(1) from error
 
     return call  # type: ignore[return-value]
 

@@ -55,12 +55,17 @@ class ModelRunner:
             raise UserError("this engine was loaded dense; load it with a sparsity or a plan")
         return self.plan_switch
 
-    @on_all_ranks
     def switch_plan(self, plan: SparsityPlan) -> None:
         """Decode by plan from now on. Raises UserError if the model is dense or the plan is for another one."""
-        switch = self.require_sparse()
+        self.require_sparse()
         plan.check_weights(self.weights)
-        self.layout = switch.use(plan)
+        plan.check_fits(self.model.config)
+        self.set_plan(plan)
+
+    @on_all_ranks
+    def set_plan(self, plan: SparsityPlan) -> None:
+        """As switch_plan, for one that fits."""
+        self.layout = self.require_sparse().use(plan)
         self.plan = plan
 
     def cache_key(self, plan: SparsityPlan | None) -> object:

@@ -4,7 +4,7 @@ from teal.errors import UserError
 from teal.layers.block_linear import widen_blocks
 from teal.layers.quantized_embedding import use_quantized_modules
 from teal.layers.quantized_linear import BITS, QuantConfig, is_quantized, pick_group_size
-from teal.model import Transformer
+from teal.model import ModelConfig, Transformer
 from teal.options import QUANTS, check_choice
 from teal.teal_layers import sparse_layers
 
@@ -36,10 +36,18 @@ def quantize(
     check_choice("mode", mode, QUANTS)
     if lm_head is not None:
         check_choice("lm_head", lm_head, QUANTS)
-    has_head = lm_head is not None
-    size = pick_group_size(model.config, group_size, has_head)
-    scheme = QuantConfig(mode, size, has_head, grouping, embedding, head_bits=BITS[lm_head or "int8"])
+    scheme = scheme_of(model.config, mode, group_size, lm_head, grouping, embedding)
     scheme.check_embedding(model.config)
     widen_blocks(model)
     use_quantized_modules(model, scheme, fill=True)
     return model
+
+
+def scheme_of(
+    config: ModelConfig, mode: str, group_size: int | None = None, lm_head: str | None = None,
+    grouping: str = "output", embedding: bool = False,
+) -> QuantConfig:  # fmt: skip
+    """How quantize rounds a model of config. Raises UserError for a group size that does not divide its widths."""
+    has_head = lm_head is not None
+    size = pick_group_size(config, group_size, has_head)
+    return QuantConfig(mode, size, has_head, grouping, embedding, head_bits=BITS[lm_head or "int8"])

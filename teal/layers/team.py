@@ -89,15 +89,11 @@ class Team:
     def sum_of_partials(
         self, partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        """As reduce_partials, of the partial sums [splits, B, N] of all ranks; bias is this rank's share."""
-        found = self.exchange
-        if found is None:
-            from teal.kernels.reduce_partials import reduce_partials
-
-            whole = self.sum(reduce_partials(partials, torch.float32, bias, None)).to(dtype)
-            return whole if residual is None else whole + residual
+        """See exchange_partials.py: of the partial sums [splits, B, N] of all ranks; bias is this rank's share."""
         from teal.kernels.exchange_partials import exchange_partials
 
+        found = self.exchange
+        assert found is not None, "CPUs share no memory"
         memory = found.words, found.epochs, found.peers, self.rank.index
         return exchange_partials(partials.contiguous(), dtype, bias, residual, *memory)
 
@@ -129,7 +125,7 @@ def join_team(count: int, device: torch.device) -> Team:
     if count != found:
         raise ParameterError(
             f"{{tensor_parallel}} {{}}: {found} process{'es run' if found > 1 else ' runs'} this program; "
-            f"start it from a command line, or by torchrun --nproc-per-node {count}", count,
+            f"start it from a command line, or {count} of them by torchrun", count,
         )  # fmt: skip
     index = int(os.environ[RANK])
     if device.type == "cuda":

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from teal.architectures import ARCHITECTURES
-from teal.checkpoint.presets import PRESETS
+from teal.checkpoint.loading import load_for_decoding
+from teal.checkpoint.presets import INIT_STD, PRESETS
+from teal.layers.quantized_linear import QuantizedLinear
 from teal.model import Transformer
+from teal.options import ModelOptions
 
 BILLIONS = {
     "Gemma-2-2B": 2.614, "Gemma-2-9B": 9.242, "Gemma-3-1B": 1.000, "Gemma-3-4B": 3.880, "Gemma-3-12B": 11.766,
@@ -25,3 +28,16 @@ def test_sizes_are_the_published_ones(name: str) -> None:
         model = Transformer(PRESETS[name])
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count / 1e9 == pytest.approx(BILLIONS[name], abs=0.0006)
+
+
+@pytest.mark.parametrize("quant,bits", [("int8", torch.int8), ("int4", torch.int32)])
+def test_rounded_weights_are_made_rounded(quant: str, bits: torch.dtype) -> None:
+    """With the spread of the floats, which are never all there."""
+    loaded = load_for_decoding(ModelOptions(random_weights="SmolLM2-135M", quant=quant, quant_lm_head="int8"))
+    model = loaded.model
+    assert loaded.identity == f"random-smollm2-135m-{quant}-head8"
+    for module in (model.blocks[3].feed_forward.down, model.blocks[0].attention.wqkv, model.lm_head):
+        assert isinstance(module, QuantizedLinear)
+        assert abs(float(module.dequantized().float().std()) / INIT_STD - 1) < 0.05
+    assert model.blocks[3].feed_forward.down.weight.dtype == bits
+    assert abs(float(model.embedding.weight.float().std()) / INIT_STD - 1) < 0.05

@@ -195,7 +195,10 @@ MAINS = {
     serve.main: ("--checkpoint", "/no/such/model"),  # a good one would serve
 }
 # They take minutes, print scripts, or compile.
-LEFT_OUT = {"--help", "--version", "--print-completion", "--compile", "--no-compile", "--lm-eval", "--draft-quant"}
+LEFT_OUT = {
+    "--help", "--version", "--print-completion", "--compile", "--no-compile", "--lm-eval", "--draft-quant",
+    "--tensor-parallel",  # which starts processes of pytest's own command line
+}  # fmt: skip
 
 
 def takes_long(name: str, value: str) -> bool:

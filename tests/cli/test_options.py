@@ -55,6 +55,7 @@ def test_every_field_has_an_option_that_sets_it(parser: argparse.ArgumentParser)
         "threads": (["--threads", "3"], 3),
         "dequantize": (["--dequantize"], True),
         "force_plan": (["--force-plan"], True),
+        "tensor_parallel": (["--tensor-parallel", "2"], 2),
     }
     assert list(given) == [field.name for field in fields(ModelOptions)]
     for name, (arguments, value) in given.items():

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from teal.checkpoint.sharding import cut_tensor, part_config
 from teal.checkpoint.weights import empty_model, load_model, stored_config, weight_targets
 from teal.cli.quantize import quantize_folder
 from teal.decoding.backends import best_backend
+from teal.decoding.ranks import on_all_ranks, uninterrupted
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig
 from teal.model import ModelConfig
@@ -141,7 +143,7 @@ def test_a_bias_is_added_once() -> None:
         ({"num_heads": 6}, 4, "tensor_parallel 4 does not divide this model's 6 attention heads"),
         ({"intermediate_size": 97}, 2, "does not divide this model's 97 hidden channels"),
         ({"num_heads": 12, "num_kv_heads": 3}, 2, "3 key and value heads cannot be shared evenly"),
-        ({"qk_norm": True, "qk_norm_full": True}, 2, "norms q and k over all heads"),
+        ({"qk_norm": True, "qk_norm_full": True}, 2, "norms of q and k over all heads"),
     ],
 )
 def test_what_cannot_be_shared_is_named(change: dict[str, Any], ranks: int, message: str) -> None:
@@ -165,6 +167,35 @@ def test_weights_that_cannot_be_cut_are_named(config: QuantConfig, message: str,
     quantize_folder(tmp_path / "a", tmp_path / "b", config, "rtn", torch.arange(5, 69)[None])
     with pytest.raises(UserError, match=message):
         load_model(tmp_path / "b", CPU, torch.float32, rank=Rank(0, 2))
+
+
+def test_a_failure_of_the_first_rank_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """The others wait in the same call, so that no later one would meet theirs."""
+
+    class Runner:
+        calls, address = SimpleNamespace(leads=True, tell=lambda *call: told.append(call)), (3, None)
+
+        @on_all_ranks
+        def step(self, length: int) -> None:
+            raise RuntimeError(f"no memory for {length}\nmore of it")
+
+    told: list[Any] = []
+    with pytest.raises(SystemExit):
+        Runner().step(7)
+    assert told == [(3, None, "step", 7)]
+    assert capsys.readouterr().err == (
+        "error: rank 0 failed in step, where the others wait: RuntimeError: no memory for 7\n"
+    )
+
+
+def test_ctrl_c_waits_for_the_end_of_a_call() -> None:
+    """The others are in the middle of it."""
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        done.append(True)
+    assert done
 
 
 def test_several_gpus_take_the_fused_kernels() -> None:
@@ -195,6 +226,7 @@ def test_text_by_a_seed(tiny_folder: Path) -> None:
     [
         (("--tensor-parallel", "4"), "does not divide this model's 6 attention heads"),
         (("--tensor-parallel", "2", "--sparsity", "0.35"), "needs a plan, which one device makes"),
+        (("--tensor-parallel", "9"), "on a CPU at most 8 processes share a model"),
         (("--tensor-parallel", "2", "--device", "cuda:1"), "leave --device cuda:1 out"),
     ],
 )
@@ -208,7 +240,7 @@ def test_mistakes_are_one_line(options: tuple[str, ...], message: str, tiny_fold
 def test_a_library_user_is_told_how_to_start() -> None:
     from teal import Engine
 
-    with pytest.raises(UserError, match="start it from a command line, or by torchrun --nproc-per-node 2"):
+    with pytest.raises(UserError, match="start it from a command line, or 2 of them by torchrun"):
         Engine.load(tensor_parallel=2, device="cpu")
 
 
