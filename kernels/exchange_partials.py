@@ -20,8 +20,7 @@ from torch import Tensor
 from teal.kernels.gemv.gather import let_next_start, rounded, wait_for_previous
 from teal.kernels.gemv.launch import DTYPES, launch_options
 from teal.kernels.gemv.op import make_op
-
-BLOCK = 32  # columns a program sums, as in reduce_partials.py
+from teal.kernels.reduce_partials import BLOCK, check, check_tensor
 
 
 @triton.jit
@@ -96,21 +95,16 @@ def launch(
     ranks. partials are of any dtype of DTYPES, the rest is as in reduce_partials. All ranks call it with the same
     shapes in the same order. Returns [B, N]. Raises ValueError on a mismatch.
     """
-    if partials.dim() != 3 or partials.dtype not in DTYPES or not partials.is_contiguous():
-        raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected contiguous [splits, B, N]")
+    check(partials, DTYPES, dtype, bias, residual)
     splits, B, N = partials.shape
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}: expected one of {DTYPES}")
-    for name, tensor, shape, kinds in (
-        ("bias", bias, (N,), DTYPES), ("residual", residual, (B, N), (dtype,)), ("peers", peers, None, (torch.int64,)),
-        ("words", words, (2, len(peers), words.shape[-1]), (torch.int64,)), ("epochs", epochs, None, (torch.int32,)),
-    ):  # fmt: skip
-        if tensor is None:
-            continue
-        if tensor.shape != (shape or tensor.shape) or tensor.dtype not in kinds or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous {kinds} {shape}")
-        if tensor.device != partials.device:
-            raise ValueError(f"{name} is on {tensor.device} and partials on {partials.device}: expected the same")
+    for name, tensor, kind in (
+        ("words", words, torch.int64),
+        ("epochs", epochs, torch.int32),
+        ("peers", peers, torch.int64),
+    ):
+        check_tensor(name, tensor, tensor.shape, (kind,), partials.device)
+    if words.dim() != 3 or words.shape[:2] != (2, len(peers)):
+        raise ValueError(f"words is {tuple(words.shape)}: expected [2, {len(peers)}, values]")
     if words.shape[2] < B * N or programs_of(B, N) > len(epochs):
         raise ValueError(f"{B} rows of {N} values: the buffer has room for {words.shape[2]} and {len(epochs)} programs")
     if not 0 <= rank < len(peers):

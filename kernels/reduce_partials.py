@@ -47,24 +47,38 @@ def reduce_partials_kernel(
     tl.store(p_out + i_row * N + columns, rounded(y, p_out.dtype.element_ty), mask=inside)
 
 
+def check(
+    partials: Tensor, kinds: tuple[torch.dtype, ...], dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    """Raise ValueError unless partials, of one of kinds, can be added up as launch says."""
+    if partials.dim() != 3 or partials.dtype not in kinds or not partials.is_contiguous():
+        raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected contiguous [splits, B, N]")
+    _, B, N = partials.shape
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}: expected one of {DTYPES}")
+    for name, tensor, shape, of in (("bias", bias, (N,), DTYPES), ("residual", residual, (B, N), (dtype,))):
+        if tensor is not None:
+            check_tensor(name, tensor, shape, of, partials.device)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], kinds: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raise ValueError, naming it, unless a tensor is contiguous, and of this shape, one of these dtypes and device."""
+    if tensor.shape != shape or tensor.dtype not in kinds or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous {kinds} {shape}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and partials on {device}: expected the same")
+
+
 def launch(partials: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Sum over partials fp32 [splits, B, N], in fixed order, plus bias [N], rounded to dtype, plus residual [B, N].
 
     residual is of that dtype or None; bias is None or of any dtype of DTYPES. Returns [B, N]. Raises ValueError on a
     mismatch.
     """
-    if partials.dim() != 3 or partials.dtype != torch.float32 or not partials.is_contiguous():
-        raise ValueError(f"partials are {partials.dtype} {tuple(partials.shape)}: expected contiguous [splits, B, N]")
+    check(partials, (torch.float32,), dtype, bias, residual)
     splits, B, N = partials.shape
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}: expected one of {DTYPES}")
-    for name, tensor, shape, kinds in (("bias", bias, (N,), DTYPES), ("residual", residual, (B, N), (dtype,))):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype not in kinds or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous {kinds} {shape}")
-        if tensor.device != partials.device:
-            raise ValueError(f"{name} is on {tensor.device} and partials on {partials.device}: expected the same")
     out = torch.empty(B, N, dtype=dtype, device=partials.device)
     reduce_partials_kernel[(triton.cdiv(N, BLOCK), B)](
         partials, bias, residual, out, B, N, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
