@@ -123,6 +123,7 @@ def main() -> None:
     from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.argmax import argmax_step
     from teal.kernels.attention_gemv import attention_gemv
+    from teal.kernels.exchange_partials import exchange_partials, programs_of
     from teal.kernels.formats.kv_int8 import packed_width
     from teal.kernels.norm_gemv import norm_gemv
     from teal.kernels.reduce_partials import reduce_partials
@@ -144,6 +145,9 @@ def main() -> None:
             k, v = (torch.zeros(B, KV, 64, packed_width(D), dtype=torch.int8) for _ in range(2))
             rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 0, dtype)
             o = attention_gemv(*splits, torch.zeros(H * D, C, dtype=dtype), t1)
+            words, peers = torch.zeros(2, 2, B * C, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+            epochs = torch.zeros(programs_of(B, C), dtype=torch.int32)
+            exchange_partials(o, torch.float32, norm, residual, words, epochs, peers, 1)
             residual = reduce_partials(o, torch.float32, norm, residual)
             gate_up = norm_gemv(residual, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
             activation_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)
