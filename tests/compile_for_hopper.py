@@ -114,6 +114,16 @@ def compile_families(residual: Tensor, norm: Tensor, t1: Tensor) -> None:
         rope_attention(qkv, None, *norms, 1e-6, angles, angles, positions, cache, cache, H, 0, dtype, 50.0)
 
 
+def compile_exchange(partials: Tensor, bias: Tensor, residual: Tensor) -> None:
+    """The sum over two ranks."""
+    from teal.kernels.exchange_partials import exchange_partials, programs_of
+
+    B, C = residual.shape
+    words, peers = torch.zeros(2, 2, B * C, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    epochs = torch.zeros(programs_of(B, C), dtype=torch.int32)
+    exchange_partials(partials, torch.float32, bias, residual, words, epochs, peers, 1)
+
+
 def main() -> None:
     """Go through a decode step's kernels for each dtype and one or several rows."""
     from teal.kernels.gemv import launch
@@ -123,7 +133,6 @@ def main() -> None:
     from teal.kernels.activation_gemv import activation_gemv
     from teal.kernels.argmax import argmax_step
     from teal.kernels.attention_gemv import attention_gemv
-    from teal.kernels.exchange_partials import exchange_partials, programs_of
     from teal.kernels.formats.kv_int8 import packed_width
     from teal.kernels.norm_gemv import norm_gemv
     from teal.kernels.reduce_partials import reduce_partials
@@ -145,9 +154,7 @@ def main() -> None:
             k, v = (torch.zeros(B, KV, 64, packed_width(D), dtype=torch.int8) for _ in range(2))
             rope_attention(qkv, bias, head, head, 1e-6, angles, angles, positions, k, v, H, 0, dtype)
             o = attention_gemv(*splits, torch.zeros(H * D, C, dtype=dtype), t1)
-            words, peers = torch.zeros(2, 2, B * C, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-            epochs = torch.zeros(programs_of(B, C), dtype=torch.int32)
-            exchange_partials(o, torch.float32, norm, residual, words, epochs, peers, 1)
+            compile_exchange(o, norm, residual)
             residual = reduce_partials(o, torch.float32, norm, residual)
             gate_up = norm_gemv(residual, norm, 1e-5, torch.zeros(C, 2 * hidden, dtype=dtype), t2, [hidden, hidden])
             activation_gemv(gate_up, torch.zeros(hidden, C, dtype=dtype), t1)

@@ -141,8 +141,8 @@ def run(backend: Backend, lengths: tuple[int, ...], first: int = 9) -> tuple[Ten
 def check(model: Transformer, lengths: tuple[int, ...], limit: float) -> None:
     """The program's logits, keys and values are the eager model's.
 
-    Of a sparse model with some of several tokens: how far sums differ depends on the processor, and one that lies at a
-    threshold goes to another side of it there, which changes all that follows.
+    Of a sparse model they are with one of several tokens. A sum that lies at a threshold may go to another side of it
+    on another processor, and that changes all that follows.
     """
     apart = 0.0
     for first in (9, 10, 12) if any(sparse_layers(model)) else (9,):
