@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teal.kernels.gemv.gather import let_next_start, rounded, wait_for_previous
+from teal.kernels.gemv.gather import let_next_start, wait_for_previous
 from teal.kernels.gemv.launch import DTYPES, launch_options
 from teal.kernels.gemv.op import make_op
-from teal.kernels.reduce_partials import BLOCK, check, check_tensor
+from teal.kernels.reduce_partials import BLOCK, check, check_tensor, store_sum, sum_of_splits
 
 
 @triton.jit
@@ -48,16 +48,11 @@ def exchange_partials_kernel(
     i_row, i_program = tl.program_id(1), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
-    s = tl.arange(0, BLOCK_S)
     if HAS_BIAS:
         bias = tl.load(p_bias + columns, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     epoch = tl.load(p_epochs + i_program) + 1
-    parts = tl.load(
-        p_partial + (s[:, None] * B + i_row) * N + columns[None, :],
-        mask=(s < SPLITS)[:, None] & inside[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    own = tl.sum(parts, axis=0)
+    own = sum_of_splits(p_partial, i_row, columns, B, N, SPLITS, BLOCK_S)
     if HAS_BIAS:
         own += bias
     entries = (epoch & 1) * RANKS * M + i_row * N + columns
@@ -74,10 +69,7 @@ def exchange_partials_kernel(
             y += own
         else:
             y += received(p_words + entries + i * M, epoch, inside)
-    if HAS_RESIDUAL:
-        y = rounded(y, p_out.dtype.element_ty)
-        y += tl.load(p_residual + i_row * N + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_out + i_row * N + columns, rounded(y, p_out.dtype.element_ty), mask=inside)
+    store_sum(y, p_out, p_residual, i_row, columns, N, HAS_RESIDUAL)
 
 
 def programs_of(rows: int, columns: int) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 
 from teal.errors import ParameterError, UserError
@@ -84,6 +83,8 @@ class Team:
         rows = x.numel() // x.shape[-1]
         if self.exchange is not None and rows <= MAX_ROWS:
             return self.sum_of_partials(x.reshape(1, rows, -1), x.dtype, None, None).view(x.shape)
+        from torch.distributed import _functional_collectives as collectives  # 19 ms, which one device need not wait
+
         return collectives.wait_tensor(collectives.all_reduce(x, "sum", self.group))
 
     def sum_of_partials(
@@ -113,15 +114,10 @@ class Team:
         return parts.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def ranks_asked_for() -> int:
-    """How many processes share the model, as torchrun or teal.cli.ranks says in the environment; 1 of none."""
-    return int(os.environ.get(RANKS, "1"))
-
-
 @functools.cache
 def join_team(count: int, device: torch.device) -> Team:
     """Meet the other ranks, once. device: that of all; each takes the card of its number. Raises UserError."""
-    found = ranks_asked_for()
+    found = int(os.environ.get(RANKS, "1"))
     if count != found:
         raise ParameterError(
             f"{{tensor_parallel}} {{}}: {found} process{'es run' if found > 1 else ' runs'} this program; "
