@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face folder -> ModelConfig, refusing by name whatever this model.py cannot do."""
+"""`config.json` of a Hugging Face model -> ModelConfig, refusing by name whatever this model.py cannot do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,12 +73,20 @@ def read_tokenizer_settings(path: Path) -> dict[str, Any]:
 def load_config(folder: Path) -> ModelConfig:
     """The architecture described by folder/config.json. Raises UserError for a model this code does not compute."""
     path = folder / "config.json"
-    raw, family, _ = described(path, read_json(path))
+    return parse_config(read_json(path), path)
+
+
+def parse_config(raw: dict[str, Any], path: Path) -> ModelConfig:
+    """The architecture that raw, the object of a config.json, describes.
+
+    Raises UserError, with path as the place of raw, for a model this code does not compute.
+    """
+    fields, family, _ = described(path, raw)
     for field, neutral in NEUTRAL_VALUES.items():
-        if field in raw.raw and raw.raw[field] not in neutral:
-            raise UserError(f"{path}: {field} {raw.raw[field]!r} is not supported; expected {neutral[0]!r}")
+        if field in fields.raw and fields.raw[field] not in neutral:
+            raise UserError(f"{path}: {field} {fields.raw[field]!r} is not supported; expected {neutral[0]!r}")
     try:
-        return _build(raw, family)
+        return _build(fields, family)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teal.checkpoint.config import load_config
+from teal.checkpoint.config import load_config, parse_config
 from teal.checkpoint.layout import ShardView, open_shard
 from teal.checkpoint.presets import PRESETS
 from teal.checkpoint.weights import load_model
@@ -257,3 +257,9 @@ def test_a_published_config_that_lists_only_what_differs(tmp_path: Path) -> None
     )
     assert local == "sliding_attention" and ours.sliding_windows[0] == theirs.sliding_window
     assert [w is None for w in ours.sliding_windows] == [kind == "full_attention" for kind in theirs.layer_types]
+
+
+def test_a_description_needs_no_folder() -> None:
+    assert parse_config(HUB_GEMMA3_4B, Path("a model")) == PRESETS["Gemma-3-4B"]
+    with pytest.raises(UserError, match=r"^a model: model_type 'gemma9' is not supported"):
+        parse_config({"model_type": "gemma9"}, Path("a model"))
