@@ -5,8 +5,9 @@ entry below the threshold skips one contiguous row. Decode goes through the spar
 storage as a dense matrix, since it is bound by arithmetic and not by memory (TEAL, section 5.4).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from teal.layers.quantized_linear import QuantizedLinear
 from teal.layers.team import GatheredHead, team_of
 from teal.model import Block, Transformer
 from teal.plan import SparsityPlan
+from teal.projection import Projection
 
 
 class SparseLinear(PhasedModule):
@@ -98,9 +100,9 @@ class SparseLinear(PhasedModule):
         self.state.replaced += 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, K] -> [B, T, N]: in decode sparse, in prefill only for self.state.sparse_share of its tokens."""
-        T, state = x.shape[1], self.state
-        dense_tokens = 0 if state.phase is Phase.DECODE else T - round(T * state.sparse_share)
+        """x [B, T, K] -> [B, T, N], of which self.sparse_tokens(T) are sparse."""
+        T = x.shape[1]
+        dense_tokens = T - self.sparse_tokens(T)
         if dense_tokens == 0:
             y = self._sparse(x)
         elif dense_tokens == T:
@@ -108,6 +110,10 @@ class SparseLinear(PhasedModule):
         else:
             y = torch.cat((self._dense(x[:, :dense_tokens]), self._sparse(x[:, dense_tokens:])), dim=1)
         return y if self.bias is None else y + self.bias
+
+    def sparse_tokens(self, T: int) -> int:
+        """How many of a call's T tokens, the last ones: all in decode, in prefill a share that self.state names."""
+        return T if self.state.phase is Phase.DECODE else round(T * self.state.sparse_share)
 
     def _sparse(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -187,23 +193,39 @@ def sparsify(model: Transformer, plan: SparsityPlan) -> Transformer:
 
 def sparsify_block(block: Block, thresholds: dict[str, float]) -> None:
     """As sparsify, for one block and a threshold for each projection."""
-    for p in block.projections():
-        module = block.get_submodule(p.module)
+    sparsify_layer(block, block.projections(), thresholds, SparseLinear)
+
+
+def sparsify_layer(
+    layer: nn.Module, projections: Iterable[Projection], thresholds: dict[str, float], kind: type[SparseLinear]
+) -> None:
+    """As sparsify_block, for any module in which projections say where its linear layers are; kind replaces them."""
+    for p in projections:
+        module = layer.get_submodule(p.module)
         if not isinstance(module, SparseLinear):
             assert isinstance(module, (nn.Linear, QuantizedLinear, BlockLinear))
-            module = SparseLinear(module, p.names, list(p.sizes))
-            block.set_submodule(p.module, module)
+            module = kind(module, p.names, list(p.sizes))
+            layer.set_submodule(p.module, module)
         module.set_thresholds([thresholds[name] for name in p.names])
 
 
-def sparse_layers(model: Transformer) -> list[list[SparseLinear]]:
-    """The SparseLinear modules of each block, in the order of its projections; empty lists if dense."""
-    return [[m for m in block.modules() if isinstance(m, SparseLinear)] for block in model.layers]
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a Transformer, or the layers of the text model within a model of transformers."""
+    decoder: Any = model if isinstance(model, Transformer) else cast(Any, model).get_decoder()
+    return decoder.layers
+
+
+def sparse_layers(model: nn.Module) -> list[list[SparseLinear]]:
+    """The SparseLinear modules of each of layers_of(model), in the order of its projections; empty lists if dense."""
+    return [[m for m in layer.modules() if isinstance(m, SparseLinear)] for layer in layers_of(model)]
 
 
 @torch.inference_mode()
-def set_counting(model: Transformer, on: bool) -> None:
-    """Start (from zero) or stop counting how many input entries each sparse projection keeps."""
+def set_counting(model: nn.Module, on: bool) -> None:
+    """Start (from zero) or stop counting how many input entries each sparse projection keeps.
+
+    model: what sparsify returned, here or in transformers.py.
+    """
     for layer in sparse_layers(model):
         for module in layer:
             module.kept.zero_()
@@ -211,10 +233,10 @@ def set_counting(model: Transformer, on: bool) -> None:
     call_state(model).counting = on
 
 
-def achieved_sparsity(model: Transformer) -> list[dict[str, float]]:
+def achieved_sparsity(model: nn.Module) -> list[dict[str, float]]:
     """Measured share of dropped entries since counting began, by layer and projection; empty dicts if none seen.
 
-    Of a model that several ranks share it is that of this one's inputs, unless all of them ask.
+    model: as for set_counting. Of one that several ranks share it is that of this one's inputs, unless all of them ask.
     """
     result, team = [], team_of(model)
     for layer in sparse_layers(model):

@@ -189,7 +189,7 @@ def share(model: Transformer, team: Team, config: ModelConfig) -> Transformer:
     return model
 
 
-def team_of(model: Transformer) -> Team | None:
+def team_of(model: nn.Module) -> Team | None:
     """Those that share model, if any."""
-    head: nn.Module = model.lm_head
+    head = getattr(model, "lm_head", None)
     return head.team if isinstance(head, GatheredHead) else None
