@@ -33,7 +33,7 @@ FLOORS = (
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 COMMANDS = ("generate", "calibrate", "quantize", "serve", "evaluate", "commands")
-LAYERS = ("teal_layers", "hardware")  # modules at the top of teal/ that belong to the layers
+TOP = {"teal_layers": "layers", "hardware": "layers", "transformers": "checkpoint"}  # at the top of teal/; else base
 COUNTED_AS_ONE = ("kernels", "bench", "examples")  # where modules are counted
 
 
@@ -57,9 +57,7 @@ def room_of(module: str) -> str:
         return "commands" if package in COMMANDS else package
     if rest[0] == "cli" and rest[-1] in COMMANDS:
         return "commands"
-    if rest[0] in LAYERS:
-        return "layers"
-    return rest[0] if rest[0] in FLOOR else "base"
+    return rest[0] if rest[0] in FLOOR else TOP.get(rest[0], "base")
 
 
 def files(root: Path) -> dict[str, Path]:
