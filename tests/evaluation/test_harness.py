@@ -14,6 +14,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import teal.transformers
 from teal.calibration.thresholds import Settings, calibrate
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
@@ -21,7 +22,7 @@ from teal.cli import evaluate as evaluate_cli
 from teal.errors import UserError
 from teal.evaluation import harness
 from teal.evaluation.harness import run_tasks
-from teal.plan import keep_all_plan
+from teal.plan import SparsityPlan, keep_all_plan
 from teal.teal_layers import sparsify
 from tests.conftest import ROOT, TEXT
 from tests.evaluation.test_evaluation import InvokeMain, call  # noqa: F401 - a fixture
@@ -85,13 +86,16 @@ def only_local_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "TaskManager", functools.partial(TaskManager, include_defaults=False))
 
 
-def hf_results(folder: Path, tasks: Path) -> dict[str, float]:
+def hf_results(folder: Path, tasks: Path, plan: SparsityPlan | None = None) -> dict[str, float]:
+    """What the harness measures through transformers, with every token sparse if there is a plan."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), eos_token="</s>", pad_token="<pad>"
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if plan is not None:
+        teal.transformers.sparsify(model, plan, prompts="sparse")
     reference = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=400)
     output = lm_eval.simple_evaluate(
         model=reference, tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks), include_defaults=False)
@@ -140,6 +144,8 @@ def test_sparsity_reaches_the_tasks(tiny_folder: Path, task_folder: Path) -> Non
     tokenizer = load_tokenizer(tiny_folder)
     dense, sparse = (run_tasks(model, tokenizer, ["local_text"], s, None, task_folder) for s in (0.0, 1.0))
     assert sparse["local_text/bits_per_byte"] != pytest.approx(dense["local_text/bits_per_byte"], rel=1e-3)
+    theirs = hf_results(tiny_folder, task_folder, plan)
+    assert sparse["local_text/bits_per_byte"] == pytest.approx(theirs["local_text/bits_per_byte"], rel=1e-3)
 
 
 def test_unknown_task_is_refused(tiny_folder: Path) -> None:
