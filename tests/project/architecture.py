@@ -26,7 +26,7 @@ FLOORS = (
     ("calibration",),
     ("quantization",),
     ("decoding",),
-    ("evaluation", "serving"),
+    ("evaluation", "serving", "vllm_plugin"),
     ("cli",),
     ("commands",),
     ("bench", "examples"),

@@ -1,0 +1,52 @@
+"""The sparsity that users' texts achieve: counted over each layer's first tokens, then one line in vLLM's log."""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("vllm.teal")  # vLLM's handlers are those of its own name
+TOKENS = 512  # that a layer counts
+
+
+@dataclass(slots=True)
+class Counter:
+    """Of one layer: how many of its weights were kept, and how many there were, in so many tokens."""
+
+    sizes: list[int]
+    tokens: int = 0
+    kept: float = 0.0
+    seen: float = 0.0
+
+
+@dataclass(slots=True)
+class Achieved:
+    """Counters of the layers of one process. planned is the plan's target."""
+
+    planned: float
+    counters: list[Counter] = field(default_factory=list)
+    done: int = 0
+
+    def new_layer(self, sizes: list[int]) -> int:
+        """The number of a further layer with so many output channels for each threshold."""
+        self.counters.append(Counter(sizes))
+        return len(self.counters) - 1
+
+    def count(self, layer: int, rows: Tensor, thresholds: Tensor) -> None:
+        """Count the entries of rows [B, K] of a layer's input, unless it has seen enough. After the last one: log."""
+        counter = self.counters[layer]
+        if counter.tokens >= TOKENS:
+            return
+        limits = thresholds.to(rows.dtype)
+        kept = torch.stack([(rows.abs() >= limit).sum() for limit in limits]).tolist()
+        counter.tokens += len(rows)
+        counter.kept += sum(size * count for size, count in zip(counter.sizes, kept, strict=True))
+        counter.seen += sum(counter.sizes) * rows.numel()
+        self.done += counter.tokens >= TOKENS
+        if self.done == len(self.counters):
+            logger.info("teal: sparsity %.1f%% achieved, %g%% planned", 100 * self.sparsity(), 100 * self.planned)
+
+    def sparsity(self) -> float:
+        """The share of all layers' weights that their inputs' small entries left unread so far."""
+        return 1 - sum(c.kept for c in self.counters) / max(1.0, sum(c.seen for c in self.counters))

@@ -1,0 +1,52 @@
+"""A linear layer's product within vLLM's graphs: sparse where a small batch decodes, dense otherwise.
+
+One op holds both. torch.compile sees neither its choice nor its kernels, so a graph of any batch size takes it. A CUDA
+graph keeps the choice that it was captured with.
+"""
+
+import torch
+from torch import Tensor
+from vllm.config import CompilationConfig
+
+from teal.kernels.gemv.op import make_op
+from teal.kernels.quantized_matmul import quantized_matmul
+from teal.kernels.sparse_linear import sparse_linear
+from teal.options import MAX_ROWS
+from teal.vllm_plugin.achieved import Achieved
+from teal.vllm_plugin.phase import is_decode, is_measurable
+
+
+class Shared:
+    """What this process's layers share, and an op cannot be given."""
+
+    config: object = None  # whose layers these are
+    compilation: CompilationConfig
+    achieved: Achieved
+    sparse_prompts: bool
+
+
+def launch(
+    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], layer: int, scales: Tensor | None = None,
+    zeros: Tensor | None = None, refined: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., K] times a weight [K, N] as sparse_linear takes it: [..., N] in x's dtype.
+
+    Entries below the thresholds count as 0 if the batch decodes and has at most MAX_ROWS tokens. layer: its number
+    among those that count what they keep, -1 if it is dense in each case.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    is_sparse, few = layer >= 0, len(rows) <= MAX_ROWS
+    if is_sparse and is_measurable(Shared.compilation):
+        Shared.achieved.count(layer, rows, thresholds)
+    if is_sparse and (Shared.sparse_prompts or (few and is_decode(Shared.compilation))):
+        y = sparse_linear(rows, weight, thresholds, segments, scales, zeros, refined)
+    elif scales is None:
+        y = torch.mm(rows, weight)
+    elif few:  # each row reads the weight as it is stored
+        y = sparse_linear(rows, weight, torch.zeros_like(thresholds), segments, scales, zeros, refined)
+    else:
+        y = quantized_matmul(rows, weight, scales, zeros, refined)
+    return y.view(*x.shape[:-1], sum(segments))
+
+
+phased_linear = make_op("phased_linear", launch, lambda x, segments: x.new_empty(*x.shape[:-1], sum(segments)))
