@@ -15,7 +15,7 @@ from typing import Any
 
 from teal.checkpoint.config import parse_config
 from teal.checkpoint.identity import stored_weights
-from teal.checkpoint.layout import open_shard
+from teal.checkpoint.layout import PLAIN, open_shard
 from teal.checkpoint.weights import find_shards, stored_config
 from teal.errors import ParameterError, UserError
 from teal.model import ModelConfig
@@ -65,9 +65,14 @@ class PluginSettings:
 def architecture(model: str, raw: dict[str, Any]) -> ModelConfig:
     """The architecture of a checkpoint, a folder or a name of the hub, whose config.json holds raw.
 
-    Raises UserError for a family that this project does not know.
+    Raises UserError for a family that this project does not know, and for a folder whose tensors vLLM would misread.
     """
     folder = Path(model)
+    if raw.get(PLAIN):
+        raise UserError(
+            f"{model}: {PLAIN} {raw[PLAIN]!r}: this {raw.get('model_type')} model was rotated or rounded into a form "
+            "that vLLM misreads; expected the checkpoint that it was made from"
+        )
     if not folder.is_dir():
         return parse_config(raw, folder / "config.json")
     for shard in find_shards(folder):

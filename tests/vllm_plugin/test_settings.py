@@ -15,7 +15,7 @@ from teal.options import ModelOptions
 from teal.plan import plan_name
 from teal.vllm_plugin.places import Place, find_place
 from teal.vllm_plugin.settings import PluginSettings, architecture, find_plan
-from tests.conftest import link_files, save_tiny_model, tiny_config
+from tests.conftest import QUANTIZABLE, link_files, run_command, save_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,17 @@ def test_models_of_the_hub_are_known_by_their_config(planned: Path) -> None:
 def test_blocks_of_a_gguf_file_are_refused(default_folder: Path) -> None:
     with pytest.raises(UserError, match="holds the blocks of a GGUF file, which vLLM does not read"):
         architecture(str(default_folder), {})
+
+
+def test_folders_in_our_own_form_are_refused(tmp_path: Path) -> None:
+    """Of a Gemma whose norms have their offset added, say: vLLM would add it again."""
+    save_tiny_model(tiny_config("gemma2", head_dim=32, **QUANTIZABLE), tmp_path / "gemma")
+    done = run_command("-m", "quantize", "--checkpoint", tmp_path / "gemma", "--mode", "int8", "-o", tmp_path / "int8")
+    assert done.returncode == 0, done.stderr
+    raw = json.loads((tmp_path / "int8" / "config.json").read_text())
+    with pytest.raises(UserError, match="this gemma2 model was rotated or rounded into a form that vLLM"):
+        architecture(str(tmp_path / "int8"), raw)
+    assert architecture(str(tmp_path / "gemma"), json.loads((tmp_path / "gemma" / "config.json").read_text()))
 
 
 def test_layers_are_found_by_name(planned: Path) -> None:
