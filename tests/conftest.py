@@ -2,7 +2,9 @@
 
 import functools
 import io
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -237,6 +239,29 @@ def default_floats(default_folder: Path, tmp_path_factory: pytest.TempPathFactor
     folder = link_files(default_folder, tmp_path_factory.mktemp("floats"), "*.safetensors*")
     save_file(float_tensors(default_folder), folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def shallow_cache(default_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for XDG_CACHE_HOME whose default model has the first 4 of its 30 layers: commands take a third."""
+    from teal.checkpoint.blocks import Shard, open_file, save_shard
+    from teal.checkpoint.weights import find_shards
+
+    layers, cache = 4, own_cache(tmp_path_factory.mktemp("shallow") / "cache")
+    folder = cache / "teal" / "models" / default_folder.name
+    folder.mkdir(parents=True)
+    for file in default_folder.iterdir():
+        if file.suffix == ".json" and file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((default_folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}), encoding="utf-8")
+    [path] = find_shards(default_folder)
+    with open_file(path) as tensors:
+        shard = Shard(tensors, path, {})
+        numbers = {name: re.search(r"layers\.(\d+)\.", name) for name in shard.keys()}  # noqa: SIM118 - no dict
+        names = [name for name, found in numbers.items() if found is None or int(found[1]) < layers]
+        save_shard({name: shard.stored(name) for name in names}, folder / path.name)
+    return cache
 
 
 @pytest.fixture

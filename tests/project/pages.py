@@ -1,5 +1,6 @@
 """The README and the pages of docs/: their blocks of code, and their commands run as a reader types them."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -38,14 +39,15 @@ def commands(page: Path) -> list[list[str]]:
     return stories([line for body in blocks(page, "sh") for line in body.splitlines() if "venv" not in line])
 
 
-def run_example(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+def run_example(line: str, folder: Path, cache: Path | None = None) -> "subprocess.CompletedProcess[str]":
     """Run a command in the repository root by this Python, with folder in the place of /tmp.
 
-    It must succeed and say something.
+    It must succeed and say something. cache: another folder for the user's cache, and so for the default model.
     """
     command = line.replace(FOLDER, f"{shlex.quote(str(folder))}/")  # before the interpreter, which may lie there
     command = command.replace("python ", f"{shlex.quote(sys.executable)} ")
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    environment = os.environ | ({} if cache is None else {"XDG_CACHE_HOME": str(cache)})
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert (done.stdout + done.stderr).strip(), line
     return done

@@ -27,10 +27,9 @@ PRINTED = {  # by the program of a page
 
 
 @pytest.mark.parametrize("name,story", STORIES, ids=[f"{name}: {story[0][:60]}" for name, story in STORIES])
-@pytest.mark.usefixtures("default_folder")
-def test_commands_run(name: str, story: list[str], tmp_path: Path) -> None:
+def test_commands_run(name: str, story: list[str], tmp_path: Path, shallow_cache: Path) -> None:
     for line in story:
-        run_example(line, tmp_path)
+        run_example(line, tmp_path, shallow_cache)
 
 
 class Collected:

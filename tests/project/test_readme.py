@@ -23,10 +23,10 @@ PARSERS = {
 
 
 @pytest.mark.parametrize("story", STORIES, ids=[story[0] for story in STORIES])
-@pytest.mark.usefixtures("default_folder")
-def test_examples_run(story: list[str], tmp_path: Path) -> None:
+def test_examples_run(story: list[str], tmp_path: Path, shallow_cache: Path) -> None:
+    """With few layers of the default model; the example in Python below has all of them."""
     for line in story:
-        done = run_example(line, tmp_path)
+        done = run_example(line, tmp_path, shallow_cache)
         if "quantize.py --mode" in line:  # its result is a folder
             assert " MB" in done.stderr
         else:
