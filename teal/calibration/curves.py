@@ -4,29 +4,35 @@ Let d be the dropped part of an input and v = W g, with g the gradient of the lo
 output. For labels drawn from the model itself, half the mean of (d . v)^2 is the KL divergence from the dense model
 to second order: E[v v^T] is the Fisher information of the input (Martens 2014, section 9). Inputs and v of some
 thousand tokens give that mean at every sparsity. Each token counts as it passes: none are kept.
+
+Where a norm follows the projection, (d . v)^2 is no measure of a large change. What the norm undoes has no gradient, so
+dropping all of an input seems to cost nothing. There the change behind the norm is computed, and g is taken there.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from teal.calibration.greedy import MAX_SPARSITY
-from teal.calibration.sensitivity import BackwardPass, probes
+from teal.calibration.sensitivity import BackwardPass, Probe, probes
 from teal.files import atomic_file
 from teal.kernels.sparse_linear import drop_small
-from teal.model import Projection, Transformer
+from teal.model import Block, LayerNorm, Projection, RMSNorm, Transformer
 from teal.plan import projection_names
 from teal.progress import progress
 
 QUANTILE_ENTRIES = 1 << 17  # of magnitudes, that a threshold is taken from
 # Raised when the estimate changes, so that what was kept of older ones is not taken for it.
-ESTIMATE = 2
+ESTIMATE = 3
 # Sparsities at which errors are computed; between them they count as linear.
 GRID = tuple(i / 20 for i in range(round(20 * MAX_SPARSITY) + 1))
 
+Norm = RMSNorm | LayerNorm
 Layer = dict[str, list[float]]  # errors at the sparsities of GRID, by projection
 
 
@@ -53,9 +59,17 @@ class ErrorCurve:
     def add(self, x: Tensor, v: Tensor) -> None:
         """Count tokens with inputs x and v, both [T, K]."""
         x, v = x.float(), v.float()
-        changes = [torch.einsum("nk,nk->n", x - drop_small(x, threshold), v) for threshold in self.thresholds]
+        self._count([torch.einsum("nk,nk->n", x - drop_small(x, threshold), v) for threshold in self.thresholds])
+
+    def add_normed(self, x: Tensor, output: Callable[[Tensor], Tensor], g: Tensor) -> None:
+        """Count tokens with inputs x [T, K], whose output behind the norm is output(x), with gradients g [T, N]."""
+        g, whole = g.float(), output(x).float()
+        changed = (output(drop_small(x, threshold.to(x.dtype))).float() for threshold in self.thresholds)
+        self._count([torch.einsum("nk,nk->n", y - whole, g) for y in changed])
+
+    def _count(self, changes: list[Tensor]) -> None:
         self.squares = self.squares + torch.stack(changes).square().sum(1)
-        self.tokens += len(x)
+        self.tokens += len(changes[0])
 
     def errors(self) -> list[float]:
         """At the sparsities of GRID."""
@@ -83,16 +97,64 @@ class _Magnitudes:
         return torch.cat(self.parts[i][p.module])
 
 
+def norms_behind(block: Block) -> dict[str, Norm]:
+    """The norms that follow projections directly, by their names."""
+    found = {"q": block.attention.q_norm, "k": block.attention.k_norm}
+    found |= {p.names[0]: block.get_submodule(p.end) for p in block.projections() if p.ends_sublayer}
+    return {name: norm for name, norm in found.items() if isinstance(norm, (RMSNorm, LayerNorm))}
+
+
+@contextmanager
+def output_gradients(norms: dict[str, Norm]) -> Iterator[dict[str, Tensor]]:
+    """Within the context a backward pass leaves the gradients at the outputs of norms [1, T, ...], by their names."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str, norm: Norm) -> Callable[[], None]:
+        def note(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> None:
+            y.register_hook(lambda gradient: found.update({name: gradient}))
+
+        return norm.register_forward_hook(note).remove
+
+    removers = [watch(name, norm) for name, norm in norms.items()]
+    try:
+        yield found
+    finally:
+        for remove in removers:
+            remove()
+
+
+def normed_output(probe: Probe, name: str, norm: Norm) -> Callable[[Tensor], Tensor]:
+    """From an input [T, K] of a projection module to the output behind a norm [T, N], for one of its names."""
+    p = probe.projection
+    begin = sum(p.sizes[: p.names.index(name)])
+    columns = slice(begin, begin + p.sizes[p.names.index(name)])
+    weight, bias = probe.weight()[:, columns], getattr(probe.module, "bias", None)
+    shift = 0 if bias is None else bias[columns]
+    width = norm.weight.numel()
+
+    def output(x: Tensor) -> Tensor:
+        return norm.forward((x @ weight + shift).unflatten(-1, (-1, width))).flatten(1)  # past output_gradients' hook
+
+    return output
+
+
 def block_errors(backward: BackwardPass, i: int, magnitudes: _Magnitudes) -> Layer:
     """The errors of block i's projections, as gradients go back through it."""
     block = backward.model.blocks[i]
     curves = {name: ErrorCurve(magnitudes.of(i, p)) for p in block.projections() for name in p.names}
+    norms = norms_behind(block)
 
-    def note(_: Projection, x: Tensor, __: dict[str, Tensor], v: dict[str, Tensor]) -> None:
+    def note(p: Projection, x: Tensor, _: dict[str, Tensor], v: dict[str, Tensor]) -> None:
+        probe = block.get_submodule(p.module)
+        assert isinstance(probe, Probe)
         for name, part in v.items():
-            curves[name].add(x, part)
+            if name not in norms:
+                curves[name].add(x, part)
+                continue
+            output = normed_output(probe, name, norms[name])
+            curves[name].add_normed(x, output, gradients[name].reshape(len(x), -1))
 
-    with probes(block, note):
+    with output_gradients(norms) as gradients, probes(block, note):
         backward.through(i)
     return {name: curve.errors() for name, curve in curves.items()}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal.calibration import sensitivity
-from teal.calibration.curves import GRID, ErrorCurve, error_curve, error_curves
+from teal.calibration.curves import GRID, ErrorCurve, error_curve, error_curves, norms_behind
 from teal.calibration.sensitivity import BackwardPass, Samples, drawn, pieces_of, probes
 from teal.calibration.stages import Positions
 from teal.calibration.texts import default_text
@@ -21,7 +21,7 @@ from teal.layers.quantized_linear import QuantConfig, QuantizedLinear, use_quant
 from teal.model import Transformer
 from teal.plan import keep_all_plan
 from teal.teal_layers import sparse_layers, sparse_prefill, sparsify
-from tests.conftest import PROJECTIONS, assert_near
+from tests.conftest import PROJECTIONS, assert_near, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -157,6 +157,20 @@ def test_estimates_are_what_is_measured(default_folder: Path) -> None:
     estimates = [error_curve(own.inputs, own.gradients)[GRID.index(0.3)] for own in samples]
     ratios = sorted(estimate / kl for estimate, kl in zip(estimates, measured, strict=True))
     assert 0.7 < ratios[2] <= ratios[3] < 1.4 and ratios[0] > 0.1 and ratios[-1] < 3, ratios
+
+
+def test_what_a_norm_undoes_is_not_free(tmp_path: Path) -> None:
+    """Of a Gemma 3, with norms behind q, k, o and down: gradients before these miss large changes along x."""
+    save_tiny_model(tiny_config("gemma3_text", head_dim=16, hidden_size=64, num_attention_heads=4), tmp_path)
+    model = load_model(tmp_path, CPU, torch.float32)
+    assert set(norms_behind(model.blocks[1])) == {"q", "k", "o", "down"}
+    sequences = torch.randint(0, 199, (8, 64), generator=torch.Generator().manual_seed(1))
+    errors = error_curves(model, sequences, 512)[1]
+    sparsify(model, keep_all_plan(model.config))
+    places = [(1, name) for name in ("q", "k", "o", "down")]
+    for sparsity in (0.3, 0.9):
+        for (_, name), measured in zip(places, divergences(model, sequences, places, sparsity), strict=True):
+            assert 0.6 < errors[name][GRID.index(sparsity)] / measured < 1.7, (name, sparsity)
 
 
 def test_rounded_keys_and_values_are_refused(model: Transformer, sequences: Tensor) -> None:
