@@ -48,7 +48,7 @@ class TealLinearMethod(LinearMethodBase):
                 "not supported by teal"
             )
         layer.segments = sizes
-        layer.register_buffer("thresholds", torch.tensor(self.thresholds), persistent=False)
+        layer.register_buffer("thresholds", torch.tensor(self.thresholds, dtype=torch.float32), persistent=False)
         if self.quant is None:
             parts = {"weight": (torch.empty(N, K, dtype=params_dtype), {"input_dim": 1, "output_dim": 0})}
         else:

@@ -34,7 +34,7 @@ class TealHeadMethod(QuantizeMethodBase):
         parts = rounded_parts(packing, rows, N, params_dtype, self.quant.head_bits)
         for name, (values, _) in parts.items():
             add_part(layer, name, values, N // values.shape[1], dim=1)
-        layer.register_buffer("threshold", torch.zeros(1), persistent=False)
+        layer.register_buffer("threshold", torch.zeros(1, dtype=torch.float32), persistent=False)
         if self.quant.refined_head:
             channels = Parameter(torch.empty(self.quant.refined_head, dtype=torch.int32), requires_grad=False)
             layer.register_parameter("refined", channels)

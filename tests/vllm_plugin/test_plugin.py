@@ -132,6 +132,32 @@ def test_products_are_those_of_our_own_modules(engine: Engine, folder: Path, ran
         assert_near(p.name, torch.cat(columns, dim=1), expected[p.name], 1e-6)
 
 
+@pytest.fixture
+def bf16_by_default() -> Iterator[None]:
+    """As vLLM has it while it makes a model of that dtype."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("bf16_by_default")
+def test_products_in_16_bits(engine: Engine, folder: Path) -> None:
+    """The dtype is of weights, scales and results; thresholds stay fp32."""
+    config = new_config(folder)
+    x = {name: x.bfloat16() for name, x in inputs(config.model, 2).items()}
+    with torch.inference_mode():
+        layers = {name: loaded_layer(config, folder, 1, name) for name in x}
+        found = {name: layers[name](x[name]) for name in x}
+        head = loaded_part(standin.ParallelLMHead, config, folder, "lm_head")
+        if head is not None:
+            assert head.quant_method.apply(head, x["qkv"]).dtype == torch.float32
+    torch.set_default_dtype(torch.float32)
+    expected = expected_products(folder, {name: x.float() for name, x in x.items()}, sparse=True)
+    for name, y in found.items():
+        assert y.dtype == torch.bfloat16 and layers[name].thresholds.dtype == torch.float32
+        assert_near(name, y, expected[name], 2e-2)
+
+
 def test_groups_and_refined_channels_are_not_cut(engine: Engine, folder: Path) -> None:
     """Of 192 inputs a sixty-fourth part are 3."""
     config = new_config(folder)
