@@ -5,8 +5,9 @@ output. For labels drawn from the model itself, half the mean of (d . v)^2 is th
 to second order: E[v v^T] is the Fisher information of the input (Martens 2014, section 9). Inputs and v of some
 thousand tokens give that mean at every sparsity. Each token counts as it passes: none are kept.
 
-Where a norm follows the projection, (d . v)^2 is no measure of a large change. What the norm undoes has no gradient, so
-dropping all of an input seems to cost nothing. There the change behind the norm is computed, and g is taken there.
+Where a norm follows, (d . v)^2 is no measure of a large change. What the norm undoes has no gradient, so dropping all
+of an input seems to cost nothing. If it follows directly, the change behind the norm is computed, and g is taken there.
+If it ends the projection's sublayer, d meets v of the token before, which is not at right angles to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -101,7 +102,13 @@ def norms_behind(block: Block) -> dict[str, Norm]:
     """The norms that follow projections directly, by their names."""
     found = {"q": block.attention.q_norm, "k": block.attention.k_norm}
     found |= {p.names[0]: block.get_submodule(p.end) for p in block.projections() if p.ends_sublayer}
-    return {name: norm for name, norm in found.items() if isinstance(norm, (RMSNorm, LayerNorm))}
+    return {name: norm for name, norm in found.items() if isinstance(norm, Norm)}
+
+
+def ends_in_norm(block: Block, p: Projection) -> bool:
+    """Whether the sublayer that p begins has a norm at its end."""
+    ends = [block.get_submodule(other.end) for other in block.projections() if other.end and other.norm == p.norm]
+    return any(isinstance(end, Norm) for end in ends)
 
 
 @contextmanager
@@ -148,11 +155,11 @@ def block_errors(backward: BackwardPass, i: int, magnitudes: _Magnitudes) -> Lay
         probe = block.get_submodule(p.module)
         assert isinstance(probe, Probe)
         for name, part in v.items():
-            if name not in norms:
-                curves[name].add(x, part)
-                continue
-            output = normed_output(probe, name, norms[name])
-            curves[name].add_normed(x, output, gradients[name].reshape(len(x), -1))
+            if name in norms:
+                output = normed_output(probe, name, norms[name])
+                curves[name].add_normed(x, output, gradients[name].reshape(len(x), -1))
+            else:
+                curves[name].add(x, part.roll(1, 0) if ends_in_norm(block, p) else part)
 
     with output_gradients(norms) as gradients, probes(block, note):
         backward.through(i)

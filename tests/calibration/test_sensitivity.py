@@ -160,14 +160,14 @@ def test_estimates_are_what_is_measured(default_folder: Path) -> None:
 
 
 def test_what_a_norm_undoes_is_not_free(tmp_path: Path) -> None:
-    """Of a Gemma 3, with norms behind q, k, o and down: gradients before these miss large changes along x."""
+    """Of a Gemma 3, with norms behind q, k, o and down: gradients before them miss large changes."""
     save_tiny_model(tiny_config("gemma3_text", head_dim=16, hidden_size=64, num_attention_heads=4), tmp_path)
     model = load_model(tmp_path, CPU, torch.float32)
     assert set(norms_behind(model.blocks[1])) == {"q", "k", "o", "down"}
     sequences = torch.randint(0, 199, (8, 64), generator=torch.Generator().manual_seed(1))
     errors = error_curves(model, sequences, 512)[1]
     sparsify(model, keep_all_plan(model.config))
-    places = [(1, name) for name in ("q", "k", "o", "down")]
+    places = [(1, name) for name in ("q", "k", "o", "gate", "up", "down")]
     for sparsity in (0.3, 0.9):
         for (_, name), measured in zip(places, divergences(model, sequences, places, sparsity), strict=True):
             assert 0.6 < errors[name][GRID.index(sparsity)] / measured < 1.7, (name, sparsity)

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Of a model for tests that need no checkpoint: fields of ModelConfig
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+    "head_dim": 32, "max_seq_len": 64,
+}  # fmt: skip
 METHODS: dict[str, type] = {}  # what register_quantization_config was called with
 
 
@@ -193,6 +198,13 @@ class ParallelLMHead(VocabParallelEmbedding):
 
 class Attention(nn.Module):
     """Has no weights."""
+
+
+def bare(kind: Any) -> Any:
+    """An instance without weights, as vLLM shows it to get_quant_method."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    return layer
 
 
 CONTENT: dict[str, dict[str, Any]] = {
