@@ -28,14 +28,14 @@ class Achieved:
     counters: list[Counter] = field(default_factory=list)
     done: int = 0
 
-    def new_layer(self, sizes: list[int]) -> int:
-        """The number of a further layer with so many output channels for each threshold."""
+    def new_counter(self, sizes: list[int]) -> int:
+        """The number of a counter for a further layer, with so many output channels for each threshold."""
         self.counters.append(Counter(sizes))
         return len(self.counters) - 1
 
-    def count(self, layer: int, rows: Tensor, thresholds: Tensor) -> None:
+    def count(self, number: int, rows: Tensor, thresholds: Tensor) -> None:
         """Count the entries of rows [B, K] of a layer's input, unless it has seen enough. After the last one: log."""
-        counter = self.counters[layer]
+        counter = self.counters[number]
         if counter.tokens >= TOKENS:
             return
         limits = thresholds.to(rows.dtype)

@@ -85,7 +85,7 @@ class TealConfig(QuantizationConfig):
         thresholds = [self.plan.layers[place.block][name].threshold for name in place.names]
         p = self.model.projections()[place.projection]
         sizes = [size for name, size in zip(p.names, p.sizes, strict=True) if name in place.names]
-        return TealLinearMethod(prefix, thresholds, Shared.achieved.new_layer(sizes), self.quant, refined)
+        return TealLinearMethod(prefix, thresholds, Shared.achieved.new_counter(sizes), self.quant, refined)
 
     def _start(self) -> None:
         """Before a model's first layer: forget a former model's layers, log, and untie a head that is rounded."""

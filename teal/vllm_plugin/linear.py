@@ -6,14 +6,14 @@ vLLM cuts a layer over tensor parallel ranks by its parameters' attributes. Roun
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from teal.errors import UserError
-from teal.kernels.formats.packing import INPUT_GROUP_COLUMNS, NIBBLES, check_refined
-from teal.layers.quantized_linear import QuantConfig
+from teal.kernels.formats.packing import INPUT_GROUP_COLUMNS, check_refined
+from teal.layers.quantized_linear import QuantConfig, QuantizedLinear
 from teal.vllm_plugin.product import phased_linear
 
 Layer = Any  # a module of vLLM's, whose parameters a method here has made
@@ -22,15 +22,15 @@ Layer = Any  # a module of vLLM's, whose parameters a method here has made
 class TealLinearMethod(LinearMethodBase):
     """A projection, or several stacked ones, of a block.
 
-    name: the layer's, for errors. thresholds: of |x|, one for each stacked projection; zeros keep all. layer: its
-    number among those that are counted, -1 if dense. quant: how the weight is rounded; None is floats. refined: how
-    many of its channels have a second row.
+    name: the layer's, for errors. thresholds: of |x|, one for each stacked projection; zeros keep all. counter: the
+    number of what counts its kept entries, -1 if it is always dense. quant: how the weight is rounded; None is floats.
+    refined: how many of its channels have a second row.
     """
 
     def __init__(
-        self, name: str, thresholds: list[float], layer: int = -1, quant: QuantConfig | None = None, refined: int = 0
+        self, name: str, thresholds: list[float], counter: int = -1, quant: QuantConfig | None = None, refined: int = 0
     ) -> None:
-        self.name, self.thresholds, self.layer = name, thresholds, layer
+        self.name, self.thresholds, self.counter = name, thresholds, counter
         self.quant, self.refined = quant, refined
 
     def create_weights(
@@ -53,7 +53,7 @@ class TealLinearMethod(LinearMethodBase):
             parts = {"weight": (torch.empty(N, K, dtype=params_dtype), {"input_dim": 1, "output_dim": 0})}
         else:
             self._check_cut(self.quant, K, sizes, input_size)
-            parts = rounded_parts(self.quant, K + self.refined, N, params_dtype)
+            parts = rounded_parts(self.quant, K, N, params_dtype, self.refined)
         for name, (values, attributes) in parts.items():
             parameter = Parameter(values, requires_grad=False)
             layer.register_parameter(name, parameter)
@@ -66,10 +66,9 @@ class TealLinearMethod(LinearMethodBase):
     def _check_cut(self, quant: QuantConfig, K: int, sizes: list[int], whole_K: int) -> None:
         if self.refined and whole_K != K:
             raise UserError(f"layer {self.name} is of mixed bits, whose inputs cannot be cut: serve it on one device")
-        widths = (K, *sizes) if quant.by_input else sizes
         unit = INPUT_GROUP_COLUMNS if quant.by_input else quant.group_size
-        for width in widths:
-            group = quant.group_size if width is K and quant.by_input else unit
+        cuts = [(size, unit) for size in sizes] + ([(K, quant.group_size)] if quant.by_input else [])
+        for width, group in cuts:
             if width % group:
                 raise UserError(
                     f"layer {self.name}: {width} channels a device are not whole groups of {group}: use fewer devices"
@@ -90,30 +89,24 @@ class TealLinearMethod(LinearMethodBase):
         """x [..., K] -> [..., N]."""
         weight = layer.weight if self.quant is None else layer.qweight
         packing = (getattr(layer, name, None) for name in ("scales", "zeros", "refined"))
-        y = phased_linear(x, weight, layer.thresholds, layer.segments, self.layer, *packing)
+        y = phased_linear(x, weight, layer.thresholds, layer.segments, self.counter, *packing)
         return y if bias is None else y + bias
 
 
 def rounded_parts(
-    quant: QuantConfig, rows: int, N: int, dtype: torch.dtype, bits: int | None = None
+    quant: QuantConfig, K: int, N: int, dtype: torch.dtype, refined: int, bits: int | None = None
 ) -> dict[str, tuple[Tensor, dict[str, int]]]:
-    """The empty tensors of a weight of so many rows (packing.py), with what vLLM must know to cut each.
+    """The empty tensors of a weight [K, N] under a checkpoint's names, with what vLLM must know to cut each.
 
-    bits: of a stored value, if not quant's.
+    refined: how many channels have a second row. bits: of a stored value, if not quant's.
     """
-    bits = bits or quant.bits
-    columns = {"input_dim": 0, "output_dim": 1}
-
-    def packed(factor: int) -> dict[str, int]:
-        return {**columns, "packed_dim": 1, "packed_factor": factor}
-
-    values = torch.empty(rows, N, dtype=torch.int8) if bits == 8 else torch.empty(rows, N // NIBBLES, dtype=torch.int32)
-    shape = (rows // quant.group_size, N) if quant.by_input else (rows, N // quant.group_size)
-    cut = columns if quant.by_input else packed(quant.group_size)
-    parts = {
-        "qweight": (values, columns if bits == 8 else packed(NIBBLES)),
-        "scales": (torch.empty(shape, dtype=dtype), cut),
-    }
-    if bits == 4:
-        parts["zeros"] = (torch.empty(shape, dtype=torch.uint8), cut)
-    return parts
+    with torch.device("meta"):
+        linear = nn.Linear(K, N, bias=False, dtype=dtype)
+        module = QuantizedLinear(linear, bits or quant.bits, quant.group_size, quant.by_input, refined)
+    found = {}
+    for name, like in module.named_parameters():
+        attributes = {"input_dim": 0, "output_dim": 1}
+        if (together := N // like.shape[1]) > 1:  # columns to a word, or to a scale
+            attributes |= {"packed_dim": 1, "packed_factor": together}
+        found["qweight" if name == "weight" else name] = (torch.empty(like.shape, dtype=like.dtype), attributes)
+    return found

@@ -1,12 +1,14 @@
-"""Where in a model a linear layer of vLLM stands, by its name: model.layers.3.self_attn.qkv_proj, say."""
+"""Where in a model a linear layer of vLLM stands, by its name: "model.layers.3" and so on."""
 
 import re
 from typing import NamedTuple
 
+from teal.checkpoint.families import GATE_UP, QKV
 from teal.errors import UserError
 from teal.model import ModelConfig
 from teal.projection import Projection
 
+STACKED = QKV | GATE_UP  # as vLLM has them, of whatever family
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 OTHER_STACKS = ("vision", "visual", "audio", "encoder", "tower", "projector")  # of models that read more than text
 
@@ -25,7 +27,7 @@ def stacked_modules(config: ModelConfig) -> dict[str, tuple[Projection, tuple[st
     for p in config.projections():
         for name, hf_name in zip(p.names, p.hf_names, strict=True):
             found[hf_name] = (p, (name,))
-        found[f"{p.hf_names[0].rpartition('.')[0]}.{p.name}_proj"] = (p, p.names)
+        found |= {whole: (p, p.names) for whole, parts in STACKED.items() if parts == p.hf_names}
     return found
 
 

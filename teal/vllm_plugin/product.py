@@ -26,18 +26,18 @@ class Shared:
 
 
 def launch(
-    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], layer: int, scales: Tensor | None = None,
+    x: Tensor, weight: Tensor, thresholds: Tensor, segments: list[int], counter: int, scales: Tensor | None = None,
     zeros: Tensor | None = None, refined: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [..., K] times a weight [K, N] as sparse_linear takes it: [..., N] in x's dtype.
 
-    Entries below the thresholds count as 0 if the batch decodes and has at most MAX_ROWS tokens. layer: its number
-    among those that count what they keep, -1 if it is dense in each case.
+    Entries below the thresholds count as 0 if the batch decodes and has at most MAX_ROWS tokens. counter: the number of
+    what counts kept entries (achieved.py), -1 if the product is always dense.
     """
     rows = x.reshape(-1, x.shape[-1])
-    is_sparse, few = layer >= 0, len(rows) <= MAX_ROWS
+    is_sparse, few = counter >= 0, len(rows) <= MAX_ROWS
     if is_sparse and is_measurable(Shared.compilation):
-        Shared.achieved.count(layer, rows, thresholds)
+        Shared.achieved.count(counter, rows, thresholds)
     if is_sparse and (Shared.sparse_prompts or (few and is_decode(Shared.compilation))):
         y = sparse_linear(rows, weight, thresholds, segments, scales, zeros, refined)
     elif scales is None:

@@ -30,13 +30,14 @@ class TealHeadMethod(QuantizeMethodBase):
         N, group = sum(output_partition_sizes), self.quant.group_size
         if N % group:
             raise UserError(f"{self.name}: {N} tokens a device are not whole groups of {group}: use fewer devices")
-        rows, packing = input_size_per_partition + self.quant.refined_head, QuantConfig("int8", group)
-        parts = rounded_parts(packing, rows, N, params_dtype, self.quant.head_bits)
+        refined, bits = self.quant.refined_head, self.quant.head_bits
+        by_output = QuantConfig("int8", group)
+        parts = rounded_parts(by_output, input_size_per_partition, N, params_dtype, refined, bits)
         for name, (values, _) in parts.items():
             add_part(layer, name, values, N // values.shape[1], dim=1)
         layer.register_buffer("threshold", torch.zeros(1, dtype=torch.float32), persistent=False)
-        if self.quant.refined_head:
-            channels = Parameter(torch.empty(self.quant.refined_head, dtype=torch.int32), requires_grad=False)
+        if refined:
+            channels = Parameter(torch.empty(refined, dtype=torch.int32), requires_grad=False)
             layer.register_parameter("refined", channels)
 
     def apply(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:

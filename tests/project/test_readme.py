@@ -96,6 +96,7 @@ def test_options_named_on_a_page_exist(page: Path) -> None:
     benches = [action for module in BENCHES for action in module.build_parser()._actions]
     known = {option for action in benches for option in action.option_strings}.union(*map(options_of, PARSERS))
     known |= {"--help", "--full"}  # the latter is pytest's here (tests/conftest.py)
+    known |= {"--quantization", "--hf-overrides"}  # vLLM's
     assert set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", page.read_text(encoding="utf-8"))) <= known
 
 
