@@ -127,9 +127,9 @@ class SparseLinear(PhasedModule):
 
     def _count(self, rows: Tensor) -> None:
         limits = self.name_thresholds.to(rows.dtype)
-        self.kept[0] += _entries_kept(rows, limits)
+        self.kept[0] += entries_kept(rows, limits)
         if self.refined is not None:
-            self.kept[1] += _entries_kept(rows[:, self.refined], limits)
+            self.kept[1] += entries_kept(rows[:, self.refined], limits)
         self.seen.add_(rows.numel())
 
     def _dense(self, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def weight_tensors(module: nn.Module) -> list[Tensor]:
     return list(parts[0].data) if isinstance(parts[0], BlockWeight) else parts
 
 
-def _entries_kept(rows: Tensor, limits: Tensor) -> Tensor:
+def entries_kept(rows: Tensor, limits: Tensor) -> Tensor:
     """How many entries of rows [B, K] reach each limit [J]: int64 [J]."""
     return torch.stack([(rows.abs() >= limit).sum() for limit in limits])
 

@@ -12,6 +12,7 @@ If it ends the projection's sublayer, d meets v of the token before, which is no
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,19 +131,17 @@ def output_gradients(norms: dict[str, Norm]) -> Iterator[dict[str, Tensor]]:
             remove()
 
 
-def normed_output(probe: Probe, name: str, norm: Norm) -> Callable[[Tensor], Tensor]:
-    """From an input [T, K] of a projection module to the output behind a norm [T, N], for one of its names."""
-    p = probe.projection
-    begin = sum(p.sizes[: p.names.index(name)])
-    columns = slice(begin, begin + p.sizes[p.names.index(name)])
-    weight, bias = probe.weight()[:, columns], getattr(probe.module, "bias", None)
-    shift = 0 if bias is None else bias[columns]
-    width = norm.weight.numel()
+def normed_outputs(probe: Probe, norms: dict[str, Norm]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """From an input [T, K] of a projection module to the output behind a norm [T, N], for each name that has one."""
+    p, bias = probe.projection, getattr(probe.module, "bias", None)
+    weights = dict(zip(p.names, probe.weight().split(p.sizes, dim=1), strict=True))
+    shifts = {} if bias is None else dict(zip(p.names, bias.split(p.sizes), strict=True))
 
-    def output(x: Tensor) -> Tensor:
-        return norm.forward((x @ weight + shift).unflatten(-1, (-1, width))).flatten(1)  # past output_gradients' hook
+    def output(name: str, x: Tensor) -> Tensor:
+        y, norm = x @ weights[name] + shifts.get(name, 0), norms[name]
+        return norm.forward(y.unflatten(-1, (-1, norm.weight.numel()))).flatten(1)  # past output_gradients' hook
 
-    return output
+    return {name: partial(output, name) for name in p.names if name in norms}
 
 
 def block_errors(backward: BackwardPass, i: int, magnitudes: _Magnitudes) -> Layer:
@@ -150,18 +149,19 @@ def block_errors(backward: BackwardPass, i: int, magnitudes: _Magnitudes) -> Lay
     block = backward.model.blocks[i]
     curves = {name: ErrorCurve(magnitudes.of(i, p)) for p in block.projections() for name in p.names}
     norms = norms_behind(block)
+    before_norm = {p.name for p in block.projections() if ends_in_norm(block, p)}
+    outputs: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def note(p: Projection, x: Tensor, _: dict[str, Tensor], v: dict[str, Tensor]) -> None:
-        probe = block.get_submodule(p.module)
-        assert isinstance(probe, Probe)
         for name, part in v.items():
             if name in norms:
-                output = normed_output(probe, name, norms[name])
-                curves[name].add_normed(x, output, gradients[name].reshape(len(x), -1))
+                curves[name].add_normed(x, outputs[name], gradients[name].reshape(len(x), -1))
             else:
-                curves[name].add(x, part.roll(1, 0) if ends_in_norm(block, p) else part)
+                curves[name].add(x, part.roll(1, 0) if p.name in before_norm else part)
 
-    with output_gradients(norms) as gradients, probes(block, note):
+    with output_gradients(norms) as gradients, probes(block, note) as found:
+        for probe in found if norms else ():
+            outputs |= normed_outputs(probe, norms)
         backward.through(i)
     return {name: curve.errors() for name, curve in curves.items()}
 

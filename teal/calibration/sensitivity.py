@@ -98,13 +98,13 @@ def watched(block: Block, note: Callable[[Projection, Tensor], None]) -> Iterato
 
 
 @contextmanager
-def probes(block: Block, note: Note) -> Iterator[None]:
-    """Within the context every projection of block is a Probe."""
+def probes(block: Block, note: Note) -> Iterator[list[Probe]]:
+    """Within the context every projection of block is a Probe: these."""
     found = [Probe(block.get_submodule(p.module), p, note) for p in block.projections()]
     for probe in found:
         block.set_submodule(probe.projection.module, probe)
     try:
-        yield
+        yield found
     finally:
         for probe in found:
             block.set_submodule(probe.projection.module, probe.module)

@@ -63,7 +63,7 @@ def load_model(
     if rank is not None:
         check_rank(config, rank, quantized, str(folder))
         part, keep_integers = part_config(config, rank), keep_integers and device.type not in BLOCK_DEVICES
-    blocks = _block_shapes(shards) if keep_integers else {}
+    blocks = block_shapes(shards) if keep_integers else {}
     kinds = {blocks[name].kind if (name := f"{n}.weight") in blocks else "" for n in hf_projection_names(config)}
     quantize: Callable[[Transformer], None] | None = None
     form = Form.FLOATS
@@ -88,7 +88,7 @@ def load_model(
     return model
 
 
-def _block_shapes(shards: list[Path]) -> dict[str, BlockShape]:
+def block_shapes(shards: list[Path]) -> dict[str, BlockShape]:
     """The weights in blocks of these files, by name."""
     found: dict[str, BlockShape] = {}
     for shard in shards:

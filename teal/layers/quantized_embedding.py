@@ -28,9 +28,14 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [...] -> fp32 [..., C]."""
-        scales = self.scales[tokens].float()
-        groups = self.weight[tokens].unflatten(-1, (scales.shape[-1], -1))
-        return (groups * scales.unsqueeze(-1)).flatten(-2)
+        return vectors(self.weight, self.scales, tokens)
+
+
+def vectors(weight: Tensor, scales: Tensor, tokens: Tensor) -> Tensor:
+    """The vectors of tokens int64 [...] in such a weight int8 [V, C] with scales [V, C / group_size]: fp32 [..., C]."""
+    factors = scales[tokens].float()
+    groups = weight[tokens].unflatten(-1, (factors.shape[-1], -1))
+    return (groups * factors.unsqueeze(-1)).flatten(-2)
 
 
 def use_quantized_modules(model: Transformer, config: QuantConfig, fill: bool = False) -> None:

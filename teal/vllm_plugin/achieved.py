@@ -3,8 +3,9 @@
 import logging
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+from teal.teal_layers import entries_kept
 
 logger = logging.getLogger("vllm.teal")  # vLLM's handlers are those of its own name
 TOKENS = 512  # that a layer counts
@@ -33,18 +34,22 @@ class Achieved:
         self.counters.append(Counter(sizes))
         return len(self.counters) - 1
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer has counted enough."""
+        return self.done == len(self.counters)
+
     def count(self, number: int, rows: Tensor, thresholds: Tensor) -> None:
         """Count the entries of rows [B, K] of a layer's input, unless it has seen enough. After the last one: log."""
         counter = self.counters[number]
         if counter.tokens >= TOKENS:
             return
-        limits = thresholds.to(rows.dtype)
-        kept = torch.stack([(rows.abs() >= limit).sum() for limit in limits]).tolist()
+        kept = entries_kept(rows, thresholds.to(rows.dtype)).tolist()
         counter.tokens += len(rows)
         counter.kept += sum(size * count for size, count in zip(counter.sizes, kept, strict=True))
         counter.seen += sum(counter.sizes) * rows.numel()
         self.done += counter.tokens >= TOKENS
-        if self.done == len(self.counters):
+        if self.is_complete:
             logger.info("teal: sparsity %.1f%% achieved, %g%% planned", 100 * self.sparsity(), 100 * self.planned)
 
     def sparsity(self) -> float:

@@ -53,7 +53,8 @@ class TealLinearMethod(LinearMethodBase):
             parts = {"weight": (torch.empty(N, K, dtype=params_dtype), {"input_dim": 1, "output_dim": 0})}
         else:
             self._check_cut(self.quant, K, sizes, input_size)
-            parts = rounded_parts(self.quant, K, N, params_dtype, self.refined)
+            rounding = (self.quant.bits, self.quant.group_size, self.quant.by_input, self.refined)
+            parts = rounded_parts(K, N, params_dtype, *rounding)
         for name, (values, attributes) in parts.items():
             parameter = Parameter(values, requires_grad=False)
             layer.register_parameter(name, parameter)
@@ -94,15 +95,15 @@ class TealLinearMethod(LinearMethodBase):
 
 
 def rounded_parts(
-    quant: QuantConfig, K: int, N: int, dtype: torch.dtype, refined: int, bits: int | None = None
+    K: int, N: int, dtype: torch.dtype, bits: int, group_size: int, by_input: bool = False, refined: int = 0
 ) -> dict[str, tuple[Tensor, dict[str, int]]]:
     """The empty tensors of a weight [K, N] under a checkpoint's names, with what vLLM must know to cut each.
 
-    refined: how many channels have a second row. bits: of a stored value, if not quant's.
+    Parameters are those of QuantizedLinear.
     """
     with torch.device("meta"):
         linear = nn.Linear(K, N, bias=False, dtype=dtype)
-        module = QuantizedLinear(linear, bits or quant.bits, quant.group_size, quant.by_input, refined)
+        module = QuantizedLinear(linear, bits, group_size, by_input, refined)
     found = {}
     for name, like in module.named_parameters():
         attributes = {"input_dim": 0, "output_dim": 1}

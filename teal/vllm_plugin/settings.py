@@ -15,8 +15,8 @@ from typing import Any
 
 from teal.checkpoint.config import parse_config
 from teal.checkpoint.identity import stored_weights
-from teal.checkpoint.layout import PLAIN, open_shard
-from teal.checkpoint.weights import find_shards, stored_config
+from teal.checkpoint.layout import PLAIN
+from teal.checkpoint.weights import block_shapes, find_shards, stored_config
 from teal.errors import ParameterError, UserError
 from teal.model import ModelConfig
 from teal.plan import SparsityPlan, load_fitting_plan, plan_file, plan_name
@@ -75,10 +75,8 @@ def architecture(model: str, raw: dict[str, Any]) -> ModelConfig:
         )
     if not folder.is_dir():
         return parse_config(raw, folder / "config.json")
-    for shard in find_shards(folder):
-        with open_shard(shard) as tensors:
-            if tensors.shapes:
-                raise UserError(f"{folder} holds the blocks of a GGUF file, which vLLM does not read; expected floats")
+    if block_shapes(find_shards(folder)):
+        raise UserError(f"{folder} holds the blocks of a GGUF file, which vLLM does not read; expected floats")
     return stored_config(folder)
 
 

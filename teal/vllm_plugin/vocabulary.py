@@ -11,6 +11,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from teal.errors import UserError
 from teal.kernels.quantized_matmul import quantized_matmul
 from teal.kernels.sparse_linear import sparse_linear
+from teal.layers.quantized_embedding import vectors
 from teal.layers.quantized_linear import QuantConfig
 from teal.options import MAX_ROWS
 from teal.vllm_plugin.linear import Layer, rounded_parts
@@ -30,9 +31,8 @@ class TealHeadMethod(QuantizeMethodBase):
         N, group = sum(output_partition_sizes), self.quant.group_size
         if N % group:
             raise UserError(f"{self.name}: {N} tokens a device are not whole groups of {group}: use fewer devices")
-        refined, bits = self.quant.refined_head, self.quant.head_bits
-        by_output = QuantConfig("int8", group)
-        parts = rounded_parts(by_output, input_size_per_partition, N, params_dtype, refined, bits)
+        K, refined = input_size_per_partition, self.quant.refined_head
+        parts = rounded_parts(K, N, params_dtype, self.quant.head_bits, group, refined=refined)
         for name, (values, _) in parts.items():
             add_part(layer, name, values, N // values.shape[1], dim=1)
         layer.register_buffer("threshold", torch.zeros(1, dtype=torch.float32), persistent=False)
@@ -72,9 +72,7 @@ class TealEmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: Layer, tokens: Tensor) -> Tensor:
         """tokens int64 [...] -> [..., C] in the scales' dtype."""
-        scales = layer.scales[tokens]
-        groups = layer.qweight[tokens].unflatten(-1, (scales.shape[-1], -1))
-        return (groups * scales.float().unsqueeze(-1)).flatten(-2).to(scales.dtype)
+        return vectors(layer.qweight, layer.scales, tokens).to(layer.scales.dtype)
 
     def apply(self, layer: Layer, *args: object, **kwargs: object) -> Tensor:
         """An embedding multiplies nothing: a head that shares it is rounded apart from it."""
