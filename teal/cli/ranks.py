@@ -142,14 +142,15 @@ class Watch:
 
     def __init__(self, started: list[Started]) -> None:
         self.started, self.ending = started, False
+        self.selector = selectors.DefaultSelector()
+        for rank in started:  # here, as a command that fails at once closes them before the thread runs
+            self.selector.register(rank.life, selectors.EVENT_READ, rank)
 
     def run(self) -> None:
         """Look after the ranks until the command ends; the body of a thread."""
-        with selectors.DefaultSelector() as selector:
-            for rank in self.started:
-                selector.register(rank.life, selectors.EVENT_READ, rank)
+        with self.selector:
             while not self.ending:
-                for key, _ in selector.select(ALIVE_S):
+                for key, _ in self.selector.select(ALIVE_S):
                     self._hear(key.data)
                 for rank in self.started:
                     if time.monotonic() - rank.seen > SILENT_S:
