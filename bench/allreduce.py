@@ -1,6 +1,6 @@
-"""Microseconds in which GPUs that share a model add up what a projection gave: python -m bench.allreduce --tensor-parallel 2
+"""Microseconds of the sum over GPUs that share a model: python -m bench.allreduce --tensor-parallel 2
 
-Each way is captured 64 times in one CUDA graph, as a decoded token of a model of 32 layers has it twice a layer. Ours
+Each way is captured 64 times in one CUDA graph, as a token of a model of 32 layers has it twice a layer. Ours
 is exchange_partials.py. On CPUs only torch.distributed's own is there, without a graph.
 """
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 from teal.checkpoint.sharding import cut_tensor, part_config
 from teal.checkpoint.weights import empty_model, load_model, stored_config, weight_targets
 from teal.cli.quantize import quantize_folder
+from teal.cli.ranks import Started, Watch
 from teal.decoding.backends import best_backend
 from teal.decoding.ranks import on_all_ranks, uninterrupted
 from teal.errors import UserError
@@ -288,6 +290,16 @@ def test_a_lost_rank_ends_all(signal_sent: signal.Signals, message: str, tiny_fo
         assert server.process.wait(12) == 1
         assert log.read_text().splitlines()[-1].startswith(message)
         assert_gone(others)
+
+
+def test_an_end_before_the_watch_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a command that fails at once: the thread then finds its sockets closed."""
+    ours, theirs = socket.socketpair()
+    watch = Watch([Started(1, subprocess.Popen(["true"], text=True), ours)])
+    watch.end()
+    watch.run()
+    theirs.close()
+    assert capsys.readouterr().err == ""
 
 
 def test_ranks_end_with_the_first(tiny_folder: Path) -> None:

@@ -1,6 +1,8 @@
 """The GPU benchmarks' own logic, as far as it needs no GPU."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.bench import decode, gemv, tune
+from teal.bench import allreduce, decode, gemv, tune
 from teal.bench.steps import fitted_plan
 from teal.decoding.engine import Engine
 from teal.errors import UserError
@@ -17,7 +19,7 @@ from teal.kernels.gemv.tuning import GemvTile, user_tiles, user_tiles_path
 from teal.options import SamplingParams
 from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity, set_counting
-from tests.conftest import assert_one_line_error, save_tiny_model, tiny_config
+from tests.conftest import ROOT, assert_one_line_error, save_tiny_model, tiny_config
 
 
 class FakeWeights:
@@ -79,6 +81,7 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
         (decode.main, ("--input-groups", "--device", "cpu"), "add --quant"),
         (gemv.main, ("--refined", "16", "--quant", "int8", "--device", "cpu"), "add --quant int4"),
         (gemv.main, ("--dtypes", "fp64", "--device", "cpu"), "fp64"),
+        (allreduce.main, ("--device", "cpu"), "--tensor-parallel 1"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -103,6 +106,14 @@ def test_decoding_is_timed_dense_and_sparse(
     result = json.loads(out.splitlines()[-1])
     assert [row["label"] for row in result["rows"]] == ["dense", "50% sparse"]
     assert all(row["tokens_per_s"] > 0 and row["gb_per_s"] > 0 for row in result["rows"])
+
+
+def test_sums_over_ranks_are_timed() -> None:
+    command = [sys.executable, "-m", "bench.allreduce", "--tensor-parallel", "2", "--device", "cpu", "--values", "64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    [row] = found["rows"]
+    assert found["ranks"] == 2 and row["values"] == 64 and row["us"]["gloo"] > 0
 
 
 def test_fitted_thresholds_drop_their_targets(tiny_folder: Path) -> None:
