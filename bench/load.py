@@ -137,10 +137,13 @@ async def attack(
 
 
 def scrape(url: str, key: str) -> dict[str, float]:
-    """The server's metrics by name, labels left out."""
+    """The server's metrics by name; those of several labels are added up."""
     request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"})
     text = urllib.request.urlopen(request, timeout=10).read().decode()
-    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)}
+    found: dict[str, float] = {}
+    for name, value in re.findall(r"^([\w:]+)(?:\{.*\})? (\S+)$", text, re.MULTILINE):
+        found[name] = found.get(name, 0.0) + float(value)
+    return found
 
 
 async def wait_until_idle(url: str, key: str) -> bool:

@@ -1,20 +1,22 @@
 """Tokens/s through a running server while so many clients read streams: python -m bench.serving --clients 1,4,8
 
 Counted by the server's /metrics within a window in which every stream runs, from first token to before the last. It is
-the figure to hold beside a step's time by bench.decode --batch. Needs the openai package.
+the figure to hold beside a step's time by bench.decode --batch. The server may be vLLM's. Needs the openai package.
 """
 
 import argparse
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from teal.bench.load import scrape
 from teal.cli import command_line as cli
 from teal.errors import UserError
 
-TOKENS = "teal_generated_tokens_total"
+OURS = ("teal_generated_tokens_total", "teal_running")  # metrics of tokens so far, and of requests that get some
+VLLM = ("vllm:generation_tokens_total", "vllm:num_requests_running")
 SETTLE_S = 0.5  # after the last stream began: a grown cache has its steps captured anew
 
 
@@ -22,26 +24,31 @@ def build_parser() -> cli.Parser:
     """The command line of bench.serving."""
     parser = cli.Parser("Measure tokens/s through a running server, for several numbers of clients.")
     group = parser.add_argument_group("measurement")
-    group.add_argument("--url", default="http://127.0.0.1:8000", help="where serve.py listens")
+    group.add_argument("--url", default="http://127.0.0.1:8000", help="where serve.py, or vLLM, listens")
     group.add_argument("--api-key", default="none", help="if the server wants one")
     group.add_argument("--clients", type=cli.positive_ints, default=(1, 4, 8), help="at once, commas between")
-    group.add_argument("--sparsities", type=cli.sparsities, default=(0.0, 0.5), help="of those the server has loaded")
+    group.add_argument(
+        "--sparsities", type=cli.sparsities, help="of those that serve.py has loaded (default: 0,0.5); vLLM has one"
+    )
     group.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens of each client")
     group.add_argument("--seconds", type=float, default=1.5, help="the window's length")
     group.add_argument("--max-tokens", type=cli.positive_int, default=1536, help="must outlast the window")
     return parser
 
 
-async def window(args: argparse.Namespace, client: Any, model: str, clients: int, sparsity: float) -> dict[str, Any]:
+async def window(
+    args: argparse.Namespace, client: Any, model: str, metrics: tuple[str, str], clients: int, sparsity: float | None
+) -> dict[str, Any]:
     """tokens_per_s by the server's counter and chunks_per_s by the clients, who are told to leave at the end.
 
-    mean_context is where the rows are in the middle of the window: bench.decode --context to compare with.
+    metrics: OURS or VLLM. sparsity: to ask for, None for the server's own. mean_context is where the rows are in the
+    middle of the window: bench.decode --context to compare with.
     """
     ended = UserError(f"--max-tokens {args.max_tokens}: a stream ended within the window; expected more tokens")
     began, chunks = [asyncio.Event() for _ in range(clients)], [0] * clients
 
     async def read(i: int) -> None:
-        extra = {"sparsity": sparsity, "ignore_eos": True}
+        extra = {"ignore_eos": True} | ({} if sparsity is None else {"sparsity": sparsity})
         prompt = [5 + (i * 31 + j) % 200 for j in range(args.context)]
         common: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": args.max_tokens, "stream": True}
         async for _ in await client.completions.create(prompt=prompt, extra_body=extra, **common):
@@ -49,16 +56,18 @@ async def window(args: argparse.Namespace, client: Any, model: str, clients: int
             chunks[i] += 1
         raise ended
 
+    tokens_so_far, running = metrics
+
     async def count() -> tuple[float, float, float, float]:
         await asyncio.gather(*(event.wait() for event in began))
         await asyncio.sleep(min(SETTLE_S, args.seconds / 3))
         start, before, received = time.perf_counter(), scrape(args.url, args.api_key), sum(chunks)
         await asyncio.sleep(args.seconds)
         seconds, after = time.perf_counter() - start, scrape(args.url, args.api_key)
-        if after["teal_running"] < clients:
+        if after[running] < clients:
             raise ended
         middle = args.context + (sum(chunks) + received) / 2 / clients
-        return seconds, after[TOKENS] - before[TOKENS], sum(chunks) - received, middle
+        return seconds, after[tokens_so_far] - before[tokens_so_far], sum(chunks) - received, middle
 
     readers, counted = [asyncio.create_task(read(i)) for i in range(clients)], asyncio.create_task(count())
     done, _ = await asyncio.wait((*readers, counted), return_when=asyncio.FIRST_COMPLETED)
@@ -73,14 +82,16 @@ async def window(args: argparse.Namespace, client: Any, model: str, clients: int
     return {"clients": clients, "sparsity": sparsity} | figures
 
 
-async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+async def run(
+    args: argparse.Namespace, metrics: tuple[str, str], sparsities: Sequence[float | None]
+) -> list[dict[str, Any]]:
     """A window for each number of clients and sparsity."""
     from openai import APIError, AsyncOpenAI
 
     async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
         try:
-            return [await window(args, client, model, n, s) for s in args.sparsities for n in args.clients]
+            return [await window(args, client, model, metrics, n, s) for s in sparsities for n in args.clients]
         except APIError as error:
             raise UserError(f"--url {args.url}: {error}") from None
 
@@ -91,14 +102,21 @@ def main() -> None:
     if not 0 < args.seconds < 60:
         raise UserError(f"--seconds {args.seconds} is out of range; expected 0 < seconds < 60")
     try:
-        scrape(args.url, args.api_key)
+        found = scrape(args.url, args.api_key)
     except OSError as error:
         raise UserError(f"--url {args.url}: no server answers ({error}); start serve.py") from None
-    rows = asyncio.run(run(args))
+    is_ours = OURS[0] in found
+    if not is_ours and VLLM[0] not in found:
+        raise UserError(f"--url {args.url}: its /metrics are neither serve.py's nor vLLM's")
+    if not is_ours and args.sparsities is not None:
+        raise UserError(f"--sparsities {args.sparsities}: vLLM has that of its start; leave it out")
+    sparsities = (args.sparsities or (0.0, 0.5)) if is_ours else (None,)
+    rows = asyncio.run(run(args, OURS if is_ours else VLLM, sparsities))
     for row in rows:
         figures = f"{row['tokens_per_s']:9.1f} tok/s {row['chunks_per_s']:9.1f} chunks/s"
         figures += f"  at context {row['mean_context']:.0f}"
-        print(f"{row['sparsity']:4.0%} {row['clients']:3} clients {figures}")
+        label = "    " if row["sparsity"] is None else f"{row['sparsity']:4.0%}"
+        print(f"{label} {row['clients']:3} clients {figures}")
     print(json.dumps({"rows": rows}))
 
 

@@ -21,6 +21,7 @@ from teal.user_text import is_number, parse_json
 PLAN_FORMAT = "teal-plan"
 PLAN_VERSION = 4
 READABLE_VERSIONS = (2, 3, 4)  # 2 does not say for which weights a plan was made; 3 and older name a criterion
+ESTIMATE = 3  # raised when how plans are found changes: what an older way has found is then not taken from the cache
 PLAN = FileKind("a sparsity plan", rb'"format": "teal-plan"')
 MAX_MISS = 0.05  # of a target, on some text, that is passed over in silence
 ENOUGH_TOKENS = 256  # to measure a projection on: in a short text single ones differ by 20 points, the average by 3
@@ -292,7 +293,7 @@ def cached_curves(identity: str, how: str, dtype: torch.dtype, device: torch.dev
 
 
 def _cached_name(identity: str, how: str, dtype: torch.dtype, device: torch.device) -> str:
-    return f"{identity}-{how}-{str(dtype).removeprefix('torch.')}-{device.type}"
+    return f"{identity}-{how}-{ESTIMATE}-{str(dtype).removeprefix('torch.')}-{device.type}"
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:

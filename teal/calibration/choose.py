@@ -3,7 +3,6 @@
 import sys
 import time
 
-from teal.calibration.curves import ESTIMATE
 from teal.calibration.texts import default_text, text_hash
 from teal.calibration.thresholds import QUICK_GRADIENTS, calibrate_quickly
 from teal.checkpoint.loading import LoadedModel, load_plan, part_plan
@@ -37,7 +36,7 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     text = default_text()
     method = "uniform" if has_int8_cache(loaded.model) else "global"
     settings = Settings((sparsity,), method, gradient_tokens=QUICK_GRADIENTS)
-    name = loaded.identity, f"{text_hash(text)}-{settings.method}-{ESTIMATE}", loaded.model.dtype, loaded.model.device
+    name = loaded.identity, f"{text_hash(text)}-{settings.method}", loaded.model.dtype, loaded.model.device
     path = cached_plan(*name, sparsity)
     if path.exists():
         return part_plan(SparsityPlan.load(path), loaded)

@@ -29,8 +29,6 @@ from teal.plan import projection_names
 from teal.progress import progress
 
 QUANTILE_ENTRIES = 1 << 17  # of magnitudes, that a threshold is taken from
-# Raised when the estimate changes, so that what was kept of older ones is not taken for it.
-ESTIMATE = 3
 # Sparsities at which errors are computed; between them they count as linear.
 GRID = tuple(i / 20 for i in range(round(20 * MAX_SPARSITY) + 1))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.calibration.allocation import allocate_by_layer
-from teal.calibration.curves import ESTIMATE, GRID, error_curves
+from teal.calibration.curves import GRID, error_curves
 from teal.calibration.greedy import block_error, check_targets, greedy_sparsities
 from teal.calibration.stages import BlockStages, Positions, Stream, weight_counts
 from teal.calibration.texts import split_sequences, text_hash
@@ -26,7 +26,7 @@ from teal.errors import UserError
 from teal.files import atomic_file
 from teal.model import Block, Projection, Transformer
 from teal.options import Settings
-from teal.plan import Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
+from teal.plan import ESTIMATE, Histogram, ProjectionPlan, SparsityPlan, Weights, config_fields
 from teal.progress import progress
 from teal.teal_layers import SparseLinear, achieved_sparsity, set_counting, sparse_prefill, sparsify, sparsify_block
 from teal.user_text import parse_json
