@@ -242,8 +242,8 @@ def default_floats(default_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def shallow_cache(default_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for XDG_CACHE_HOME whose default model has the first 4 of its 30 layers: commands take a third."""
+def shallow_folder(default_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 4 of the default model's 30 layers, in a cache as shallow_cache."""
     from teal.checkpoint.blocks import Shard, open_file, save_shard
     from teal.checkpoint.weights import find_shards
 
@@ -261,7 +261,24 @@ def shallow_cache(default_folder: Path, tmp_path_factory: pytest.TempPathFactory
         numbers = {name: re.search(r"layers\.(\d+)\.", name) for name in shard.keys()}  # noqa: SIM118 - no dict
         names = [name for name, found in numbers.items() if found is None or int(found[1]) < layers]
         save_shard({name: shard.stored(name) for name in names}, folder / path.name)
-    return cache
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow_cache(shallow_folder: Path) -> Path:
+    """A cache for XDG_CACHE_HOME whose default model is shallow_folder: commands take a third."""
+    return shallow_folder.parents[2]
+
+
+DEFAULT_OR_SHALLOW = pytest.mark.parametrize(
+    "real_folder", ["shallow_folder", pytest.param("default_folder", marks=pytest.mark.slow)], indirect=True
+)
+
+
+@pytest.fixture
+def real_folder(request: pytest.FixtureRequest) -> Path:
+    """The folder of the fixture that a test names."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

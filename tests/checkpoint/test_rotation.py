@@ -25,6 +25,7 @@ from teal.layers.quantized_linear import QuantConfig
 from teal.model import RMSNorm, Transformer
 from teal.plan import SparsityPlan
 from tests.conftest import (
+    DEFAULT_OR_SHALLOW,
     QUANTIZABLE,
     assert_near,
     assert_one_line_error,
@@ -239,19 +240,20 @@ def test_an_unknown_record_is_refused(tmp_path: Path) -> None:
         rotation_record(tmp_path)
 
 
-def test_text_of_a_real_model_stays(default_folder: Path, tmp_path: Path) -> None:
+@DEFAULT_OR_SHALLOW
+def test_text_of_a_real_model_stays(real_folder: Path, tmp_path: Path) -> None:
     """Greedy text of the default model in the basis that was found for it, in fp32: the original's to the last token.
 
     The files' 16 bits would be rounded once more, so here they are 32. The basis is orthogonal to fp32's last digits
     whatever it was found in.
     """
-    wide = link_files(default_folder, tmp_path / "wide", "*.safetensors*")
-    tensors = {name: tensor.float() for name, tensor in float_tensors(default_folder).items()}
+    wide = link_files(real_folder, tmp_path / "wide", "*.safetensors*")
+    tensors = {name: tensor.float() for name, tensor in float_tensors(real_folder).items()}
     save_file(tensors, wide / "model.safetensors", {"format": "pt"})
-    encode = load_tokenizer(default_folder).encode
+    encode = load_tokenizer(real_folder).encode
     model = load_model(wide, CPU, torch.float32)
     tokens = spread_sequences(encode, rotation_text(default_text()), 8, 128)
-    rotation = find_rotation(load_model(default_folder, CPU, torch.bfloat16), tokens)
+    rotation = find_rotation(load_model(real_folder, CPU, torch.bfloat16), tokens)
     write_rotated(wide, tmp_path / "turned", rotation, {})
     turned = load_model(tmp_path / "turned", CPU, torch.float32)
     prompts = first_tokens(encode, split_text(default_text())[1], PROMPTS * 64).view(PROMPTS, 64)

@@ -23,7 +23,7 @@ from teal.model import KVCache, Transformer
 from teal.options import Settings
 from teal.plan import ProjectionPlan, SparsityPlan, config_fields
 from teal.teal_layers import achieved_sparsity, set_counting, sparse_layers, sparse_prefill, sparsify
-from tests.conftest import PROJECTIONS, assert_near, relative_error, save_tiny_model, tiny_config
+from tests.conftest import DEFAULT_OR_SHALLOW, PROJECTIONS, assert_near, relative_error, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(24)[None]
@@ -193,7 +193,8 @@ def test_text_too_short_to_calibrate_is_refused(folder: Path) -> None:
         calibrate_quickly(model, lambda text: list(text.encode()), Settings(), "a few words")
 
 
-def test_achieved_sparsity_on_held_out_text(default_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@DEFAULT_OR_SHALLOW
+def test_achieved_sparsity_on_held_out_text(real_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every projection of the default model comes within 2 points of the target on text calibration never saw."""
     sparsity, texts = 0.5, []
 
@@ -202,8 +203,8 @@ def test_achieved_sparsity_on_held_out_text(default_folder: Path, monkeypatch: p
         return measure_sparsity(model, sequences)
 
     monkeypatch.setattr(calibration, "measure_sparsity", measure)
-    model = load_model(default_folder, CPU, pick_dtype("auto", CPU, sparse=True).dtype)
-    encode = load_tokenizer(default_folder).encode
+    model = load_model(real_folder, CPU, pick_dtype("auto", CPU, sparse=True).dtype)
+    encode = load_tokenizer(real_folder).encode
     plan = calibrate_quickly(model, encode, Settings((sparsity,), "uniform"), default_text())
     _, held_out = split_text(default_text())
     assert torch.equal(torch.stack(texts), token_sequences(encode, held_out, HELD_OUT_SEQUENCES, 512)[None])

@@ -191,7 +191,13 @@ def test_the_stock_client_loses_nothing(folders: dict[str, Path]) -> None:
 
         with ThreadPoolExecutor(8) as clients:
             counts = list(clients.map(ask, range(200)))
+        timed = run_command(
+            "-m", "bench.serving", "--url", address.removesuffix("/v1"), "--clients", "1,2", "--context", "8",
+            "--seconds", "0.2", "--max-tokens", "240",
+        )  # fmt: skip
     assert counts == [8] * 200
+    assert timed.returncode == 0, timed.stderr
+    assert all(row["tokens_per_s"] > 5 for row in json.loads(timed.stdout.splitlines()[-1])["rows"])
     log = "".join(lines)
     assert "teal: weights int4, 50% sparse (uniform) in decode steps of up to 8 tokens" in log
     assert "achieved, 50% planned" in log
