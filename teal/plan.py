@@ -50,8 +50,7 @@ class Histogram:
 
     def quantile(self, p: float) -> float:
         """The magnitude below which a share p of the entries lies, interpolated within its bin; 0 for p = 0."""
-        if not 0 <= p < 1:
-            raise UserError(f"sparsity {p} is out of range; expected 0 <= sparsity < 1")
+        check_share(p)
         total = int(self.counts.sum())
         if total == 0:
             raise UserError("calibration saw no activations; give it a longer text")
@@ -77,9 +76,10 @@ def _bin_edge(i: int) -> float:
     return float(torch.tensor((i + LOWEST_BIN) << BITS_DROPPED, dtype=torch.int32).view(torch.float32))
 
 
-def _check_sparsity(value: Any) -> None:
+def check_share(value: Any, what: str = "sparsity") -> None:
+    """Raise UserError, which calls it what, unless it is a share of activations that can be dropped."""
     if not (is_number(value) and 0 <= value < 1):
-        raise UserError(f"sparsity {value!r} is out of range; expected 0 <= sparsity < 1")
+        raise UserError(f"{what} {value!r:.200} is out of range; expected 0 <= sparsity < 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ProjectionPlan:
     achieved: float | None = None
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        check_share(self.sparsity)
         if not (is_number(self.threshold) and 0 <= self.threshold < math.inf):
             raise UserError(f"threshold {self.threshold!r} is not usable; expected a finite number >= 0")
         if self.achieved is not None and not (is_number(self.achieved) and 0 <= self.achieved <= 1):
@@ -132,7 +132,7 @@ class SparsityPlan:
     weights: Weights | None = None
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.target)
+        check_share(self.target)
         for name, kind in (("model", dict), ("method", str), ("calibration", dict)):
             if not isinstance(value := getattr(self, name), kind):
                 raise UserError(

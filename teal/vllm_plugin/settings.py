@@ -19,8 +19,7 @@ from teal.checkpoint.layout import PLAIN
 from teal.checkpoint.weights import block_shapes, find_shards, stored_config
 from teal.errors import ParameterError, UserError
 from teal.model import ModelConfig
-from teal.plan import SparsityPlan, load_fitting_plan, plan_file, plan_name
-from teal.user_text import is_number
+from teal.plan import SparsityPlan, check_share, load_fitting_plan, plan_file, plan_name
 
 ENTRY = "teal"  # of config.json
 PROMPTS = ("dense", "sparse")
@@ -47,8 +46,7 @@ class PluginSettings:
         if unknown := sorted(set(raw) - set(known)):
             raise UserError(f"{ENTRY}: {unknown[0]!r:.200} is unknown; expected {', '.join(known)}")
         settings = cls(**raw)
-        if not is_number(settings.sparsity) or not 0 <= settings.sparsity < 1:
-            raise UserError(f"{ENTRY}: sparsity {settings.sparsity!r:.200} is out of range; expected 0 <= sparsity < 1")
+        check_share(settings.sparsity, f"{ENTRY}: sparsity")
         if not isinstance(settings.plan, str | None):
             raise UserError(f"{ENTRY}: plan {settings.plan!r:.200} is not usable; expected a file name")
         if not isinstance(settings.force_plan, bool):
