@@ -1,11 +1,9 @@
 """A model that several ranks share: the logits and texts of one, and an end of all when one is lost."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +28,9 @@ from teal.plan import ProjectionPlan, even_plan
 from tests.checkpoint.test_awq_gptq import AWQ, GPTQ
 from tests.checkpoint.test_awq_gptq import write as write_packed
 from tests.checkpoint.test_families import FAMILIES
-from tests.conftest import ROOT, assert_near, run_command, save_tiny_model, tiny_config
+from tests.conftest import assert_near, run_command, save_tiny_model, tiny_config
 from tests.decoding.test_family_texts import ONE_OF_EACH
-from tests.ranks import logits_of
+from tests.ranks import logits_of, logits_of_ranks
 from tests.serving.test_shutdown import logged
 
 CPU = torch.device("cpu")
@@ -68,6 +66,7 @@ def formats(folder: Path) -> Iterator[tuple[str, dict[str, object]]]:
     yield "sparse", {"checkpoint": str(source), "plan": str(folder / "plan.json")}
     yield "rounded at load", {"checkpoint": str(source), "quant": "int4", "quant_lm_head": "int8"}
     yield CACHE, {"checkpoint": str(source), "kv_cache": "int8"}
+    yield "a backend's steps", {"checkpoint": str(source), "backend": "eager"}
     for name, config in QUANTIZED.items():
         quantize_folder(source, folder / name, config, "rtn", torch.zeros(0))
         yield f"{name} sparse", {"checkpoint": str(folder / name), "plan": str(folder / "plan.json")}
@@ -80,14 +79,7 @@ def test_logits_are_those_of_one(tmp_path: Path, byte_level_tokenizer_json: str)
     cases = dict([*families(tmp_path), *formats(tmp_path)])
     for options in cases.values():
         (Path(str(options["checkpoint"])) / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.ranks", tmp_path / "cases.json"], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{i}.pt") for i in range(2))
+    first, second = logits_of_ranks(cases, 2, tmp_path)
     assert first.keys() == cases.keys()
     for name, options in cases.items():
         assert torch.equal(first[name], second[name]), name
