@@ -121,7 +121,7 @@ class CalibrationText:
             args, limit = self.args, model.config.max_seq_len
             sizes = (args.sequences, min(args.length, limit)), (HELD_OUT_SEQUENCES, min(QUICK_LENGTH, limit))
             rotated = model.is_rotated or args.rotate is not None
-            self.sequences, self.held_out = split_sequences(model.tokenizer.encode, self.text, *sizes, rotated)
+            self.sequences, self.held_out = split_sequences(model.encode, self.text, *sizes, rotated)
 
     def facts(self, sequences: "Tensor") -> dict[str, Any]:
         """What is kept of the text and of sequences [N, L] cut from it."""
@@ -150,7 +150,7 @@ def rotate_model(args: argparse.Namespace, text: CalibrationText) -> None:
             loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), text.cut)
             length = min(args.length, loaded.model.config.max_seq_len)
             most = ROTATION_SHARE * args.sequences
-            sequences = spread_sequences(loaded.tokenizer.encode, rotation_text(text.text), most, length)
+            sequences = spread_sequences(loaded.encode, rotation_text(text.text), most, length)
             channels = loaded.model.config.hidden_size
             if sequences.numel() < ROTATION_TOKENS * channels:
                 print(

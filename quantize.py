@@ -168,10 +168,10 @@ def mode_name(scheme: "QuantConfig") -> str:
 def calibration_sequences(args: argparse.Namespace, source: Path, limit: int) -> "Tensor":
     """Token ids [sequences, length] of the calibration text. Raises UserError if it is too short."""
     from teal.calibration.texts import read_texts, token_sequences
-    from teal.checkpoint.tokenizer import load_tokenizer
+    from teal.checkpoint.loading import describe
 
     text = read_texts(args.text, args.field)
-    return token_sequences(load_tokenizer(source).encode, text, args.sequences, min(args.length, limit))
+    return token_sequences(describe(str(source)).encode, text, args.sequences, min(args.length, limit))
 
 
 def check_output(output: Path, force: bool) -> None:

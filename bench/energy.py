@@ -182,7 +182,7 @@ def build_parser() -> cli.Parser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and draw."""
     loaded = load_for_decoding(model_options(args, sparsity=0.0, dequantize=True), sparse=True)
-    encode, text = loaded.tokenizer.encode, read_texts(args.text, args.field)
+    encode, text = loaded.encode, read_texts(args.text, args.field)
     size = (args.sequences, min(args.length, loaded.model.config.max_seq_len))
     other = token_sequences(encode, split_text(text, rotated=True)[0], *size)
     fitted = spread_sequences(encode, rotation_text(text), ROTATION_SHARE * args.sequences, size[1])

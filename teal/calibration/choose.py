@@ -53,7 +53,7 @@ def quick_plan(loaded: LoadedModel, sparsity: float, can_calibrate: bool = True)
     start = time.perf_counter()
     with floats_kept(loaded.model):
         plan = calibrate_quickly(
-            loaded.model, loaded.tokenizer.encode, settings, text, loaded.weights, lambda plans: plans[0].save(path),
+            loaded.model, loaded.encode, settings, text, loaded.weights, lambda plans: plans[0].save(path),
             loaded.is_rotated, cached_curves(*name),
         )  # fmt: skip
     plan.save(path)

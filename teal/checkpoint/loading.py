@@ -25,7 +25,7 @@ from teal.layers.quantized_linear import BITS, is_quantized, pick_group_size
 from teal.layers.rounding import quantize
 from teal.layers.team import Team, join_team, share
 from teal.model import ModelConfig, OutputHead, Transformer
-from teal.options import DraftOptions, ModelOptions
+from teal.options import DraftOptions, ModelOptions, unknown_id
 from teal.parallel import Rank
 from teal.plan import SparsityPlan, Weights, config_fields, load_fitting_plan, plan_file
 
@@ -43,6 +43,10 @@ class Described:
     folder: Path | None
     is_quantized: bool
     is_rotated: bool = False
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text. Raises UserError if the model lacks one."""
+        return _known(self.tokenizer.encode(text), self.config, self.name)
 
 
 Check = Callable[[Described], None]
@@ -70,6 +74,19 @@ class LoadedModel:
     is_rotated: bool = False
     config: ModelConfig | None = None  # of the whole model, where this one is a rank's part
     team: Team | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text. Raises UserError if the model lacks one."""
+        return _known(self.tokenizer.encode(text), self.config or self.model.config, self.name)
+
+
+def _known(ids: list[int], config: ModelConfig, name: str) -> list[int]:
+    if (token := unknown_id(ids, config.vocab_size)) is not None:
+        raise UserError(
+            f"{name}: its tokenizer gives token {token}, and its weights have {config.vocab_size} tokens; "
+            "the tokenizer is another model's"
+        )
+    return ids
 
 
 def load_for_decoding(options: ModelOptions, check: Check | None = None, *, sparse: bool | None = None) -> LoadedModel:

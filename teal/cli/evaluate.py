@@ -152,7 +152,7 @@ def evaluate_model(args: argparse.Namespace) -> None:
     loaded = load_for_decoding(options, check, sparse=True)
     if loaded.team is not None:
         loaded.team.in_step = True
-    tokens = first_tokens(loaded.tokenizer.encode, text, args.tokens)
+    tokens = first_tokens(loaded.encode, text, args.tokens)
     reference = load_reference(args)
     with floats_kept(loaded.model):
         cases = build_cases(args, loaded, calibration_text)
@@ -205,7 +205,7 @@ def check_model(args: argparse.Namespace, text: str, calibration_text: str, mode
     from teal.evaluation.quality import check_tokens
     from teal.plan import load_fitting_plan, plan_file
 
-    count = len(first_tokens(model.tokenizer.encode, text, args.tokens))
+    count = len(first_tokens(model.encode, text, args.tokens))
     check_tokens(count, args.continuations)
     check_items(count, args.choices)
     if args.reference is not None:
@@ -217,9 +217,7 @@ def check_model(args: argparse.Namespace, text: str, calibration_text: str, mode
     for path in args.plan:
         load_fitting_plan(path, model.config, args.force_plan)
     if calibrates(args):
-        calibration_sequences(
-            args, model.tokenizer.encode, calibration_text, model.config.max_seq_len, model.is_rotated
-        )
+        calibration_sequences(args, model.encode, calibration_text, model.config.max_seq_len, model.is_rotated)
     elif not args.plan:
         for target in args.sparsity:
             if (beside := plan_file(model.folder, target, None)) is not None:
@@ -295,7 +293,7 @@ def calibrated_plans(
     from teal.plan import SparsityPlan, cached_plan
 
     limit = loaded.model.config.max_seq_len
-    sequences = calibration_sequences(args, loaded.tokenizer.encode, text, limit, loaded.is_rotated)
+    sequences = calibration_sequences(args, loaded.encode, text, limit, loaded.is_rotated)
     count, length = sequences.shape
     facts = {"text": text_hash(text), "sequences": count, "length": length}
     how = f"{facts['text']}-{count}x{length}-{method}"

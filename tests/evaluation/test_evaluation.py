@@ -20,7 +20,7 @@ from teal.calibration.thresholds import Settings
 from teal.calibration.thresholds import calibrate as calibrate_model
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
-from teal.cli import calibrate
+from teal.cli import calibrate, quantize
 from teal.cli import evaluate as evaluate_cli
 from teal.errors import UserError
 from teal.evaluation.quality import (
@@ -35,7 +35,15 @@ from teal.evaluation.quality import (
 from teal.model import Transformer
 from teal.plan import ESTIMATE, SparsityPlan, keep_all_plan
 from teal.teal_layers import sparsify
-from tests.conftest import assert_one_line_error, file_size_limit, link_files, run_command
+from tests.conftest import (
+    QUANTIZABLE,
+    assert_one_line_error,
+    file_size_limit,
+    link_files,
+    run_command,
+    save_tiny_model,
+    tiny_config,
+)
 
 CPU = torch.device("cpu")
 InvokeMain = Callable[..., tuple[int, str, str]]
@@ -277,6 +285,29 @@ def test_unusable_text(
     options = (*model_options[:6], "--text", tmp_path / "bad.txt")
     code, _, err = call(calibrate.main, *options)
     assert_one_line_error(code, err, fragment)
+
+
+@pytest.mark.parametrize("main", [calibrate.main, evaluate_cli.main, quantize.main])
+def test_a_tokenizer_of_another_model(
+    main: Callable[[], None], call: InvokeMain, model_options: tuple[str, ...], tmp_path: Path,
+    byte_level_tokenizer_json: str,
+) -> None:  # fmt: skip
+    """Its tokens would be rows that the embedding does not have."""
+    folder = tmp_path / "model"
+    save_tiny_model(tiny_config("llama", **QUANTIZABLE | {"vocab_size": 100}), folder)
+    (folder / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
+    options = ("--checkpoint", folder, *model_options[2:8])
+    if main is quantize.main:
+        options = (
+            *options[:2],
+            *options[-2:],
+            *["--mode", "int4", "--method", "gptq", "--group-size", "32", "-o"],
+            tmp_path / "out",
+        )
+    code, out, err = call(main, *options)
+    assert out == ""
+    assert_one_line_error(code, err, "its tokenizer gives token", "its weights have 100 tokens")
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_for_another_model(
