@@ -28,7 +28,9 @@ def build_parser() -> cli.Parser:
     group.add_argument("--api-key", default="none", help="if the server wants one")
     group.add_argument("--clients", type=cli.positive_ints, default=(1, 4, 8), help="at once, commas between")
     group.add_argument(
-        "--sparsities", type=cli.sparsities, help="of those that serve.py has loaded (default: 0,0.5); vLLM has one"
+        "--sparsities",
+        type=cli.sparsities,
+        help="of those that serve.py has loaded; 0 and 0.5 unless given, and vLLM has one",
     )
     group.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens of each client")
     group.add_argument("--seconds", type=float, default=1.5, help="the window's length")
