@@ -40,6 +40,7 @@ from tests.conftest import (
     assert_one_line_error,
     file_size_limit,
     link_files,
+    own_cache,
     run_command,
     save_tiny_model,
     tiny_config,
@@ -360,7 +361,7 @@ def test_interrupted_calibration_keeps_its_progress_and_writes_no_plan(tmp_path:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        env=os.environ | {"XDG_CACHE_HOME": str(own_cache(tmp_path / "cache"))},
     )
     progress = tmp_path / "cache" / "teal" / "calibration"
     deadline = time.monotonic() + 300
