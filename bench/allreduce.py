@@ -15,7 +15,7 @@ import torch.distributed as dist
 from teal.bench.steps import graph_microseconds, machine_facts, wall_microseconds
 from teal.cli import command_line as cli
 from teal.cli.options import add_device_argument, add_tensor_parallel_argument
-from teal.cli.ranks import is_first, start_ranks
+from teal.cli.ranks import start_ranks
 from teal.errors import UserError
 from teal.hardware import pick_device
 from teal.layers.team import Team, join_team
@@ -73,8 +73,6 @@ def main() -> None:
         raise UserError(f"--tensor-parallel {args.tensor_parallel}: one rank has nothing to add; expected 2 or more")
     start_ranks(args.tensor_parallel, args.device)
     found = measure(args)
-    if not is_first(args.tensor_parallel):
-        return
     for row in found["rows"]:
         print(f"{row['values']:6} values " + "  ".join(f"{name} {us:.2f} us" for name, us in row["us"].items()))
     print(json.dumps(found))

@@ -17,6 +17,7 @@ from teal.errors import UserError
 
 OURS = ("teal_generated_tokens_total", "teal_running")  # metrics of tokens so far, and of requests that get some
 VLLM = ("vllm:generation_tokens_total", "vllm:num_requests_running")
+SPARSITIES = (0.0, 0.5)  # asked of serve.py; vLLM has that of its start
 SETTLE_S = 0.5  # after the last stream began: a grown cache has its steps captured anew
 
 
@@ -30,7 +31,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--sparsities",
         type=cli.sparsities,
-        help="of those that serve.py has loaded; 0 and 0.5 unless given, and vLLM has one",
+        help=f"of those that serve.py has loaded; {' and '.join(f'{s:g}' for s in SPARSITIES)} unless given",
     )
     group.add_argument("--context", type=cli.positive_int, default=512, help="prompt tokens of each client")
     group.add_argument("--seconds", type=float, default=1.5, help="the window's length")
@@ -107,13 +108,12 @@ def main() -> None:
         found = scrape(args.url, args.api_key)
     except OSError as error:
         raise UserError(f"--url {args.url}: no server answers ({error}); start serve.py") from None
-    is_ours = OURS[0] in found
-    if not is_ours and VLLM[0] not in found:
+    metrics = next((names for names in (OURS, VLLM) if names[0] in found), None)
+    if metrics is None:
         raise UserError(f"--url {args.url}: its /metrics are neither serve.py's nor vLLM's")
-    if not is_ours and args.sparsities is not None:
+    if metrics is VLLM and args.sparsities is not None:
         raise UserError(f"--sparsities {args.sparsities}: vLLM has that of its start; leave it out")
-    sparsities = (args.sparsities or (0.0, 0.5)) if is_ours else (None,)
-    rows = asyncio.run(run(args, OURS if is_ours else VLLM, sparsities))
+    rows = asyncio.run(run(args, metrics, (None,) if metrics is VLLM else args.sparsities or SPARSITIES))
     for row in rows:
         figures = f"{row['tokens_per_s']:9.1f} tok/s {row['chunks_per_s']:9.1f} chunks/s"
         figures += f"  at context {row['mean_context']:.0f}"

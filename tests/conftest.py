@@ -9,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -350,6 +350,15 @@ def file_size_limit(count: int) -> Callable[[], None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
     return limit
+
+
+def logits_of_ranks(cases: Mapping[str, dict[str, object]], ranks: int, folder: Path) -> list[dict[str, Tensor]]:
+    """What each of so many processes of torchrun has as logits_of (tests/ranks.py) of the cases."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tests.ranks")
+    done = run_command(*launcher, folder / "cases.json", timeout=300, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{i}.pt") for i in range(ranks)]
 
 
 def run_command(

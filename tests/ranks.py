@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +13,7 @@ from teal.checkpoint.loading import load_for_decoding
 from teal.decoding.backends import choose_backend
 from teal.options import ModelOptions
 from teal.teal_layers import sparsify
-from tests.conftest import ROOT
-from tests.token_logits import logits, step_logits
+from tests.token_logits import SEQUENCES, TOKENS, logits, step_logits
 
 
 def logits_of(options: dict[str, object]) -> Tensor:
@@ -27,20 +24,8 @@ def logits_of(options: dict[str, object]) -> Tensor:
         sparsify(loaded.model, choose_plan(loaded, given.sparsity, given.plan))
     if given.backend == "auto":
         return logits(loaded.model)
-    return step_logits(choose_backend(loaded.model, False, given.backend)).float().cpu()
-
-
-def logits_of_ranks(cases: Mapping[str, dict[str, object]], ranks: int, folder: Path) -> list[dict[str, Tensor]]:
-    """logits_of each of the cases, by so many processes of torchrun: what every rank has."""
-    path = folder / "cases.json"
-    path.write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.ranks", path], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{i}.pt") for i in range(ranks)]
+    ids = SEQUENCES[:1, :TOKENS].to(loaded.model.device)
+    return step_logits(choose_backend(loaded.model, False, given.backend), ids)[0].transpose(0, 1).float().cpu()
 
 
 def main() -> None:

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from teal.decoding.backend import Backend
 from teal.layers.phase import decoding
-from teal.model import Transformer
+from teal.model import KVCache, Transformer
 
-PROMPT = 10  # tokens
+PROMPT, TOKENS = 10, 24  # of a prompt, and in all
 SEQUENCES = torch.randint(5, 300, (4, 64), generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
-def logits(model: Transformer, tokens: int = 24) -> Tensor:
+def logits(model: Transformer, tokens: int = TOKENS) -> Tensor:
     """Of a prompt and then one token a call."""
     ids = SEQUENCES[:1, :tokens]
     cache, at = model.new_cache(1, tokens), torch.arange(tokens)[None]
@@ -23,13 +23,15 @@ def logits(model: Transformer, tokens: int = 24) -> Tensor:
 
 
 @torch.inference_mode()
-def step_logits(backend: Backend, tokens: int = 24) -> Tensor:
-    """As logits of a backend's model, of the tokens after the prompt alone, which its steps decode."""
-    model = backend.model
-    ids, at = SEQUENCES[:1, :tokens].to(model.device), torch.arange(tokens, device=model.device)[None]
-    cache = model.new_cache(1, tokens)
-    backend.prefill(ids[:, :PROMPT], at[:, :PROMPT], cache)
-    parts = []
-    for i in range(PROMPT, tokens):
-        parts.append(backend.logits(backend.decode(ids[:, i : i + 1].clone(), at[:, i : i + 1].clone(), cache)))
-    return torch.cat(parts, dim=1)
+def step_logits(backend: Backend, ids: Tensor, prompt: int = PROMPT) -> tuple[Tensor, KVCache]:
+    """Logits [steps, 1, V] of a backend's steps through ids [1, prompt + steps] by the model's own head; and the cache.
+
+    The cache has room for some steps more.
+    """
+    device, cache = ids.device, backend.model.new_cache(1, ids.shape[1] + 8)
+    backend.prefill(ids[:, :prompt], torch.arange(prompt, device=device)[None], cache)
+    found = []
+    for place in range(prompt, ids.shape[1]):
+        token, position = ids[:, place : place + 1].clone(), torch.full((1, 1), place, device=device)
+        found.append(backend.logits(backend.decode(token, position, cache)[:, 0]))
+    return torch.stack(found), cache

@@ -9,8 +9,8 @@ from teal.checkpoint.weights import stored_config
 from teal.cli.quantize import quantize_folder
 from teal.layers.quantized_linear import QuantConfig
 from teal.plan import ProjectionPlan, even_plan
-from tests.conftest import assert_near, relative_error, save_tiny_model, tiny_config
-from tests.ranks import logits_of, logits_of_ranks
+from tests.conftest import assert_near, logits_of_ranks, relative_error, save_tiny_model, tiny_config
+from tests.ranks import logits_of
 from tests.token_logits import PROMPT
 
 pytestmark = [

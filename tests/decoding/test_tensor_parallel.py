@@ -28,9 +28,9 @@ from teal.plan import ProjectionPlan, even_plan
 from tests.checkpoint.test_awq_gptq import AWQ, GPTQ
 from tests.checkpoint.test_awq_gptq import write as write_packed
 from tests.checkpoint.test_families import FAMILIES
-from tests.conftest import assert_near, run_command, save_tiny_model, tiny_config
+from tests.conftest import assert_near, logits_of_ranks, run_command, save_tiny_model, tiny_config
 from tests.decoding.test_family_texts import ONE_OF_EACH
-from tests.ranks import logits_of, logits_of_ranks
+from tests.ranks import logits_of
 from tests.serving.test_shutdown import logged
 
 CPU = torch.device("cpu")

@@ -297,14 +297,8 @@ def test_a_tokenizer_of_another_model(
     folder = tmp_path / "model"
     save_tiny_model(tiny_config("llama", **QUANTIZABLE | {"vocab_size": 100}), folder)
     (folder / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
-    options = ("--checkpoint", folder, *model_options[2:8])
-    if main is quantize.main:
-        options = (
-            *options[:2],
-            *options[-2:],
-            *["--mode", "int4", "--method", "gptq", "--group-size", "32", "-o"],
-            tmp_path / "out",
-        )
+    mode = ("--mode", "int4", "--method", "gptq", "--group-size", "32", "-o", tmp_path / "out")
+    options = ("--checkpoint", folder, *model_options[6:8], *(mode if main is quantize.main else ()))
     code, out, err = call(main, *options)
     assert out == ""
     assert_one_line_error(code, err, "its tokenizer gives token", "its weights have 100 tokens")

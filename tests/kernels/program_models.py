@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal.decoding.backend import Backend
 from teal.decoding.backends import FusedBackend
 from teal.decoding.cuda_program import CudaProgramBackend
 from teal.kernels.program.plan import Device, Format, Model
@@ -17,10 +16,11 @@ from teal.layers.quantized_linear import (
     round_to_nearest,
     use_quantized_linears,
 )
-from teal.model import KVCache, ModelConfig, RMSNorm, Transformer
+from teal.model import ModelConfig, RMSNorm, Transformer
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import SparseLinear, sparsify
 from tests.conftest import PROJECTIONS, assert_near
+from tests.token_logits import step_logits
 
 SMALL = ModelConfig(
     vocab_size=1024, hidden_size=512, intermediate_size=1408, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64,
@@ -140,21 +140,9 @@ def expected_logits(model: Transformer, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def step_logits(backend: Backend, ids: Tensor) -> tuple[Tensor, KVCache]:
-    """Logits [STEPS, 1, V] of a backend's steps after a prompt, by the model's own head; and their cache."""
-    device, cache = ids.device, backend.model.new_cache(1, PROMPT + STEPS + 8)
-    backend.prefill(ids[:, :PROMPT], torch.arange(PROMPT, device=device)[None], cache)
-    found = []
-    for place in range(PROMPT, PROMPT + STEPS):
-        token, position = ids[:, place : place + 1].clone(), torch.full((1, 1), place, device=device)
-        found.append(backend.logits(backend.decode(token, position, cache)[:, 0]))
-    return torch.stack(found), cache
-
-
-@torch.inference_mode()
 def program_logits(backend: CudaProgramBackend, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The program's step_logits; and those of its own head [1, V], after the first of these tokens."""
-    found, cache = step_logits(backend, ids)
+    found, cache = step_logits(backend, ids, PROMPT)
     token, position = ids[:, PROMPT : PROMPT + 1].clone(), torch.full((1, 1), PROMPT, device=ids.device)
     logits = backend.choose(token, position, cache)
     assert logits is not None and int(token) == int(logits.argmax()) and int(position) == PROMPT + 1

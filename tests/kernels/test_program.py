@@ -34,6 +34,7 @@ from tests.kernels.program_models import (
     H100,
     LLAMA_1B,
     LLAMA_3_8B,
+    PROMPT,
     QWEN_7B,
     RTX_4090,
     SMALL,
@@ -45,9 +46,9 @@ from tests.kernels.program_models import (
     program_logits,
     random_model,
     some_ids,
-    step_logits,
     use_int4_head,
 )
+from tests.token_logits import step_logits
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 FORMATS = {"floats": (None, False), "int8": ("int8", True), "int4": ("int4", False), "int4-head": ("int4", True)}
@@ -248,7 +249,7 @@ def test_formats(dtype: torch.dtype, limit: float, quant: str | None, lm_head: b
     model = random_model(SMALL, dtype, quant, lm_head, sparse, "cuda")
     if sparse:
         ids = some_ids(model)
-        modules = step_logits(EagerBackend(model, "test"), ids)[0]
+        modules = step_logits(EagerBackend(model, "test"), ids, PROMPT)[0]
         limit = ROUNDED_OTHERWISE * relative_error(modules, expected_logits(model, ids))
     check_on_gpu(model, limit)
 

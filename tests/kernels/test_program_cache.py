@@ -33,8 +33,8 @@ from tests.kernels.program_models import (
     random_model,
     reference,
     some_ids,
-    step_logits,
 )
+from tests.token_logits import step_logits
 
 DTYPES = [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 ROUNDED_OTHERWISE = 1e-2  # of a vector whose entries may be the next integer: a scale is 2^-7 of the largest
@@ -63,7 +63,7 @@ def check_steps(backend: CudaProgramBackend, limit: float) -> None:
     """The program's logits and the vectors that it stored are the reference's."""
     model = backend.model
     ids, D = some_ids(model), model.config.head_dim
-    logits, cache = step_logits(backend, ids)
+    logits, cache = step_logits(backend, ids, PROMPT)
     expected, its_cache = expected_steps(model, ids, cache)
     assert_near("logits", logits, expected, limit)
     assert_near("logits of the program's head", program_logits(backend, ids)[1], expected[0], limit)

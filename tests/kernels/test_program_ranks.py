@@ -18,13 +18,14 @@ from teal.parallel import Rank
 from tests.conftest import assert_near
 from tests.kernels.emulated_program import COMPILER, emulated_backend
 from tests.kernels.program_models import (
+    PROMPT,
     TINY,
     expected_logits,
     prepared,
     random_dense,
     some_ids,
-    step_logits,
 )
+from tests.token_logits import step_logits
 
 RANKS = 2
 GROUP = 32  # which divides the widths of parts
@@ -93,7 +94,7 @@ def test_steps_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         backends.append(emulated_backend(share(part, ThreadTeam(rank, meeting), config), folder, monkeypatch))
     whole = prepared(dense, quant, False, True, GROUP)
     ids = some_ids(whole)
-    found = together(lambda i: step_logits(backends[i], ids)[0])
+    found = together(lambda i: step_logits(backends[i], ids, PROMPT)[0])
     assert torch.equal(found[0], found[1])
     assert_near("logits", found[0], expected_logits(whole, ids), 2e-3)
     assert all(words.any() for words in meeting.words)

@@ -1,8 +1,6 @@
 """The GPU benchmarks' own logic, as far as it needs no GPU."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from teal.kernels.gemv.tuning import GemvTile, user_tiles, user_tiles_path
 from teal.options import SamplingParams
 from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity, set_counting
-from tests.conftest import ROOT, assert_one_line_error, save_tiny_model, tiny_config
+from tests.conftest import assert_one_line_error, run_command, save_tiny_model, tiny_config
 
 
 class FakeWeights:
@@ -109,8 +107,8 @@ def test_decoding_is_timed_dense_and_sparse(
 
 
 def test_sums_over_ranks_are_timed() -> None:
-    command = [sys.executable, "-m", "bench.allreduce", "--tensor-parallel", "2", "--device", "cpu", "--values", "64"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_command("-m", "bench.allreduce", "--tensor-parallel", "2", "--device", "cpu", "--values", "64")
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     [row] = found["rows"]
     assert found["ranks"] == 2 and row["values"] == 64 and row["us"]["gloo"] > 0

@@ -22,7 +22,7 @@ from teal.plan import keep_all_plan
 from teal.quantization import gptq, refinement
 from teal.quantization.gptq import BlockwiseGptq
 from teal.teal_layers import sparse_layers, sparsify
-from tests.conftest import ROOT, assert_near, assert_one_line_error, relative_error
+from tests.conftest import ROOT, assert_near, assert_one_line_error, float_tensors, relative_error
 from tests.quantized_folders import dequantized_twin
 from tests.token_logits import SEQUENCES, logits
 
@@ -56,12 +56,8 @@ def modules(model: Transformer) -> list[torch.nn.Module]:
     return [*own, model.lm_head]
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for shard in find_shards(folder) for name, tensor in load_file(shard).items()}
-
-
 def test_a_folder_holds_what_was_rounded(folder: Path, mixed: Path) -> None:
-    model, dense, stored = load(mixed), load(folder), tensors_of(mixed)
+    model, dense, stored = load(mixed), load(folder), float_tensors(mixed)
     counts = []
     for module, original in zip(modules(model), modules(dense), strict=True):
         assert isinstance(module, QuantizedLinear) and isinstance(original, torch.nn.Linear)
@@ -106,7 +102,7 @@ def test_an_energetic_channel_is_refined(folder: Path, tmp_path: Path) -> None:
     norm[11] = 8 * norm.max()
     save_file(tensors, source / "model.safetensors")
     quantize.quantize_folder(source, tmp_path / "out", MIXED, "rtn", SEQUENCES, "cpu")
-    stored = tensors_of(tmp_path / "out")
+    stored = float_tensors(tmp_path / "out")
     assert 11 in stored["model.layers.1.mlp.gate_proj.refined"].tolist()
 
 

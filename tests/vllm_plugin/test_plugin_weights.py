@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from teal.checkpoint.weights import find_shards, load_model
+from teal.checkpoint.weights import load_model
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig
 from teal.model import ModelConfig, Transformer
 from teal.plan import ProjectionPlan, even_plan
 from teal.teal_layers import sparse_layers, sparse_prefill, sparsify
-from tests.conftest import assert_near, run_command, save_tiny_model, tiny_config
+from tests.conftest import assert_near, float_tensors, run_command, save_tiny_model, tiny_config
 from tests.vllm_plugin import standin
 from tests.vllm_plugin.standin import SIZES, Engine, bare
 
@@ -47,14 +46,6 @@ def folder(
     return to
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path in find_shards(folder):
-        with safe_open(path, "pt") as shard:
-            found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no dict
-    return found
-
-
 def new_config(folder: Path, threshold: float | None = THRESHOLD) -> Any:
     """The plugin's config of a checkpoint, with the same threshold in all places; None is dense."""
     from teal.checkpoint.config import load_config, load_quantization
@@ -75,7 +66,7 @@ def loaded_layer(config: Any, folder: Path, block: int, module: str) -> standin.
     kind = standin.RowParallelLinear if p.cut == "input" else standin.LinearBase
     where = f"model.layers.{block}.{p.hf_names[0].rpartition('.')[0]}.{module}_proj"
     layer = kind(p.in_features, list(p.sizes), config, where)
-    parameters, tensors = dict(layer.named_parameters()), tensors_of(folder)
+    parameters, tensors = dict(layer.named_parameters()), float_tensors(folder)
     for shard, hf_name in enumerate(p.hf_names):
         for name, parameter in parameters.items():
             tensor = tensors[f"model.layers.{block}.{hf_name}.{name}"]
@@ -178,7 +169,7 @@ def loaded_part(kind: type, config: Any, folder: Path, prefix: str) -> Any:
 
     if not isinstance(config.get_quant_method(bare(kind), prefix), (TealEmbeddingMethod, TealHeadMethod)):
         return None
-    layer, tensors = kind(config.model.vocab_size, config.model.hidden_size, config, prefix), tensors_of(folder)
+    layer, tensors = kind(config.model.vocab_size, config.model.hidden_size, config, prefix), float_tensors(folder)
     for name, parameter in layer.named_parameters():
         load = getattr(parameter, "weight_loader", lambda own, new: own.data.copy_(new))
         load(parameter, tensors[f"{prefix}.{name}"])
