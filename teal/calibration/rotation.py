@@ -23,7 +23,7 @@ WEIGHT_TOKENS = 1024  # tokens of gradients that tell how much a norm matters: o
 def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) -> Rotation:
     """The rotation of a dense model in floats, from sequences int64 [N, L] of token ids.
 
-    Of heads alone, if the residual stream cannot be rotated.
+    On the model's device. Of heads alone, if the residual stream cannot be rotated.
     offload: keep activations in host memory. Raises UserError if there are fewer tokens than channels.
     """
     if sequences.numel() < model.config.hidden_size:
@@ -46,8 +46,8 @@ def find_rotation(model: Transformer, sequences: Tensor, offload: bool = False) 
             elif p.input == "attended":
                 heads.append(head_covariances(inputs, c.num_kv_heads, c.head_dim))
             stream = stages.after(p, stream, inputs)
-    basis = eigenvectors(residual).float().cpu() if with_stream else None
-    return Rotation(basis, eigenvectors(torch.stack(heads)).float().cpu())
+    basis = eigenvectors(residual).float() if with_stream else None
+    return Rotation(basis, eigenvectors(torch.stack(heads)).float())
 
 
 def norm_weights(model: Transformer, sequences: Tensor) -> list[dict[str, float]]:

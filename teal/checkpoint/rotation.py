@@ -49,7 +49,7 @@ PLAN_FILES = "teal-*.json"  # beside a checkpoint: of the unrotated weights
 class Rotation:
     """Orthogonal matrices, fp32: residual [C, C], or None to leave the stream as it is; heads [layers, K, D, D].
 
-    A family with other norms than RMS norms before sublayers can only take heads: see turns_stream.
+    Weights are turned on their device, which must know fp64. A family with other norms than RMS norms before sublayers can only take heads: see turns_stream.
     """
 
     residual: Tensor | None
@@ -62,15 +62,15 @@ def turns_stream(config: ModelConfig) -> bool:
 
 
 def times(matrix: Tensor, rotation: Tensor) -> Tensor:
-    """matrix [..., n] @ rotation [n, n], in fp64, a part at a time."""
-    turned = rotation.to(matrix.device, torch.float64)
-    return torch.cat([part.double() @ turned for part in matrix.split(ROWS)])
+    """matrix [..., n] @ rotation [n, n], in fp64, a part at a time on rotation's device; the result is on matrix's."""
+    device, turned = rotation.device, rotation.double()
+    return torch.cat([(part.to(device).double() @ turned).to(matrix.device) for part in matrix.split(ROWS)])
 
 
 def rotate_layer(block: Block, i: int, tensors: dict[str, Tensor], rotation: Rotation) -> dict[str, Tensor]:
     """The rotated weights of layer i, fp64 where they change; tensors: those of its projections and norms, by HF name.
 
-    block describes the layer; its own weights are not looked at.
+    tensors are on rotation's device. block describes the layer; its own weights are not looked at.
     """
     found = dict(tensors)
     norms = {id(norm): f"{name}.weight" for name, norm in block.norms().items()}
@@ -92,7 +92,7 @@ def _rotate_projection(
     K, G, D = config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
     weight = found[f"{hf_name}.weight"].double()
     bias = found.get(f"{hf_name}.bias")
-    turned = R.to(weight.device, torch.float64)
+    turned = R.double()
     if name == "v":
         weight = torch.einsum("kde,kdc->kec", turned, weight.view(K, D, -1)).reshape(weight.shape)
         bias = None if bias is None else torch.einsum("kde,kd->ke", turned, bias.double().view(K, D)).flatten()
@@ -182,9 +182,9 @@ def _write_shards(folder: Path, config: ModelConfig, rotation: Rotation, read: C
     for i in progress(range(count), "rotating", "layer"):
         if i < config.num_layers:
             prefix = layer_prefix(i)
-            before = {name: read(prefix + name) for name in block_targets(block)}
+            before = {name: read(prefix + name).to(rotation.heads.device) for name in block_targets(block)}
             after = rotate_layer(block, i, before, rotation)
-            found = {prefix + name: tensor.to(before[name].dtype) for name, tensor in after.items()}
+            found = {prefix + name: tensor.to(before[name].dtype).cpu() for name, tensor in after.items()}
         else:
             names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
             tied = [*names[:2], names[0]] if config.tie_embeddings else names

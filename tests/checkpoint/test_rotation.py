@@ -261,3 +261,15 @@ def test_text_of_a_real_model_stays(real_folder: Path, tmp_path: Path) -> None:
     assert torch.equal(found, expected)
     one, other = (m(prompts, torch.arange(64).expand_as(prompts), m.new_cache(PROMPTS, 64)) for m in (model, turned))
     assert float((one - other).abs().max()) < 1e-4 * float(one.abs().max())
+
+
+@pytest.mark.gpu
+def test_a_gpu_turns_weights_as_a_cpu_does(tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama", hidden_size=256, num_key_value_heads=2), tmp_path / "a")
+    rotation = random_rotation(tmp_path / "a")
+    assert rotation.residual is not None
+    write_rotated(tmp_path / "a", tmp_path / "cpu", rotation, {})
+    write_rotated(tmp_path / "a", tmp_path / "gpu", Rotation(rotation.residual.cuda(), rotation.heads.cuda()), {})
+    one, other = (load_model(tmp_path / name, CPU, torch.float32).state_dict() for name in ("cpu", "gpu"))
+    for name, tensor in one.items():
+        assert_near(name, other[name], tensor, 1e-6)
