@@ -49,7 +49,8 @@ PLAN_FILES = "teal-*.json"  # beside a checkpoint: of the unrotated weights
 class Rotation:
     """Orthogonal matrices, fp32: residual [C, C], or None to leave the stream as it is; heads [layers, K, D, D].
 
-    Weights are turned on their device, which must know fp64. A family with other norms than RMS norms before sublayers can only take heads: see turns_stream.
+    Weights are turned on their device, which must know fp64. A family with other norms than RMS norms before sublayers
+    can only take heads: see turns_stream.
     """
 
     residual: Tensor | None
