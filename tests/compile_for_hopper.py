@@ -5,6 +5,7 @@ target and launches nothing. The interpreter accepts code that the compiler refu
 would not notice.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, serialize_specialization_data
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -40,6 +41,8 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
             if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options.pop("launch_pdl", None)
+    # What a hook is given whenever a kernel is compiled; vLLM sets one after its start.
+    serialize_specialization_data(self.fn.__name__, signature, constants, attributes, SimpleNamespace(), "", HOPPER)
     source = ASTSource(self, signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=HOPPER, options=options)
     gemv = values.get("META")

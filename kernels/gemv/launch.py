@@ -1,6 +1,7 @@
 """Host side the sparse GEMV launchers share: argument checks, tile sizes, scratch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -79,12 +80,13 @@ def check_gemv(weight: Weight, thresholds: Tensor, segments: list[int], K: int, 
         raise ValueError(f"thresholds are on {thresholds.device} and weight on {values.device}: expected the same")
 
 
-@dataclass(frozen=True, slots=True)
-class GemvMeta:
+@dataclass(frozen=True, eq=False)
+class GemvMeta(str):
     """What a sparse GEMV kernel is compiled for, passed as one tl.constexpr and read by attribute.
 
-    Fields only: Triton's cache key holds their values, and would not see a change of a property's code. Within a list
-    of sizes Triton 3.6 wants a constexpr: name the field first, BLOCK_N: tl.constexpr = META.BLOCK_N.
+    A string of its fields, too: Triton's hooks (vLLM sets one) write a constexpr as JSON. Fields only: Triton's cache
+    key holds their values, and would not see a change of a property's code. Within a list of sizes Triton 3.6 wants a
+    constexpr: name the field first, BLOCK_N: tl.constexpr = META.BLOCK_N.
     """
 
     R: int  # entries a program can list, padding included
@@ -104,6 +106,9 @@ class GemvMeta:
     REFINED: bool  # whether channels have second rows
     DTYPE: tl.dtype  # of x and the scales
     TENSOR_CORE: bool  # whether gather_tensor_core.py and gather_tensor_core_rows.py take it
+
+    def __new__(cls, **fields: Any) -> "GemvMeta":
+        return super().__new__(cls, fields)
 
 
 @dataclass(slots=True)
