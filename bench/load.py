@@ -158,13 +158,16 @@ async def wait_until_idle(url: str, key: str) -> bool:
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Both phases, and the server's figures of the second beside the clients'."""
-    from openai import AsyncOpenAI
+    from openai import APIError, AsyncOpenAI
 
     client = AsyncOpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=600)
     async with client:
         model = (await client.models.list()).data[0].id
         prompts = make_prompts(args.prompts, args.words, args.max_tokens)
-        alone = [(await ask(client, model, prompt, stream=False))[0] for prompt in prompts]
+        try:
+            alone = [(await ask(client, model, prompt, stream=False))[0] for prompt in prompts]
+        except APIError as error:
+            raise UserError(f"--url {args.url}: {error}") from None
         before = scrape(args.url, args.api_key)
         outcome = await attack(args, client, model, prompts, alone)
         idle = await wait_until_idle(args.url, args.api_key)

@@ -36,8 +36,10 @@ class Grammars:
 
         if not isinstance(self.tokenizer.backend, JsonBackend):
             raise UserError("constrained decoding needs a checkpoint with a tokenizer.json")
-        eos = sorted(self.tokenizer.eos_ids)
-        return llguidance.LLTokenizer(self.tokenizer.backend.inner.to_str(), n_vocab=self.vocab_size, eos_token=eos)
+        inner = self.tokenizer.backend.inner
+        # A config may name ends that its tokenizer lacks. A complete text ends without one, so any will do.
+        eos = [i for i in sorted(self.tokenizer.eos_ids) if i < inner.get_vocab_size()] or None
+        return llguidance.LLTokenizer(inner.to_str(), n_vocab=self.vocab_size, eos_token=eos)
 
     def json(self, schema: dict[str, Any] | None = None) -> "JsonMatcher":
         """A matcher of one JSON text of this schema, by default any object.
