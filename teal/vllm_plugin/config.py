@@ -17,12 +17,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from teal.errors import UserError
 from teal.layers.quantized_linear import QUANT_METHOD, QuantConfig
 from teal.model import ModelConfig
-from teal.options import MAX_ROWS
 from teal.plan import SparsityPlan
 from teal.vllm_plugin.achieved import Achieved
 from teal.vllm_plugin.linear import TealLinearMethod
 from teal.vllm_plugin.places import Place, find_place
-from teal.vllm_plugin.product import Shared
+from teal.vllm_plugin.product import Shared, most_rows
 from teal.vllm_plugin.settings import ENTRY, PluginSettings, architecture, find_plan
 from teal.vllm_plugin.vocabulary import TealEmbeddingMethod, TealHeadMethod
 
@@ -99,9 +98,10 @@ class TealConfig(QuantizationConfig):
         if self.plan is None:
             logger.info("teal: weights %s, dense", bits)
         else:
+            rows = most_rows(self.quant is not None, "cuda" if torch.cuda.is_available() else "cpu")
             logger.info(
                 "teal: weights %s, %g%% sparse (%s) in decode steps of up to %d tokens", bits, 100 * self.plan.target,
-                self.plan.method, MAX_ROWS,
+                self.plan.method, rows,
             )  # fmt: skip
         if self.quant is not None and self.quant.lm_head:  # else the head's tensors would be skipped
             current.model_config.hf_config.tie_word_embeddings = False

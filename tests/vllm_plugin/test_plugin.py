@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from teal.errors import UserError
+from teal.kernels.formats.packing import dequantize
+from teal.layers.quantized_linear import round_to_nearest
 from teal.model import ModelConfig
 from teal.plan import ProjectionPlan, even_plan
 from tests.conftest import ROOT, assert_near
@@ -136,6 +138,27 @@ def test_one_graph_takes_all_batches(engine: Engine) -> None:
         expected = torch.cat((kept @ weight[:, :32], 2 * x @ weight[:, 32:]), dim=1) + 1
         assert_near(f"{rows} rows", step(x), expected, 1e-6)
     assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 8])
+def test_floats_are_sparse_for_few_texts_on_a_gpu(engine: Engine, bits: int) -> None:
+    """cuBLAS is faster for more; a rounded weight has no faster product."""
+    from teal.vllm_plugin.product import FLOAT_ROWS, Shared, phased_linear
+
+    Shared.compilation, Shared.sparse_prompts = engine.compilation_config, False
+    weight, thresholds = torch.randn(128, 256), torch.tensor([THRESHOLD], device="cuda")
+    stored: list[Tensor | None] = [weight]
+    if bits == 8:
+        stored = list(round_to_nearest(weight, bits, 64))
+        weight = dequantize(*round_to_nearest(weight, bits, 64))
+    values, *packing = [None if t is None else t.cuda() for t in stored]
+    for rows in (1, FLOAT_ROWS, FLOAT_ROWS + 1, 8, 9):
+        x = torch.randn(rows, 128)
+        is_sparse = rows <= (FLOAT_ROWS if bits == 16 else 8)
+        expected = (torch.where(x.abs() >= THRESHOLD, x, 0) if is_sparse else x) @ weight
+        y = phased_linear(x.cuda(), values, thresholds, [256], 0, *packing)
+        assert_near(f"{rows} rows", y.cpu(), expected, 1e-2)
 
 
 @pytest.mark.parametrize(
