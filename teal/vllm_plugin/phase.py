@@ -5,9 +5,10 @@ A batch with a token of a prompt in it counts as prefill, as this project's own 
 
 from typing import Any
 
-from vllm.compilation import monitor
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.forward_context import ForwardContext, get_forward_context, is_forward_context_available
+
+USERS_PROMPT = 16  # tokens; vLLM 0.25 warms its kernels up with prompts of 2 tokens, and of a few more if it speculates
 
 
 def is_decode(compilation: CompilationConfig) -> bool:
@@ -26,14 +27,18 @@ def is_decode(compilation: CompilationConfig) -> bool:
     return True
 
 
-def is_measurable(compilation: CompilationConfig) -> bool:
-    """Whether the batch holds users' tokens and runs outside of graphs: counting in one would cost each replay."""
+def is_measurable(compilation: CompilationConfig, tokens: int) -> bool:
+    """Whether a batch of so many tokens has a user's prompt in it, and runs outside of graphs, which cannot count.
+
+    What vLLM runs for trial is no longer than its largest graph, or has prompts of a few tokens, or none at all.
+    """
     if not is_forward_context_available():
         return False
-    context = get_forward_context()
-    if context.cudagraph_runtime_mode != CUDAGraphMode.NONE or longest_query(context) is None:
+    context, graphs = get_forward_context(), compilation.cudagraph_mode != CUDAGraphMode.NONE
+    if context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
         return False
-    return compilation.cudagraph_mode == CUDAGraphMode.NONE or not monitor.cudagraph_capturing_enabled
+    largest = (compilation.max_cudagraph_capture_size or 0) if graphs else 0
+    return tokens > largest and (longest_query(context) or 0) >= USERS_PROMPT
 
 
 def longest_query(context: ForwardContext) -> int | None:
@@ -43,5 +48,5 @@ def longest_query(context: ForwardContext) -> int | None:
         found = next(iter(found.values() if isinstance(found, dict) else found), None)
     longest: Any = getattr(found, "max_query_len", None)
     if longest is None and (prompts := getattr(found, "num_prefills", None)) is not None:
-        return 1 if prompts == 0 else 2
+        return 1 if prompts == 0 else USERS_PROMPT
     return longest

@@ -45,7 +45,7 @@ def launch(
     """
     rows = x.reshape(-1, x.shape[-1])
     is_sparse, few = counter >= 0, len(rows) <= most_rows(scales is not None, weight.device.type)
-    if is_sparse and not Shared.achieved.is_complete and is_measurable(Shared.compilation):
+    if is_sparse and not Shared.achieved.is_complete and is_measurable(Shared.compilation, len(rows)):
         Shared.achieved.count(counter, rows, thresholds)
     if is_sparse and (Shared.sparse_prompts or (few and is_decode(Shared.compilation))):
         y = sparse_linear(rows, weight, thresholds, segments, scales, zeros, refined)

@@ -20,8 +20,10 @@ from teal.errors import UserError
 from teal.layers.int8_cache import use_int8_cache
 from teal.layers.phase import Phase, PhasedModule, call_state, decoding
 from teal.layers.quantized_linear import QuantConfig, use_quantized_linears
+from teal.layers.team import Team
 from teal.model import Block, Transformer
 from teal.options import ModelOptions
+from teal.parallel import Rank
 from teal.plan import ProjectionPlan, SparsityPlan
 from teal.teal_layers import sparse_layers, sparse_prefill, sparsify
 from tests.conftest import PROJECTIONS, QUANTIZABLE, relative_error, save_tiny_model, tiny_config
@@ -143,6 +145,18 @@ def test_where_the_cuda_program_pays(
     assert backends._program_pays(model) is pays, "whatever the cache is kept in"
     name, _ = best_backend("cuda", True, False, None, pays)
     assert name == ("program" if pays else "fused")
+
+
+@pytest.mark.parametrize(("ranks", "room", "pays"), [(2, 0, True), (2, -1, False), (4, 0, False)])
+def test_where_two_gpus_take_the_program(
+    ranks: int, room: int, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tmp_path, "sparse")
+    monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "team_of", lambda _: Team(Rank(0, ranks), torch.device("cuda")))
+    monkeypatch.setattr(backends, "PAIR_CHANNELS", model.config.hidden_size + room)
+    assert backends._program_pays(model) is pays
 
 
 def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

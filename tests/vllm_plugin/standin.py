@@ -43,6 +43,7 @@ class CompilationConfig:
     """Of an engine."""
 
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE
+    max_cudagraph_capture_size: int | None = None
 
 
 @dataclass
@@ -210,7 +211,6 @@ def bare(kind: Any) -> Any:
 CONTENT: dict[str, dict[str, Any]] = {
     "vllm": {"__version__": "0.32.0"},
     "vllm.compilation": {},
-    "vllm.compilation.monitor": {"cudagraph_capturing_enabled": True},
     "vllm.config": {
         "CUDAGraphMode": CUDAGraphMode,
         "CompilationConfig": CompilationConfig,

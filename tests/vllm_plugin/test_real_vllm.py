@@ -3,6 +3,7 @@
 It takes about ten minutes, as each engine takes one to start.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -71,6 +72,7 @@ def test_the_standin_is_the_interface(folders: dict[str, Path]) -> None:
     assert {mode.name: mode.value for mode in standin.CUDAGraphMode}.items() <= {
         mode.name: mode.value for mode in config.CUDAGraphMode
     }.items()
+    assert all(hasattr(config.CompilationConfig, f.name) for f in dataclasses.fields(standin.CompilationConfig))
     context = importlib.import_module("vllm.forward_context").ForwardContext
     names = list(inspect.signature(standin.ForwardContext).parameters)
     assert set(names) <= set(inspect.signature(context).parameters)
