@@ -15,8 +15,8 @@ from teal.options import MAX_ROWS
 from teal.vllm_plugin.achieved import Achieved
 from teal.vllm_plugin.phase import is_decode, is_measurable
 
-# Of floats on a GPU. Llama-3-8B at 50%, over cuBLAS: 2 texts take 0.87 of its time on an H100 and 1.15 on an H200, 4
-# take 1.01 and 1.36. Rounded weights have no faster product here, whatever is kept.
+# Of floats on a GPU. Llama-3-8B at 50%, over cuBLAS: 2 texts take 0.87 of its time on an H100 and 1.15 on an H200.
+# 4 take 1.01 and 1.36. Rounded weights have no faster product here, whatever is kept.
 FLOAT_ROWS = 2
 
 
