@@ -253,7 +253,7 @@ TWO = ("--device", "cpu", "--tensor-parallel", "2", "--rows", "2")
 
 
 def test_clients_share_a_shared_model(tiny_folder: Path) -> None:
-    """Texts beside each other are those alone; at SIGTERM no process stays."""
+    """Texts beside each other are those alone, from a few clients or from many; at SIGTERM no process stays."""
     prompts = ["The lobster", "def f(x):", "Größe"]
     ask = {"model": tiny_folder.name, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
     with logged(tiny_folder, *TWO) as (server, _):
@@ -262,6 +262,9 @@ def test_clients_share_a_shared_model(tiny_folder: Path) -> None:
         alone = [server.client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in prompts]
         together = server.client.completions.create(prompt=prompts, **ask).choices
         assert [choice.text for choice in together] == alone
+        load = ["--requests", "100", "--clients", "8", "--prompts", "10", "--max-tokens", "12", "--words", "30"]
+        done = run_command("-m", "bench.load", "--url", f"http://127.0.0.1:{server.port}", *load)
+        assert done.returncode == 0 and b'"lost": 0, "different": 0' in done.stdout, done.stdout + done.stderr
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(15) == 0
         assert_gone(others)
