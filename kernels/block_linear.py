@@ -107,7 +107,7 @@ def _floats(pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
 
 
 def block_columns(weight: Blocks, chosen: Tensor) -> Tensor:
-    """The columns chosen, int64 [n], of a weight: fp32 [n, K]. Raises IndexError for one that is not there."""
+    """The columns chosen, int64 [n], of a weight: fp32 [n, K]. Raises ValueError for one that is not there."""
     if (native := native_kernels()) is not None:
         return native.block_columns(weight.data, _numbers(weight), weight.K, weight.N, chosen)
     return torch.stack([column(weight, n) for n in chosen.tolist()])

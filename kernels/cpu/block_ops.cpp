@@ -55,7 +55,7 @@ at::Tensor block_columns(const at::Tensor& data, at::IntArrayRef type, int64_t K
   const int64_t* numbers = columns.const_data_ptr<int64_t>();
   const int64_t count = columns.numel();
   for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < N, "column ", numbers[i], ": expected 0 to ", N - 1);
+    TORCH_CHECK_VALUE(numbers[i] >= 0 && numbers[i] < N, "column ", numbers[i], ": expected 0 to ", N - 1);
   at::Tensor found = at::empty({count, K}, data.options().dtype(at::kFloat));
   float* to = found.mutable_data_ptr<float>();
   at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {

@@ -168,9 +168,9 @@ def dequantize(weight: Blocks) -> Tensor:
 
 
 def column(weight: Blocks, n: int) -> Tensor:
-    """Column n of dequantize, fp32 [K]: an output's weights, or a token's vector in an embedding. Raises IndexError."""
+    """Column n of dequantize, fp32 [K]: an output's weights, or a token's vector in an embedding. Raises ValueError."""
     if not 0 <= n < weight.N:
-        raise IndexError(f"column {n}: expected 0 to {weight.N - 1}")
+        raise ValueError(f"column {n}: expected 0 to {weight.N - 1}")
     begin = n // STRIP * STRIP
     return dequantize(columns(weight, begin, n + 1))[:, n - begin]
 
