@@ -24,7 +24,7 @@ from teal.evaluation import harness
 from teal.evaluation.harness import run_tasks
 from teal.plan import SparsityPlan, keep_all_plan
 from teal.teal_layers import sparsify
-from tests.conftest import ROOT, TEXT
+from tests.conftest import ROOT, TEXT, run_command
 from tests.evaluation.test_evaluation import InvokeMain, call  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -117,6 +117,19 @@ def test_results_equal_the_harness_own_model(tiny_folder: Path, task_folder: Pat
     actual = run_tasks(model, load_tokenizer(tiny_folder), list(TASKS), 0.0, None, task_folder)
     for name, value in expected.items():
         assert actual[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.usefixtures("only_local_tasks")
+def test_tasks_of_the_example_run(tiny_folder: Path, tmp_path: Path) -> None:
+    done = run_command("-m", "examples.python_docs", "-o", tmp_path / "tasks")
+    assert done.returncode == 0, done.stderr
+    items = [json.loads(line) for line in (tmp_path / "tasks/python_docs.jsonl").read_text().splitlines()]
+    assert len(items) > 200 and all(len(set(item["pieces"])) == 4 for item in items)
+    assert len({item["answer"] for item in items}) == 4
+    model, names = load_model(tiny_folder, CPU, torch.float32), ["python_docs", "python_docs_text"]
+    sparsify(model, keep_all_plan(model.config))
+    found = run_tasks(model, load_tokenizer(tiny_folder), names, 0.0, 4, tmp_path / "tasks")
+    assert 0 <= found["python_docs/acc"] <= 1 < found["python_docs_text/bits_per_byte"]
 
 
 def test_generated_text_equals_the_harness_own_model(tiny_folder: Path) -> None:
