@@ -162,9 +162,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 
     client = AsyncOpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=600)
     async with client:
-        model = (await client.models.list()).data[0].id
         prompts = make_prompts(args.prompts, args.words, args.max_tokens)
         try:
+            model = (await client.models.list()).data[0].id
             alone = [(await ask(client, model, prompt, stream=False))[0] for prompt in prompts]
         except APIError as error:
             raise UserError(f"--url {args.url}: {error}") from None
