@@ -2,8 +2,10 @@
 
 No download: the texts are those of help("topics"), which come with Python and so differ by its version. python_docs
 asks which of four pieces continues a passage (chance is 25%), python_docs_text for the likelihood of paragraphs.
+Calibrate on another text: these topics are also the text that commands calibrate on without one.
 
-    python evaluate.py --sparsity 0.5 --lm-eval python_docs,python_docs_text --lm-eval-path tasks
+    python evaluate.py --sparsity 0.5 --calibration-text book.txt --lm-eval python_docs,python_docs_text \\
+        --lm-eval-path tasks
 """
 
 import argparse
