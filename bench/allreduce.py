@@ -53,7 +53,7 @@ def ways(team: Team, values: int) -> dict[str, Callable[[int], object]]:
 @torch.inference_mode()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Facts about the machine, and a row of microseconds for each number of values."""
-    team = join_team(args.tensor_parallel, pick_device(args.device))
+    team = join_team(args.tensor_parallel, pick_device(args.device), None)
     team.share_memory(max(args.values))
     time_one = graph_microseconds if team.device.type == "cuda" else wall_microseconds
     rows = []

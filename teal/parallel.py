@@ -39,7 +39,7 @@ class Rank:
 
     def config(self, whole: ModelConfig) -> ModelConfig:
         """The architecture of a rank's blocks. Raises UserError, naming what does not divide."""
-        self._check(whole)
+        self.check(whole)
         return replace(
             whole,
             num_heads=whole.num_heads // self.count,
@@ -47,7 +47,8 @@ class Rank:
             intermediate_size=whole.intermediate_size // self.count,
         )
 
-    def _check(self, whole: ModelConfig) -> None:
+    def check(self, whole: ModelConfig) -> None:
+        """Raise UserError, naming what does not divide, unless the ranks can share a model."""
         N = self.count
         for name in UNSHAREABLE.intersection(block_extras(whole)):
             raise ParameterError("{tensor_parallel} {}: this family has {}; leave it out", N, name)

@@ -104,7 +104,7 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     check_fit(options, described)
     if check is not None:
         check(described)
-    team = join_team(options.tensor_parallel, device) if options.tensor_parallel > 1 else None
+    team = join_team(options.tensor_parallel, device, described.config) if options.tensor_parallel > 1 else None
     if team is not None:
         device = team.device
         if device.type == "cpu" and options.threads is None:  # the ranks share the cores

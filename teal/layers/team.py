@@ -8,6 +8,7 @@ and all that runs on CPUs, go through torch.distributed.
 
 import functools
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from teal.model import ModelConfig, Transformer
 from teal.options import LOCAL_RANK, MAX_ROWS, RANK, RANKS
 from teal.parallel import Rank
 
+LOST_S = 3.0  # for who watches the ranks to say which one ended, and why
 gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
 
 
@@ -115,8 +117,11 @@ class Team:
 
 
 @functools.cache
-def join_team(count: int, device: torch.device) -> Team:
-    """Meet the other ranks, once. device: that of all; each takes the card of its number. Raises UserError."""
+def join_team(count: int, device: torch.device, whole: ModelConfig | None) -> Team:
+    """Meet the other ranks, once, to share a whole model, if any. device: of all; each takes the card of its number.
+
+    Raises UserError. What does not divide is said before they meet: a rank that leaves while others connect fails them.
+    """
     found = int(os.environ.get(RANKS, "1"))
     if count != found:
         raise ParameterError(
@@ -124,6 +129,8 @@ def join_team(count: int, device: torch.device) -> Team:
             f"start it from a command line, or {count} of them by torchrun", count,
         )  # fmt: skip
     index = int(os.environ[RANK])
+    if whole is not None:
+        Rank(index, count).check(whole)
     if device.type == "cuda":
         card = int(os.environ.get(LOCAL_RANK, index))
         if device.index is not None or card >= torch.cuda.device_count():
@@ -135,8 +142,18 @@ def join_team(count: int, device: torch.device) -> Team:
         device = torch.device("cuda", card)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Team(Rank(index, count), device)
+
+
+def _connect(backends: str) -> None:
+    """Meet the other ranks. None goes on before all have met. Raises UserError if one is lost meanwhile."""
+    try:
+        dist.init_process_group(backends)
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        time.sleep(LOST_S)
+        raise UserError(f"the processes that share the model lost each other: {str(error).splitlines()[0]}") from None
 
 
 class Summed(nn.Module):
