@@ -116,9 +116,8 @@ class Team:
         return parts.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-@functools.cache
 def join_team(count: int, device: torch.device, whole: ModelConfig | None) -> Team:
-    """Meet the other ranks, once, to share a whole model, if any. device: of all; each takes the card of its number.
+    """The ranks that share a whole model, if any: one team for all models. device: of all; each takes its own card.
 
     Raises UserError. What does not divide is said before they meet: a rank that leaves while others connect fails them.
     """
@@ -128,9 +127,16 @@ def join_team(count: int, device: torch.device, whole: ModelConfig | None) -> Te
             f"{{tensor_parallel}} {{}}: {found} process{'es run' if found > 1 else ' runs'} this program; "
             f"start it from a command line, or {count} of them by torchrun", count,
         )  # fmt: skip
-    index = int(os.environ[RANK])
+    rank = Rank(int(os.environ[RANK]), count)
     if whole is not None:
-        Rank(index, count).check(whole)
+        rank.check(whole)
+    return _meet(rank, device)
+
+
+@functools.cache
+def _meet(rank: Rank, device: torch.device) -> Team:
+    """Meet the other ranks, once, from the card of this one's number. Raises UserError."""
+    index, count = rank.index, rank.count
     if device.type == "cuda":
         card = int(os.environ.get(LOCAL_RANK, index))
         if device.index is not None or card >= torch.cuda.device_count():
@@ -143,7 +149,7 @@ def join_team(count: int, device: torch.device, whole: ModelConfig | None) -> Te
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Team(Rank(index, count), device)
+    return Team(rank, device)
 
 
 def _connect(backends: str) -> None:

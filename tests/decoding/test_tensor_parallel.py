@@ -22,7 +22,9 @@ from teal.decoding.backends import best_backend
 from teal.decoding.ranks import on_all_ranks, uninterrupted
 from teal.errors import UserError
 from teal.layers.quantized_linear import QuantConfig
+from teal.layers.team import join_team
 from teal.model import ModelConfig
+from teal.options import RANK, RANKS
 from teal.parallel import Rank
 from teal.plan import ProjectionPlan, even_plan
 from tests.checkpoint.test_awq_gptq import AWQ, GPTQ
@@ -236,6 +238,17 @@ def test_a_library_user_is_told_how_to_start() -> None:
 
     with pytest.raises(UserError, match="start it from a command line, or 2 of them by torchrun"):
         Engine.load(tensor_parallel=2, device="cpu")
+
+
+def test_all_models_of_a_process_are_of_one_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As evaluate.py's reference and a draft are, whatever their architectures."""
+    for name, value in ((RANKS, "2"), (RANK, "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    sizes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "num_layers": 1, "max_seq_len": 8}
+    small, large = (ModelConfig(vocab_size=9, hidden_size=n, intermediate_size=2 * n, **sizes) for n in (32, 64))
+    teams = [join_team(2, CPU, config) for config in (small, large, None)]
+    assert teams[0] is teams[1] is teams[2]
 
 
 def children(process: int) -> list[int]:

@@ -152,8 +152,8 @@ def test_floats_are_sparse_for_few_texts_on_a_gpu(engine: Engine, bits: int) -> 
     weight, thresholds = torch.randn(128, 256), torch.tensor([THRESHOLD], device="cuda")
     stored: list[Tensor | None] = [weight]
     if bits == 8:
-        stored = list(round_to_nearest(weight, bits, 64))
-        weight = dequantize(*round_to_nearest(weight, bits, 64))
+        packed = round_to_nearest(weight, bits, 64)
+        stored, weight = list(packed), dequantize(*packed)
     values, *packing = [None if t is None else t.cuda() for t in stored]
     for rows in (1, FLOAT_ROWS, FLOAT_ROWS + 1, 8, 9):
         x = torch.randn(rows, 128)
