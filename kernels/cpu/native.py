@@ -78,7 +78,7 @@ def _compile(output: Path) -> None:
     options = (*FLAGS, *(f"-I{folder}" for folder in include_paths()))
     commands = [[compiler, *options, "-c", str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)]
     link = [compiler, "-shared", *objects, "-o", str(output)]
-    link += [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
+    link += [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10", *_cpp_runtime()]
     try:
         with ThreadPoolExecutor(usable_cores()) as pool:
             list(pool.map(_run, commands))
@@ -86,6 +86,19 @@ def _compile(output: Path) -> None:
     finally:
         for path in objects:
             Path(path).unlink(missing_ok=True)
+
+
+def _cpp_runtime() -> list[str]:
+    """The libstdc++ that torch has loaded. A compiler without a shared one links a static one of its own.
+
+    Two of them in a process do not mix: a message with a number in it then ends the process by a segmentation fault.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in lines if "/libstdc++.so" in line}
+    return sorted(paths)[:1]
 
 
 def _run(command: list[str]) -> None:

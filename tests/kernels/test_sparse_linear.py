@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from teal.kernels.cpu import native
 from teal.kernels.cpu.native import native_kernels, native_library
 from teal.kernels.reference import sparse_linear_reference
 from teal.kernels.sparse_linear import MAX_GATHER_ROWS, drop_small, sparse_linear, sparse_linear_op
@@ -133,6 +134,18 @@ def test_without_a_compiler_the_result_is_the_same(
         assert [line for line in err if line.startswith("note: ")] == err[1:] and len(err) == 2, err
     finally:
         native_library.cache_clear()
+
+
+def test_the_library_shares_torchs_cpp_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Even from a compiler that would link its own, as one without a shared libstdc++ does."""
+    compiler, source, library = tmp_path / "compiler", tmp_path / "source.cpp", tmp_path / "library.so"
+    source.write_text("#include <iostream>\nvoid say(int number) { std::cout << number; }\n", encoding="utf-8")
+    compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native, "SOURCES", [source])
+    native._compile(library)
+    assert b"libstdc++.so.6" in library.read_bytes()
 
 
 def test_the_compiled_kernel_is_what_runs() -> None:
