@@ -15,6 +15,7 @@ from triton.runtime.interpreter import TensorHandle
 
 from teal.kernels.gemv import gather_tensor_core as code
 from teal.kernels.gemv import gather_tensor_core_rows as code_of_rows
+from teal.kernels.gemv import gather_tensor_core_wide as code_of_wide
 from teal.kernels.gemv import launch
 
 
@@ -56,6 +57,10 @@ def load_four(address: Any) -> tuple[tl.tensor, ...]:
 
 def load_weights(address: Any, policy: Any) -> tuple[tl.tensor, ...]:
     return load_four(address)
+
+
+def load_two(address: Any, policy: Any) -> tuple[tl.tensor, ...]:
+    return tuple(tensor(row, tl.int32) for row in read(address, "<i4", 2))
 
 
 def load_scale(address: Any, DTYPE: Any) -> tl.tensor:
@@ -132,7 +137,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         return
     monkeypatch.setattr(launch, "has_tensor_cores", lambda device: True)
-    for name in ("load_four", "load_weights", "load_scale", "load_zero", "address", "leave_first", "pair", "exchange",
-                 "from_lane", "add_tile"):  # fmt: skip
-        monkeypatch.setattr(code, name, globals()[name])
-    monkeypatch.setattr(code_of_rows, "from_lane", from_lane)
+    for module in (code, code_of_rows, code_of_wide):
+        for name in ("load_two", "load_four", "load_weights", "load_scale", "load_zero", "address", "leave_first",
+                     "pair", "exchange", "from_lane", "add_tile"):  # fmt: skip
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, globals()[name])

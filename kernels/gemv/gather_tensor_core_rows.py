@@ -7,6 +7,8 @@ B has eight columns, and a row needs one for each group in a warp's columns, or 
     columns 0..7 of B   rows 0 1 .. 7        rows 0 0 1 1 2 2 3 3       rows 0 0 0 0 1 1 1 1
     rows a pass         8                    4                          2
 
+For more than four rows of two groups along the output gather_tensor_core_wide.py makes one pass.
+
 There is no column left for what bf16 leaves of x times scale. With groups along the output the error is that of weights
 rounded to bf16, 1e-3. With groups along the input B has x itself, exactly.
 """

@@ -7,6 +7,7 @@ from teal.kernels.gemv.gather import let_next_start, sum_one_row, sum_rows, thre
 from teal.kernels.gemv.gather_quantized import store_one_row_quantized, sum_rows_by_input, sum_rows_quantized
 from teal.kernels.gemv.gather_tensor_core import store_one_row_tensor_core
 from teal.kernels.gemv.gather_tensor_core_rows import store_rows_tensor_core
+from teal.kernels.gemv.gather_tensor_core_wide import store_rows_wide
 
 
 @triton.jit
@@ -26,6 +27,11 @@ def sparse_product(
         store_one_row_tensor_core(
             p_weight, stride, p_scale, p_zero, K, N, p_index, p_value, count, p_partial + i_split * N,
             first, start, end, META, PDL,
+        )  # fmt: skip
+    elif META.TENSOR_CORE & (META.BLOCK_B == 8) & (META.GROUP_K == 0) & (META.GROUP_N * META.BITS == 512):
+        store_rows_wide(
+            p_weight, stride, p_scale, p_zero, N, p_index, p_value, count, B,
+            p_partial + i_split * B * N, start, end, META, PDL,
         )  # fmt: skip
     elif META.TENSOR_CORE:
         store_rows_tensor_core(

@@ -97,7 +97,7 @@ def test_the_sum_on_tensor_cores(
 @pytest.mark.parametrize(
     "B,bits,K,segments,group",
     [(3, 4, 97, [256, 128], 128), (5, 4, 64, [320, 64], 64), (8, 8, 97, [256, 128], 128), (2, 8, 50, [192], 64),
-     (7, 8, 40, [64, 96], 32)],
+     (7, 8, 40, [64, 96], 32), (8, 4, 97, [256, 128], 128), (6, 4, 50, [384], 128), (7, 8, 97, [128, 64], 64)],
 )  # fmt: skip
 def test_sums_of_several_rows_on_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, B: int, bits: int, K: int, segments: list[int], group: int

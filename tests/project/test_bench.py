@@ -1,5 +1,6 @@
 """The GPU benchmarks' own logic, as far as it needs no GPU."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.bench import allreduce, decode, gemv, tune
+from teal.bench import allreduce, decode, gemv, load, tune
 from teal.bench.steps import fitted_plan
 from teal.decoding.engine import Engine
 from teal.errors import UserError
@@ -175,3 +176,37 @@ def test_a_shape_is_timed_and_right(device: str, monkeypatch: pytest.MonkeyPatch
     sums, rounded = cold.errors(thresholds, [512, 256])
     assert sums <= (1e-6 if device == "cuda" else 3e-3) and rounded <= 3e-3
     assert 0 < cold.sparse_us(thresholds, [512, 256]) < 1e5 and 0 < cold.dense_us() < 1e5
+
+
+async def answers_of_a_gpu(client: object, model: str, prompt: load.Prompt, *rest: object) -> tuple[str, int, float]:
+    """In place of load.ask: the first prompt's text parts, the second gets the third's."""
+    return {"a": "one, then", "b": "three", "c": "three"}[prompt.text], 2, 0.1
+
+
+def test_load_tells_texts_that_part_from_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "ask", answers_of_a_gpu)
+    args = load.build_parser().parse_args(["--requests", "60", "--clients", "3", "--hang-up", "0"])
+    prompts, alone = [load.Prompt(text, 4) for text in "abc"], ["one two", "two", "three"]
+    outcome = asyncio.run(load.attack(args, None, "tiny", prompts, list(alone)))
+    assert outcome.swapped == sum("'three' instead of 'two'" in text for text in outcome.different) > 5
+    assert len(outcome.different) > outcome.swapped + 5 and not outcome.lost
+
+
+@pytest.mark.parametrize(
+    "different,swapped,options,right",
+    [(0, 0, [], True), (3, 0, [], False), (3, 0, ["--may-part"], True), (3, 1, ["--may-part"], False)],
+)
+def test_when_load_fails(
+    different: int, swapped: int, options: list[str], right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    async def run(args: object) -> dict[str, object]:
+        return {"lost": 0, "different": different, "swapped": swapped, "idle_at_the_end": True}
+
+    monkeypatch.setattr(load, "run", run)
+    monkeypatch.setattr(load, "scrape", lambda url, key: {})
+    monkeypatch.setattr("sys.argv", ["bench.load", *options])
+    if right:
+        load.main()
+    else:
+        with pytest.raises(SystemExit):
+            load.main()

@@ -29,6 +29,7 @@ BESIDE = {  # files that know of it, too, but that a new one does without
     "add-a-format.md": {
         "kernels/gemv/gather_tensor_core.py",  # the fast forms of 4 and 8 bits
         "kernels/gemv/gather_tensor_core_rows.py",
+        "kernels/gemv/gather_tensor_core_wide.py",
         "kernels/gemv/launch.py",  # which reads bytes as words
         "kernels/program/plan.py",  # refuses what it does not know
         "kernels/cpu/blocks.cpp",  # GGUF's types, a layout apart
