@@ -71,7 +71,7 @@ def piece_addresses(p_weight, p_scale, p_zero, column, r, end, G: tl.constexpr, 
 
 @triton.jit
 def store_four(y, x_0, x_1, p_rows, N, B, i, column, r, end, Q: tl.constexpr, META: tl.constexpr):
-    """Correct a lane's sums y [T, 4] in a column of B, row i of x, and write them; x_0 and x_1 are of either group."""
+    """Correct a lane's sums y [T, 4] in a column of B, row i of x, and write them. x_0 and x_1 are of either group."""
     BITS: tl.constexpr = META.BITS
     WORDS: tl.constexpr = META.GROUP_N * BITS // 32
     j = tl.arange(0, 4)[None, :]
