@@ -98,7 +98,7 @@ def _cpp_runtime() -> list[str]:
     except OSError:
         return []
     paths = {line.split(maxsplit=5)[5] for line in lines if "/libstdc++.so" in line}
-    return sorted(paths)[:1]
+    return [path for path in sorted(paths) if os.path.exists(path)][:1]  # one replaced since is "... (deleted)"
 
 
 def _run(command: list[str]) -> None:
