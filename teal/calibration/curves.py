@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from teal.calibration.greedy import MAX_SPARSITY
 from teal.calibration.sensitivity import BackwardPass, Probe, probes
 from teal.files import atomic_file
+from teal.kernels.block_linear import matmul
 from teal.kernels.sparse_linear import drop_small
 from teal.model import Block, LayerNorm, Projection, RMSNorm, Transformer
 from teal.plan import projection_names
@@ -136,7 +137,7 @@ def normed_outputs(probe: Probe, norms: dict[str, Norm]) -> dict[str, Callable[[
     shifts = {} if bias is None else dict(zip(p.names, bias.split(p.sizes), strict=True))
 
     def output(name: str, x: Tensor) -> Tensor:
-        y, norm = x @ weights[name] + shifts.get(name, 0), norms[name]
+        y, norm = matmul(x, weights[name]) + shifts.get(name, 0), norms[name]
         return norm.forward(y.unflatten(-1, (-1, norm.weight.numel()))).flatten(1)  # past output_gradients' hook
 
     return {name: partial(output, name) for name in p.names if name in norms}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from teal.calibration.stages import Positions
 from teal.errors import ParameterError
+from teal.kernels.block_linear import matmul
 from teal.layers.block_linear import BlockLinear
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear
@@ -78,7 +79,7 @@ class _Probed(torch.autograd.Function):
         p = probe.projection
         parts = dict(zip(p.names, gradient[0].split(p.sizes, dim=1), strict=True))
         weights = zip(p.names, probe.weight().split(p.sizes, dim=1), strict=True)
-        v = {name: parts[name] @ weight.t() for name, weight in weights}
+        v = {name: matmul(parts[name], weight.t()) for name, weight in weights}
         probe.note(p, x[0], parts, v)
         return sum(v.values(), torch.zeros_like(x)), None
 
@@ -205,11 +206,11 @@ def _head_gradient(model: Transformer, normed: Tensor, generator: torch.Generato
     """
     head: nn.Module = model.lm_head
     weight = head.dequantized().t() if isinstance(head, (QuantizedLinear, BlockLinear)) else model.lm_head.weight
-    logits, cap = (normed[0] @ weight.t()).float(), model.config.logit_softcap
+    logits, cap = matmul(normed[0], weight.t()).float(), model.config.logit_softcap
     logits = logits if cap is None else capped(logits, cap)
     probabilities = logits.softmax(-1)
     labels = drawn(probabilities, generator)
     gradient = probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32))
     if cap is not None:
         gradient *= 1 - (logits / cap).square()  # the slope of the cap
-    return (gradient.to(weight.dtype) @ weight)[None].to(normed.dtype)
+    return matmul(gradient.to(weight.dtype), weight)[None].to(normed.dtype)

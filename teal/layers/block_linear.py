@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear, block_matmul
+from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear, block_matmul, matmul
 from teal.kernels.formats.blocks import Blocks, sections, size_of
 from teal.kernels.sparse_linear import drop_small
 from teal.layers.phase import Phase, PhasedModule
@@ -87,7 +87,7 @@ class BlockWeight(nn.Module):
         floats = self.floats(x.dtype)
         if part is not None:
             floats = floats.split([shape.N for shape in self.shapes], dim=1)[part]
-        return x @ floats
+        return matmul(x, floats)
 
     def _limits(self, thresholds: list[float], segments: Sequence[int]) -> list[list[tuple[int, float]]]:
         """Of each part, its widths and their thresholds."""
