@@ -1,7 +1,8 @@
 // Attention of one new token: flash-decoding (Dao et al. 2023), split over the cache's positions.
 //
 //     unit    a key/value head and up to GROUP_HEADS of its query heads
-//     block   (unit, split): an equal run of the positions; the last one's block stores the new token's key and value
+//     block   (unit, split): an equal run of the positions. It adds up the partial sums of its query heads; the last
+//             run's block also those of the new token's key and value, which it stores
 //     seat    one or two warps: every so many tiles of 16 positions, for all heads of the unit, on tensor cores
 //
 // Two products, scores [heads, positions] = queries keys^T and sums [channels, heads] += values^T weights^T. The first
@@ -15,6 +16,7 @@
 
 constexpr int SLOT = HEAD_DIM + 2;  // words of a head and split: sum, largest, weight
 constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
+constexpr bool READS_AHEAD = THREADS <= 256;  // the next tile during this one's arithmetic; more are short of registers
 constexpr float LOG2E = 1.4426950408889634f;
 
 // Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums
@@ -77,18 +79,19 @@ struct Running {
 };
 
 struct Attention {
-    int unit, split, kv, begin, end;
+    int unit, split, splits, kv, begin, end;
     int position;
     bool stores;  // the new token's key and value
 
     __device__ bool place(int position_, int window) {
         unit = blockIdx.x % UNITS, split = blockIdx.x / UNITS, kv = unit / HEAD_GROUPS, position = position_;
         const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
-        const int length = ceil_div(position + 1 - first, ATTENTION_SPLITS);
+        splits = min_of(ceil_div(position + 1 - first, POSITIONS_OF_SPLIT), ATTENTION_SPLITS);
+        const int length = ceil_div(position + 1 - first, splits);
         begin = first + split * length;
         end = begin + length < position + 1 ? begin + length : position + 1;
         stores = begin <= position && end == position + 1;
-        return split < ATTENTION_SPLITS;
+        return split < splits;
     }
 
     __device__ int query_head(int h) const { return kv * (HEADS / KV_HEADS) + unit % HEAD_GROUPS * GROUP_HEADS + h; }
@@ -106,31 +109,27 @@ struct Attention {
         ::prefetch(cache.v + offset);
     }
 
-    // Query heads and the key into s.heads, as q, k and v's product gave them; the value into its row.
-    __device__ void take_heads(const u64* qkv, u32 epoch, Shared& s) const {
-        constexpr int HALF = HEAD_DIM / 2, COUNT = ceil_div((GROUP_HEADS + 2) * HALF, THREADS);
-        float2 loaded[COUNT];
-        auto index = [](int i) { return (int)threadIdx.x + i * THREADS; };
-        auto wanted = [&](int i) {
-            const int h = index(i) / HALF;
-            return h < GROUP_HEADS ? has_head(h) : h < GROUP_HEADS + 2 && stores;
-        };
-        receive(
-            loaded, epoch,
-            [&](int i) {
-                const int h = index(i) / HALF;
-                const int from = h < GROUP_HEADS ? query_head(h) : HEADS + (h - GROUP_HEADS) * KV_HEADS + kv;
-                return qkv + from * HEAD_DIM + 2 * (index(i) % HALF);
-            },
-            wanted);
+    // Query heads and the key into s.heads, from the partial sums of q, k and v; the value into its row.
+    __device__ void take_heads(const Matrix& m, const u64* parts, u32 epoch, Shared& s) const {
+        constexpr int HALF = HEAD_DIM / 2;
+#pragma unroll 1
+        for (int i = threadIdx.x; i / 32 * 32 < (GROUP_HEADS + 2) * HALF; i += THREADS) {  // whole warps
+            const int h = i / HALF, d = 2 * (i % HALF);
+            const bool wanted = h < GROUP_HEADS ? has_head(h) : h < GROUP_HEADS + 2 && stores;
+            const int head = h < GROUP_HEADS ? query_head(h) : HEADS + (h - GROUP_HEADS) * KV_HEADS + kv;
+            const int column = wanted ? head * HEAD_DIM + d : 0;
+            float2 loaded[QKV_SPLITS], sum = make_float2(0.0f, 0.0f);
+            receive(
+                loaded, epoch, [&](int split) { return parts + (u64)split * Qkv::N + column; },
+                [&](int) { return wanted; });
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            if (!wanted(i)) continue;
-            const int h = index(i) / HALF, d = 2 * (index(i) % HALF);
+            for (int split = 0; split < QKV_SPLITS; split++) sum.x += loaded[split].x, sum.y += loaded[split].y;
+            if (!wanted) continue;
+            sum = make_float2(rounded(sum.x + bias_of(m, column)), rounded(sum.y + bias_of(m, column + 1)));
             if (h <= GROUP_HEADS)
-                ((float2*)s.heads)[index(i)] = loaded[i];
+                ((float2*)s.heads)[i] = sum;
             else
-                s.rows[h][d] = bits_of(loaded[i].x), s.rows[h][d + 1] = bits_of(loaded[i].y);
+                s.rows[h][d] = bits_of(sum.x), s.rows[h][d + 1] = bits_of(sum.y);
         }
         __syncthreads();
     }
@@ -188,13 +187,21 @@ struct Attention {
         return at < end && at != position ? from + offset : nullptr;
     }
 
+    __device__ __forceinline__ void read(TileOf<Cached>& found, const Cache& cache, int layer, int base) const {
+        found = {};
+        found.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
+        found.read_values([&](int place) { return cached(cache.v, cache, layer, base + place); });
+    }
+
     __device__ __forceinline__ void attend(Running& run, const Cache& cache, int layer, const Shared& s) const {
+        TileOf<Cached> found;
+        int base = begin + warp_of_block() / TILE_WARPS * TILE;
+        if (READS_AHEAD) read(found, cache, layer, base);
 #pragma unroll 1
-        for (int base = begin + warp_of_block() / TILE_WARPS * TILE; base < end; base += SEATS * TILE) {
-            TileOf<Cached> found = {};
-            found.read_keys([&](int place) { return cached(cache.k, cache, layer, base + place); });
-            found.read_values([&](int place) { return cached(cache.v, cache, layer, base + place); });
+        for (; base < end; base += SEATS * TILE) {
+            if (!READS_AHEAD) read(found, cache, layer, base);
             Tile tile = floats_of(found);
+            if (READS_AHEAD) read(found, cache, layer, base + SEATS * TILE);
             if (stores && position < base + TILE) {
                 auto own = [&](int place, int row) { return base + place == position ? s.rows[row] : nullptr; };
                 tile.read_keys([&](int place) { return own(place, GROUP_HEADS); });
@@ -243,10 +250,11 @@ struct Attention {
     }
 };
 
-// This split's share of attention's output, rounded as its layer does, listed where it reaches the threshold. Eight
-// lanes to a pair of channels, which combine the splits of its head.
-__device__ __forceinline__ Listed list_attended(const u64* attended, float threshold, int split, u32 epoch, Shared& s) {
-    constexpr int LANES_OF_PAIR = 8, COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
+// This split's share of attention's output, rounded as its layer does, listed where it reaches the threshold.
+// LANES_OF_PAIR lanes to a pair of channels, which combine the splits of its head.
+__device__ __forceinline__ Listed list_attended(const u64* attended, int splits, float threshold, int split, u32 epoch,
+                                                Shared& s) {
+    constexpr int COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
     constexpr int PAIRS = HEADS * HEAD_DIM / 2, PASSES = ceil_div(ceil_div(PAIRS, O_SPLITS), THREADS / LANES_OF_PAIR);
     const int part = threadIdx.x % LANES_OF_PAIR, place = threadIdx.x / LANES_OF_PAIR;
     auto pair = [&](int pass) { return split + (place + pass * (THREADS / LANES_OF_PAIR)) * O_SPLITS; };
@@ -263,17 +271,17 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, float thres
             [&](int i) {
                 return first + i % COUNT * LANES_OF_PAIR * SLOT + (i < COUNT ? channel % HEAD_DIM : HEAD_DIM);
             },
-            [&](int i) { return live && part + i % COUNT * LANES_OF_PAIR < ATTENTION_SPLITS; });
+            [&](int i) { return live && part + i % COUNT * LANES_OF_PAIR < splits; });
         float highest = NOTHING, weight = 0.0f;
 #pragma unroll
         for (int i = COUNT; i < 2 * COUNT; i++)
-            if (part + i % COUNT * LANES_OF_PAIR < ATTENTION_SPLITS) highest = fmaxf(highest, seen[i].x);
+            if (part + i % COUNT * LANES_OF_PAIR < splits) highest = fmaxf(highest, seen[i].x);
 #pragma unroll
         for (int distance = LANES_OF_PAIR / 2; distance; distance >>= 1)
             highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            if (part + i * LANES_OF_PAIR >= ATTENTION_SPLITS) continue;
+            if (part + i * LANES_OF_PAIR >= splits) continue;
             const float factor = exp2f(seen[COUNT + i].x - highest);
             weight += factor * seen[COUNT + i].y, x.x += factor * seen[i].x, x.y += factor * seen[i].y;
         }
@@ -291,5 +299,5 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, float thres
     }
     auto row = [&](int i) { return 2 * pair(i / 2) + i % 2; };
     auto in_panel = [&](int i) { return (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2; };
-    return compact<O, O_GROUPS, O_CHANNELS>(values, keep, row, in_panel, s);
+    return compact<O>(values, keep, row, in_panel, s);
 }

@@ -43,6 +43,15 @@ __device__ __forceinline__ float rounded(float x) { return float_of(bits_of(x));
 // A NaN is never below a threshold: it is kept.
 __device__ __forceinline__ bool is_kept(float x, float threshold) { return !(fabsf(x) < threshold); }
 
+__device__ __forceinline__ void read_four(float (&to)[4], const float* from) {
+    const float4 x = *(const float4*)from;
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+__device__ __forceinline__ void read_four(u32 (&to)[4], const u16* from) {
+    const ushort4 x = *(const ushort4*)from;
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+
 __device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
     const u32 words[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll

@@ -6,8 +6,8 @@
 //     4      32                     4      tensor cores, see Sums<4>: those above would be three instructions a weight
 //
 // A quantized weight's scales come as one word for each group, made once by the host ("meta"): for 8 bits the scale as
-// fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point. What meets the
-// weights of a row is a word, too, made of an input x and such a scale (Format::word):
+// fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point as fp16. What
+// meets the weights of a row is a word, too, made of an input x and such a scale (Format::word):
 //
 //     16 bits    x
 //      8 bits    x scale
@@ -44,7 +44,7 @@ struct Format {
     static __device__ __forceinline__ u32 word(float x, u32 meta) {
         if (BITS == 16) return __float_as_uint(x);
         if (BITS == 8) return __float_as_uint(x * __uint_as_float(meta));
-        return fp16_pair(x * high_of(meta), (float)(meta & 0xff));
+        return fp16_bits(x * high_of(meta)) | meta << 16;
     }
 };
 

@@ -7,87 +7,121 @@
 //     granule   0 .. PIECE-1         0 .. PIECE-1            ...
 //     entries   slot 0               slot 1                  ... of the list, 4 TEAM of them to each slot a step
 //
-// Rows come by cp.async into a ring, in which every lane reads only what it fetched itself. So nothing waits for
-// another lane, and loads of the next steps are in flight during this one's arithmetic without holding registers.
-// Weights leave L2 first: what blocks hand each other stays there.
+// Rows come by cp.async into a ring. So loads of the next steps are in flight during this one's arithmetic without
+// holding registers. Weights leave L2 first: what blocks hand each other stays there.
+//
+// Four lanes of a granule want four rows of it. If each fetched its own, eight neighbouring lanes would ask for 32
+// bytes of four rows, and an H100 then reads at 1.7 TB/s instead of 2.9. So a warp shares out its 32 granules anew:
+//
+//     lane 8 c + j    fetches what lane 4 j + c multiplies: eight neighbouring lanes have 128 bytes of a row
 //
 // Integer instructions run at half the rate of floats on an H100, and 4-bit weights are unpacked by them. So the loop
-// does little else: 180 instructions a step, where 357 took as long as memory. A list's "words" are value and scale
-// already multiplied (formats.cuh), a row of words for each group of the piece. Whoever makes the list has the scales
-// of all channels in shared memory (panels, shared.cuh). Only the head, whose piece has too many groups, fetches a word
-// beside each granule.
+// does little else: 200 instructions a step, where 357 took as long as memory. Scales of all channels are in shared
+// memory by then (panels, shared.cuh). Only the head, whose piece has too many groups, fetches a word beside each
+// granule.
 #pragma once
 
 struct Ring {
     uint4 rows[STAGES][4][THREADS];
 };
 
-struct List {
-    const u16* rows;
-    const u32* words;  // of this thread's group; 0 where a row is not wanted
-    int count;
-};
-
-// Where a thread stands in a piece of PIECE granules.
+// Where a lane stands in a piece of PIECE granules: member of the team that has granule and slot, whose first entry of
+// the list is first.
 template <class W, int PIECE>
 struct Place {
-    static constexpr int SLOTS = W::TEAMS / PIECE;
+    static constexpr int SLOTS = W::TEAMS / PIECE, STEP = SLOTS * W::TEAM * 4;  // entries of all slots
+    static constexpr bool SHARED = W::TEAM > 1;                                 // a warp's lanes fetch for each other
     static_assert(SLOTS > 0, "a piece has more granules than a block has teams");
-    int slot, granule;
+    static_assert(W::TEAM == 1 || W::TEAM == 4, "seat() knows these");
+    int slot, granule, first, seat;
     bool active;
 
-    __device__ Place() {
-        const int team = threadIdx.x / W::TEAM;
-        slot = team / PIECE, granule = team % PIECE, active = slot < SLOTS;
+    __device__ Place(int team, int member)
+        : slot(team / PIECE), granule(team % PIECE), first((slot * W::TEAM + member) * 4), active(slot < SLOTS) {
+        // of the warp's places in the ring; eight neighbouring lanes meet all banks, whichever way they are counted
+        seat = SHARED ? (int)threadIdx.x / 32 * 32 + 8 * member + (team + 2 * member) % 8 : threadIdx.x;
+    }
+
+    // What this lane multiplies.
+    __device__ static Place own() { return {(int)threadIdx.x / W::TEAM, (int)threadIdx.x % W::TEAM}; }
+    // What it fetches.
+    __device__ static Place fetched() {
+        return SHARED ? Place(warp_of_block() * 8 + lane_of_warp() % 8, lane_of_warp() / 8) : own();
     }
 };
 
-// weights: row 0 of this thread's granule. MIXED: of the list's rows some are not wanted. HAS_SCALES: the list's words
-// have them. Otherwise meta is the word of this thread's group in row 0, META_STRIDE words from a row to the next, and
-// these travel through ring_words.
-template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS>
-__device__ __forceinline__ void gather(Sums<W::BITS>& sums, const u8* weights, const u32* meta,
-                                       const Place<W, PIECE>& place, const List& list, Ring& ring, u32* ring_words) {
-    constexpr int STAGE = 4 * THREADS, TURN = STAGES * STAGE, STEP = Place<W, PIECE>::SLOTS * W::TEAM * 4;
+// The rows to be read, multiples of four with zeros at the end, and what they are multiplied with.
+struct List {
+    const u16 *rows, *places;  // places: of their scales in a panel's row
+    const float* values;
+    int count;
+};
+
+// What a place reads: row 0 of its granule; its group's meta words, a row of a panel or from row 0 on; and from which
+// value on a row is wanted.
+struct Part {
+    const u8* weights;
+    const u32* meta;
+    bool active;
+    float limit;
+};
+
+// part_of: the Part of a Place. MIXED: parts have limits. HAS_SCALES: meta is in a panel. Otherwise meta words,
+// META_STRIDE from a row to the next, travel through ring_words.
+template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS, class PartOf>
+__device__ __forceinline__ void gather(Sums<W::BITS>& sums, PartOf part_of, const List& list, Ring& ring,
+                                       u32* ring_words) {
+    using Places = Place<W, PIECE>;
+    constexpr int STAGE = 4 * THREADS, TURN = STAGES * STAGE;
     constexpr bool FETCHES_META = !HAS_SCALES && W::BITS < 16;
-    const int end = place.active ? list.count : 0, own = (place.slot * W::TEAM + threadIdx.x % W::TEAM) * 4;
+    const Places own = Places::own(), fetched = Places::fetched();
+    const Part part = part_of(own), from = part_of(fetched);
+    const int end = own.active && part.active ? list.count : 0;
+    const int fetched_end = fetched.active && from.active ? list.count : 0;
     const u64 policy = evict_first();
-    uint4* const my_rows = &ring.rows[0][0][threadIdx.x];
+    const uint4* const my_rows = &ring.rows[0][0][own.seat];
+    uint4* const to = &ring.rows[0][0][fetched.seat];
     u32* const my_meta = ring_words + threadIdx.x;
-    auto fetch = [&](int entry, int turn) {
-        if (entry < end) {
-            const ushort4 of_list = *(const ushort4*)(list.rows + entry);
-            const u32 rows[4] = {of_list.x, of_list.y, of_list.z, of_list.w};
-            bool wanted[4] = {true, true, true, true};
-            if (MIXED) {
-                const uint4 w = *(const uint4*)(list.words + entry);
-                wanted[0] = w.x != 0, wanted[1] = w.y != 0, wanted[2] = w.z != 0, wanted[3] = w.w != 0;
-            }
+    auto fetch = [&](int step, int turn) {  // step: the first entry of all slots
+        if (const int entry = step + fetched.first; entry < fetched_end) {
+            u32 rows[4];
+            float x[4];
+            read_four(rows, list.rows + entry);
+            if (MIXED) read_four(x, list.values + entry);
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const u8* const from = weights + (u64)rows[r] * W::ROW_BYTES;
-                fetch_row<W::BITS == 4>(my_rows + turn + r * THREADS, from, wanted[r], policy);  // 3% faster for 4 only
-                if (FETCHES_META)
-                    fetch_word(my_meta + turn + r * THREADS, meta + (u64)rows[r] * META_STRIDE, wanted[r]);
-            }
+            for (int r = 0; r < 4; r++)  // whole lines are 3% faster for 4 bits only
+                fetch_row<W::BITS == 4>(to + turn + r * THREADS, from.weights + (u64)rows[r] * W::ROW_BYTES,
+                                        !MIXED || is_kept(x[r], from.limit), policy);
+        }
+        if (const int entry = step + own.first; FETCHES_META && entry < end) {
+            u32 rows[4];
+            read_four(rows, list.rows + entry);
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                fetch_word(my_meta + turn + r * THREADS, part.meta + (u64)rows[r] * META_STRIDE, true);
         }
         close_fetches();
     };
 #pragma unroll 1
-    for (int stage = 0; stage < STAGES - 1; stage++) fetch(own + stage * STEP, stage * STAGE);
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage * Places::STEP, stage * STAGE);
     int used = 0, free = (STAGES - 1) * STAGE;
 #pragma unroll 1
-    for (int entry = own; entry - own < list.count; entry += STEP) {
+    for (int step = 0; step < list.count; step += Places::STEP) {
         await_fetches<STAGES - 2>();
-        fetch(entry + (STAGES - 1) * STEP, free);
+        if (Places::SHARED) __syncwarp();  // all have arrived, and nobody still reads what is fetched into next
+        fetch(step + (STAGES - 1) * Places::STEP, free);
+        const int entry = step + own.first;
         const bool live = entry < end;
-        const uint4 w = live ? *(const uint4*)(list.words + entry) : make_uint4(0, 0, 0, 0);
-        u32 factors[4] = {w.x, w.y, w.z, w.w};
+        float x[4] = {};
+        u32 places[4] = {}, factors[4];
+        if (live) read_four(x, list.values + entry);
+        if (live && HAS_SCALES) read_four(places, list.places + entry);
         uint4 rows[4];
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             rows[r] = my_rows[used + r * THREADS];
-            if (FETCHES_META) factors[r] = W::word(__uint_as_float(factors[r]), live ? my_meta[used + r * THREADS] : 0);
+            const u32 meta = HAS_SCALES ? part.meta[places[r]] : live && FETCHES_META ? my_meta[used + r * THREADS] : 0;
+            factors[r] = W::word(!MIXED || is_kept(x[r], part.limit) ? x[r] : 0.0f, meta);
         }
         if (W::BITS == 4 || live) sums.add(rows, factors);  // where not live, 4 bits meet factors of 0
         free = used;
@@ -105,7 +139,8 @@ __device__ __forceinline__ int place_in_slot(int granule, int four) {
 
 // Put the sums of all slots side by side, [SLOTS][PIECE * COLUMNS]. The ring must be free: it may lie there, too.
 template <class W, int PIECE>
-__device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, const Place<W, PIECE>& place, float* slots) {
+__device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, float* slots) {
+    const auto place = Place<W, PIECE>::own();
     float out[W::COLUMNS];
     if (!sums.finish(out) || !place.active) return;
     float4* const to = (float4*)(slots + place.slot * PIECE * W::COLUMNS);

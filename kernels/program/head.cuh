@@ -55,31 +55,18 @@ __device__ __forceinline__ void float_head(const Matrix& m, const float* of_x, f
     }
 }
 
-// The list of a quantized head: x itself, for its scales come row by row.
-__device__ __forceinline__ void list_all(const float (&y)[2 * X_PAIRS], u32 keep, int at, Listed listed, Shared& s) {
-#pragma unroll
-    for (int i = 0; i < 2 * X_PAIRS; i++) {
-        if (!(keep >> i & 1)) continue;
-        s.list_rows[at] = (u16)residual::channel(i);
-        s.list_words[at++] = __float_as_uint(y[i] * listed.enlarged);
-    }
-    if (const int rest = listed.count + threadIdx.x; rest < fours(listed.count))
-        s.list_rows[rest] = 0, s.list_words[rest] = 0;
-    __syncthreads();
-}
-
 template <class W>
 __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, Best& best, Listed listed, Shared& s) {
     constexpr int PIECE = ceil_div(W::GRANULES, GRID);
-    Place<W, PIECE> place;
-    const int granule = blockIdx.x * PIECE + place.granule;
-    place.active &= granule < W::GRANULES;
+    auto part = [&](const Place<W, PIECE>& place) -> Part {
+        const int granule = blockIdx.x * PIECE + place.granule;
+        return {m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, granule < W::GRANULES, 0.0f};
+    };
     Sums<W::BITS> sums;
-    gather<W, PIECE, false, false>(sums, m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, place,
-                                   {s.list_rows, s.list_words, listed.count}, s.ring, s.ring_words[0][0]);
+    gather<W, PIECE, false, false>(sums, part, s.list(listed), s.ring, s.ring_words[0][0]);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
-    lay_out<W, PIECE>(sums, place, s.slots);
+    lay_out<W, PIECE>(sums, s.slots);
     __syncthreads();
     for (int pair = threadIdx.x; pair < PIECE * W::COLUMNS / 2; pair += THREADS) {
         const int at = blockIdx.x * PIECE + 2 * pair / W::COLUMNS;

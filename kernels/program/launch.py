@@ -80,7 +80,7 @@ def meta_words(weight: Weight, by_group: bool = False) -> tuple[Tensor | None, f
         largest = float(weight.scales.abs().max().float())
         unscale = 2.0 ** (math.frexp(largest)[1] - SCALE_BITS) if 0 < largest < math.inf else 1.0
         scales = (weight.scales.float() / unscale).to(weight.scales.dtype)
-        words = scales.view(torch.int16).to(torch.int32) << 16 | weight.zeros.to(torch.int32)
+        words = scales.view(torch.int16).to(torch.int32) << 16 | weight.zeros.half().view(torch.int16).to(torch.int32)
     return (words.t() if by_group else words).contiguous(), unscale
 
 

@@ -5,7 +5,7 @@ A table of four products, each [K, N] of a format, is all that the kernel knows 
     q,k,v       pieces of columns x splits of channels      no piece has columns of two of them
     o           pieces of columns x splits of channels
     gate,up     mlp_teams runs of columns x mlp_share splits of channels, which a team adds
-    down        the rows of each of these blocks
+    down        mlp_share runs of columns x the rows of a team's columns
 
 A granule is 16 bytes of a row (formats.cuh).
 """
@@ -24,16 +24,21 @@ MAX_CHANNELS = 1 << 16  # of a product: lists hold 16-bit channels
 MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
 GROUP_HEADS = 4  # query heads that a block attends with at once; a tile has room for 8, in half as many blocks
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
-BLOCK_THREADS = (512, 256)  # 128 registers for each of 512, which the sums of int4 fill; fewer where memory is short
+POSITIONS_OF_SPLIT = 64  # at least, of attention: 32 and 128 were 1% slower at 512 positions
+MAX_QKV_SPLITS = 12  # whose sums a thread of attention loads at once
+# Of a block, by bits of weights; the second where the first does not fit. Straight code costs less with fewer warps,
+# and floats want more rows under way. 8B at 50%, 512 and 256: bf16 3.17, 3.24 ms, int8 2.16, 2.13, int4 1.78, 1.60.
+BLOCK_THREADS = {16: (512, 256), 8: (256, 512), 4: (256, 512)}
 MIN_SCALED_STAGES = 3  # with less left for the ring, scales are fetched row by row
-MAX_STAGES = 3  # steps of 32 KB, two in flight: a fourth gained nothing
+MAX_STAGES = 3  # steps of 64 bytes a thread, two in flight: 4 and 6 were 1 and 3% slower (int4), 2 3%
 # Bytes of a row that a block reads at once of q,k,v and of o, about. Narrow pieces leave few splits, whose sums have to
 # be added and whose lists are of more even length. o has enough splits that a block makes its list in one pass: every
 # pass reads what attention sent anew, 1.5 us.
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
-MLP_PIECE_BYTES = 400  # of gate, and as many of up: 448 were 3% faster than 224 and 224 10% faster than 112 (H100)
+# Of gate, and as many of up. In bf16 896 were 1 to 2% faster than 448, these 3% than 224 (H100).
+MLP_PIECE_BYTES = 500
 RUN_GRANULES = 4  # 64 bytes, at whose multiples a team's columns begin: off them bf16 lost 5%
-LANES_OF_PAIR = 8  # of attention.cuh's list_attended
+PAIRS_OF_PASS = 64  # of channels, of which o's blocks make their list at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +159,11 @@ def plan(model: Model, device: Device) -> Plan:
 
 
 def pieces_and_splits(
-    product: Format, unit: int, grid: int, threads: int, piece_bytes: int, least: int = 1
+    product: Format, unit: int, grid: int, threads: int, piece_bytes: int, least: int = 1, most_splits: int = 1 << 16
 ) -> tuple[int, int]:
     """(granules of a piece, splits of the channels): whole pieces, about piece_bytes, that keep most blocks busy.
 
-    least: splits that come before all else.
+    least: splits that come before all else. most_splits: never more.
     """
     most = min(unit, product.teams(threads))
     found = []
@@ -166,7 +171,7 @@ def pieces_and_splits(
         pieces = product.granules // piece
         if pieces > grid:
             continue
-        splits = min(grid // pieces, max(1, product.K // 16))
+        splits = min(grid // pieces, max(1, product.K // 16), most_splits)
         distance = abs(math.log2(16 * piece / piece_bytes))
         found.append((splits >= least, round(pieces * splits / grid, 1), -distance, piece, splits))
     if not found:
@@ -181,8 +186,8 @@ def _units(model: Model) -> int:
 
 
 def _cut(model: Model, device: Device) -> Plan | None:
-    """The plan with as many threads and stages as shared memory has room for; None without room."""
-    for threads, scaled in itertools.product(BLOCK_THREADS, (True, False)):
+    """The plan with the first of BLOCK_THREADS, and as many stages, that shared memory has room for; None without."""
+    for threads, scaled in itertools.product(BLOCK_THREADS[model.products[2].bits], (True, False)):
         sizes = _sizes(model, device.multiprocessors, threads)
         scaled = scaled and model.products[2].bits < 16
         if sizes is None:
@@ -200,8 +205,8 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     """Constants of the config that say how the work is cut; None if so many threads are too few."""
     c, (qkv, o, gate_up, _) = model.config, model.products
     unit = math.gcd(c.q_size, c.kv_size) // qkv.columns
-    qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES)
-    one_pass = math.ceil(c.q_size / 2 / (threads // LANES_OF_PAIR))
+    qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES, most_splits=MAX_QKV_SPLITS)
+    one_pass = math.ceil(c.q_size / 2 / PAIRS_OF_PASS)
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
     teams, share, granules = _mlp(gate_up, grid, threads)
     head = model.head
@@ -220,7 +225,9 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
         "MLP_TEAMS": teams,
         "MLP_SHARE": share,
         "TEAM_GRANULES": granules,
+        "LANES_OF_PAIR": threads // PAIRS_OF_PASS,
         "GROUP_HEADS": min(GROUP_HEADS, model.heads_of_key),
+        "POSITIONS_OF_SPLIT": POSITIONS_OF_SPLIT,
         "ATTENTION_SPLITS": min(grid // _units(model), MAX_ATTENTION_SPLITS),
     }
 
@@ -232,8 +239,7 @@ def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
         if grid < share:
             break
         granules = RUN_GRANULES * math.ceil(half / RUN_GRANULES / (grid // share))
-        pairs = math.ceil(granules * gate_up.columns / 2 / share)
-        if 2 * granules > gate_up.teams(threads) or pairs * (2 * share if share > 1 else 1) > threads:
+        if 2 * granules > gate_up.teams(threads):
             continue
         found = math.ceil(half / granules), share, granules
         if 16 * granules >= MLP_PIECE_BYTES:
@@ -247,11 +253,12 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
     of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
     of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])
-    of_h, of_x = 4 * math.ceil(_own_pairs(gate_up, sizes) / 2) + 4, 4 * math.ceil(c.hidden_size / 4)
+    of_h, of_x = 4 * math.ceil(_team_pairs(gate_up, sizes) / 2) + 4, 4 * math.ceil(c.hidden_size / 4)
     groups = [
         _groups(product, granules) if scaled else 1
         for product, granules in (
-            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["TEAM_GRANULES"]), (down, down.granules),
+            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["TEAM_GRANULES"]),
+            (down, _own_granules(down, sizes, threads)),
         )
     ]  # fmt: skip
     small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
@@ -259,16 +266,21 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 32
     attended = threads // 8 * sizes["GROUP_HEADS"] * c.head_dim
     ring = max(64 * stages * threads, 64 * threads, attended)
-    lists = 4 * max(small, of_x, 0 if scaled else 2 * of_mlp) + 2 * max(of_qkv, of_o, of_h, of_x)
-    lists += 6 * max(of_qkv, of_o, of_h) + 4 * c.hidden_size
+    lists = 6 * max(of_qkv, of_o, of_h, of_x) + 2 * max(of_qkv, of_o, of_h, of_mlp) * scaled + 4 * c.hidden_size
     heads = 4 * (sizes["GROUP_HEADS"] + 2) * c.head_dim + 2 * (sizes["GROUP_HEADS"] + 2) * (c.head_dim + 32)
     of_warps = threads // 4 * (sizes["GROUP_HEADS"] + 1)
     return ring + max(by_ring, panels) + lists + 8 * threads + heads + of_warps + 28 * c.num_layers + 1536
 
 
-def _own_pairs(gate_up: Format, sizes: dict[str, int]) -> int:
-    """Pairs of columns that a block has of the hidden layer, at most."""
-    return math.ceil(sizes["TEAM_GRANULES"] * gate_up.columns / 2 / sizes["MLP_SHARE"])
+def _team_pairs(gate_up: Format, sizes: dict[str, int]) -> int:
+    """Pairs of columns that a team of blocks has of the hidden layer, at most."""
+    return sizes["TEAM_GRANULES"] * gate_up.columns // 2
+
+
+def _own_granules(down: Format, sizes: dict[str, int], threads: int) -> int:
+    """Granules of down's rows that a block reads: shared.cuh's DOWN_PIECES * DOWN_PIECE."""
+    pieces = math.ceil(math.ceil(down.granules / sizes["MLP_SHARE"]) / down.teams(threads))
+    return pieces * math.ceil(down.granules / (sizes["MLP_SHARE"] * pieces))
 
 
 def _groups(product: Format, granules: int) -> int:
@@ -284,9 +296,8 @@ def _groups(product: Format, granules: int) -> int:
 def _words(model: Model, sizes: dict[str, int]) -> int:
     """Size of the workspace: program.cu's Words."""
     c, (qkv, _, gate_up, _) = model.config, model.products
-    blocks = sizes["MLP_TEAMS"] * sizes["MLP_SHARE"]
-    of_products = (sizes["QKV_SPLITS"] + 1) * qkv.N + (sizes["O_SPLITS"] + blocks + 2) * c.hidden_size
-    teams = 4 * blocks * sizes["MLP_SHARE"] * _own_pairs(gate_up, sizes)
+    of_products = sizes["QKV_SPLITS"] * qkv.N + (sizes["O_SPLITS"] + sizes["MLP_TEAMS"] + 2) * c.hidden_size
+    teams = 4 * sizes["MLP_TEAMS"] * sizes["MLP_SHARE"] * _team_pairs(gate_up, sizes)
     return of_products + teams + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
 
 

@@ -6,22 +6,21 @@
 // Two trips of half a microsecond, and no atomics: the order of every sum is fixed, so its bits are.
 #pragma once
 
-// Gather piece number piece over the list and send the sums as those of split. The list's words are STRIDE apart, those
+// Gather piece number piece over the list and send the sums as those of split. The panel's rows are STRIDE apart, that
 // of first_group first. before_sending: what must have happened.
 template <class W, int PIECE, int STRIDE, class Before>
 __device__ __forceinline__ void product(const Matrix& m, int piece, int first_group, int split, Listed listed,
                                         u64* partials, u32 epoch, Shared& s, Before before_sending) {
-    Place<W, PIECE> place;
-    const int granule = piece * PIECE + place.granule, group = granule / W::GRANULES_OF_GROUP;
-    place.active &= granule < W::GRANULES;
+    auto part = [&](const Place<W, PIECE>& place) -> Part {
+        const int granule = piece * PIECE + place.granule, group = granule / W::GRANULES_OF_GROUP;
+        const u32* const meta = SCALED ? s.panel + (group - first_group) * STRIDE : m.meta + group;
+        return {m.values + granule * 16, meta, granule < W::GRANULES, 0.0f};
+    };
     Sums<W::BITS> sums;
-    const List list{s.list_rows, s.list_words + (SCALED && W::BITS < 16 ? group - first_group : 0) * STRIDE,
-                    listed.count};
-    const u8* const weights = m.values + granule * 16;
-    gather<W, PIECE, false, SCALED>(sums, weights, m.meta + group, place, list, s.ring, s.ring_words[0][0]);
+    gather<W, PIECE, false, HAS_PANEL<W>>(sums, part, s.list(listed), s.ring, s.ring_words[0][0]);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
-    lay_out<W, PIECE>(sums, place, s.slots);
+    lay_out<W, PIECE>(sums, s.slots);
     before_sending();
     __syncthreads();
     u64* const row = partials + (u64)split * W::N;

@@ -1,22 +1,23 @@
 // A whole decode step of one row as one cooperative launch: embedding, all blocks, and the head if it is wanted.
 //
-// One block of 512 threads a multiprocessor, from the first layer to the last. A layer:
+// One block a multiprocessor, from the first layer to the last. A layer:
 //
 //     phase        block's share                              then, through L2 (exchange.cuh)
 //     ---------    ---------------------------------------    -------------------------------------------------
 //     norm, list   all of x; its split of the channels        -
-//     q, k, v      (piece of columns, split of channels)      partial sums > reducers > q, k, v to attention
+//     q, k, v      (piece of columns, split of channels)      partial sums > attention
 //     attention    (key/value head, split of positions)       unnormalised sums > the splits of o
 //     o            (piece of columns, split of channels)      partial sums > reducers > x of all blocks
 //     norm, list   all of x; its share of the channels        -
 //     gate, up     (run of columns, share of channels)        sums > the blocks of a team
-//     down         the rows of its own hidden columns         partial sums > reducers > x of all blocks
+//     down         (its team's hidden columns, run of them)   partial sums > reducers > x of all blocks
 //
-// Eight trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
-// weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 12 MB of words from L2.
+// Seven trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
+// weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 20 MB of words from L2.
 //
-// Straight code costs most of what is not bytes: each of 16 warps issues each instruction, four to a scheduler, so a
-// thousand instructions are 2 us of a layer's 30. Hence loops that are not unrolled, and lists made by all threads.
+// Straight code costs most of what is not bytes: each warp issues each instruction, so that of 512 threads a thousand
+// instructions are 2 us of a layer. Hence blocks of 256 where weights are small, loops that are not unrolled, and lists
+// made by all threads.
 //
 // Of a model that several GPUs share, reducers of o and down also add up what the other GPUs have (exchange.cuh).
 //
@@ -36,12 +37,11 @@
 #include "head.cuh"
 
 struct Words {  // offsets of the exchanged vectors in the workspace, in words
-    static constexpr i64 QKV_PARTS = 0, QKV = QKV_PARTS + (i64)QKV_SPLITS * Qkv::N, ATTENDED = QKV + Qkv::N;
+    static constexpr i64 QKV_PARTS = 0, ATTENDED = QKV_PARTS + (i64)QKV_SPLITS * Qkv::N;
     static constexpr i64 O_PARTS = ATTENDED + (i64)HEADS * ATTENTION_SPLITS * SLOT;
     static constexpr i64 O = O_PARTS + (i64)O_SPLITS * HIDDEN, DOWN_PARTS = O + HIDDEN;
-    static constexpr i64 DOWN = DOWN_PARTS + (i64)MLP_BLOCKS * HIDDEN, FOUND = DOWN + HIDDEN, TEAMS = FOUND + 2 * GRID;
-    static constexpr i64 OWED = MLP_SHARE > 1 ? 4 * MLP_SHARE * H_PAIRS : 0;  // to a block by its team
-    static constexpr i64 END = TEAMS + OWED * MLP_BLOCKS;
+    static constexpr i64 DOWN = DOWN_PARTS + (i64)MLP_TEAMS * HIDDEN, FOUND = DOWN + HIDDEN, TEAMS = FOUND + 2 * GRID;
+    static constexpr i64 END = TEAMS + (MLP_SHARE > 1 ? 4 * H_PAIRS * MLP_BLOCKS : 0);
 };
 static_assert(Words::END <= WORKSPACE_WORDS, "plan.py and program.cu disagree about the workspace");
 
@@ -63,7 +63,7 @@ struct Arguments {
     i64* stamps;        // clocks at the end of each part of each layer, [LAYERS][STAMPS][GRID], or null
     u64* const* peers;  // words of all ranks that share the model (exchange.cuh), or null
 };
-constexpr int STAMPS = 13;
+constexpr int STAMPS = 12;
 
 // A block's part of q, k and v: a piece of the columns, and every QKV_SPLITS-th pair of channels.
 struct QkvPart {
@@ -74,6 +74,10 @@ struct QkvPart {
     __device__ int channel(int i) const { return 2 * (i / 2 * QKV_SPLITS + split) + i % 2; }
     __device__ int own(int i) const { return threadIdx.x + i * THREADS; }
     __device__ bool has(int i) const { return own(i) < QKV_CHANNELS && channel(own(i)) < HIDDEN; }
+    __device__ int segment() const {
+        const int column = Qkv::column(piece * QKV_PIECE, 0);
+        return column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2;
+    }
 };
 
 // Of o.
@@ -117,8 +121,7 @@ struct Step {
             __syncthreads();
             return;
         }
-        const int column = Qkv::column(part.piece * QKV_PIECE, 0);
-        const float limit = s.limits[layer].qkv[column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2];
+        const float limit = s.limits[layer].qkv[part.segment()];
         float y[COUNT];
         u32 keep = 0;
 #pragma unroll
@@ -128,7 +131,7 @@ struct Step {
         }
         auto row = [&](int i) { return part.channel(part.own(i)); };
         auto place = [&](int i) { return part.own(i); };
-        const Listed listed = compact<Qkv, QKV_GROUPS, QKV_CHANNELS>(y, keep, row, place, s);
+        const Listed listed = compact<Qkv>(y, keep, row, place, s);
         stamp(1);
         product<Qkv, QKV_PIECE, QKV_CHANNELS>(l.qkv, part.piece, part.first_group, part.split, listed,
                                               words(Words::QKV_PARTS), epoch, s, [&] { turnstile.pass(epoch); });
@@ -145,17 +148,9 @@ struct Step {
         if (part.split < O_SPLITS) fetch_panel<O, O_GROUPS, O_CHANNELS>(l.o, part.first_group, channel, s);
     }
 
-    __device__ void reduce_qkv(const Layer& l) {
-        u64* const to = words(Words::QKV);
-        reduce<Qkv::N, QKV_SPLITS>(words(Words::QKV_PARTS), epoch, s, [&](int column, float2 sum) {
-            send(to + column, rounded(sum.x + bias_of(l.qkv, column)), rounded(sum.y + bias_of(l.qkv, column + 1)),
-                 epoch);
-        });
-    }
-
     __device__ void attend(const Layer& l, Attention& attention) {
-        attention.take_heads(words(Words::QKV), epoch, s);
-        stamp(4);
+        attention.take_heads(l.qkv, words(Words::QKV_PARTS), epoch, s);
+        stamp(3);
         attention.rotate(l.q_norm, l.k_norm, s);
         attention.store_new(a.cache, layer, s);
         Running run;
@@ -164,11 +159,12 @@ struct Step {
         __syncthreads();
     }
 
-    __device__ void send_o(const Layer& l) {
+    __device__ void send_o(const Layer& l, int attention_splits) {
         const OPart part;
         if (part.split >= O_SPLITS) return;
-        const Listed listed = list_attended(words(Words::ATTENDED), s.limits[layer].o, part.split, epoch, s);
-        stamp(6);
+        const Listed listed =
+            list_attended(words(Words::ATTENDED), attention_splits, s.limits[layer].o, part.split, epoch, s);
+        stamp(5);
         product<O, O_PIECE, O_CHANNELS>(l.o, part.piece, part.first_group, part.split, listed, words(Words::O_PARTS),
                                         epoch, s, [] {});
     }
@@ -187,10 +183,10 @@ struct Step {
         if (!MlpBlock().active) return;
         const Limits& limits = s.limits[layer];
         const Listed inputs = list_inputs(weight, residual::norm_scale(squares, s), limits, s);
-        stamp(9);
-        const float unscale = gate_and_up(l.gate_up, inputs, s);
+        stamp(8);
+        const float unscale = gate_and_up(l.gate_up, inputs, limits, s);
         if (MLP_SHARE > 1) send_to_team(unscale, words(Words::TEAMS), epoch, s);
-        stamp(10);
+        stamp(9);
         const Listed hidden = list_hidden(unscale, limits.down, words(Words::TEAMS), epoch, s);
         ::down(l.down, hidden, words(Words::DOWN_PARTS), epoch, s);
     }
@@ -207,26 +203,24 @@ struct Step {
         fetch_o_panel(l);
         fetch_mlp_panel(l.gate_up, s);
         stamp(2);
-        reduce_qkv(l);
-        stamp(3);
         if (attends) attend(l, attention);
-        stamp(5);
-        send_o(l);
+        stamp(4);
+        send_o(l, attention.splits);
         fetch_down_panel(l.down, s);
-        stamp(7);
+        stamp(6);
         u32 ffn_weight[MLP_PAIRS];
         load_mlp_weight(ffn_weight, l.ffn_norm);
         reduce_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::O, 0);
-        stamp(8);
+        stamp(7);
         feed_forward(l, ffn_weight);
-        stamp(11);
+        stamp(10);
         if (!MlpBlock().active) wait_idly(words(Words::DOWN_PARTS) + 2 * blockIdx.x, epoch);
         Layer& following = s.layers[(layer + 1) % 2];
         if (carries) ((u64*)&following)[threadIdx.x] = next;
         __syncthreads();
         if (layer + 1 < LAYERS) load_weight(following), fetch_qkv_panel(following);
-        reduce_to_residual<MLP_BLOCKS>(l.down, Words::DOWN_PARTS, Words::DOWN, 1);
-        stamp(12);
+        reduce_to_residual<MLP_TEAMS>(l.down, Words::DOWN_PARTS, Words::DOWN, 1);
+        stamp(11);
     }
 
     __device__ void finish() {
@@ -239,17 +233,14 @@ struct Step {
         residual::normed_pairs(y, weight, residual::norm_scale(squares, s), s);
         Best best{NOTHING, VOCAB};
         if constexpr (HEAD_BITS == 16) {
-            float* const of_x = (float*)s.list_words;
 #pragma unroll
             for (int i = 0; i < X_PAIRS; i++)
-                if (residual::has(i)) ((float2*)of_x)[residual::pair(i)] = make_float2(y[2 * i], y[2 * i + 1]);
+                if (residual::has(i)) ((float2*)s.list_values)[residual::pair(i)] = make_float2(y[2 * i], y[2 * i + 1]);
             __syncthreads();
-            float_head(a.head, of_x, a.logits, best);
+            float_head(a.head, s.list_values, a.logits, best);
         } else {
-            int at;
-            const u32 keep = residual::kept(y, 0.0f);
-            const Listed listed = enumerate<Head::BITS == 4>(at, y, keep, s);
-            list_all(y, keep, at, listed, s);
+            auto row = [](int i) { return residual::channel(i); };
+            const Listed listed = compact<false, Head::BITS == 4>(y, residual::kept(y, 0.0f), row, row, s);
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);

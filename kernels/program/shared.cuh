@@ -15,8 +15,8 @@ constexpr int X_PAIRS = ceil_div(HIDDEN / 2, THREADS);  // of the residual strea
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
 constexpr int ROW = HEAD_DIM + 32;  // of a head in 16 bits: rows two apart are off the same banks
 
-// Channels that a block may list of each product, in multiples of four, and groups that its columns touch: rows of
-// words. SCALED: the panels below have room. A list of floats, or without SCALED, has one row of words of x itself.
+// Channels that a block may list of each product, in multiples of four, and groups that its columns touch: rows of its
+// panel. SCALED: the panels below have room.
 constexpr int fours(int x) { return ceil_div(x, 4) * 4; }
 template <class W>
 constexpr int groups_of(int granules) {  // which begin at a multiple of their number
@@ -28,15 +28,25 @@ constexpr int groups_of(int granules) {  // which begin at a multiple of their n
 constexpr int QKV_CHANNELS = fours(ceil_div(HIDDEN / 2, QKV_SPLITS) * 2), QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
 constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), O_GROUPS = groups_of<O>(O_PIECE);
 constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8, MLP_PAIRS = ceil_div(MLP_CHANNELS / 2, THREADS);
-constexpr int H_PAIRS = ceil_div(TEAM_GRANULES * GateUp::COLUMNS / 2, MLP_SHARE);  // of a block's own columns
+constexpr int H_PAIRS = TEAM_GRANULES * GateUp::COLUMNS / 2;  // of a team's columns of the hidden layer
 constexpr int MLP_GROUPS = groups_of<GateUp>(TEAM_GRANULES);  // of gate; of up as many
 constexpr int X_CHANNELS = fours(HIDDEN);
 constexpr int H_CHANNELS = fours(2 * H_PAIRS) + 4;  // off the same banks
-constexpr int DOWN_GROUPS = groups_of<Down>(Down::GRANULES);
+// Of down a block of a team has an equal run of the columns, in pieces that its teams of lanes can sum at once.
+constexpr int DOWN_PIECES = ceil_div(ceil_div(Down::GRANULES, MLP_SHARE), Down::TEAMS);
+constexpr int DOWN_PIECE = ceil_div(Down::GRANULES, MLP_SHARE * DOWN_PIECES);
+constexpr int DOWN_GROUPS = groups_of<Down>(DOWN_PIECES * DOWN_PIECE);
 constexpr int LIST = max_of(max_of(X_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS));
 constexpr int PANEL_WORDS = max_of(QKV_GROUPS * QKV_CHANNELS, max_of(O_GROUPS * O_CHANNELS, DOWN_GROUPS * H_CHANNELS));
-constexpr int SMALL_LIST = max_of(QKV_CHANNELS, max_of(O_CHANNELS, H_CHANNELS));
+constexpr int PLACES = SCALED ? max_of(max_of(MLP_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS)) : 4;
+template <class W>
+constexpr bool HAS_PANEL = SCALED && W::BITS < 16;
 constexpr bool FETCHES_META = HEAD_BITS < 16 || (!SCALED && GateUp::BITS < 16);  // row by row, through the ring
+
+struct Listed {
+    int count;
+    float enlarged;  // by which power of two the list's values were multiplied
+};
 
 struct Shared {
     union {
@@ -46,16 +56,14 @@ struct Shared {
     };
     union {
         u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
-        struct {  // scales and zeros: of all channels, where the list's words replace them; of a small product's
+        struct {  // scales and zeros of a block's channels, a row for each group: of gate and up, of another product
             alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? MLP_CHANNELS : 4];
             u32 panel[SCALED ? PANEL_WORDS : 4];
         };
     };
-    alignas(16) u32 list_words[max_of(PANEL_WORDS, max_of(X_CHANNELS, SCALED ? 0 : 2 * MLP_CHANNELS))];
-    float list_values[SMALL_LIST];  // of a small product, until they are words; and where in the panel their scales are
-    u16 list_places[SMALL_LIST];
+    alignas(16) float list_values[LIST];
+    alignas(16) u16 list_rows[LIST], list_places[PLACES];
     alignas(16) float x[HIDDEN];  // the residual stream
-    alignas(16) u16 list_rows[LIST];
     alignas(16) float2 parts[THREADS];
     Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
     Limits limits[LAYERS];
@@ -67,6 +75,10 @@ struct Shared {
     alignas(16) u32 warp_largest[WARPS];
     alignas(16) float warp_sums[WARPS];
     int warp_tokens[WARPS];
+
+    __device__ __forceinline__ List list(Listed listed) const {
+        return {list_rows, list_places, list_values, listed.count};
+    }
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "plan.py and shared.cuh disagree about shared memory");
 
@@ -111,11 +123,6 @@ __device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, Ch
     close_fetches();
 }
 
-struct Listed {
-    int count;
-    float enlarged;  // by which power of two the list's values were multiplied
-};
-
 // Where this thread's values go in a list: those whose bit in keep is set, in the order of threads. ENLARGED: values
 // will be multiplied by a power of two that makes the largest 1 to 2. Whatever was fetched before is there afterwards.
 template <bool ENLARGED, int COUNT>
@@ -152,39 +159,26 @@ __device__ __forceinline__ Listed enumerate(int& at, const float (&values)[COUNT
     return {total, ENLARGED ? __uint_as_float(254 - exponent << 23) : 1.0f};
 }
 
-// The list of a small product: row(i) of each value kept, and its words of all groups, [GROUPS][CHANNELS], whose scales
-// are at place(i) in the panel. First the values, then the words by all threads.
-template <class W, int GROUPS, int CHANNELS, int COUNT, class Row, class Place>
+// A list: row(i) of each value kept, and where in the panel its scales are, for a product that has one.
+template <bool HAS_PLACES, bool ENLARGED, int COUNT, class Row, class Place>
 __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
-    constexpr bool HAS_SCALES = SCALED && W::BITS < 16;
     int at;
-    const Listed listed = enumerate<W::BITS == 4>(at, values, keep, s);
+    const Listed listed = enumerate<ENLARGED>(at, values, keep, s);
+    auto put = [&](int at, int row, float value, int place) {
+        s.list_rows[at] = (u16)row, s.list_values[at] = value;
+        if (HAS_PLACES) s.list_places[at] = (u16)place;
+    };
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        if (!(keep >> i & 1)) continue;
-        const float value = values[i] * listed.enlarged;
-        s.list_rows[at] = (u16)row(i);
-        if (HAS_SCALES)
-            s.list_values[at] = value, s.list_places[at] = (u16)place(i);
-        else
-            s.list_words[at] = __float_as_uint(value);
-        at++;
-    }
-    const int count = listed.count, end = fours(count);  // the last four are read together
-    if (const int rest = count + threadIdx.x; rest < end) {
-        s.list_rows[rest] = 0;
-        if (!HAS_SCALES) s.list_words[rest] = 0;
-    }
-    __syncthreads();
-    if (!HAS_SCALES) return listed;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < GROUPS * CHANNELS; i += THREADS) {
-        const int entry = i % CHANNELS, group = i / CHANNELS;
-        if (entry >= end) continue;
-        const u32 word = entry < count
-            ? W::word(s.list_values[entry], s.panel[group * CHANNELS + s.list_places[entry]]) : 0;
-        s.list_words[i] = word;
-    }
+    for (int i = 0; i < COUNT; i++)
+        if (keep >> i & 1) put(at++, row(i), values[i] * listed.enlarged, place(i));
+    const int rest = listed.count + threadIdx.x;
+    if (rest < fours(listed.count)) put(rest, 0, 0.0f, 0);  // the last four are read together
     __syncthreads();
     return listed;
+}
+
+// Of a product of format W, whose weights' scales are in a panel.
+template <class W, int COUNT, class Row, class Place>
+__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
+    return compact<HAS_PANEL<W>, W::BITS == 4>(values, keep, row, place, s);
 }

@@ -181,7 +181,10 @@ def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("quant,piece_bytes,share", [(None, 1, 1), (None, 100, 2), ("int8", 1, 1), ("int8", 100, 4)])
+@pytest.mark.parametrize(
+    "quant,piece_bytes,share",
+    [(None, 1, 1), (None, 100, 2), ("int8", 1, 1), ("int8", 100, 4), ("int4", 1, 1), ("int4", 100, 4)],
+)
 def test_teams_of_blocks_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, piece_bytes: int, share: int
 ) -> None:
