@@ -112,7 +112,7 @@ def best_backend(
     whether several devices have a part of the model each.
     """
     if device == "cuda" and kernel_layout and program_pays:
-        return "program", "a step of 16- or 8-bit weights is one kernel on this GPU"
+        return "program", "a step of one row is one kernel on this GPU"
     if device == "cuda" and kernel_layout:
         return "fused", "sparse or quantized weights on CUDA"
     if device == "cuda" and int8_cache:
@@ -137,15 +137,17 @@ PAIR_CHANNELS = 4096  # of a model for which two GPUs' program was measured: Lla
 
 
 def _program_pays(model: Transformer) -> bool:
-    """Whether CUDA's program has been measured to beat the fused kernels: on an H100, but for 4-bit weights.
+    """Whether CUDA's program has been measured to beat the fused kernels: on an H100.
 
-    Nobody has measured it with a head of 4 bits. On two GPUs it is faster with an 8B, by 8 to 13%. A 70B is slower at
-    50% on four, whose sums were never compared with one GPU's.
+    On two GPUs it is faster with an 8B, by 8 to 13%; with 4-bit weights nobody has measured it there. A 70B is slower
+    at 50% on four, whose sums were never compared with one GPU's.
     """
-    team = team_of(model)
-    if team is not None and (team.rank.count > 2 or model.config.hidden_size > PAIR_CHANNELS):
-        return False
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) != (9, 0):
+        return False
+    team = team_of(model)
+    if team is None:
+        return True
+    if team.rank.count > 2 or model.config.hidden_size > PAIR_CHANNELS:
         return False
     modules = [module for module in model.modules() if isinstance(module, (SparseLinear, QuantizedLinear))]
     return not any(m.scales is not None and m.weight.dtype != torch.int8 for m in modules)

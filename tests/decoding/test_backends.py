@@ -122,8 +122,8 @@ def test_a_cpu_decodes_by_the_program_or_says_why_not(tiny_folder: Path, monkeyp
     [
         ((9, 0), None, True),
         ((9, 0), QuantConfig("int8", 32), True),
-        ((9, 0), QuantConfig("int4", 32), False),
-        ((9, 0), QuantConfig("int8", 32, lm_head=True, head_bits=4), False),
+        ((9, 0), QuantConfig("int4", 32), True),
+        ((9, 0), QuantConfig("int8", 32, lm_head=True, head_bits=4), True),
         ((8, 0), None, False),
     ],
     ids=["floats", "int8", "int4", "int4-head", "A100"],
@@ -147,11 +147,16 @@ def test_where_the_cuda_program_pays(
     assert name == ("program" if pays else "fused")
 
 
-@pytest.mark.parametrize(("ranks", "room", "pays"), [(2, 0, True), (2, -1, False), (4, 0, False)])
+@pytest.mark.parametrize(
+    ("ranks", "room", "quant", "pays"),
+    [(2, 0, None, True), (2, 0, "int8", True), (2, 0, "int4", False), (2, -1, None, False), (4, 0, None, False)],
+)
 def test_where_two_gpus_take_the_program(
-    ranks: int, room: int, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: int, room: int, quant: str | None, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny(tmp_path, "sparse")
+    model = tiny(tmp_path, "dense" if quant else "sparse")
+    if quant is not None:
+        use_quantized_linears(model, QuantConfig(quant, 32), fill=True)
     monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "team_of", lambda _: Team(Rank(0, ranks), torch.device("cuda")))
