@@ -4,18 +4,19 @@ The kernels round an entry of x to 16 bits, relative to the largest of its group
 fp32 they round it to 24. Torch's operations take the weight in fp32.
 
 With many rows a product takes floats of x's dtype, made of a tile of columns at a time: they stay in a cache. In bf16
-a compiled kernel multiplies them too (cpu/block_matmul.cpp), where the processor can. Otherwise torch does, in fp32: it
-emulates 16 bits. 512 rows of 576 x 1536 on two cores of a Xeon without bf16 take 18.1 ms so, and 4.6 in fp32.
+a compiled kernel multiplies them too (cpu/block_matmul.cpp), where the processor can. Otherwise torch does, in fp32
+(matmul.py says why).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.formats.blocks import STRIP, Blocks, column, columns, dequantize
+from teal.kernels.matmul import bf16_kernels, matmul
 from teal.kernels.sparse_linear import drop_small
 
 # With more rows a dense product with floats is as fast. 768 x 1536 in Q4_1, ms of a Zen 5 core in bf16:
@@ -59,26 +60,13 @@ def block_matmul(x: Tensor, parts: Sequence[Blocks]) -> Tensor:
     """
     if x.requires_grad:  # the backward pass takes all of them
         return matmul(x, block_floats(parts, x.dtype))
-    if x.dtype == torch.bfloat16 and (native := _bf16_kernels()) is not None:
+    if x.dtype == torch.bfloat16 and (native := bf16_kernels()) is not None:
         y, x = x.new_empty(len(x), sum(part.N for part in parts)), x.contiguous()
         for part, to in zip(parts, y.split([part.N for part in parts], dim=1), strict=True):
             native.block_matmul(x, part.data, _numbers(part), to)
         return y
     wide = x.float()
     return torch.cat([(wide @ _floats(pieces, torch.float32)).to(x.dtype) for pieces in tiles(parts)], dim=1)
-
-
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight, in their dtype; on a CPU that would emulate its products, in fp32 and rounded once."""
-    if x.device.type != "cpu" or x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _bf16_kernels()):
-        return x @ weight
-    return (x.float() @ weight.float()).to(x.dtype)
-
-
-def _bf16_kernels() -> Any | None:
-    """The compiled kernels, if the processor has vdpbf16ps."""
-    native = native_kernels()
-    return native if hasattr(native, "block_matmul") else None
 
 
 def tiles(parts: Sequence[Blocks]) -> Iterator[list[Piece]]:

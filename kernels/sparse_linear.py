@@ -13,6 +13,7 @@ from torch import Tensor
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.formats.packing import Weight, check_quantized
 from teal.kernels.gemv.op import make_op
+from teal.kernels.matmul import matmul
 from teal.kernels.quantized_matmul import floats
 from teal.options import MAX_ROWS
 
@@ -59,7 +60,7 @@ def sparse_linear(
     columns = (weight if scales is None else floats(matrix)).split(segments, dim=1)
     wide = out_dtype or x.dtype
     products = [
-        drop_small(x, threshold).to(wide) @ part.to(wide)
+        matmul(drop_small(x, threshold).to(wide), part.to(wide))
         for threshold, part in zip(thresholds.to(x.dtype), columns, strict=True)
     ]
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear, block_matmul, matmul
+from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear, block_matmul
 from teal.kernels.formats.blocks import Blocks, sections, size_of
+from teal.kernels.matmul import matmul
 from teal.kernels.sparse_linear import drop_small
 from teal.layers.phase import Phase, PhasedModule
 from teal.model import OutputHead, Transformer

@@ -1,14 +1,11 @@
 """GGUF's block types: the layout against the gguf package, products against fp32, bits, and what is not read."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from teal.kernels import block_linear
-from teal.kernels.block_linear import block_columns, block_floats, block_matmul, matmul, tiles
+from teal.kernels.block_linear import block_columns, block_floats, block_matmul, tiles
 from teal.kernels.cpu.native import native_kernels
 from teal.kernels.formats.blocks import STRIP, Blocks, column, columns, dequantize, pack, sections, size_of, unpack
 from tests.block_models import KINDS, floats_of, random_blocks, random_rows
@@ -66,6 +63,7 @@ def test_products_by_tiles(kind: str, native: bool, monkeypatch: pytest.MonkeyPa
     """Parts whose borders are no tiles' borders, and weights that are one tile."""
     if not native:
         monkeypatch.setattr(block_linear, "native_kernels", lambda: None)
+        monkeypatch.setattr(block_linear, "bf16_kernels", lambda: None)
     parts = [random_blocks(kind, 512, 300), random_blocks("Q6_K", 512, 70), random_blocks(kind, 512, 129, seed=1)]
     weight = torch.cat([dequantize(part) for part in parts], dim=1)
     x = torch.randn(40, 512, generator=torch.Generator().manual_seed(4))
@@ -94,30 +92,6 @@ def test_only_a_tile_is_held_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in parts:
         own = [(begin, end) for weight, begin, end in pieces if weight is part]
         assert [begin for begin, _ in own] == [0, *(end for _, end in own[:-1])] and own[-1][1] == part.N
-
-
-class Products(TorchDispatchMode):
-    """Notes the dtypes of torch's products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op is torch.ops.aten.mm.default:
-            self.dtypes.add(args[0].dtype)
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_cpu_without_bf16_multiplies_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch emulates products of 16 bits there: prefill took three times as long."""
-    monkeypatch.setattr(block_linear, "_bf16_kernels", lambda: None)
-    weight, x = random_blocks("Q4_1", 256, 200), torch.randn(30, 256).to(dtype)
-    with Products() as products:
-        y, same = block_matmul(x, [weight]), matmul(x, dequantize(weight).to(dtype))
-    assert products.dtypes == {torch.float32} and y.dtype == same.dtype == dtype
-    assert_near("product", y.float(), x.float() @ dequantize(weight), 2 ** (-9 if dtype == torch.bfloat16 else -11))
 
 
 def test_gradients_pass_many_rows() -> None:
