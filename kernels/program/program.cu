@@ -10,7 +10,7 @@
 //     o            (piece of columns, split of channels)      partial sums > reducers > x of all blocks
 //     norm, list   all of x; its share of the channels        -
 //     gate, up     (run of columns, share of channels)        sums > the blocks of a team
-//     down         (its team's hidden columns, run of them)   partial sums > reducers > x of all blocks
+//     down         (rows of its team's h, run of columns)     partial sums > reducers > x of all blocks
 //
 // Seven trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
 // weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 20 MB of words from L2.
