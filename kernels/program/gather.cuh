@@ -32,7 +32,7 @@ struct Place {
     static constexpr int SLOTS = W::TEAMS / PIECE, STEP = SLOTS * W::TEAM * 4;  // entries of all slots
     static constexpr bool SHARED = W::TEAM > 1;                                 // a warp's lanes fetch for each other
     static_assert(SLOTS > 0, "a piece has more granules than a block has teams");
-    static_assert(W::TEAM == 1 || W::TEAM == 4, "seat() knows these");
+    static_assert(W::TEAM == 1 || W::TEAM == 4, "seats of these are known");
     int slot, granule, first, seat;
     bool active;
 

@@ -74,10 +74,6 @@ struct QkvPart {
     __device__ int channel(int i) const { return 2 * (i / 2 * QKV_SPLITS + split) + i % 2; }
     __device__ int own(int i) const { return threadIdx.x + i * THREADS; }
     __device__ bool has(int i) const { return own(i) < QKV_CHANNELS && channel(own(i)) < HIDDEN; }
-    __device__ int segment() const {
-        const int column = Qkv::column(piece * QKV_PIECE, 0);
-        return column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2;
-    }
 };
 
 // Of o.
@@ -121,7 +117,8 @@ struct Step {
             __syncthreads();
             return;
         }
-        const float limit = s.limits[layer].qkv[part.segment()];
+        const int column = Qkv::column(part.piece * QKV_PIECE, 0);
+        const float limit = s.limits[layer].qkv[column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2];
         float y[COUNT];
         u32 keep = 0;
 #pragma unroll

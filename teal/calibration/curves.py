@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from teal.calibration.greedy import MAX_SPARSITY
 from teal.calibration.sensitivity import BackwardPass, Probe, probes
 from teal.files import atomic_file
-from teal.kernels.block_linear import matmul
+from teal.kernels.matmul import matmul
 from teal.kernels.sparse_linear import drop_small
 from teal.model import Block, LayerNorm, Projection, RMSNorm, Transformer
 from teal.plan import projection_names

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from teal.calibration.stages import Positions
 from teal.errors import ParameterError
-from teal.kernels.block_linear import matmul
+from teal.kernels.matmul import matmul
 from teal.layers.block_linear import BlockLinear
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_linear import QuantizedLinear

@@ -22,8 +22,8 @@ NO_MATRIX = [0, 0, 0, 0, 1, 0]
 GATE_UP = 2  # its place among the projections
 # At whose ends program.cu takes the clocks, of a layer. A phase has in it the wait for what it needs.
 PHASES = (
-    "list of q,k,v", "q,k,v", "sums of q,k,v", "attention", "list of o", "o", "sums of o", "list of gate,up",
- "gate,up", "list of down, down", "sums of down",
+    "list of q,k,v", "q,k,v", "sums of q,k,v", "attention", "list of o", "o", "sums of o", "list of gate,up", "gate,up",
+    "list of down, down", "sums of down",
 )  # fmt: skip
 Projected = SparseLinear | QuantizedLinear
 

@@ -56,9 +56,8 @@ class EmulatedProgram:
 
 def emulated_backend(model: Transformer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> CudaProgramBackend:
     """A program backend of a model on the CPU, whose prefill is the eager one's."""
-    monkeypatch.setattr(
-        plan_module, "BLOCK_THREADS", dict.fromkeys((16, 8, 4), (128,))
-    )  # which are fibers of one thread
+    threads = dict.fromkeys(plan_module.BLOCK_THREADS, (128,))  # which are fibers of one thread
+    monkeypatch.setattr(plan_module, "BLOCK_THREADS", threads)
     monkeypatch.setattr(cuda_program, "device_facts", lambda device: FEW_BLOCKS)
     monkeypatch.setattr(cuda_program, "Program", lambda plan, device: EmulatedProgram(plan, folder))
     monkeypatch.setattr(cuda_program, "program_obstacle", lambda model: model_obstacle(model, FEW_BLOCKS))
