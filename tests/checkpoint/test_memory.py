@@ -13,6 +13,8 @@ from tests.gguf_files import byte_level_vocabulary, write_gguf
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4}
 SCRIPT = """
+import ctypes
+import gc
 import sys
 import torch
 from teal.checkpoint.loading import load_for_decoding
@@ -20,6 +22,9 @@ from teal.decoding.engine import Engine
 from teal.options import ModelOptions, SamplingParams
 
 def held():
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what is free, but kept for the next malloc
+        trim(0)
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
@@ -52,5 +57,5 @@ def test_a_run_holds_little_more_than_the_file(tmp_path: Path, byte_level_tokeni
     done = subprocess.run([sys.executable, "-c", SCRIPT, *folders], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, has_sympy = done.stdout.split()
-    assert 0.5 * path.stat().st_size < int(grown) <= 1.3 * path.stat().st_size, int(grown) / path.stat().st_size
+    assert 0.9 * path.stat().st_size < int(grown) <= 1.3 * path.stat().st_size, int(grown) / path.stat().st_size
     assert has_sympy == "False"
