@@ -226,8 +226,8 @@ def test_several_chunks_of_positions(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("heads,kv_heads,head_dim", [(3, 1, 64), (5, 1, 80), (14, 2, 16), (6, 1, 136), (2, 2, 24)])
 def test_heads_that_share_keys(tmp_path: Path, heads: int, kv_heads: int, head_dim: int) -> None:
     """Any number of heads, and sizes that are whole vectors, several at once, or neither."""
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    save_tiny_model(tiny_config("llama", num_hidden_layers=LAYERS, **sizes), tmp_path)
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    save_tiny_model(tiny_config("llama", num_hidden_layers=LAYERS, head_dim=head_dim, **sizes), tmp_path)
     model = load_model(tmp_path, CPU, torch.float32)
     for length in (6, 257):
         check(model, (length, 3), 1e-5)
