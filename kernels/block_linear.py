@@ -4,11 +4,11 @@ The kernels round an entry of x to 16 bits, relative to the largest of its group
 fp32 they round it to 24. Torch's operations take the weight in fp32.
 
 With many rows a product takes floats of x's dtype, made of a tile of columns at a time: they stay in a cache. In bf16
-a compiled kernel multiplies them too (cpu/block_matmul.cpp), where the processor can. Otherwise torch does, in fp32
-(matmul.py says why).
+a compiled kernel multiplies them too, if the processor can (cpu/block_matmul.cpp). If it has VNNI alone, entries of 16
+bits are rounded as those of few rows (cpu/integer_matmul.cpp). Otherwise torch multiplies, in fp32: matmul.py says why.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,11 @@ from teal.kernels.sparse_linear import drop_small
 #   kernel     0.02   0.16   0.30   0.61
 #   floats     0.46   0.49   0.53   0.60
 KERNEL_ROWS = 24
+# The same beside products by whole numbers, ms of two Xeon cores for 1536 x 8960 in Q4_K:
+#   rows            6      9      12     24
+#   few rows        2.3    2.8    3.6    7.1
+#   whole numbers   1.3    1.9    1.9    3.0
+INTEGER_KERNEL_ROWS = 5
 # Weights in a tile of torch's products. 896 x 9728 in Q4_1 times 64 rows in bf16, ms of two Zen 5 cores. With floats
 # that are kept it takes 1.47.
 #   TILE       2^18   2^19   2^20   2^21
@@ -53,6 +58,12 @@ def block_linear(x: Tensor, weight: Blocks, threshold: float = 0.0) -> Tensor:
     return kept.float() @ block_floats([weight], torch.float32)
 
 
+def kernel_rows(dtype: torch.dtype) -> int:
+    """Most rows of a dtype for which block_linear is as fast as block_matmul."""
+    multiply = _compiled_matmul(dtype)
+    return INTEGER_KERNEL_ROWS if multiply is not None and multiply is _integer_matmul(dtype) else KERNEL_ROWS
+
+
 def block_matmul(x: Tensor, parts: Sequence[Blocks]) -> Tensor:
     """x [B, K] times weights [K, N] side by side: [B, sum of N] in x's dtype. A compiled kernel rounds them to it, too.
 
@@ -60,13 +71,24 @@ def block_matmul(x: Tensor, parts: Sequence[Blocks]) -> Tensor:
     """
     if x.requires_grad:  # the backward pass takes all of them
         return matmul(x, block_floats(parts, x.dtype))
-    if x.dtype == torch.bfloat16 and (native := bf16_kernels()) is not None:
+    if (multiply := _compiled_matmul(x.dtype)) is not None:
         y, x = x.new_empty(len(x), sum(part.N for part in parts)), x.contiguous()
         for part, to in zip(parts, y.split([part.N for part in parts], dim=1), strict=True):
-            native.block_matmul(x, part.data, _numbers(part), to)
+            multiply(x, part.data, _numbers(part), to)
         return y
     wide = x.float()
     return torch.cat([(wide @ _floats(pieces, torch.float32)).to(x.dtype) for pieces in tiles(parts)], dim=1)
+
+
+def _compiled_matmul(dtype: torch.dtype) -> Callable[[Tensor, Tensor, list[int], Tensor], None] | None:
+    """The compiled product of many rows of a dtype, if the processor has one that is faster than torch's in fp32."""
+    if dtype == torch.bfloat16 and (native := bf16_kernels()) is not None:
+        return native.block_matmul
+    return _integer_matmul(dtype)
+
+
+def _integer_matmul(dtype: torch.dtype) -> Callable[[Tensor, Tensor, list[int], Tensor], None] | None:
+    return getattr(native_kernels(), "integer_matmul", None) if dtype.itemsize == 2 else None
 
 
 def tiles(parts: Sequence[Blocks]) -> Iterator[list[Piece]]:

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teal.kernels.block_linear import KERNEL_ROWS, block_columns, block_floats, block_linear, block_matmul
+from teal.kernels.block_linear import (
+    KERNEL_ROWS,
+    block_columns,
+    block_floats,
+    block_linear,
+    block_matmul,
+    kernel_rows,
+)
 from teal.kernels.formats.blocks import Blocks, sections, size_of
 from teal.kernels.matmul import matmul
 from teal.kernels.sparse_linear import drop_small
@@ -56,7 +63,7 @@ class BlockWeight(nn.Module):
 
     def sparse(self, x: Tensor, thresholds: Tensor, segments: Sequence[int]) -> Tensor:
         """As few, for any number of rows, in x's dtype: [B, N]."""
-        if len(x) <= KERNEL_ROWS:
+        if len(x) <= kernel_rows(x.dtype):
             return self.few(x, thresholds, segments).to(x.dtype)
 
         def product(part: int, limit: float) -> Tensor:
@@ -108,7 +115,7 @@ class BlockWeight(nn.Module):
     def many(self, x: Tensor) -> Tensor:
         """x [..., K] times the weight, in x's dtype: [..., N]. Many rows take the weight in floats of it."""
         rows = x.reshape(-1, self.K)
-        if len(rows) > KERNEL_ROWS:
+        if len(rows) > kernel_rows(x.dtype):
             y = self._product(rows)
         else:
             y = torch.cat([block_linear(rows, part) for part in self.parts], dim=1).to(x.dtype)

@@ -7,7 +7,18 @@ from torch import Tensor
 from teal.kernels import block_linear
 from teal.kernels.block_linear import block_columns, block_floats, block_matmul, tiles
 from teal.kernels.cpu.native import native_kernels
-from teal.kernels.formats.blocks import STRIP, Blocks, column, columns, dequantize, pack, sections, size_of, unpack
+from teal.kernels.formats.blocks import (
+    BLOCK_TYPES,
+    STRIP,
+    Blocks,
+    column,
+    columns,
+    dequantize,
+    pack,
+    sections,
+    size_of,
+    unpack,
+)
 from tests.block_models import KINDS, floats_of, random_blocks, random_rows
 from tests.conftest import assert_near
 
@@ -15,6 +26,7 @@ product = block_linear.block_linear
 # Of x, as blocks.cpp rounds it: 24 bits relative to a group's largest, or 16.
 TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 8e-5), (torch.float16, 8e-5)]
 FLOAT_TOLERANCES = [(torch.float32, 2e-6), (torch.bfloat16, 6e-3), (torch.float16, 8e-4)]  # weights are rounded, too
+COMPILED_MATMULS = ["block_matmul", "integer_matmul"]  # of many rows: each if the processor has instructions for it
 SHAPES = [(256, 32), (768, 200), (1536, 128), (512, 1300)]
 
 
@@ -57,19 +69,31 @@ def test_columns_are_cut(kind: str) -> None:
         columns(weight, 64, 128)
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_products_by_tiles(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts whose borders are no tiles' borders, and weights that are one tile."""
-    if not native:
+def by_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows go by a compiled op, by torch and compiled floats, or by torch alone."""
+    if way in COMPILED_MATMULS:
+        if (op := getattr(native_kernels(), way, None)) is None:
+            pytest.skip("takes a processor that has bf16 or VNNI")
+        monkeypatch.setattr(block_linear, "_compiled_matmul", lambda dtype: op if dtype.itemsize == 2 else None)
+    else:
+        monkeypatch.setattr(block_linear, "_compiled_matmul", lambda dtype: None)
+    if way == "torch":
         monkeypatch.setattr(block_linear, "native_kernels", lambda: None)
-        monkeypatch.setattr(block_linear, "bf16_kernels", lambda: None)
+
+
+@pytest.mark.parametrize("way", [*COMPILED_MATMULS, "floats", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_by_tiles(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts whose borders are no tiles' borders, and weights that are one tile."""
+    by_way(way, monkeypatch)
     parts = [random_blocks(kind, 512, 300), random_blocks("Q6_K", 512, 70), random_blocks(kind, 512, 129, seed=1)]
     weight = torch.cat([dequantize(part) for part in parts], dim=1)
     x = torch.randn(40, 512, generator=torch.Generator().manual_seed(4))
     for tile in (1, 512 * 256, 1 << 21):
         monkeypatch.setattr(block_linear, "TILE", tile)
         for dtype, limit in FLOAT_TOLERANCES:
+            if way == "block_matmul" and dtype == torch.float16:
+                continue
             found, expected = block_matmul(x.to(dtype), parts), x.to(dtype).double() @ weight.double()
             assert found.dtype == dtype
             assert_near(f"{dtype}, tiles of {tile}", found.float(), expected.float(), limit)
@@ -145,9 +169,12 @@ def test_bits_depend_on_neither_threads_nor_other_rows(kind: str) -> None:
         assert torch.equal(product(x[r : r + 1], weight, 0.6)[0], expected[r]), f"row {r} alone"
 
 
-@pytest.mark.skipif(not hasattr(native_kernels(), "block_matmul"), reason="takes a processor that multiplies bf16")
+@pytest.mark.parametrize("way", COMPILED_MATMULS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bits_of_many_rows_depend_on_neither_threads_nor_other_rows(kind: str) -> None:
+def test_bits_of_many_rows_depend_on_neither_threads_nor_other_rows(
+    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_way(way, monkeypatch)
     parts = [random_blocks(kind, 768, 500), random_blocks(kind, 768, 200, seed=1)]
     x = torch.randn(71, 768, generator=torch.Generator().manual_seed(5)).bfloat16()
     threads = torch.get_num_threads()
@@ -160,6 +187,22 @@ def test_bits_of_many_rows_depend_on_neither_threads_nor_other_rows(kind: str) -
         torch.set_num_threads(threads)
     for begin, end in ((0, 1), (3, 40), (70, 71)):
         assert torch.equal(block_matmul(x[begin:end], parts), expected[begin:end]), (begin, end)
+
+
+@pytest.mark.parametrize("way", COMPILED_MATMULS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_of_any_channels(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels that are no whole tiles, and a row that is not finite beside others."""
+    by_way(way, monkeypatch)
+    for K in (256, 1280) if BLOCK_TYPES[kind].nested else (32, 288, 544):
+        weight = random_blocks(kind, K, 200)
+        x = torch.randn(26, K, generator=torch.Generator().manual_seed(K)).bfloat16()
+        expected = x.double() @ dequantize(weight).double()
+        x[3, 5] = torch.inf
+        found = block_matmul(x, [weight])
+        others = [r for r in range(26) if r != 3]
+        assert_near(f"{K} channels", found[others].float(), expected[others].float(), 2**-8)
+        assert not found[3].isfinite().any()
 
 
 def test_hard_rows() -> None:

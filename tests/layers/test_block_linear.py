@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from teal.kernels.block_linear import KERNEL_ROWS
+from teal.kernels.block_linear import INTEGER_KERNEL_ROWS, KERNEL_ROWS
 from teal.kernels.formats.blocks import dequantize
 from teal.layers.block_linear import BlockShape, BlockWeight, floats_kept
 from tests.block_models import random_blocks
@@ -23,7 +23,7 @@ def weight() -> BlockWeight:
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["tiles", "kept"])
-@pytest.mark.parametrize("rows", [1, KERNEL_ROWS, KERNEL_ROWS + 1, 100])
+@pytest.mark.parametrize("rows", [1, INTEGER_KERNEL_ROWS, INTEGER_KERNEL_ROWS + 1, KERNEL_ROWS, KERNEL_ROWS + 1, 100])
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
 def test_products(rows: int, dtype: torch.dtype, limit: float, keep: bool, weight: BlockWeight) -> None:
     """few and sparse drop what each segment's threshold says, many nothing."""
