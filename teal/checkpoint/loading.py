@@ -24,6 +24,7 @@ from teal.layers.output_head import use_native_head
 from teal.layers.quantized_linear import BITS, is_quantized, pick_group_size
 from teal.layers.rounding import quantize
 from teal.layers.team import Team, join_team, share
+from teal.layers.wide_linear import use_wide_linears
 from teal.model import ModelConfig, OutputHead, Transformer
 from teal.options import DraftOptions, ModelOptions, unknown_id
 from teal.parallel import Rank
@@ -121,6 +122,7 @@ def load_for_decoding(options: ModelOptions, check: Check | None = None, *, spar
     if team is not None:
         loaded.config, loaded.team = described.config, team
         share(loaded.model, team, described.config)
+    use_wide_linears(loaded.model)
     loaded.force_plan = options.force_plan
     loaded.load_s = time.perf_counter() - start
     return loaded
@@ -199,6 +201,7 @@ def load_draft(checkpoint: str, target: LoadedModel) -> LoadedModel:
         loaded.model.lm_head = model.lm_head
     if has_int8_cache(model):
         use_int8_cache(loaded.model)
+    use_wide_linears(loaded.model)
     loaded.force_plan = target.force_plan
     return loaded
 

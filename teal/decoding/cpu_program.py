@@ -36,12 +36,13 @@ from teal.layers.int8_cache import Int8CacheAttention, has_int8_cache
 from teal.layers.output_head import NativeHead
 from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
+from teal.layers.wide_linear import WideLinear
 from teal.model import Attention, Block, KVCache, LayerNorm, ModelConfig, OutputHead, RMSNorm, Transformer
 from teal.rope import RopeKind, angle_factors, frequencies
 from teal.teal_layers import SparseLinear
 
 ATTENTIONS = (Attention, Int8CacheAttention)
-PROJECTIONS = (nn.Linear, SparseLinear, QuantizedLinear, BlockLinear)
+PROJECTIONS = (nn.Linear, WideLinear, SparseLinear, QuantizedLinear, BlockLinear)
 HEADS = (OutputHead, NativeHead, QuantizedHead, BlockHead)
 EMBEDDINGS = (nn.Embedding, QuantizedEmbedding, BlockEmbedding)
 

@@ -68,6 +68,6 @@ def test_a_cpu_without_bf16_multiplies_in_fp32(
     assert products.dtypes == {torch.float32} and y.dtype == dtype
     if product is not by_blocks:  # which makes floats of them in any case
         with Products() as products:
-            product(x[:20])
+            product(x[:10])
         assert products.dtypes == {dtype if dtype == torch.bfloat16 else torch.float32}
     assert_near("product", y.float(), x.float() @ weight.float(), 2 ** (-8 if dtype == torch.bfloat16 else -11))
