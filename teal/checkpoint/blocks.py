@@ -7,6 +7,7 @@ runs on the integers asks for the bytes.
 
 import enum
 import json
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from teal.kernels.formats.packing import INPUT_GROUP_COLUMNS, pack_int4
 from teal.layers.block_linear import BlockEmbedding, BlockHead, BlockLinear, BlockShape
 from teal.model import Transformer
 
-RECORD = "blocks"  # of a shard's metadata: {name: [type, K, N]}
+RECORD, PADDING = "blocks", "padding"  # of a shard's metadata: {name: [type, K, N]}, and spaces
+LINE = 64  # bytes that a processor reads at once
 LARGEST = torch.finfo(torch.float16).max
 GROUP_TYPES = {"Q4_0": 4, "Q8_0": 8}  # that are integers less their middle, with a scale for 32 channels: their bits
 GROUP_PARTS = ("qweight", "scales", "zeros")
@@ -147,10 +149,32 @@ class BlockSlice:
 
 
 def save_shard(tensors: Mapping[str, Tensor | Blocks], path: Path) -> None:
-    """A safetensors file of these."""
+    """A safetensors file of these. Weights in blocks begin at whole cache lines: they can be used as mapped."""
     shapes = {name: t[:3] for name, t in tensors.items() if isinstance(t, Blocks)}
     plain = {name: t.data if isinstance(t, Blocks) else t for name, t in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt", RECORD: json.dumps(shapes)})
+    metadata = {"format": "pt", RECORD: json.dumps(shapes), PADDING: ""}
+    save_file(plain, path, metadata=metadata)
+    if shapes and (missing := -_header_bytes(path) % LINE):  # how long a header is, only the library knows
+        save_file(plain, path, metadata=metadata | {PADDING: " " * missing})
+
+
+def _header_bytes(path: Path) -> int:
+    """Bytes of a safetensors file before its tensors: https://huggingface.co/docs/safetensors."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def map_blocks(target: Tensor, values: Tensor) -> bool:
+    """Let target, if it is a BlockWeight's, be values as they lie in a mapped file, which processes share.
+
+    Their pages are touched in order, so that a disk is read as a whole. False if target is to be filled.
+    """
+    is_bytes = isinstance(target, nn.Parameter) and target.dtype == values.dtype == torch.uint8
+    if not is_bytes or target.device.type != "cpu" or values.shape != target.shape or values.data_ptr() % LINE:
+        return False
+    values[:: mmap.PAGESIZE].sum()
+    target.data = values
+    return True
 
 
 def fits_half(weight: Blocks) -> bool:

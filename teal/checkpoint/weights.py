@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.checkpoint.awq_gptq import Packing
-from teal.checkpoint.blocks import GROUP_PARTS, GROUP_TYPES, Form, use_block_modules
+from teal.checkpoint.blocks import GROUP_PARTS, GROUP_TYPES, Form, map_blocks, use_block_modules
 from teal.checkpoint.config import load_config, load_quantization
 from teal.checkpoint.fields import read_json
 from teal.checkpoint.layout import open_shard, read_layout
@@ -177,6 +177,8 @@ class Targets:
                 values = cut_tensor(values, cut, name, target)
             except UserError as error:
                 raise UserError(f"{shard}: {name} {error}; use fewer devices") from None
+        if map_blocks(target, values):
+            return
         target.copy_(values.to(target.device))
         if not target.is_floating_point() or is_finite(target):
             return

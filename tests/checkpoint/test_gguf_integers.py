@@ -1,5 +1,7 @@
 """Folders converted from GGUF: floats for whoever asks, integers for a CPU's model, groups for a GPU's."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from teal.calibration.thresholds import calibrate
 from teal.checkpoint import weights
-from teal.checkpoint.blocks import fits_half
+from teal.checkpoint.blocks import Shard, fits_half, open_file, save_shard
 from teal.checkpoint.gguf import convert_gguf
 from teal.checkpoint.identity import weights_identity
 from teal.checkpoint.loading import load_for_decoding
@@ -20,7 +22,7 @@ from teal.checkpoint.weights import load_model, open_shard
 from teal.errors import UserError
 from teal.kernels.formats.blocks import Blocks, dequantize, sections
 from teal.layers import block_linear
-from teal.layers.block_linear import BlockHead, BlockLinear, widen_blocks
+from teal.layers.block_linear import BlockHead, BlockLinear, BlockWeight, widen_blocks
 from teal.layers.quantized_linear import QuantizedLinear
 from teal.layers.rounding import quantize
 from teal.model import OutputHead, Transformer
@@ -160,6 +162,43 @@ def test_a_damaged_record_is_refused(record: str, convert: Convert) -> None:
     with pytest.raises(UserError, match="its record of blocks is damaged") as error:
         load_model(path.parent, CPU, torch.float32, keep_integers=True)
     assert "\n" not in str(error.value)
+
+
+def block_bytes(model: Transformer) -> list[torch.Tensor]:
+    modules = [module for module in model.modules() if isinstance(module, BlockWeight)]
+    return [data for module in modules for data in module.data]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("length", range(0, 64, 9))
+def test_weights_are_used_as_mapped(length: int, tmp_path: Path, convert: Convert) -> None:
+    """Whatever the length of a header, all begin at whole cache lines, and none is copied."""
+    folder = convert(Type.Q4_1)
+    path, longer = folder / "model.safetensors", tmp_path / "longer.safetensors"
+    with open_file(path) as file:
+        shard = Shard(file, path, {})
+        tensors = {name: shard.stored(name) for name in shard.keys()}  # noqa: SIM118 - no dict
+        save_shard(tensors | {"x" * (length + 1): torch.ones(16)}, longer)
+    with open_file(longer) as file:
+        blocks = [file.get_tensor(name) for name, tensor in tensors.items() if isinstance(tensor, Blocks)]
+    assert blocks and all(data.data_ptr() % 64 == 0 for data in blocks)
+    model = load_model(folder, CPU, torch.float32, keep_integers=True)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    maps = [[int(address, 16) for address in line[0].split("-")] for line in lines]
+    assert all(any(begin <= data.data_ptr() < end for begin, end in maps) for data in block_bytes(model))
+
+
+def test_weights_that_begin_elsewhere_are_copied(convert: Convert) -> None:
+    folder = convert(Type.Q4_1)
+    mapped, path = load_model(folder, CPU, torch.float32, keep_integers=True), folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, record = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["blocks"]  # noqa: SIM118
+    for spaces in range(0, 64, 8):
+        save_file(tensors, folder / "new", {"format": "pt", "blocks": record, "padding": " " * spaces})
+        os.replace(folder / "new", path)
+        model = load_model(folder, CPU, torch.float32, keep_integers=True)
+        assert all(data.data_ptr() % 64 == 0 for data in block_bytes(model))
+        assert torch.equal(logits(model), logits(mapped))
 
 
 def test_no_float_copy_is_stored(convert: Convert) -> None:
