@@ -191,27 +191,22 @@ inline float total(const Lanes& lanes) {
   return folded<Lanes8, Lanes4>(lanes, [](const auto& a, const auto& b) { return a + b; });
 }
 
+#if defined(__AVX512F__)
 // As total, of four registers: their last steps are the same instructions.
 inline void totals(const Lanes (&registers)[4], float* to) {
-  Lanes4 rows[4];
+  __m128 rows[4];
   for (int i = 0; i < 4; ++i) {
     Lanes8 halves[2];
     std::memcpy(halves, &registers[i], sizeof(halves));
     const Lanes8 half = halves[0] + halves[1];
     Lanes4 quarters[2];
     std::memcpy(quarters, &half, sizeof(quarters));
-    rows[i] = quarters[0] + quarters[1];
+    rows[i] = reinterpret_cast<__m128>(quarters[0] + quarters[1]);
   }
-  using Places = Integers4;
-  const Lanes4 low[2] = {__builtin_shuffle(rows[0], rows[1], Places{0, 4, 1, 5}),
-                         __builtin_shuffle(rows[2], rows[3], Places{0, 4, 1, 5})};
-  const Lanes4 high[2] = {__builtin_shuffle(rows[0], rows[1], Places{2, 6, 3, 7}),
-                          __builtin_shuffle(rows[2], rows[3], Places{2, 6, 3, 7})};
-  const Lanes4 sums[2] = {low[0] + high[0], low[1] + high[1]};  // entry 0 + 2 of both, then 1 + 3
-  const Lanes4 found = __builtin_shuffle(sums[0], sums[1], Places{0, 1, 4, 5}) +
-                       __builtin_shuffle(sums[0], sums[1], Places{2, 3, 6, 7});
-  std::memcpy(to, &found, sizeof(found));
+  _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+  _mm_storeu_ps(to, _mm_add_ps(_mm_add_ps(rows[0], rows[2]), _mm_add_ps(rows[1], rows[3])));
 }
+#endif
 
 inline int32_t total(const Integers& lanes) {
   return folded<Integers8, Integers4>(lanes, [](const auto& a, const auto& b) { return a + b; });
