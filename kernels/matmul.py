@@ -3,11 +3,12 @@
 Torch emulates products of 16 bits there, and those of fp16 badly. A tile of columns at a time becomes fp32, and stays
 in a cache. ms on two cores of a Xeon (AVX-512, no bf16) for 1536 x 8960:
 
-    rows                   1       4       8      16      32      64     512
-    bf16                 1.9     4.7     6.8      11      20      34     255
-    fp16                 1.7     5.9      11      21     439     974    2458
-    fp32, tiles                                  8.5      10      13      62
-    fp32, whole           23      27      28      27      28      31      81
+    rows                     1       4       8      16      32      64     512
+    bf16                   1.9     4.7     6.8      11      20      34     255
+    fp16, nn.Linear's      1.7     5.9      11      21
+    fp16, weight [K, N]                            439     974    2458
+    fp32, tiles                                    8.5      10      13      62
+    fp32, whole             23      27      28      27      28      31      81
 """
 
 from typing import Any
