@@ -248,16 +248,6 @@ void by_digits(const Blocks& w, Dtype dtype, const Entries& entries, int64_t beg
   sum_strips<BITS, ROWS, 2>(w, entries, begin, end, sums);
 }
 
-template <int ROWS>
-void by_bits(const Blocks& w, Dtype dtype, const Entries& entries, int64_t begin, int64_t end, float* sums) {
-  switch (w.bits) {
-    case 4: return by_digits<4, ROWS>(w, dtype, entries, begin, end, sums);
-    case 5: return by_digits<5, ROWS>(w, dtype, entries, begin, end, sums);
-    case 6: return by_digits<6, ROWS>(w, dtype, entries, begin, end, sums);
-    default: return by_digits<8, ROWS>(w, dtype, entries, begin, end, sums);
-  }
-}
-
 }  // namespace
 
 void multiply_blocks(const Blocks& weight, Dtype dtype, const Entries& entries, int64_t begin, int64_t end, float* y,
@@ -268,11 +258,10 @@ void multiply_blocks(const Blocks& weight, Dtype dtype, const Entries& entries, 
     const int64_t strip = begin / STRIP, to = std::min(end, (strip + strips) * STRIP);
     const int64_t last = (to + STRIP - 1) / STRIP;
     for (int64_t r = 0; r < entries.rows; ++r) std::fill_n(sums + r * WIDTH, strips * STRIP, 0.0f);
-    if (entries.rows == 1) {
-      by_bits<1>(weight, dtype, entries, strip, last, sums);
-    } else {
-      by_bits<GATHER_ROWS>(weight, dtype, entries, strip, last, sums);
-    }
+    by_bits(weight, [&](auto bits) {
+      if (entries.rows == 1) return by_digits<bits.value, 1>(weight, dtype, entries, strip, last, sums);
+      by_digits<bits.value, GATHER_ROWS>(weight, dtype, entries, strip, last, sums);
+    });
     const float* from = sums + begin - strip * STRIP;
     for (int64_t r = 0; r < entries.rows; ++r) std::copy_n(from + r * WIDTH, to - begin, y + r * y_stride);
     y += to - begin;

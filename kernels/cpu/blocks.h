@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "floats.h"
 
@@ -19,6 +20,17 @@ struct Blocks {
   int64_t columns() const { return (N + STRIP - 1) / STRIP * STRIP; }
   int64_t row_bytes() const { return columns() * bits / 8; }
 };
+
+// f with the number of bits as a type.
+template <typename F>
+auto by_bits(const Blocks& w, F&& f) {
+  switch (w.bits) {
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
+}
 
 // Where the parts of a weight that follow its values begin.
 struct Scales {

@@ -86,12 +86,7 @@ void fill_pairs(const Blocks& w, int64_t first, int64_t last, int64_t begin, Int
 
 // Channels first to last of the columns from begin on.
 void fill_tile(const Blocks& w, int64_t first, int64_t last, int64_t begin, Tile& tile) {
-  switch (w.bits) {
-    case 4: fill_pairs<4>(w, first, last, begin, tile.pairs); break;
-    case 5: fill_pairs<5>(w, first, last, begin, tile.pairs); break;
-    case 6: fill_pairs<6>(w, first, last, begin, tile.pairs); break;
-    default: fill_pairs<8>(w, first, last, begin, tile.pairs);
-  }
+  by_bits(w, [&](auto bits) { fill_pairs<bits.value>(w, first, last, begin, tile.pairs); });
   const Scales scales(w);
   for (int64_t k = first; k < last; k += w.group)
     for (int v = 0; v < VECTORS; ++v) {

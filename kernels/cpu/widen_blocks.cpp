@@ -1,7 +1,6 @@
 // Block types (kernels/formats/blocks.py) to floats: rows for products with many rows of x, columns for an embedding.
 
 #include <algorithm>
-#include <type_traits>
 
 #include "avx2.h"
 #include "blocks.h"
@@ -34,17 +33,6 @@ TEAL_INLINE void half_floats(const Blocks& w, int64_t channel, int64_t strip, La
   for (int v = 0; v < VECTORS / 2; ++v) found[v] = load(bytes + v * LANES);
 }
 #endif
-
-// f with the number of bits as a type.
-template <typename F>
-auto by_bits(const Blocks& w, F&& f) {
-  switch (w.bits) {
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 5: return f(std::integral_constant<int, 5>{});
-    case 6: return f(std::integral_constant<int, 6>{});
-    default: return f(std::integral_constant<int, 8>{});
-  }
-}
 
 // The value of a weight, rounded twice as the gguf package does.
 TEAL_INLINE Lanes weight_of(const Blocks& w, const Lanes& integer, const Lanes& scale, const Lanes& minimum) {
