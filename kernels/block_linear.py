@@ -8,7 +8,8 @@ a compiled kernel multiplies them too, if the processor can (cpu/block_matmul.cp
 bits are rounded as those of few rows (cpu/integer_matmul.cpp). Otherwise torch multiplies, in fp32: matmul.py says why.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,8 +61,7 @@ def block_linear(x: Tensor, weight: Blocks, threshold: float = 0.0) -> Tensor:
 
 def kernel_rows(dtype: torch.dtype) -> int:
     """Most rows of a dtype for which block_linear is as fast as block_matmul."""
-    multiply = _compiled_matmul(dtype)
-    return INTEGER_KERNEL_ROWS if multiply is not None and multiply is _integer_matmul(dtype) else KERNEL_ROWS
+    return INTEGER_KERNEL_ROWS if _compiled_matmul(dtype) == "integer_matmul" else KERNEL_ROWS
 
 
 def block_matmul(x: Tensor, parts: Sequence[Blocks]) -> Tensor:
@@ -71,7 +71,8 @@ def block_matmul(x: Tensor, parts: Sequence[Blocks]) -> Tensor:
     """
     if x.requires_grad:  # the backward pass takes all of them
         return matmul(x, block_floats(parts, x.dtype))
-    if (multiply := _compiled_matmul(x.dtype)) is not None:
+    if (name := _compiled_matmul(x.dtype)) is not None:
+        multiply = getattr(native_kernels(), name)
         y, x = x.new_empty(len(x), sum(part.N for part in parts)), x.contiguous()
         for part, to in zip(parts, y.split([part.N for part in parts], dim=1), strict=True):
             multiply(x, part.data, _numbers(part), to)
@@ -80,15 +81,12 @@ def block_matmul(x: Tensor, parts: Sequence[Blocks]) -> Tensor:
     return torch.cat([(wide @ _floats(pieces, torch.float32)).to(x.dtype) for pieces in tiles(parts)], dim=1)
 
 
-def _compiled_matmul(dtype: torch.dtype) -> Callable[[Tensor, Tensor, list[int], Tensor], None] | None:
-    """The compiled product of many rows of a dtype, if the processor has one that is faster than torch's in fp32."""
-    if dtype == torch.bfloat16 and (native := bf16_kernels()) is not None:
-        return native.block_matmul
-    return _integer_matmul(dtype)
-
-
-def _integer_matmul(dtype: torch.dtype) -> Callable[[Tensor, Tensor, list[int], Tensor], None] | None:
-    return getattr(native_kernels(), "integer_matmul", None) if dtype.itemsize == 2 else None
+@functools.cache  # asking for an op that is not there takes 6 us
+def _compiled_matmul(dtype: torch.dtype) -> str | None:
+    """The compiled op for many rows of a dtype, if the processor has one that is faster than torch's in fp32."""
+    if dtype == torch.bfloat16 and bf16_kernels() is not None:
+        return "block_matmul"
+    return "integer_matmul" if dtype.itemsize == 2 and hasattr(native_kernels(), "integer_matmul") else None
 
 
 def tiles(parts: Sequence[Blocks]) -> Iterator[list[Piece]]:

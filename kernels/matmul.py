@@ -11,6 +11,7 @@ in a cache. ms on two cores of a Xeon (AVX-512, no bf16) for 1536 x 8960:
     fp32, whole             23      27      28      27      28      31      81
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def emulates(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and bf16_kernels() is None)
 
 
+@functools.cache  # asking for an op that is not there takes 6 us
 def bf16_kernels() -> Any | None:
     """The compiled kernels, if the processor has vdpbf16ps."""
     native = native_kernels()
