@@ -104,55 +104,71 @@ struct Attention {
         constexpr int LINE = 128 / sizeof(Cached), LINES = ceil_div(CACHE_WIDTH, LINE);
         const int at = begin + threadIdx.x / LINES;
         if (at >= end || at == position) return;
-        const i64 offset = layer * cache.layer + kv * cache.head + at * cache.position + threadIdx.x % LINES * LINE;
+        const i64 offset = vector_of(cache, layer, at) + threadIdx.x % LINES * LINE;
         ::prefetch(cache.k + offset);
         ::prefetch(cache.v + offset);
     }
 
     // Query heads and the key into s.heads, from the partial sums of q, k and v; the value into its row.
-    __device__ void take_heads(const Matrix& m, const u64* parts, u32 epoch, Shared& s) const {
-        constexpr int HALF = HEAD_DIM / 2;
+    __device__ void take_heads(const Matrix& m, const uint4* parts, u32 epoch, Shared& s) const {
+        constexpr int FOURS = HEAD_DIM / 4;
 #pragma unroll 1
-        for (int i = threadIdx.x; i / 32 * 32 < (GROUP_HEADS + 2) * HALF; i += THREADS) {  // whole warps
-            const int h = i / HALF, d = 2 * (i % HALF);
+        for (int i = threadIdx.x; i / 32 * 32 < (GROUP_HEADS + 2) * FOURS; i += THREADS) {  // whole warps
+            const int h = i / FOURS, d = 4 * (i % FOURS);
             const bool wanted = h < GROUP_HEADS ? has_head(h) : h < GROUP_HEADS + 2 && stores;
             const int head = h < GROUP_HEADS ? query_head(h) : HEADS + (h - GROUP_HEADS) * KV_HEADS + kv;
             const int column = wanted ? head * HEAD_DIM + d : 0;
-            float2 loaded[QKV_SPLITS], sum = make_float2(0.0f, 0.0f);
+            float4 loaded[QKV_SPLITS], sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             receive(
-                loaded, epoch, [&](int split) { return parts + (u64)split * Qkv::N + column; },
+                loaded, epoch, [&](int split) { return parts + (split * Qkv::N + column) / 4; },
                 [&](int) { return wanted; });
 #pragma unroll
-            for (int split = 0; split < QKV_SPLITS; split++) sum.x += loaded[split].x, sum.y += loaded[split].y;
+            for (int split = 0; split < QKV_SPLITS; split++) add_to(sum, loaded[split]);
             if (!wanted) continue;
-            sum = make_float2(rounded(sum.x + bias_of(m, column)), rounded(sum.y + bias_of(m, column + 1)));
+            add_bias(sum, m, column);
+            const uint2 bits = make_uint2(pair_of(sum.x, sum.y), pair_of(sum.z, sum.w));
             if (h <= GROUP_HEADS)
-                ((float2*)s.heads)[i] = sum;
+                ((float4*)s.heads)[i] = make_float4(low_of(bits.x), high_of(bits.x), low_of(bits.y), high_of(bits.y));
             else
-                s.rows[h][d] = bits_of(sum.x), s.rows[h][d + 1] = bits_of(sum.y);
+                *(uint2*)&s.rows[h][d] = bits;
         }
         __syncthreads();
     }
 
-    // Norm (Qwen3) and rotation of each query head and the key into its row, a warp for each.
+    // What the norm (Qwen3) multiplies each query head and the key with, a warp for each.
+    __device__ void scale_heads(Shared& s) const {
+        for (int h = warp_of_block(); h <= GROUP_HEADS; h += WARPS) {
+            float squares = 0.0f;
+            for (int d = lane_of_warp(); d < HEAD_DIM; d += 32) {
+                const float x = s.heads[h * HEAD_DIM + d];
+                squares += x * x;
+            }
+            squares = sum_of_warp(squares);
+            if (lane_of_warp() == 0) s.head_scales[h] = rsqrtf(squares / HEAD_DIM + NORM_EPS);
+        }
+        __syncthreads();
+    }
+
+    // Norm and rotation of each query head and the key into its row, channels d, d + 1 and those half a head on.
     __device__ void rotate(const u16* q_norm, const u16* k_norm, Shared& s) const {
         constexpr int HALF = HEAD_DIM / 2;
-        for (int h = warp_of_block(); h <= GROUP_HEADS; h += WARPS) {
+        if (q_norm) scale_heads(s);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < (GROUP_HEADS + 1) * HALF / 2; i += THREADS) {
+            const int h = i / (HALF / 2), d = i % (HALF / 2) * 2;
             if (h < GROUP_HEADS ? !has_head(h) : !stores) continue;
-            const float* const x = s.heads + h * HEAD_DIM;
             const u16* const norm = h < GROUP_HEADS ? q_norm : k_norm;
-            float squares = 0.0f;
-            for (int d = lane_of_warp(); d < HEAD_DIM; d += 32) squares += x[d] * x[d];
-            const float scale = norm ? rsqrtf(sum_of_warp(squares) / HEAD_DIM + NORM_EPS) : 1.0f;
-            for (int d = lane_of_warp(); d < HALF; d += 32) {
-                float a = x[d], b = x[d + HALF];
-                if (norm) {
-                    a = rounded(rounded(a * scale) * float_of(norm[d]));
-                    b = rounded(rounded(b * scale) * float_of(norm[d + HALF]));
-                }
-                s.rows[h][d] = bits_of(a * s.cosines[d] - b * s.sines[d]);
-                s.rows[h][d + HALF] = bits_of(b * s.cosines[d] + a * s.sines[d]);
+            const float* const x = s.heads + h * HEAD_DIM + d;
+            float2 a = *(const float2*)x, b = *(const float2*)(x + HALF);
+            if (norm) {
+                const u32 low = *(const u32*)(norm + d), high = *(const u32*)(norm + d + HALF);
+                const float scale = s.head_scales[h];
+                a.x = residual::normed(a.x, scale, low_of(low)), a.y = residual::normed(a.y, scale, high_of(low));
+                b.x = residual::normed(b.x, scale, low_of(high)), b.y = residual::normed(b.y, scale, high_of(high));
             }
+            const float2 cosine = *(const float2*)(s.cosines + d), sine = *(const float2*)(s.sines + d);
+            *(u32*)&s.rows[h][d] = pair_of(a.x * cosine.x - b.x * sine.x, a.y * cosine.y - b.y * sine.y);
+            *(u32*)&s.rows[h][d + HALF] = pair_of(b.x * cosine.x + a.x * sine.x, b.y * cosine.y + a.y * sine.y);
         }
         __syncthreads();
     }
@@ -183,8 +199,7 @@ struct Attention {
 
     // A position's vector in the cache. The new token's key and value are not there yet.
     __device__ const Cached* cached(const Cached* from, const Cache& cache, int layer, int at) const {
-        const i64 offset = vector_of(cache, layer, at);
-        return at < end && at != position ? from + offset : nullptr;
+        return at < end && at != position ? from + vector_of(cache, layer, at) : nullptr;
     }
 
     __device__ __forceinline__ void read(TileOf<Cached>& found, const Cache& cache, int layer, int base) const {
@@ -201,7 +216,8 @@ struct Attention {
         for (; base < end; base += SEATS * TILE) {
             if (!READS_AHEAD) read(found, cache, layer, base);
             Tile tile = floats_of(found);
-            if (READS_AHEAD) read(found, cache, layer, base + SEATS * TILE);
+            const int next = base + SEATS * TILE;
+            if (READS_AHEAD && next < end) read(found, cache, layer, next);
             if (stores && position < base + TILE) {
                 auto own = [&](int place, int row) { return base + place == position ? s.rows[row] : nullptr; };
                 tile.read_keys([&](int place) { return own(place, GROUP_HEADS); });
@@ -229,8 +245,8 @@ struct Attention {
                             s.attended[seat][h][Running::channel(j, i, k)] = run.sums[j][i][k];
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < GROUP_HEADS * SLOT / 2; i += THREADS) {
-            const int h = i / (SLOT / 2), d = i % (SLOT / 2) * 2;
+        for (int i = threadIdx.x; i < GROUP_HEADS * HEAD_DIM / 2; i += THREADS) {
+            const int h = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2) * 2;
             if (!has_head(h)) continue;
             float highest = NOTHING, weight = 0.0f;
             float2 total = make_float2(0.0f, 0.0f);
@@ -239,19 +255,17 @@ struct Attention {
             for (int w = 0; w < seats; w++) {
                 const float factor = exp2f(s.largest[w][h] - highest);
                 weight += factor * s.weight[w][h];
-                if (d < HEAD_DIM) total.x += factor * s.attended[w][h][d], total.y += factor * s.attended[w][h][d + 1];
+                total.x += factor * s.attended[w][h][d], total.y += factor * s.attended[w][h][d + 1];
             }
-            u64* const to = attended + ((u64)query_head(h) * ATTENTION_SPLITS + split) * SLOT + d;
-            if (d < HEAD_DIM)
-                send(to, total.x, total.y, epoch);
-            else
-                send(to, highest, weight, epoch);
+            u64* const to = attended + ((u64)query_head(h) * ATTENTION_SPLITS + split) * SLOT;
+            send(to + d, total.x, total.y, epoch);
+            if (d == 0) send(to + HEAD_DIM, highest, weight, epoch);
         }
     }
 };
 
 // This split's share of attention's output, rounded as its layer does, listed where it reaches the threshold.
-// LANES_OF_PAIR lanes to a pair of channels, which combine the splits of its head.
+// LANES_OF_PAIR lanes to a pair of channels, which combine the splits of its head. o's panel is there before.
 __device__ __forceinline__ Listed list_attended(const u64* attended, int splits, float threshold, int split, u32 epoch,
                                                 Shared& s) {
     constexpr int COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
@@ -291,13 +305,13 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, int splits,
             x.x += __shfl_xor_sync(ALL_LANES, x.x, distance);
             x.y += __shfl_xor_sync(ALL_LANES, x.y, distance);
         }
-        if (!live) weight = 1.0f;
-        values[2 * pass] = rounded(x.x / weight), values[2 * pass + 1] = rounded(x.y / weight);
+        const float share = live ? 1.0f / weight : 0.0f;
+        values[2 * pass] = rounded(x.x * share), values[2 * pass + 1] = rounded(x.y * share);
 #pragma unroll
         for (int i = 2 * pass; i < 2 * pass + 2; i++)
             if (live && part == 0 && is_kept(values[i], threshold)) keep |= 1u << i;
     }
     auto row = [&](int i) { return 2 * pair(i / 2) + i % 2; };
     auto in_panel = [&](int i) { return (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2; };
-    return compact<O>(values, keep, row, in_panel, s);
+    return compact<O, false>(values, keep, row, in_panel, s);
 }

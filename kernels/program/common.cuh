@@ -11,6 +11,7 @@ __device__ __forceinline__ int lane_of_warp() { return threadIdx.x & 31; }
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int power_of_two(int x) { return x < 2 ? 1 : 2 * power_of_two(x / 2); }  // x or less
+__host__ __device__ constexpr int next_power_of_two(int x) { return x < 2 ? 1 : 2 * next_power_of_two((x + 1) / 2); }
 __host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // The model's 16-bit floats by their bits; FLOAT_IS_BF16 comes from the generated config.
@@ -73,6 +74,17 @@ __device__ __forceinline__ void read_bytes(u32 (&to)[COUNT], const void* from) {
     } else {
         to[0] = *(const u16*)from;
     }
+}
+
+__device__ __forceinline__ void add_to(float4& sum, const float4& x) {
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+}
+__device__ __forceinline__ float4 times(const float4& x, float y) {
+    return make_float4(x.x * y, x.y * y, x.z * y, x.w * y);
+}
+__device__ __forceinline__ float4 from_lane_xor(const float4& x, int distance) {
+    return make_float4(__shfl_xor_sync(ALL_LANES, x.x, distance), __shfl_xor_sync(ALL_LANES, x.y, distance),
+                       __shfl_xor_sync(ALL_LANES, x.z, distance), __shfl_xor_sync(ALL_LANES, x.w, distance));
 }
 
 __device__ __forceinline__ float sum_of_warp(float x) {

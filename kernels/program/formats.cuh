@@ -34,7 +34,7 @@ struct Format {
     static constexpr int TEAM = BITS == 4 ? 4 : 1;
     static constexpr int TEAMS = THREADS / TEAM;
 
-    // The column of a granule's value i. Values 2 i and 2 i + 1 are neighbours in every format.
+    // The column of a granule's value i. Values 4 i to 4 i + 3 are neighbours in every format.
     static __device__ __forceinline__ int column(int granule, int i) {
         if (BITS != 4) return granule * COLUMNS + i;
         const int group = granule / GRANULES_OF_GROUP, word = granule % GRANULES_OF_GROUP * 4 + i % 4;

@@ -66,11 +66,13 @@ struct Part {
     float limit;
 };
 
-// part_of: the Part of a Place. MIXED: parts have limits. HAS_SCALES: meta is in a panel. Otherwise meta words,
-// META_STRIDE from a row to the next, travel through ring_words.
-template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS, class PartOf>
+// part_of: the Part of a Place. MIXED: parts have limits. HAS_SCALES: meta is in a panel; otherwise its words travel
+// through ring_words. META_STRIDE: words from a row to the next. meanwhile: called while the first rows are on their
+// way; it may ask for more, and closes no fetches.
+template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS, class PartOf,
+          class Meanwhile>
 __device__ __forceinline__ void gather(Sums<W::BITS>& sums, PartOf part_of, const List& list, Ring& ring,
-                                       u32* ring_words) {
+                                       u32* ring_words, Meanwhile meanwhile) {
     using Places = Place<W, PIECE>;
     constexpr int STAGE = 4 * THREADS, TURN = STAGES * STAGE;
     constexpr bool FETCHES_META = !HAS_SCALES && W::BITS < 16;
@@ -104,6 +106,7 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, PartOf part_of, cons
     };
 #pragma unroll 1
     for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage * Places::STEP, stage * STAGE);
+    meanwhile();
     int used = 0, free = (STAGES - 1) * STAGE;
 #pragma unroll 1
     for (int step = 0; step < list.count; step += Places::STEP) {
@@ -120,14 +123,17 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, PartOf part_of, cons
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             rows[r] = my_rows[used + r * THREADS];
-            const u32 meta = HAS_SCALES ? part.meta[places[r]] : live && FETCHES_META ? my_meta[used + r * THREADS] : 0;
+            u32 meta = 0;
+            if (HAS_SCALES)
+                meta = part.meta[places[r] * META_STRIDE];
+            else if (live && FETCHES_META)
+                meta = my_meta[used + r * THREADS];
             factors[r] = W::word(!MIXED || is_kept(x[r], part.limit) ? x[r] : 0.0f, meta);
         }
         if (W::BITS == 4 || live) sums.add(rows, factors);  // where not live, 4 bits meet factors of 0
         free = used;
         used = used + STAGE == TURN ? 0 : used + STAGE;
     }
-    await_fetches<0>();
 }
 
 // Four values, number four of granule, in a slot of PIECE * COLUMNS floats. Turned about with the granule for 4 bits,
@@ -151,16 +157,14 @@ __device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, float* slots) {
     }
 }
 
-// Values 2 pair and 2 pair + 1 of the piece, added over slots first, first + step ... in their order, times unscale.
+// Values 4 four ... of the piece, added over slots first, first + step ... in their order, times unscale.
 template <class W, int PIECE>
-__device__ __forceinline__ float2 sum_of_slots(const float* slots, int pair, float unscale, int first = 0,
+__device__ __forceinline__ float4 sum_of_slots(const float* slots, int four, float unscale, int first = 0,
                                                int step = 1) {
-    const int at = 2 * place_in_slot<W>(2 * pair / W::COLUMNS, pair % (W::COLUMNS / 2) / 2) + pair % 2;
-    float2 total = make_float2(0.0f, 0.0f);
+    constexpr int OF_GRANULE = W::COLUMNS / 4;
+    const float4* const own = (const float4*)slots + place_in_slot<W>(four / OF_GRANULE, four % OF_GRANULE);
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
-    for (int s = first; s < Place<W, PIECE>::SLOTS; s += step) {
-        const float2 part = ((const float2*)(slots + s * PIECE * W::COLUMNS))[at];
-        total.x += part.x, total.y += part.y;
-    }
-    return W::BITS == 4 ? make_float2(total.x * unscale, total.y * unscale) : total;
+    for (int s = first; s < Place<W, PIECE>::SLOTS; s += step) add_to(total, own[s * PIECE * OF_GRANULE]);
+    return W::BITS == 4 ? times(total, unscale) : total;
 }

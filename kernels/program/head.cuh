@@ -63,18 +63,18 @@ __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, B
         return {m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, granule < W::GRANULES, 0.0f};
     };
     Sums<W::BITS> sums;
-    gather<W, PIECE, false, false>(sums, part, s.list(listed), s.ring, s.ring_words[0][0]);
+    gather<W, PIECE, false, false>(sums, part, s.list(listed), s.ring, s.ring_words[0][0], [] {});
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, s.slots);
     __syncthreads();
-    for (int pair = threadIdx.x; pair < PIECE * W::COLUMNS / 2; pair += THREADS) {
-        const int at = blockIdx.x * PIECE + 2 * pair / W::COLUMNS;
+    for (int four = threadIdx.x; four < PIECE * W::COLUMNS / 4; four += THREADS) {
+        const int at = blockIdx.x * PIECE + 4 * four / W::COLUMNS;
         if (at >= W::GRANULES) continue;
-        const float2 sum = sum_of_slots<W, PIECE>(s.slots, pair, unscale);
-        const int column = W::column(at, 2 * pair % W::COLUMNS);
-        *(float2*)(logits + column) = sum;
-        best.see(sum.x, column), best.see(sum.y, column + 1);
+        const float4 sum = sum_of_slots<W, PIECE>(s.slots, four, unscale);
+        const int column = W::column(at, 4 * four % W::COLUMNS);
+        *(float4*)(logits + column) = sum;
+        best.see(sum.x, column), best.see(sum.y, column + 1), best.see(sum.z, column + 2), best.see(sum.w, column + 3);
     }
 }
 

@@ -30,7 +30,7 @@ MAX_QKV_SPLITS = 12  # whose sums a thread of attention loads at once
 # and floats want more rows under way. 8B at 50%, 512 and 256: bf16 3.17, 3.24 ms, int8 2.16, 2.13, int4 1.78, 1.60.
 BLOCK_THREADS = {16: (512, 256), 8: (256, 512), 4: (256, 512)}
 MIN_SCALED_STAGES = 3  # with less left for the ring, scales are fetched row by row
-MAX_STAGES = 3  # steps of 64 bytes a thread, two in flight: 4 and 6 were 1 and 3% slower (int4), 2 3%
+MAX_STAGES = 4  # steps of 64 bytes a thread, three in flight: 3, 5 and 6 were 1% slower (int4 at 50%, H200)
 # Bytes of a row that a block reads at once of q,k,v and of o, about. Narrow pieces leave few splits, whose sums have to
 # be added and whose lists are of more even length. o has enough splits that a block makes its list in one pass: every
 # pass reads what attention sent anew, 1.5 us.
@@ -250,10 +250,10 @@ def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
 def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, scaled: bool) -> int:
     """What shared.cuh's Shared takes at most; the compiler checks it."""
     c, (qkv, o, gate_up, down) = model.config, model.products
-    splits = ((c.hidden_size, sizes["QKV_SPLITS"]), (c.q_size, sizes["O_SPLITS"]))
-    of_qkv, of_o = (4 * math.ceil(math.ceil(channels / 2 / n) / 2) for channels, n in splits)
+    of_qkv = 4 * math.ceil(c.hidden_size / 4 / sizes["QKV_SPLITS"])
+    of_o = 4 * math.ceil(math.ceil(c.q_size / 2 / sizes["O_SPLITS"]) / 2)
     of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])
-    of_h, of_x = 4 * math.ceil(_team_pairs(gate_up, sizes) / 2) + 4, 4 * math.ceil(c.hidden_size / 4)
+    of_h, of_x = 4 * _team_fours(gate_up, sizes), 4 * math.ceil(c.hidden_size / 4)
     groups = [
         _groups(product, granules) if scaled else 1
         for product, granules in (
@@ -261,20 +261,20 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
             (down, _own_granules(down, sizes, threads)),
         )
     ]  # fmt: skip
-    small = max(groups[0] * of_qkv, groups[1] * of_o, groups[3] * of_h)
+    small = groups[0] * of_qkv + groups[1] * of_o + groups[3] * of_h
     by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
-    panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 32
+    panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 64
     attended = threads // 8 * sizes["GROUP_HEADS"] * c.head_dim
     ring = max(64 * stages * threads, 64 * threads, attended)
-    lists = 6 * max(of_qkv, of_o, of_h, of_x) + 2 * max(of_qkv, of_o, of_h, of_mlp) * scaled + 4 * c.hidden_size
+    lists = 6 * max(of_qkv, of_o, of_h, of_x) + 2 * max(of_qkv, of_o, of_h, of_mlp) * scaled
     heads = 4 * (sizes["GROUP_HEADS"] + 2) * c.head_dim + 2 * (sizes["GROUP_HEADS"] + 2) * (c.head_dim + 32)
     of_warps = threads // 4 * (sizes["GROUP_HEADS"] + 1)
-    return ring + max(by_ring, panels) + lists + 8 * threads + heads + of_warps + 28 * c.num_layers + 1536
+    return ring + max(by_ring, panels) + lists + 16 * threads + heads + of_warps + 28 * c.num_layers + 1536
 
 
-def _team_pairs(gate_up: Format, sizes: dict[str, int]) -> int:
-    """Pairs of columns that a team of blocks has of the hidden layer, at most."""
-    return sizes["TEAM_GRANULES"] * gate_up.columns // 2
+def _team_fours(gate_up: Format, sizes: dict[str, int]) -> int:
+    """Columns that a team of blocks has of the hidden layer, at most, in fours."""
+    return sizes["TEAM_GRANULES"] * gate_up.columns // 4
 
 
 def _own_granules(down: Format, sizes: dict[str, int], threads: int) -> int:
@@ -296,9 +296,11 @@ def _groups(product: Format, granules: int) -> int:
 def _words(model: Model, sizes: dict[str, int]) -> int:
     """Size of the workspace: program.cu's Words."""
     c, (qkv, _, gate_up, _) = model.config, model.products
-    of_products = sizes["QKV_SPLITS"] * qkv.N + (sizes["O_SPLITS"] + sizes["MLP_TEAMS"] + 2) * c.hidden_size
-    teams = 4 * sizes["MLP_TEAMS"] * sizes["MLP_SHARE"] * _team_pairs(gate_up, sizes)
-    return of_products + teams + c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2) + 2 * sizes["GRID"]
+    values = sizes["QKV_SPLITS"] * qkv.N + (sizes["O_SPLITS"] + sizes["MLP_TEAMS"] + 2) * c.hidden_size
+    values += 8 * sizes["MLP_TEAMS"] * sizes["MLP_SHARE"] * _team_fours(gate_up, sizes)
+    squares = 16 * (sizes["GRID"] + c.hidden_size // 128)  # of two x, a four for each warp that owns columns
+    attended = c.num_heads * sizes["ATTENTION_SPLITS"] * (c.head_dim + 2)
+    return (values + squares) // 2 + attended + 2 * sizes["GRID"]
 
 
 def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, words: int) -> str:

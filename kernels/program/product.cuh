@@ -1,64 +1,69 @@
 // A product cut along its input: block (piece, split) sums its share of the channels over its piece of the columns.
 //
-//     partial sums    u64 [SPLITS][N] words (exchange.cuh), written by the blocks of each split
-//     reduce          block r adds columns r * 2 PAIRS ... of all splits, in their order, and sends the results on
+//     partial sums    fours [SPLITS][N / 4] (exchange.cuh), written by the blocks of each split
+//     reduce          the owner of four columns (residual.cuh) adds them up over all splits
 //
-// Two trips of half a microsecond, and no atomics: the order of every sum is fixed, so its bits are.
+// No atomics: the order of every sum is fixed, so its bits are.
 #pragma once
 
-// Gather piece number piece over the list and send the sums as those of split. The panel's rows are STRIDE apart, that
-// of first_group first. before_sending: what must have happened.
-template <class W, int PIECE, int STRIDE, class Before>
-__device__ __forceinline__ void product(const Matrix& m, int piece, int first_group, int split, Listed listed,
-                                        u64* partials, u32 epoch, Shared& s, Before before_sending) {
+// Gather piece number piece over the list and send the sums as those of split. panel: the scales [CHANNELS][GROUPS] of
+// the piece, whose first group is first_group. before_sending: what must have happened.
+template <class W, int PIECE, int GROUPS, class Meanwhile, class Before>
+__device__ __forceinline__ void product(const Matrix& m, int piece, const u32* panel, int first_group, int split,
+                                        Listed listed, uint4* partials, u32 epoch, Shared& s, Meanwhile meanwhile,
+                                        Before before_sending) {
     auto part = [&](const Place<W, PIECE>& place) -> Part {
         const int granule = piece * PIECE + place.granule, group = granule / W::GRANULES_OF_GROUP;
-        const u32* const meta = SCALED ? s.panel + (group - first_group) * STRIDE : m.meta + group;
+        const u32* const meta = SCALED ? panel + group - first_group : m.meta + group;
         return {m.values + granule * 16, meta, granule < W::GRANULES, 0.0f};
     };
     Sums<W::BITS> sums;
-    gather<W, PIECE, false, HAS_PANEL<W>>(sums, part, s.list(listed), s.ring, s.ring_words[0][0]);
+    gather<W, PIECE, false, HAS_PANEL<W>, SCALED ? GROUPS : W::GROUPS>(sums, part, s.list(listed), s.ring,
+                                                                       s.ring_words[0][0], meanwhile);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     lay_out<W, PIECE>(sums, s.slots);
     before_sending();
     __syncthreads();
-    u64* const row = partials + (u64)split * W::N;
-    for (int pair = threadIdx.x; pair < PIECE * W::COLUMNS / 2; pair += THREADS) {
-        const int at = piece * PIECE + 2 * pair / W::COLUMNS;
+    uint4* const row = partials + (u64)split * (W::N / 4);
+    for (int four = threadIdx.x; four < PIECE * W::COLUMNS / 4; four += THREADS) {
+        const int at = piece * PIECE + 4 * four / W::COLUMNS;
         if (at >= W::GRANULES) continue;
-        const float2 sum = sum_of_slots<W, PIECE>(s.slots, pair, unscale);
-        send(row + W::column(at, 2 * pair % W::COLUMNS), sum.x, sum.y, epoch);
+        send(row + W::column(at, 4 * four % W::COLUMNS) / 4, sum_of_slots<W, PIECE>(s.slots, four, unscale), epoch);
     }
 }
 
-// finish(column, sums of column and column + 1) for the columns that this block adds up.
-template <int N, int SPLITS, class Finish>
-__device__ __forceinline__ void reduce(const u64* partials, u32 epoch, Shared& s, Finish finish) {
-    constexpr int PAIRS = ceil_div(N / 2, GRID), PARTS = SPLITS < THREADS / PAIRS ? SPLITS : THREADS / PAIRS;
-    constexpr int LOADS = ceil_div(SPLITS, PARTS);
-    static_assert(PAIRS <= THREADS, "too few blocks for so many columns");
-    if ((int)blockIdx.x * PAIRS >= N / 2) return;
-    const int part = threadIdx.x / PAIRS, pair = blockIdx.x * PAIRS + threadIdx.x % PAIRS;
-    const bool live = part < PARTS && pair < N / 2;
-    float2 loaded[LOADS], total = make_float2(0.0f, 0.0f);
+// The sums of all splits, of the four columns that a thread owns; 0 in other threads.
+//
+//     thread    part of the splits (a power of two to a warp), four of the block's
+template <int SPLITS>
+__device__ __forceinline__ float4 reduce(const uint4* partials, u32 epoch, Shared& s) {
+    using namespace residual;
+    constexpr int ROOM = next_power_of_two(OWN_FOURS), PARTS = THREADS / ROOM, LOADS = ceil_div(SPLITS, PARTS);
+    constexpr int SUMS = ROOM < 32 ? WARPS : PARTS;  // after those of a warp
+    const int part = threadIdx.x / ROOM, own = threadIdx.x % ROOM, four = blockIdx.x * OWN_FOURS + own;
+    const bool live = own < OWN_FOURS && four < FOURS;
+    float4 loaded[LOADS], total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     receive(
-        loaded, epoch, [&](int i) { return partials + (u64)(part + i * PARTS) * N + 2 * pair; },
+        loaded, epoch, [&](int i) { return partials + (u64)(part + i * PARTS) * FOURS + four; },
         [&](int i) { return live && part + i * PARTS < SPLITS; });
 #pragma unroll
-    for (int i = 0; i < LOADS; i++) total.x += loaded[i].x, total.y += loaded[i].y;
-    s.parts[threadIdx.x] = total;
+    for (int i = 0; i < LOADS; i++)
+        if (part + i * PARTS < SPLITS) add_to(total, loaded[i]);
+#pragma unroll
+    for (int distance = ROOM; distance < 32; distance *= 2) add_to(total, from_lane_xor(total, distance));
+    if (ROOM >= 32 || lane_of_warp() < ROOM) s.parts[ROOM < 32 ? warp_of_block() * ROOM + own : threadIdx.x] = total;
     __syncthreads();
-    if (threadIdx.x >= PAIRS || pair >= N / 2) return;
-    total = make_float2(0.0f, 0.0f);
+    total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (!owns()) return total;
 #pragma unroll 8
-    for (int i = 0; i < PARTS; i++) {
-        const float2 other = s.parts[i * PAIRS + threadIdx.x];
-        total.x += other.x, total.y += other.y;
-    }
-    finish(2 * pair, total);
+    for (int i = 0; i < SUMS; i++) add_to(total, s.parts[i * ROOM + own]);
+    return total;
 }
 
 __device__ __forceinline__ float bias_of(const Matrix& m, int column) {
     return m.bias ? float_of(m.bias[column]) : 0.0f;
+}
+__device__ __forceinline__ void add_bias(float4& x, const Matrix& m, int column) {
+    add_to(x, make_float4(bias_of(m, column), bias_of(m, column + 1), bias_of(m, column + 2), bias_of(m, column + 3)));
 }

@@ -80,19 +80,34 @@ __device__ __forceinline__ void store_words(u64* to, u64 a, u64 b) {
 __device__ __forceinline__ void load_words(const u64* from, u64& a, u64& b) {
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
 }
-// The same where the other side is another GPU.
+// 16 bytes, whole as well.
+__device__ __forceinline__ void store_four(uint4* to, uint4 x) {
+    const u64 low = (u64)x.y << 32 | x.x, high = (u64)x.w << 32 | x.z;
+    asm volatile("{.reg .b128 x; mov.b128 x, {%1, %2}; st.relaxed.gpu.global.b128 [%0], x;}" ::"l"(to), "l"(low),
+                 "l"(high)
+                 : "memory");
+}
+__device__ __forceinline__ uint4 load_four(const uint4* from) {
+    u64 low, high;
+    asm volatile("{.reg .b128 x; ld.relaxed.gpu.global.b128 x, [%2]; mov.b128 {%0, %1}, x;}"
+                 : "=l"(low), "=l"(high)
+                 : "l"(from)
+                 : "memory");
+    return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
+}
+// The same as words where the other side is another GPU.
 __device__ __forceinline__ void store_words_far(u64* to, u64 a, u64 b) {
     asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(a), "l"(b) : "memory");
 }
 __device__ __forceinline__ void load_words_far(const u64* from, u64& a, u64& b) {
     asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
 }
-__device__ __forceinline__ void add_release(u32* counter) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+__device__ __forceinline__ void add_one(u32* counter) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-__device__ __forceinline__ u32 load_acquire(const u32* counter) {
+__device__ __forceinline__ u32 load_counter(const u32* counter) {
     u32 value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
     return value;
 }
 

@@ -1,49 +1,35 @@
-// The residual stream: every block keeps all of it in shared memory, in fp32, and adds what o and down give.
+// The residual stream x, in fp32. Each column has an owner: a block that adds up what o and down give, adds that to x,
+// and sends x to all. The others take what they list of it.
 //
-//     thread t    channels 2 t, 2 t + 1 | 2 (t + THREADS), 2 (t + THREADS) + 1 | ...
+//     owner b     columns b * 4 OWN_FOURS ... , four of each of its first OWN_FOURS threads, in registers
+//     sent        fours [HIDDEN / 4], then one for the sum of squares of each warp that has columns
 //
-// So x itself never crosses blocks, only what is added to it.
+// So no block but the owner adds up squares of columns that it does not list.
 #pragma once
 
 namespace residual {
 
-__device__ __forceinline__ int pair(int i) { return threadIdx.x + i * THREADS; }
-__device__ __forceinline__ bool has(int i) { return pair(i) < HIDDEN / 2; }
-__device__ __forceinline__ int channel(int i) { return 2 * pair(i / 2) + i % 2; }
+constexpr int FOURS = HIDDEN / 4, OWN_FOURS = ceil_div(FOURS, GRID), OWNERS = ceil_div(FOURS, OWN_FOURS);
+constexpr int OWN_WARPS = ceil_div(OWN_FOURS, 32), SQUARES = OWNERS * OWN_WARPS;
+constexpr int SENT = FOURS + SQUARES;  // fours
+static_assert(OWN_FOURS <= THREADS, "too few blocks for so many columns");
 
-// The sum of squares of this thread's channels, which x is set to.
-__device__ float load(const u16* row, Shared& s) {
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < X_PAIRS; i++) {
-        if (!has(i)) continue;
-        const u32 bits = ((const u32*)row)[pair(i)];
-        const float2 x = make_float2(low_of(bits), high_of(bits));
-        ((float2*)s.x)[pair(i)] = x;
-        squares += x.x * x.x + x.y * x.y;
-    }
-    return squares;
+// The four that this thread owns, if it owns one.
+__device__ __forceinline__ int own_four() { return blockIdx.x * OWN_FOURS + threadIdx.x; }
+__device__ __forceinline__ bool owns() { return threadIdx.x < OWN_FOURS && own_four() < FOURS; }
+
+__device__ __forceinline__ float4 load_own(const u16* row) {
+    if (!owns()) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const uint2 bits = ((const uint2*)row)[own_four()];
+    return make_float4(low_of(bits.x), high_of(bits.x), low_of(bits.y), high_of(bits.y));
 }
 
-// As load, after adding a vector of words.
-__device__ __forceinline__ float add(const u64* delta, u32 epoch, Shared& s) {
-    float2 d[X_PAIRS];
-    receive(d, epoch, [&](int i) { return delta + 2 * pair(i); }, [](int i) { return has(i); });
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < X_PAIRS; i++) {
-        if (!has(i)) continue;
-        float2 x = ((const float2*)s.x)[pair(i)];
-        x.x += d[i].x, x.y += d[i].y;
-        ((float2*)s.x)[pair(i)] = x;
-        squares += x.x * x.x + x.y * x.y;
-    }
-    return squares;
-}
-
-// What RMSNorm multiplies x with. All of x is there for all threads afterwards.
-__device__ __forceinline__ float norm_scale(float squares, Shared& s) {
-    return rsqrtf(sum_of_block(squares, s) / HIDDEN + NORM_EPS);
+// This thread's four, and its warp's squares. All lanes of a warp call it together.
+__device__ __forceinline__ void send_own(const float4& x, uint4* to, u32 epoch) {
+    if (owns()) send(to + own_four(), x, epoch);
+    const float squares = sum_of_warp(owns() ? x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w : 0.0f);
+    if (warp_of_block() < OWN_WARPS && lane_of_warp() == 0 && (int)blockIdx.x < OWNERS)
+        send(to + FOURS + blockIdx.x * OWN_WARPS + warp_of_block(), make_float4(squares, 0.0f, 0.0f, 0.0f), epoch);
 }
 
 // RMSNorm, rounded as the module does.
@@ -51,28 +37,49 @@ __device__ __forceinline__ float normed(float x, float scale, float weight) {
     return rounded(rounded(x * scale) * weight);
 }
 
-// A norm's weights of this thread's channels: asked for before what it is to norm is there.
-__device__ __forceinline__ void load_weight(u32 (&w)[X_PAIRS], const u16* weight) {
-#pragma unroll
-    for (int i = 0; i < X_PAIRS; i++) w[i] = has(i) ? ((const u32*)weight)[pair(i)] : 0;
-}
+// A thread's part of x: COUNT fours of channels, number four(i) where has(i). A norm's weights of them are asked for
+// before x is there.
+template <int COUNT>
+struct Part {
+    uint2 weight[COUNT];
 
-// This thread's channels, normed.
-__device__ __forceinline__ void normed_pairs(float (&y)[2 * X_PAIRS], const u32 (&w)[X_PAIRS], float scale,
-                                             const Shared& s) {
+    template <class Four, class Has>
+    __device__ __forceinline__ void load_weight(const u16* from, Four four, Has has) {
 #pragma unroll
-    for (int i = 0; i < X_PAIRS; i++) {
-        const float2 x = has(i) ? ((const float2*)s.x)[pair(i)] : make_float2(0.0f, 0.0f);
-        y[2 * i] = normed(x.x, scale, low_of(w[i])), y[2 * i + 1] = normed(x.y, scale, high_of(w[i]));
+        for (int i = 0; i < COUNT; i++) weight[i] = has(i) ? ((const uint2*)from)[four(i)] : uint2{0, 0};
     }
-}
 
-// The bits of y's entries that reach the threshold.
-__device__ __forceinline__ u32 kept(const float (&y)[2 * X_PAIRS], float threshold) {
+    // x, normed, once it is there. The block's threads have met by then.
+    template <class Four, class Has>
+    __device__ __forceinline__ void receive_normed(float (&y)[4 * COUNT], const uint4* from, Four four, Has has,
+                                                   u32 epoch, Shared& s) const {
+        constexpr int OF_SQUARES = ceil_div(SQUARES, THREADS);
+        float4 x[COUNT + OF_SQUARES];
+        auto square = [](int i) { return (int)threadIdx.x + (i - COUNT) * THREADS; };
+        receive(
+            x, epoch, [&](int i) { return from + (i < COUNT ? four(i) : FOURS + square(i)); },
+            [&](int i) { return i < COUNT ? has(i) : square(i) < SQUARES; });
+        float squares = 0.0f;
+#pragma unroll
+        for (int i = COUNT; i < COUNT + OF_SQUARES; i++) squares += square(i) < SQUARES ? x[i].x : 0.0f;
+        const float scale = rsqrtf(sum_of_block(squares, s) / HIDDEN + NORM_EPS);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            y[4 * i] = normed(x[i].x, scale, low_of(weight[i].x));
+            y[4 * i + 1] = normed(x[i].y, scale, high_of(weight[i].x));
+            y[4 * i + 2] = normed(x[i].z, scale, low_of(weight[i].y));
+            y[4 * i + 3] = normed(x[i].w, scale, high_of(weight[i].y));
+        }
+    }
+};
+
+// The bits of y's entries that reach the threshold, of the fours that a thread has.
+template <int COUNT, class Has>
+__device__ __forceinline__ u32 kept(const float (&y)[COUNT], Has has, float threshold) {
     u32 keep = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * X_PAIRS; i++)
-        if (has(i / 2) && is_kept(y[i], threshold)) keep |= 1u << i;
+    for (int i = 0; i < COUNT; i++)
+        if (has(i / 4) && is_kept(y[i], threshold)) keep |= 1u << i;
     return keep;
 }
 

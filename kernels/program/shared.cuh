@@ -11,12 +11,11 @@ struct Limits {  // thresholds of a layer, rounded to the model's dtype
     float qkv[3], o, gate_up[2], down;
 };
 
-constexpr int X_PAIRS = ceil_div(HIDDEN / 2, THREADS);  // of the residual stream that a thread adds to
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
 constexpr int ROW = HEAD_DIM + 32;  // of a head in 16 bits: rows two apart are off the same banks
 
-// Channels that a block may list of each product, in multiples of four, and groups that its columns touch: rows of its
-// panel. SCALED: the panels below have room.
+// Channels that a block may list of each product, in multiples of four, and groups that its columns touch: what its
+// panel has of each channel. SCALED: the panels below have room.
 constexpr int fours(int x) { return ceil_div(x, 4) * 4; }
 template <class W>
 constexpr int groups_of(int granules) {  // which begin at a multiple of their number
@@ -25,19 +24,18 @@ constexpr int groups_of(int granules) {  // which begin at a multiple of their n
     if (granules % OF_GROUP == 0) return granules / OF_GROUP;
     return OF_GROUP % granules == 0 ? 1 : (granules + OF_GROUP - 2) / OF_GROUP + 1;
 }
-constexpr int QKV_CHANNELS = fours(ceil_div(HIDDEN / 2, QKV_SPLITS) * 2), QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
+constexpr int QKV_CHANNELS = ceil_div(HIDDEN / 4, QKV_SPLITS) * 4, QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
 constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), O_GROUPS = groups_of<O>(O_PIECE);
-constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8, MLP_PAIRS = ceil_div(MLP_CHANNELS / 2, THREADS);
-constexpr int H_PAIRS = TEAM_GRANULES * GateUp::COLUMNS / 2;  // of a team's columns of the hidden layer
+constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8;
+constexpr int H_FOURS = TEAM_GRANULES * GateUp::COLUMNS / 4;  // of a team's columns of the hidden layer
 constexpr int MLP_GROUPS = groups_of<GateUp>(TEAM_GRANULES);  // of gate; of up as many
 constexpr int X_CHANNELS = fours(HIDDEN);
-constexpr int H_CHANNELS = fours(2 * H_PAIRS) + 4;  // off the same banks
+constexpr int H_CHANNELS = 4 * H_FOURS;
 // Of down a block of a team has an equal run of the columns, in pieces that its teams of lanes can sum at once.
 constexpr int DOWN_PIECES = ceil_div(ceil_div(Down::GRANULES, MLP_SHARE), Down::TEAMS);
 constexpr int DOWN_PIECE = ceil_div(Down::GRANULES, MLP_SHARE * DOWN_PIECES);
 constexpr int DOWN_GROUPS = groups_of<Down>(DOWN_PIECES * DOWN_PIECE);
 constexpr int LIST = max_of(max_of(X_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS));
-constexpr int PANEL_WORDS = max_of(QKV_GROUPS * QKV_CHANNELS, max_of(O_GROUPS * O_CHANNELS, DOWN_GROUPS * H_CHANNELS));
 constexpr int PLACES = SCALED ? max_of(max_of(MLP_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS)) : 4;
 template <class W>
 constexpr bool HAS_PANEL = SCALED && W::BITS < 16;
@@ -56,20 +54,21 @@ struct Shared {
     };
     union {
         u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
-        struct {  // scales and zeros of a block's channels, a row for each group: of gate and up, of another product
+        struct {  // scales and zeros of a block's channels, [channels][groups]; of gate and up [groups][channels]
             alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? MLP_CHANNELS : 4];
-            u32 panel[SCALED ? PANEL_WORDS : 4];
+            alignas(16) u32 qkv_panel[SCALED ? QKV_CHANNELS * QKV_GROUPS : 4];
+            alignas(16) u32 o_panel[SCALED ? O_CHANNELS * O_GROUPS : 4];
+            alignas(16) u32 down_panel[SCALED ? H_CHANNELS * DOWN_GROUPS : 4];
         };
     };
     alignas(16) float list_values[LIST];
     alignas(16) u16 list_rows[LIST], list_places[PLACES];
-    alignas(16) float x[HIDDEN];  // the residual stream
-    alignas(16) float2 parts[THREADS];
+    alignas(16) float4 parts[THREADS];
     Layer layers[2];  // this one and the next: a pointer that has to be fetched first delays what it points to
     Limits limits[LAYERS];
     alignas(16) float heads[(GROUP_HEADS + 1) * HEAD_DIM];  // query heads and key of an attention unit
     alignas(16) u16 rows[GROUP_HEADS + 2][ROW];             // the same, rotated, and the value
-    float cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2];
+    alignas(16) float cosines[HEAD_DIM / 2], sines[HEAD_DIM / 2], head_scales[GROUP_HEADS + 1];
     float largest[WARPS][GROUP_HEADS], weight[WARPS][GROUP_HEADS];
     alignas(16) int warp_counts[WARPS];
     alignas(16) u32 warp_largest[WARPS];
@@ -97,6 +96,11 @@ __device__ __forceinline__ void load_limits(const Layer* layers, Shared& s) {
     }
 }
 
+__device__ __forceinline__ void await_all_fetches() {
+    close_fetches();
+    await_fetches<0>();
+}
+
 // The sum over all threads. Two calls need a __syncthreads between them.
 __device__ __forceinline__ float sum_of_block(float x, Shared& s) {
     x = sum_of_warp(x);
@@ -108,46 +112,43 @@ __device__ __forceinline__ float sum_of_block(float x, Shared& s) {
     return total;
 }
 
-// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1) in a piece's groups, panel [GROUPS][CHANNELS],
-// while memory has nothing else to do. The list before, which read the panel, is behind a __syncthreads.
+// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1) in a piece's groups. What read the panel before
+// is behind a __syncthreads. Four bytes at a time, between sums and what waits for them, this was 2.4 of 45 us of a
+// layer (8B in int4 at 50%, H200).
 template <class W, int GROUPS, int CHANNELS, class Channel>
-__device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, Channel channel, Shared& s) {
+__device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, Channel channel, u32* panel) {
     if (!SCALED || W::BITS == 16) return;
+    constexpr int SIZE = GROUPS % 4 == 0 && W::GROUPS % 4 == 0 ? 4 : 1;  // words at once
 #pragma unroll 1
-    for (int i = threadIdx.x; i < CHANNELS * GROUPS; i += THREADS) {  // neighbouring lanes read neighbouring words
-        const int row = channel(i / GROUPS), group = i % GROUPS;
-        const bool wanted = row < W::K && first_group + group < W::GROUPS;
-        const u32* const from = m.meta + (wanted ? row * W::GROUPS + first_group + group : 0);
-        fetch_word(&s.panel[group * CHANNELS + i / GROUPS], from, wanted);
+    for (int i = threadIdx.x * SIZE; i < CHANNELS * GROUPS; i += THREADS * SIZE) {
+        const int row = channel(i / GROUPS), group = first_group + i % GROUPS;
+        const bool wanted = row < W::K && group < W::GROUPS;
+        const u32* const from = m.meta + (wanted ? row * W::GROUPS + group : 0);
+        if (SIZE == 4)
+            fetch_row<false>((uint4*)(panel + i), (const u8*)from, wanted, evict_first());
+        else
+            fetch_word(panel + i, from, wanted);
     }
-    close_fetches();
 }
 
-// Where this thread's values go in a list: those whose bit in keep is set, in the order of threads. ENLARGED: values
-// will be multiplied by a power of two that makes the largest 1 to 2. Whatever was fetched before is there afterwards.
-template <bool ENLARGED, int COUNT>
-__device__ __forceinline__ Listed enumerate(int& at, const float (&values)[COUNT], u32 keep, Shared& s) {
-    const int mine = __popc(keep), lane = lane_of_warp(), warp = warp_of_block();
-    int inclusive = mine;
+// A list of the values whose bit in keep is set: row(i) of each, and where in the panel its scales are, for a product
+// that has one. ENLARGED: values are multiplied by a power of two that makes the largest 1 to 2. AWAITS: whatever was
+// asked for before is there afterwards. Warps count by votes, which are fewer instructions than a scan by shuffles.
+template <bool HAS_PLACES, bool ENLARGED, bool AWAITS, int COUNT, class Row, class Place>
+__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
+    const int lane = lane_of_warp(), warp = warp_of_block();
+    u32 votes[COUNT], largest = 0;
+    int mine = 0, at = 0, total = 0;
 #pragma unroll
-    for (int distance = 1; distance < 32; distance <<= 1) {
-        const int below = __shfl_up_sync(ALL_LANES, inclusive, distance);
-        if (lane >= distance) inclusive += below;
+    for (int i = 0; i < COUNT; i++) {
+        votes[i] = __ballot_sync(ALL_LANES, keep >> i & 1), mine += __popc(votes[i]);
+        const u32 size = __float_as_uint(fabsf(values[i]));
+        if (ENLARGED && (keep >> i & 1) && size > largest) largest = size;
     }
-    u32 largest = 0;
-    if (ENLARGED) {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const u32 size = __float_as_uint(fabsf(values[i]));
-            if ((keep >> i & 1) && size > largest) largest = size;
-        }
-        largest = __reduce_max_sync(ALL_LANES, largest);
-    }
-    if (lane == 31) s.warp_counts[warp] = inclusive, s.warp_largest[warp] = largest;
-    await_fetches<0>();
+    if (ENLARGED) largest = __reduce_max_sync(ALL_LANES, largest);
+    if (lane == 0) s.warp_counts[warp] = mine, s.warp_largest[warp] = largest;
+    if (AWAITS) await_all_fetches();
     __syncthreads();
-    int total = 0;
-    at = inclusive - mine;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) {
         const int count = s.warp_counts[i];
@@ -156,29 +157,24 @@ __device__ __forceinline__ Listed enumerate(int& at, const float (&values)[COUNT
         if (ENLARGED && s.warp_largest[i] > largest) largest = s.warp_largest[i];
     }
     const u32 exponent = largest >> 23 < 1 ? 127 : largest >> 23 > 253 ? 253 : largest >> 23;
-    return {total, ENLARGED ? __uint_as_float(254 - exponent << 23) : 1.0f};
-}
-
-// A list: row(i) of each value kept, and where in the panel its scales are, for a product that has one.
-template <bool HAS_PLACES, bool ENLARGED, int COUNT, class Row, class Place>
-__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
-    int at;
-    const Listed listed = enumerate<ENLARGED>(at, values, keep, s);
+    const float enlarged = ENLARGED ? __uint_as_float(254 - exponent << 23) : 1.0f;
     auto put = [&](int at, int row, float value, int place) {
         s.list_rows[at] = (u16)row, s.list_values[at] = value;
         if (HAS_PLACES) s.list_places[at] = (u16)place;
     };
 #pragma unroll
-    for (int i = 0; i < COUNT; i++)
-        if (keep >> i & 1) put(at++, row(i), values[i] * listed.enlarged, place(i));
-    const int rest = listed.count + threadIdx.x;
-    if (rest < fours(listed.count)) put(rest, 0, 0.0f, 0);  // the last four are read together
+    for (int i = 0; i < COUNT; i++) {
+        if (keep >> i & 1) put(at + __popc(votes[i] & ((1u << lane) - 1)), row(i), values[i] * enlarged, place(i));
+        at += __popc(votes[i]);
+    }
+    const int rest = total + threadIdx.x;
+    if (rest < fours(total)) put(rest, 0, 0.0f, 0);  // the last four are read together
     __syncthreads();
-    return listed;
+    return {total, enlarged};
 }
 
 // Of a product of format W, whose weights' scales are in a panel.
-template <class W, int COUNT, class Row, class Place>
+template <class W, bool AWAITS = true, int COUNT, class Row, class Place>
 __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
-    return compact<HAS_PANEL<W>, W::BITS == 4>(values, keep, row, place, s);
+    return compact<HAS_PANEL<W>, W::BITS == 4, AWAITS>(values, keep, row, place, s);
 }

@@ -36,6 +36,7 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(8) ushort4 { u16 x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 template <class To, class From>
@@ -52,6 +53,7 @@ inline int __float_as_int(float x) { return as<int>(x); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
     const u64 bytes = (u64)high << 32 | low;
     u32 out = 0;
@@ -140,6 +142,15 @@ T __shfl_up_sync(u32, T x, int distance) {
 template <class T>
 T __shfl_sync(u32, T x, int lane) { return from_lane(x, lane); }
 
+inline u32 __ballot_sync(u32, u32 x) {
+    u32 votes = 0;
+    Warp& warp = own_warp();
+    auto& values = warp.values[warp.barrier.generation & 1];
+    values[threadIdx.x % 32][0] = x;
+    meet(warp.barrier);
+    for (int lane = 0; lane < 32; lane++) votes |= (values[lane][0] ? 1u : 0u) << lane;
+    return votes;
+}
 inline u32 __reduce_max_sync(u32, u32 x) {
     for (int distance = 16; distance; distance >>= 1) x = std::max(x, __shfl_xor_sync(0, x, distance));
     return x;
@@ -185,8 +196,14 @@ inline void load_words(const u64* from, u64& a, u64& b) {
 }
 inline void store_words_far(u64* to, u64 a, u64 b) { store_words(to, a, b); }
 inline void load_words_far(const u64* from, u64& a, u64& b) { load_words(from, a, b); }
-inline void add_release(u32* counter) { ++*counter; }
-inline u32 load_acquire(const u32* counter) {
+inline void store_four(uint4* to, uint4 x) { *to = x; }
+inline uint4 load_four(const uint4* from) {
+    const uint4 x = *from;
+    give_way();
+    return x;
+}
+inline void add_one(u32* counter) { ++*counter; }
+inline u32 load_counter(const u32* counter) {
     give_way();
     return *(volatile const u32*)counter;
 }

@@ -213,6 +213,19 @@ def test_a_warp_that_attends_to_many_tiles_on_a_cpu(
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant", [None, "int4"])
+def test_blocks_that_own_many_columns_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None
+) -> None:
+    """Four blocks: the owners' columns are those of two warps each, and no block is idle."""
+    monkeypatch.setattr("tests.kernels.emulated_program.FEW_BLOCKS", Device(4, 232448, (9, 0)))
+    config = replace(TINY, hidden_size=1024)
+    check_logits(
+        emulated_backend(random_model(config, torch.float16, quant, False, False, "cpu"), tmp_path, monkeypatch), 2e-3
+    )
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_clocks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's clocks rise from phase to phase, and each phase has a block; times add up to those of a layer."""
     backend = emulated_backend(random_model(TINY, torch.float16, "int8", False, False, "cpu"), tmp_path, monkeypatch)
