@@ -281,6 +281,16 @@ def real_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers_end_with_a_test() -> Iterator[None]:
+    """A command that a test calls in this process installs its own for good; other tests send themselves signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
+
+
 @pytest.fixture
 def call_main(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -290,10 +300,8 @@ def call_main(
     def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
         capsys.readouterr()
-        handler = signal.getsignal(signal.SIGINT)  # pytest's, which cli.run replaces for good
         with pytest.raises(SystemExit) as exit_info:
             cli.run(main)
-        signal.signal(signal.SIGINT, handler)
         out, err = capsys.readouterr()
         return int(exit_info.value.code or 0), out, err
 
