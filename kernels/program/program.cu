@@ -22,7 +22,7 @@
 // instructions are 2 us of a layer. Hence blocks of 256 where weights are small, loops that are not unrolled, and lists
 // made by all threads.
 //
-// Of a model that several GPUs share, reducers of o and down also add up what the other GPUs have (exchange.cuh).
+// Of a model that several GPUs share, owners of columns also add up what the other GPUs have (exchange.cuh).
 //
 // The generated config (plan.py) says the model's shapes and how each product is cut; nothing here names a family.
 #include "config.cuh"

@@ -137,7 +137,7 @@ PAIR_CHANNELS = 4096  # of a model for which two GPUs' program was measured: Lla
 
 
 def _program_pays(model: Transformer) -> bool:
-    """Whether CUDA's program has been measured to beat the fused kernels: on an H100.
+    """Whether CUDA's program has been measured to beat the fused kernels: on an H100 and an H200.
 
     On two GPUs it is faster with an 8B, by 8 to 13%; with 4-bit weights nobody has measured it there. A 70B is slower
     at 50% on four, whose sums were never compared with one GPU's.
