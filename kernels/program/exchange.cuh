@@ -79,8 +79,9 @@ __device__ __forceinline__ void receive(float4 (&fours)[COUNT], u32 epoch, At at
 //     peers[r]    words of rank r: [epoch's parity][o, down][from rank][HIDDEN]
 //
 // The others write into this rank's memory, so that value and signal take one trip over the link. A word is written
-// again two layers later. By then all of this GPU's blocks have read it: the Turnstile between has let them pass, and the
-// others have had sums that were sent after that. Sums run over the ranks in their order: all have the same bits.
+// again two layers later, or in the next launch's first. By then it has been read: its writer has since waited for a sum
+// that its reader, one thread for all layers, sent after that. Sums run over the ranks in their order: all have the same
+// bits.
 __device__ __forceinline__ float2 sum_of_ranks(u64* const* peers, int which, int column, float2 own, u32 epoch) {
     const i64 at = (i64)((epoch & 1) * 2 + which) * RANKS * HIDDEN + column;
     const u64 a = (u64)epoch << 32 | __float_as_uint(own.x), b = (u64)epoch << 32 | __float_as_uint(own.y);
