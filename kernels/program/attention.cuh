@@ -163,8 +163,8 @@ struct Attention {
             if (norm) {
                 const u32 low = *(const u32*)(norm + d), high = *(const u32*)(norm + d + HALF);
                 const float scale = s.head_scales[h];
-                a.x = residual::normed(a.x, scale, low_of(low)), a.y = residual::normed(a.y, scale, high_of(low));
-                b.x = residual::normed(b.x, scale, low_of(high)), b.y = residual::normed(b.y, scale, high_of(high));
+                a.x = normed(a.x, scale, low_of(low)), a.y = normed(a.y, scale, high_of(low));
+                b.x = normed(b.x, scale, low_of(high)), b.y = normed(b.y, scale, high_of(high));
             }
             const float2 cosine = *(const float2*)(s.cosines + d), sine = *(const float2*)(s.sines + d);
             *(u32*)&s.rows[h][d] = pair_of(a.x * cosine.x - b.x * sine.x, a.y * cosine.y - b.y * sine.y);

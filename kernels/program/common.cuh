@@ -41,6 +41,11 @@ __device__ __forceinline__ float signed_byte(u32 word, int i) {
 // x rounded to the model's dtype, as its layers round what they hand on.
 __device__ __forceinline__ float rounded(float x) { return float_of(bits_of(x)); }
 
+// RMSNorm, rounded as the module does.
+__device__ __forceinline__ float normed(float x, float scale, float weight) {
+    return rounded(rounded(x * scale) * weight);
+}
+
 // A NaN is never below a threshold: it is kept.
 __device__ __forceinline__ bool is_kept(float x, float threshold) { return !(fabsf(x) < threshold); }
 

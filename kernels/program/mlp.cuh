@@ -40,6 +40,7 @@ __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
     const MlpBlock mlp;
     if (!SCALED || GateUp::BITS == 16 || !mlp.active) return;
     constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = MLP_CHANNELS / 4;
+    const u64 policy = evict_first();
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * MLP_GROUPS * CHUNKS; i += THREADS) {
         const int group = i / CHUNKS, in_half = mlp.first_group() + group % MLP_GROUPS;
@@ -47,7 +48,7 @@ __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
         const bool wanted = in_half < ALL && channel < HIDDEN;
         const u32* const from = m.meta + (u64)(in_half + (group < MLP_GROUPS ? 0 : ALL)) * HIDDEN + channel;
         uint4* const to = (uint4*)s.mlp_panel[group] + i % CHUNKS;
-        fetch_row<false>(to, (const u8*)(wanted ? from : m.meta), wanted, evict_first());
+        fetch_row<false>(to, (const u8*)(wanted ? from : m.meta), wanted, policy);
     }
 }
 
@@ -76,7 +77,7 @@ struct MlpInputs {
         float y[4 * COUNT];
         auto has = [&](int i) { return mlp.has(i); };
         part.receive_normed(y, x, [&](int i) { return four(i); }, has, epoch, s);
-        const u32 keep = residual::kept(y, has, fminf(limits.gate_up[0], limits.gate_up[1]));
+        const u32 keep = kept(y, has, fminf(limits.gate_up[0], limits.gate_up[1]));
         auto place = [&](int i) { return 4 * mlp.own(i / 4) + i % 4; };
         return compact<GateUp>(y, keep, [&](int i) { return mlp.channel(place(i)); }, place, s);
     }
@@ -183,7 +184,7 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, ui
     auto has = [&](int i) { return part.part == 0 && part.four(i) < mlp.fours; };
     auto row = [&](int i) { return mlp.column(part.four(i / 4)) + i % 4; };
     auto place = [&](int i) { return 4 * part.four(i / 4) + i % 4; };
-    return compact<Down>(h, residual::kept(h, has, threshold), row, place, s);
+    return compact<Down>(h, kept(h, has, threshold), row, place, s);
 }
 
 template <class Meanwhile>

@@ -141,7 +141,7 @@ struct Step {
         const float limit = s.limits[layer].qkv[column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2];
         auto place = [&](int i) { return 4 * part.own(i / 4) + i % 4; };
         auto row = [&](int i) { return part.channel(place(i)); };
-        const Listed listed = compact<Qkv>(y, residual::kept(y, has, limit), row, place, s);
+        const Listed listed = compact<Qkv>(y, kept(y, has, limit), row, place, s);
         stamp(1);
         auto meanwhile = [&] { fetch_for_o(l); };
         auto before_sending = [&] { turnstile.pass(layers); };
@@ -252,7 +252,7 @@ struct Step {
             float_head(a.head, s.list_values, a.logits, best);
         } else {
             auto row = [&](int i) { return 4 * four(i / 4) + i % 4; };
-            const Listed listed = compact<false, Head::BITS == 4, true>(y, residual::kept(y, has, 0.0f), row, row, s);
+            const Listed listed = compact<false, Head::BITS == 4, true>(y, kept(y, has, 0.0f), row, row, s);
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);

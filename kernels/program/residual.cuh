@@ -32,11 +32,6 @@ __device__ __forceinline__ void send_own(const float4& x, uint4* to, u32 epoch) 
         send(to + FOURS + blockIdx.x * OWN_WARPS + warp_of_block(), make_float4(squares, 0.0f, 0.0f, 0.0f), epoch);
 }
 
-// RMSNorm, rounded as the module does.
-__device__ __forceinline__ float normed(float x, float scale, float weight) {
-    return rounded(rounded(x * scale) * weight);
-}
-
 // A thread's part of x: COUNT fours of channels, number four(i) where has(i). A norm's weights of them are asked for
 // before x is there.
 template <int COUNT>
@@ -72,15 +67,5 @@ struct Part {
         }
     }
 };
-
-// The bits of y's entries that reach the threshold, of the fours that a thread has.
-template <int COUNT, class Has>
-__device__ __forceinline__ u32 kept(const float (&y)[COUNT], Has has, float threshold) {
-    u32 keep = 0;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++)
-        if (has(i / 4) && is_kept(y[i], threshold)) keep |= 1u << i;
-    return keep;
-}
 
 }  // namespace residual

@@ -119,16 +119,27 @@ template <class W, int GROUPS, int CHANNELS, class Channel>
 __device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, Channel channel, u32* panel) {
     if (!SCALED || W::BITS == 16) return;
     constexpr int SIZE = GROUPS % 4 == 0 && W::GROUPS % 4 == 0 ? 4 : 1;  // words at once
+    const u64 policy = evict_first();
 #pragma unroll 1
     for (int i = threadIdx.x * SIZE; i < CHANNELS * GROUPS; i += THREADS * SIZE) {
         const int row = channel(i / GROUPS), group = first_group + i % GROUPS;
         const bool wanted = row < W::K && group < W::GROUPS;
         const u32* const from = m.meta + (wanted ? row * W::GROUPS + group : 0);
         if (SIZE == 4)
-            fetch_row<false>((uint4*)(panel + i), (const u8*)from, wanted, evict_first());
+            fetch_row<false>((uint4*)(panel + i), (const u8*)from, wanted, policy);
         else
             fetch_word(panel + i, from, wanted);
     }
+}
+
+// The bits of a thread's values that reach the threshold, of the fours that it has.
+template <int COUNT, class Has>
+__device__ __forceinline__ u32 kept(const float (&values)[COUNT], Has has, float threshold) {
+    u32 keep = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        if (has(i / 4) && is_kept(values[i], threshold)) keep |= 1u << i;
+    return keep;
 }
 
 // A list of the values whose bit in keep is set: row(i) of each, and where in the panel its scales are, for a product

@@ -135,11 +135,6 @@ T from_lane(T x, int lane) {
 template <class T>
 T __shfl_xor_sync(u32, T x, int distance) { return from_lane(x, (threadIdx.x % 32) ^ distance); }
 template <class T>
-T __shfl_up_sync(u32, T x, int distance) {
-    const int lane = threadIdx.x % 32;
-    return from_lane(x, lane < distance ? lane : lane - distance);
-}
-template <class T>
 T __shfl_sync(u32, T x, int lane) { return from_lane(x, lane); }
 
 inline u32 __ballot_sync(u32, u32 x) {
