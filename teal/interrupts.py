@@ -2,8 +2,9 @@
 
 The first Ctrl-C raises KeyboardInterrupt, so that temporary files are removed on the way out. Further ones change
 nothing. A call into C may go on for long, and a library may swallow the exception. Then a thread ends the process
-GRACE_S after the signal. Code that handles SIGINT itself, as the server does, installs its own handler; then the
-thread keeps still.
+GRACE_S after the signal. While a module is imported the process ends at once: torch's C++ calls Python in between,
+and aborts at an exception that it does not expect. Code that handles SIGINT itself, as the server does, installs its
+own handler; then the thread keeps still.
 """
 
 import functools
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 GRACE_S = 0.7
@@ -46,6 +48,21 @@ def work_is_done() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN if pending() else _ignore)
 
 
+def importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in frame or in one of its callers."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def end_now() -> NoReturn:
+    """End the process as interrupted, without any clean-up."""
+    say()
+    os._exit(EXIT_INTERRUPTED)
+
+
 def say() -> None:
     """Tell the user on stderr, once."""
     if _message.acquire(blocking=False):
@@ -55,6 +72,8 @@ def say() -> None:
 def _raise(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, _ignore)
     sys.unraisablehook = lambda _: None  # an interrupted destructor is no news
+    if importing(frame):
+        end_now()
     raise KeyboardInterrupt
 
 
@@ -64,8 +83,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 def _end_or_show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if pending():
-        say()
-        os._exit(EXIT_INTERRUPTED)
+        end_now()
     sys.__excepthook__(kind, error, traceback)
 
 
@@ -83,5 +101,4 @@ def _watch(pipe: int) -> None:
     while os.read(pipe, 1)[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) not in ours:
         pass
     time.sleep(GRACE_S)
-    say()
-    os._exit(EXIT_INTERRUPTED)
+    end_now()

@@ -1,5 +1,6 @@
 """The end of the server: a first SIGINT or SIGTERM lets answers end, a second one ends the process at once."""
 
+import os
 import signal
 import sys
 import threading
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from teal import interrupts
 
 if TYPE_CHECKING:
     import uvicorn
@@ -33,10 +36,12 @@ class Shutdown:
             signal.signal(each, signal.SIG_DFL)  # the second is the system's, whatever this process is doing
         if self.drain is not None:
             threading.Thread(target=self.drain, name="drain", daemon=True).start()
-        elif number == signal.SIGINT:
+            return
+        if interrupts.importing(frame):  # where nothing may be raised
+            interrupts.end_now() if number == signal.SIGINT else os._exit(128 + number)
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        else:
-            sys.exit(128 + number)
+        sys.exit(128 + number)
 
 
 def hang_up(web: "uvicorn.Server") -> None:

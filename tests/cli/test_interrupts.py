@@ -84,6 +84,19 @@ def test_a_quick_clean_up_is_finished_first(tmp_path: Path) -> None:
     assert (tmp_path / "cleaned").exists()
 
 
+def test_nothing_is_raised_while_a_module_is_imported(tmp_path: Path) -> None:
+    """In torch's own import an exception at the wrong point ended the process by abort."""
+    (tmp_path / "slow.py").write_text(
+        "import time\ntry:\n    print('go', flush=True); time.sleep(60)\n"
+        "except BaseException as error:\n    print(repr(error), flush=True)\n"
+    )
+    program = "from teal.cli import command_line as cli\ndef main():\n    import slow\ncli.run(main)"
+    process = start("-c", program, PYTHONPATH=str(tmp_path))
+    assert process.stdout is not None and process.stdout.readline() == "go\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "\ninterrupted\n") and process.returncode == 130
+
+
 def test_a_handler_of_its_own_is_left_alone() -> None:
     program = (
         "from teal.cli import command_line as cli\nimport signal, time\n"

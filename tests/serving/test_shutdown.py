@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -131,3 +132,17 @@ def test_a_signal_while_the_model_is_loading(
     _, err = process.communicate(timeout=20)
     assert process.returncode in codes and "Traceback" not in err, err
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "\ninterrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_while_a_module_is_imported(tmp_path: Path, number: int, code: int, said: str) -> None:
+    """Raised within torch's import, SystemExit was taken for an error of C++, which aborts."""
+    (tmp_path / "slow.py").write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {number})\nexcept BaseException as error:\n    print(error)\n"
+    )
+    program = "from teal.serving.shutdown import Shutdown\nShutdown()\nimport slow\nprint('went on')"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, text=True, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", said)
