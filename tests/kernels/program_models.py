@@ -149,6 +149,17 @@ def program_logits(backend: CudaProgramBackend, ids: Tensor) -> tuple[Tensor, Te
     return found, logits
 
 
+@torch.inference_mode()
+def one_step(backend: CudaProgramBackend) -> Tensor:
+    """Logits [1, V] of a step at position 40, after keys and values of noise."""
+    device = backend.model.device
+    cache, generator = backend.model.new_cache(1, 64), torch.Generator(device).manual_seed(0)
+    cache.k.normal_(generator=generator), cache.v.normal_(generator=generator)
+    logits = backend.choose(torch.tensor([[7]], device=device), torch.full((1, 1), 40, device=device), cache)
+    assert logits is not None
+    return logits.clone()
+
+
 def check_on_gpu(model: Transformer, limit: float) -> None:
     """check_logits, and the same bits in every run."""
     backend = CudaProgramBackend(FusedBackend(model, "test", compile=False))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-from torch import Tensor
 
 from teal.bench.steps import phase_times
 from teal.decoding.backend import EagerBackend
@@ -43,6 +42,7 @@ from tests.kernels.program_models import (
     check_on_gpu,
     described,
     expected_logits,
+    one_step,
     program_logits,
     random_model,
     some_ids,
@@ -247,14 +247,8 @@ def test_bits_of_a_thousand_steps() -> None:
     backend = CudaProgramBackend(
         FusedBackend(random_model(SMALL, torch.bfloat16, None, False, True, "cuda"), "test", False)
     )
-    cache, place = backend.model.new_cache(1, 64), torch.full((1, 1), 40, device="cuda")
-    cache.k.normal_(), cache.v.normal_()
-    first: Tensor | None = None
-    for _ in range(1000):
-        with torch.inference_mode():
-            logits = backend.choose(torch.tensor([[7]], device="cuda"), place.clone(), cache)
-        assert logits is not None and (first is None or torch.equal(logits, first))
-        first = logits if first is None else first
+    first = one_step(backend)
+    assert all(torch.equal(one_step(backend), first) for _ in range(1000))
 
 
 @pytest.mark.gpu
