@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from teal.bench.gemv import add_input_groups, check_input_groups
+from teal.bench.gemv import add_input_groups, check_input_groups, check_refined
 from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step, program_phases
 from teal.calibration.choose import choose_plan
 from teal.checkpoint.loading import LoadedModel, load_for_decoding, round_weights
@@ -29,6 +29,8 @@ from teal.decoding.cuda_program import CudaProgramBackend
 from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.hardware import read_bandwidth
+from teal.layers.quantized_embedding import use_quantized_modules
+from teal.layers.quantized_linear import BITS, QuantConfig, pick_group_size
 from teal.model import ModelConfig
 from teal.options import SamplingParams
 from teal.plan import ProjectionPlan, SparsityPlan, even_plan
@@ -48,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
     group.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
     add_input_groups(group)
+    group.add_argument(
+        "--refined",
+        type=cli.positive_int,
+        metavar="N",
+        help="with --random-weights and int4: every N-th channel in 8 bits, as of mixed bits",
+    )
     group.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
     group.add_argument(
         "--profile",
@@ -116,6 +124,9 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
 def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, EngineRunner]:
     """A runner for each sparsity asked for, by label; two engines at most. Raises UserError."""
     check_input_groups(args)
+    check_refined(args)
+    if args.refined and args.random_weights is None:
+        raise UserError("--refined is for random weights; quantize.py --mode mixed refines those of a checkpoint")
     if args.tensor_parallel > 1 and (args.batch or args.profile):
         raise UserError("--tensor-parallel does not go with --batch and --profile, which time one device")
     start_ranks(args.tensor_parallel, args.device)
@@ -127,11 +138,15 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
     options = asked = model_options(args)
-    if args.input_groups:  # rounded below
+    if args.input_groups or args.refined:  # rounded below
         options = replace(asked, quant=None, quant_lm_head=None)
     loaded = load_for_decoding(options, sparse=True)
     if args.input_groups:
         round_weights(loaded, args.quant, asked.quant_lm_head, grouping="input")
+    if args.refined:
+        use_quantized_modules(
+            loaded.model, mixed_scheme(loaded.model.config, args.refined, asked.quant_lm_head), fill=True
+        )
     plans = {f"{target:.0%} sparse": starting_plan(loaded, target, args) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans
@@ -141,6 +156,15 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     if args.random_weights is not None and args.plan is None and not engine.follows:
         plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
+
+
+def mixed_scheme(config: ModelConfig, every: int, head: str | None) -> QuantConfig:
+    """That of a model every so many channels of whose projections are refined."""
+    counts = tuple(p.in_features // every for p in config.projections())
+    return QuantConfig(
+        "mixed", pick_group_size(config, None, head is not None), head is not None, average_bits=8.0,
+        head_bits=BITS[head or "int8"], refined=(counts,) * config.num_layers,
+    )  # fmt: skip
 
 
 def starting_plan(loaded: LoadedModel, target: float, args: argparse.Namespace) -> SparsityPlan:

@@ -2,8 +2,8 @@
 
 The first Ctrl-C raises KeyboardInterrupt, so that temporary files are removed on the way out. Further ones change
 nothing. A call into C may go on for long, and a library may swallow the exception. Then a thread ends the process
-GRACE_S after the signal. While a module is imported the process ends at once: torch's C++ calls Python in between,
-and aborts at an exception that it does not expect. Code that handles SIGINT itself, as the server does, installs its
+GRACE_S after the signal. While a module is imported the process ends at once: torch's C++ calls Python meanwhile,
+and aborts at exceptions that it does not expect. Code that handles SIGINT itself, as the server does, installs its
 own handler; then the thread keeps still.
 """
 

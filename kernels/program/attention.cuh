@@ -266,13 +266,15 @@ struct Attention {
 
 // This split's share of attention's output, rounded as its layer does, listed where it reaches the threshold.
 // LANES_OF_PAIR lanes to a pair of channels, which combine the splits of its head. o's panel is there before.
-__device__ __forceinline__ Listed list_attended(const u64* attended, int splits, float threshold, int split, u32 epoch,
-                                                Shared& s) {
+__device__ __forceinline__ Listed list_attended(const Matrix& m, const u64* attended, int splits, float threshold,
+                                                int split, u32 epoch, Shared& s) {
     constexpr int COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
     constexpr int PAIRS = HEADS * HEAD_DIM / 2, PASSES = ceil_div(ceil_div(PAIRS, O_SPLITS), THREADS / LANES_OF_PAIR);
     const int part = threadIdx.x % LANES_OF_PAIR, place = threadIdx.x / LANES_OF_PAIR;
     auto pair = [&](int pass) { return split + (place + pass * (THREADS / LANES_OF_PAIR)) * O_SPLITS; };
     float values[2 * PASSES];
+    Seconds<O_SECONDS, 2 * PASSES, 2> seconds;
+    seconds.load(m, [&](int pass) { return 2 * pair(pass); }, [&](int pass) { return part == 0 && pair(pass) < PAIRS; });
     u32 keep = 0;
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
@@ -313,5 +315,5 @@ __device__ __forceinline__ Listed list_attended(const u64* attended, int splits,
     }
     auto row = [&](int i) { return 2 * pair(i / 2) + i % 2; };
     auto in_panel = [&](int i) { return (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2; };
-    return compact<O, false>(values, keep, row, in_panel, s);
+    return list_rows<O, O_CHANNELS, false>(values, keep, row, in_panel, seconds, s);
 }

@@ -12,11 +12,16 @@
 //     16 bits    x
 //      8 bits    x scale
 //      4 bits    x scale as fp16 below the zero point as fp16
+//
+// A refined channel has a second row among those from K on (packing.py, 5). Both meet the same x.
 #pragma once
 
 struct Matrix {
     const u8* values;
-    const u32* meta;          // [K, N / GROUP], of gate and up [N / GROUP, K]; null for floats
+    const u32* meta;          // [rows, N / GROUP], of gate and up [N / GROUP, GATE_UP_ROWS]; null for floats
+    const u32* second;        // [K] of refined channels (Seconds, shared.cuh); null where a product has none
+    const u32* second_meta;   // of their second rows as panels have it: [parts][SECONDS][N / GROUP], of gate and up
+                              // [parts][N / GROUP][SECONDS]
     const float* thresholds;  // one for each segment of the output
     const u16* bias;          // [N] or null
     i64 segments;             // 1: one threshold for all

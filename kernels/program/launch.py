@@ -4,14 +4,16 @@ import ctypes
 import math
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from teal.errors import UserError
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program.compiler import checked, cubin
-from teal.kernels.program.plan import Device, Plan
+from teal.kernels.program.plan import Device, Format, Plan, part_of
 
 KERNEL = b"decode_step"
 SCALE_BITS = 14  # scales are enlarged to below 2^14: times inputs below 2 they are within fp16
@@ -67,13 +69,50 @@ class Program:
         )
 
 
-def meta_words(weight: Weight, by_group: bool = False) -> tuple[Tensor | None, float]:
-    """The scales and zeros of a quantized weight as formats.cuh reads them, and what its sums are multiplied with.
+class Tables(NamedTuple):
+    """What formats.cuh's Matrix has beside a weight's values, made once: the words of scales and zeros, and so on."""
 
-    int32 [K, groups], or [groups, K] by_group; None and 1.0 for floats.
-    """
+    meta: Tensor | None = None
+    unscale: float = 1.0
+    second: Tensor | None = None
+    second_meta: Tensor | None = None
+
+
+def tables(weight: Weight, product: str, plan: Plan, gate_up: Format) -> Tables:
+    """The tables of a weight of one of plan.PRODUCTS; none of floats. gate_up: the format of that product."""
     if weight.scales is None:
-        return None, 1.0
+        return Tables()
+    words, unscale = _meta_words(weight)
+    second, second_meta = _second_rows(weight, words, product, plan, gate_up)
+    if product == "MLP":
+        words = pad(words, (0, 0, 0, plan.sizes["GATE_UP_ROWS"] - len(words))).t().contiguous()
+    return Tables(words, unscale, second, second_meta)
+
+
+def _second_rows(
+    weight: Weight, words: Tensor, product: str, plan: Plan, gate_up: Format
+) -> tuple[Tensor | None, Tensor | None]:
+    """Matrix's second and second_meta, of the words of all rows; None of a product that no block refines."""
+    room, device, K = plan.sizes[f"{product}_SECONDS"], words.device, weight.K
+    if not room:
+        return None, None
+    refined = torch.empty(0, dtype=torch.int64) if weight.refined is None else weight.refined.long().cpu()
+    parts = part_of(product, torch.arange(K), gate_up, plan.sizes)
+    mine = parts[refined]
+    earlier = (mine[:, None] == mine).tril(-1).sum(1)  # refined channels of its part before each
+    rows = K + torch.arange(len(refined))
+    second = torch.zeros(K, dtype=torch.int32)
+    second[refined] = (rows | earlier << 16).to(torch.int32)
+    second_meta = torch.zeros(int(parts.max()) + 1, room, words.shape[1], dtype=torch.int32, device=device)
+    second_meta[mine.to(device), earlier.to(device)] = words[K:]
+    if product == "MLP":
+        second_meta = second_meta.transpose(1, 2).contiguous()
+    return second.to(device), second_meta
+
+
+def _meta_words(weight: Weight) -> tuple[Tensor, float]:
+    """The scales and zeros of a quantized weight as words int32 [rows, groups], and what sums are multiplied with."""
+    assert weight.scales is not None
     if weight.zeros is None:
         words, unscale = weight.scales.float().view(torch.int32), 1.0
     else:
@@ -81,12 +120,11 @@ def meta_words(weight: Weight, by_group: bool = False) -> tuple[Tensor | None, f
         unscale = 2.0 ** (math.frexp(largest)[1] - SCALE_BITS) if 0 < largest < math.inf else 1.0
         scales = (weight.scales.float() / unscale).to(weight.scales.dtype)
         words = scales.view(torch.int16).to(torch.int32) << 16 | weight.zeros.half().view(torch.int16).to(torch.int32)
-    return (words.t() if by_group else words).contiguous(), unscale
+    return words.contiguous(), unscale
 
 
-def matrix_words(
-    weight: Weight, meta: tuple[Tensor | None, float], thresholds: Tensor, bias: Tensor | None
-) -> list[int]:
+def matrix_words(values: Tensor, tables: Tables, thresholds: Tensor, bias: Tensor | None) -> list[int]:
     """A Matrix of formats.cuh."""
-    pointers = [0 if t is None else t.data_ptr() for t in (weight.values, meta[0], thresholds, bias)]
-    return [*pointers, thresholds.numel(), *struct.unpack("q", struct.pack("d", meta[1]))]
+    parts = (values, tables.meta, tables.second, tables.second_meta, thresholds, bias)
+    pointers = [0 if t is None else t.data_ptr() for t in parts]
+    return [*pointers, thresholds.numel(), *struct.unpack("q", struct.pack("d", tables.unscale))]

@@ -39,14 +39,16 @@ struct MlpBlock {
 __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
     const MlpBlock mlp;
     if (!SCALED || GateUp::BITS == 16 || !mlp.active) return;
-    constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = MLP_CHANNELS / 4;
+    constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = MLP_ROWS / 4;
     const u64 policy = evict_first();
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * MLP_GROUPS * CHUNKS; i += THREADS) {
-        const int group = i / CHUNKS, in_half = mlp.first_group() + group % MLP_GROUPS;
-        const int channel = mlp.channel(i % CHUNKS * 4);
-        const bool wanted = in_half < ALL && channel < HIDDEN;
-        const u32* const from = m.meta + (u64)(in_half + (group < MLP_GROUPS ? 0 : ALL)) * HIDDEN + channel;
+        const int group = i / CHUNKS, in_half = mlp.first_group() + group % MLP_GROUPS, row = i % CHUNKS * 4;
+        const int of_all = in_half + (group < MLP_GROUPS ? 0 : ALL), channel = mlp.channel(row);
+        const bool is_second = MLP_SECONDS && row >= MLP_CHANNELS;
+        const bool wanted = in_half < ALL && (is_second || channel < HIDDEN);
+        const i64 second = (i64)(mlp.rank * GateUp::GROUPS + of_all) * MLP_SECONDS + row - MLP_CHANNELS;
+        const u32* const from = is_second ? m.second_meta + second : m.meta + (i64)of_all * GATE_UP_ROWS + channel;
         uint4* const to = (uint4*)s.mlp_panel[group] + i % CHUNKS;
         fetch_row<false>(to, (const u8*)(wanted ? from : m.meta), wanted, policy);
     }
@@ -57,19 +59,23 @@ __device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
     const MlpBlock mlp;
     if (!mlp.active) return;
     auto channel = [&](int i) { return i / 4 < mlp.fours ? mlp.column(i / 4) + i % 4 : Down::K; };
-    fetch_panel<Down, DOWN_GROUPS, H_CHANNELS>(m, mlp.down_group(), channel, s.down_panel);
+    fetch_panel<Down, DOWN_GROUPS, H_CHANNELS, DOWN_SECONDS>(m, mlp.team, mlp.down_group(), channel, s.down_panel);
 }
 
 // A thread's inputs of gate and up.
 struct MlpInputs {
     static constexpr int COUNT = ceil_div(MLP_CHANNELS / 4, THREADS);
     residual::Part<COUNT> part;
+    Seconds<MLP_SECONDS, 4 * COUNT> seconds;
     const MlpBlock mlp;
 
     __device__ int four(int i) const { return mlp.channel(4 * mlp.own(i)) / 4; }
 
-    __device__ __forceinline__ void load_weight(const u16* weight) {
-        part.load_weight(weight, [&](int i) { return four(i); }, [&](int i) { return mlp.has(i); });
+    // What is known before x.
+    __device__ __forceinline__ void load(const u16* norm, const Matrix& m) {
+        auto has = [&](int i) { return mlp.has(i); };
+        part.load_weight(norm, [&](int i) { return four(i); }, has);
+        seconds.load(m, [&](int i) { return 4 * four(i); }, has);
     }
 
     // List those that gate or up keeps.
@@ -79,7 +85,7 @@ struct MlpInputs {
         part.receive_normed(y, x, [&](int i) { return four(i); }, has, epoch, s);
         const u32 keep = kept(y, has, fminf(limits.gate_up[0], limits.gate_up[1]));
         auto place = [&](int i) { return 4 * mlp.own(i / 4) + i % 4; };
-        return compact<GateUp>(y, keep, [&](int i) { return mlp.channel(place(i)); }, place, s);
+        return list_rows<GateUp, MLP_CHANNELS>(y, keep, [&](int i) { return mlp.channel(place(i)); }, place, seconds, s);
     }
 };
 
@@ -91,7 +97,7 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, con
         const int in_team = place.granule % TEAM_GRANULES, column = mlp.first + in_team;
         const int granule = column + (is_up ? HALF : 0), group = granule / GateUp::GRANULES_OF_GROUP;
         const int in_panel = column / GateUp::GRANULES_OF_GROUP - mlp.first_group() + (is_up ? MLP_GROUPS : 0);
-        const u32* const meta = SCALED ? s.mlp_panel[in_panel] : m.meta + (u64)group * HIDDEN;
+        const u32* const meta = SCALED ? s.mlp_panel[in_panel] : m.meta + (u64)group * GATE_UP_ROWS;
         return {m.values + granule * 16, meta, in_team < mlp.granules, limits.gate_up[is_up] * listed.enlarged};
     };
     Sums<GateUp::BITS> sums;
@@ -125,7 +131,14 @@ struct HiddenPart {
     const int part = threadIdx.x % LANES_OF_H;
 
     __device__ int four(int pass) const { return (threadIdx.x + pass * THREADS) / LANES_OF_H; }
+    __device__ bool has(int pass) const { return part == 0 && four(pass) < MlpBlock().fours; }
 };
+
+using HiddenSeconds = Seconds<DOWN_SECONDS, 4 * H_PASSES>;
+__device__ __forceinline__ void load_seconds(HiddenSeconds& seconds, const Matrix& m) {
+    const HiddenPart h;
+    seconds.load(m, [&](int i) { return MlpBlock().column(h.four(i)); }, [&](int i) { return h.has(i); });
+}
 
 // gate and up of the team's columns, added by their lanes in an order of their own; right in the first lane.
 __device__ __forceinline__ void add_parts(float4 (&gate)[H_PASSES], float4 (&up)[H_PASSES], float unscale,
@@ -170,7 +183,8 @@ __device__ __forceinline__ float silu_times(float gate, float up) {
 }
 
 // List the team's h where it reaches down's threshold.
-__device__ __forceinline__ Listed list_hidden(float unscale, float threshold, uint4* fours, u32 epoch, Shared& s) {
+__device__ __forceinline__ Listed list_hidden(float unscale, float threshold, const HiddenSeconds& seconds,
+                                              uint4* fours, u32 epoch, Shared& s) {
     const MlpBlock mlp;
     const HiddenPart part;
     float4 gate[H_PASSES], up[H_PASSES];
@@ -181,10 +195,10 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, ui
         h[4 * i] = silu_times(gate[i].x, up[i].x), h[4 * i + 1] = silu_times(gate[i].y, up[i].y);
         h[4 * i + 2] = silu_times(gate[i].z, up[i].z), h[4 * i + 3] = silu_times(gate[i].w, up[i].w);
     }
-    auto has = [&](int i) { return part.part == 0 && part.four(i) < mlp.fours; };
+    auto has = [&](int i) { return part.has(i); };
     auto row = [&](int i) { return mlp.column(part.four(i / 4)) + i % 4; };
     auto place = [&](int i) { return 4 * part.four(i / 4) + i % 4; };
-    return compact<Down>(h, kept(h, has, threshold), row, place, s);
+    return list_rows<Down, H_CHANNELS>(h, kept(h, has, threshold), row, place, seconds, s);
 }
 
 template <class Meanwhile>

@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from teal.kernels.formats.packing import Weight
 from teal.model import ModelConfig
 
-MAX_CHANNELS = 1 << 16  # of a product: lists hold 16-bit channels
+PRODUCTS = ("QKV", "O", "MLP", "DOWN", "HEAD")  # as the config's names begin
+MAX_ROWS = 1 << 16  # of a weight: lists hold 16-bit rows
 MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
 GROUP_HEADS = 4  # query heads that a block attends with at once; a tile has room for 8, in half as many blocks
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
@@ -73,6 +75,12 @@ class Format:
         """Of a row."""
         return self.N // self.columns
 
+    def granule_of(self, columns: Tensor) -> Tensor:
+        """The granules that these columns are in."""
+        if self.bits != 4:
+            return columns // self.columns
+        return columns // self.group * (self.group // 32) + columns % (self.group // 8) // 4
+
     def teams(self, threads: int) -> int:
         """Of lanes that sum a granule together."""
         return threads // 4 if self.bits == 4 else threads
@@ -86,7 +94,8 @@ class Model:
     """The model as the plan sees it. head is None for one in floats, which is [V, C].
 
     cache_bits: of a key's or value's entry, 16 or 8 (kernels/formats/kv_int8.py). Of ranks that share a model this is
-    one's part.
+    one's part. refined: for each product, the head last, the refined channels of every weight that has some.
+    embedding_bits: of an entry as the kernel reads it: 16, or 32 where a rounded one's row becomes floats before.
     """
 
     config: ModelConfig
@@ -96,6 +105,8 @@ class Model:
     cache_bits: int = 16
     rank: int = 0
     ranks: int = 1
+    refined: tuple[tuple[Tensor, ...], ...] = ((),) * len(PRODUCTS)
+    embedding_bits: int = 16
 
     @property
     def heads_of_key(self) -> int:
@@ -104,10 +115,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the step is cut; source is config.cuh, and words the size of the workspace in 64-bit words."""
+    """How the step is cut; source is config.cuh, and words the size of the workspace in 64-bit words.
+
+    sizes: constants of the config that say how work is cut.
+    """
 
     grid: int
     threads: int
+    sizes: dict[str, int]
     shared_bytes: int
     words: int
     source: str
@@ -116,16 +131,14 @@ class Plan:
 def weight_obstacle(weights: Sequence[Weight]) -> str:
     """Why the kernel cannot take these weights of all blocks, those of a projection in turn; empty if it can."""
     for weight in weights:
-        if weight.refined is not None:
-            return "weights of mixed bits are not supported"
         if weight.by_input:
             return "groups along the input are not supported"
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return f"weights of {str(weight.dtype).removeprefix('torch.')} are not supported; expected bf16 or fp16"
         if not weight.values.is_contiguous() or weight.values.data_ptr() % 16:
             return "a weight is not contiguous"
-        if weight.K > MAX_CHANNELS:
-            return f"{weight.K} input channels are too many; expected at most {MAX_CHANNELS}"
+        if len(weight.values) > MAX_ROWS:
+            return f"{len(weight.values)} rows of a weight are too many; expected at most {MAX_ROWS}"
         if weight.N * weight.bits % 128:
             return f"{weight.N} columns of {weight.bits} bits are no multiple of 16 bytes"
     return ""
@@ -192,12 +205,14 @@ def _cut(model: Model, device: Device) -> Plan | None:
         scaled = scaled and model.products[2].bits < 16
         if sizes is None:
             continue
+        sizes |= _seconds(model, sizes)
         for stages in range(MAX_STAGES, 1 if not scaled else MIN_SCALED_STAGES - 1, -1):
             shared = _shared_bytes(model, sizes, threads, stages, scaled)
             if shared <= device.shared_bytes:
                 words = _words(model, sizes)
                 constants = sizes | {"THREADS": threads, "STAGES": stages}
-                return Plan(sizes["GRID"], threads, shared, words, _source(model, constants, scaled, shared, words))
+                source = _source(model, constants, scaled, shared, words)
+                return Plan(sizes["GRID"], threads, constants, shared, words, source)
     return None
 
 
@@ -247,13 +262,42 @@ def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
     return found
 
 
+def part_of(product: str, channels: Tensor, gate_up: Format, sizes: dict[str, int]) -> Tensor:
+    """The parts of a product's channels that these are in. A block lists the channels of one."""
+    if product == "QKV":
+        return channels // 4 % sizes["QKV_SPLITS"]
+    if product == "O":
+        return channels // 2 % sizes["O_SPLITS"]
+    if product == "MLP":
+        return channels // 8 % sizes["MLP_SHARE"]
+    if product == "DOWN":  # of which a team has those rows that meet its columns of gate
+        return gate_up.granule_of(channels) // sizes["TEAM_GRANULES"]
+    return torch.zeros_like(channels)
+
+
+def _seconds(model: Model, sizes: dict[str, int]) -> dict[str, int]:
+    """How many second rows a block has of each product at most, in fours; and rows of gate and up."""
+    found = {}
+    for product, refined in zip(PRODUCTS, model.refined, strict=True):
+        parts = (part_of(product, channels.long(), model.products[2], sizes) for channels in refined)
+        found[f"{product}_SECONDS"] = _fours(max((int(part.bincount(minlength=1).max()) for part in parts), default=0))
+    most = max(map(len, model.refined[PRODUCTS.index("MLP")]), default=0)
+    return found | {"GATE_UP_ROWS": model.config.hidden_size + _fours(most)}
+
+
+def _fours(count: int) -> int:
+    """The next multiple of four."""
+    return 4 * math.ceil(count / 4)
+
+
 def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, scaled: bool) -> int:
     """What shared.cuh's Shared takes at most; the compiler checks it."""
     c, (qkv, o, gate_up, down) = model.config, model.products
-    of_qkv = 4 * math.ceil(c.hidden_size / 4 / sizes["QKV_SPLITS"])
-    of_o = 4 * math.ceil(math.ceil(c.q_size / 2 / sizes["O_SPLITS"]) / 2)
-    of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])
-    of_h, of_x = 4 * _team_fours(gate_up, sizes), 4 * math.ceil(c.hidden_size / 4)
+    of_qkv = 4 * math.ceil(c.hidden_size / 4 / sizes["QKV_SPLITS"]) + sizes["QKV_SECONDS"]
+    of_o = _fours(2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"])) + sizes["O_SECONDS"]
+    of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"]) + sizes["MLP_SECONDS"]
+    of_h = 4 * _team_fours(gate_up, sizes) + sizes["DOWN_SECONDS"]
+    rows = max(of_qkv, of_o, of_h, of_mlp)
     groups = [
         _groups(product, granules) if scaled else 1
         for product, granules in (
@@ -266,7 +310,7 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
     panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 64
     attended = threads // 8 * sizes["GROUP_HEADS"] * c.head_dim
     ring = max(64 * stages * threads, 64 * threads, attended)
-    lists = 6 * max(of_qkv, of_o, of_h, of_x) + 2 * max(of_qkv, of_o, of_h, of_mlp) * scaled
+    lists = 6 * max(rows, _fours(c.hidden_size) + sizes["HEAD_SECONDS"]) + 2 * rows * scaled
     heads = 4 * (sizes["GROUP_HEADS"] + 2) * c.head_dim + 2 * (sizes["GROUP_HEADS"] + 2) * (c.head_dim + 32)
     of_warps = threads // 4 * (sizes["GROUP_HEADS"] + 1)
     return ring + max(by_ring, panels) + lists + 16 * threads + heads + of_warps + 28 * c.num_layers + 1536
@@ -309,6 +353,7 @@ def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, word
         "HIDDEN": c.hidden_size, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads, "HEAD_DIM": c.head_dim,
         "LAYERS": c.num_layers, "VOCAB": c.vocab_size, "Q_SIZE": c.q_size, "KV_SIZE": c.kv_size,
         "HEAD_BITS": 16 if model.head is None else model.head.bits, "CACHE_BITS": model.cache_bits,
+        "EMBEDDING_BITS": model.embedding_bits,
         "SHARED_BYTES": shared, "RANK": model.rank, "RANKS": model.ranks,
     }  # fmt: skip
     lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]

@@ -52,7 +52,7 @@ static_assert(Words::END <= WORKSPACE_WORDS, "plan.py and program.cu disagree ab
 
 struct Arguments {
     const Layer* layers;
-    const u16* embedding;
+    const u8* embedding;      // [V, HIDDEN] of EMBEDDING_BITS
     const float* frequencies;  // of the rotary embedding, [HEAD_DIM / 2]
     const u16* norm;
     Matrix head;
@@ -98,6 +98,7 @@ struct Step {
     Shared& s;
     float4 x;                               // of the residual stream, what this thread owns
     residual::Part<QkvPart::COUNT> inputs;  // of q, k and v
+    Seconds<QKV_SECONDS, 4 * QkvPart::COUNT> seconds;
     int position, layer;
     u32 epoch, layers;  // layers: so far, with this one, of all launches
 
@@ -112,14 +113,18 @@ struct Step {
     __device__ void fetch_for_qkv(const Layer& l) {
         const QkvPart part;
         if (!part.active) return;
-        inputs.load_weight(l.attention_norm, [&](int i) { return part.four(i); }, [&](int i) { return part.has(i); });
+        auto has = [&](int i) { return part.has(i); };
+        inputs.load_weight(l.attention_norm, [&](int i) { return part.four(i); }, has);
+        seconds.load(l.qkv, [&](int i) { return 4 * part.four(i); }, has);
         auto channel = [&](int i) { return part.channel(i); };
-        fetch_panel<Qkv, QKV_GROUPS, QKV_CHANNELS>(l.qkv, part.first_group, channel, s.qkv_panel);
+        fetch_panel<Qkv, QKV_GROUPS, QKV_CHANNELS, QKV_SECONDS>(l.qkv, part.split, part.first_group, channel,
+                                                                s.qkv_panel);
     }
     __device__ void fetch_for_o(const Layer& l) {
         const OPart part;
         auto channel = [&](int i) { return part.channel(i); };
-        if (part.active) fetch_panel<O, O_GROUPS, O_CHANNELS>(l.o, part.first_group, channel, s.o_panel);
+        if (part.active)
+            fetch_panel<O, O_GROUPS, O_CHANNELS, O_SECONDS>(l.o, part.split, part.first_group, channel, s.o_panel);
     }
 
     __device__ void send_qkv(const Layer& l) {
@@ -141,7 +146,7 @@ struct Step {
         const float limit = s.limits[layer].qkv[column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2];
         auto place = [&](int i) { return 4 * part.own(i / 4) + i % 4; };
         auto row = [&](int i) { return part.channel(place(i)); };
-        const Listed listed = compact<Qkv>(y, kept(y, has, limit), row, place, s);
+        const Listed listed = list_rows<Qkv, QKV_CHANNELS>(y, kept(y, has, limit), row, place, seconds, s);
         stamp(1);
         auto meanwhile = [&] { fetch_for_o(l); };
         auto before_sending = [&] { turnstile.pass(layers); };
@@ -164,7 +169,7 @@ struct Step {
         const OPart part;
         if (!part.active) return;
         const Listed listed =
-            list_attended(words(Words::ATTENDED), attention_splits, s.limits[layer].o, part.split, epoch, s);
+            list_attended(l.o, words(Words::ATTENDED), attention_splits, s.limits[layer].o, part.split, epoch, s);
         stamp(5);
         product<O, O_PIECE, O_GROUPS>(l.o, part.piece, s.o_panel, part.first_group, part.split, listed,
                                       fours(Words::O_PARTS), epoch, s, [] {}, [] {});
@@ -189,11 +194,13 @@ struct Step {
         if (!inputs.mlp.active) return meanwhile();
         const Limits& limits = s.limits[layer];
         const Listed listed = inputs.list(fours(Words::AFTER_O), limits, epoch, s);
+        HiddenSeconds seconds;
+        load_seconds(seconds, l.down);
         stamp(8);
         const float unscale = gate_and_up(l.gate_up, listed, limits, s);
         if (MLP_SHARE > 1) send_to_team(unscale, fours(Words::TEAMS), epoch, s);
         stamp(9);
-        const Listed hidden = list_hidden(unscale, limits.down, fours(Words::TEAMS), epoch, s);
+        const Listed hidden = list_hidden(unscale, limits.down, seconds, fours(Words::TEAMS), epoch, s);
         ::down(l.down, hidden, fours(Words::DOWN_PARTS), epoch, s, meanwhile);
     }
 
@@ -217,7 +224,7 @@ struct Step {
         send_o(l, attention.splits);
         stamp(6);
         MlpInputs mlp_inputs;
-        mlp_inputs.load_weight(l.ffn_norm);
+        mlp_inputs.load(l.ffn_norm, l.gate_up);
         add_to_residual<O_SPLITS>(l.o, Words::O_PARTS, Words::AFTER_O, 0);
         stamp(7);
         feed_forward(l, mlp_inputs, following);
@@ -252,7 +259,9 @@ struct Step {
             float_head(a.head, s.list_values, a.logits, best);
         } else {
             auto row = [&](int i) { return 4 * four(i / 4) + i % 4; };
-            const Listed listed = compact<false, Head::BITS == 4, true>(y, kept(y, has, 0.0f), row, row, s);
+            Seconds<HEAD_SECONDS, 4 * COUNT> seconds;
+            seconds.load(a.head, [&](int i) { return 4 * four(i); }, has);
+            const Listed listed = list_rows<Head, HIDDEN, true, false>(y, kept(y, has, 0.0f), row, row, seconds, s);
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);
@@ -269,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     if (threadIdx.x < LAYER_WORDS) ((u64*)s.layers)[threadIdx.x] = ((const u64*)a.layers)[threadIdx.x];
     load_limits(a.layers, s);
     step.epoch = first_epoch(launches);
-    step.x = residual::load_own(a.embedding + *a.token * HIDDEN);
+    step.x = residual::load_own(a.embedding, *a.token);
     residual::send_own(step.x, step.fours(Words::AFTER_DOWN), step.epoch);
     __syncthreads();
     step.fetch_for_qkv(s.layers[0]);

@@ -18,8 +18,11 @@ static_assert(OWN_FOURS <= THREADS, "too few blocks for so many columns");
 __device__ __forceinline__ int own_four() { return blockIdx.x * OWN_FOURS + threadIdx.x; }
 __device__ __forceinline__ bool owns() { return threadIdx.x < OWN_FOURS && own_four() < FOURS; }
 
-__device__ __forceinline__ float4 load_own(const u16* row) {
+// Of a token's row of the embedding.
+__device__ __forceinline__ float4 load_own(const u8* embedding, i64 token) {
     if (!owns()) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const u8* const row = embedding + token * HIDDEN * (EMBEDDING_BITS / 8);
+    if (EMBEDDING_BITS == 32) return ((const float4*)row)[own_four()];
     const uint2 bits = ((const uint2*)row)[own_four()];
     return make_float4(low_of(bits.x), high_of(bits.x), low_of(bits.y), high_of(bits.y));
 }

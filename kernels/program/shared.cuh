@@ -35,8 +35,11 @@ constexpr int H_CHANNELS = 4 * H_FOURS;
 constexpr int DOWN_PIECES = ceil_div(ceil_div(Down::GRANULES, MLP_SHARE), Down::TEAMS);
 constexpr int DOWN_PIECE = ceil_div(Down::GRANULES, MLP_SHARE * DOWN_PIECES);
 constexpr int DOWN_GROUPS = groups_of<Down>(DOWN_PIECES * DOWN_PIECE);
-constexpr int LIST = max_of(max_of(X_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS));
-constexpr int PLACES = SCALED ? max_of(max_of(MLP_CHANNELS, QKV_CHANNELS), max_of(O_CHANNELS, H_CHANNELS)) : 4;
+// Rows of them, the second rows of refined channels included.
+constexpr int QKV_ROWS = QKV_CHANNELS + QKV_SECONDS, O_ROWS = O_CHANNELS + O_SECONDS;
+constexpr int MLP_ROWS = MLP_CHANNELS + MLP_SECONDS, H_ROWS = H_CHANNELS + DOWN_SECONDS;
+constexpr int PANEL_ROWS = max_of(max_of(MLP_ROWS, QKV_ROWS), max_of(O_ROWS, H_ROWS));
+constexpr int LIST = max_of(X_CHANNELS + HEAD_SECONDS, PANEL_ROWS), PLACES = SCALED ? PANEL_ROWS : 4;
 template <class W>
 constexpr bool HAS_PANEL = SCALED && W::BITS < 16;
 constexpr bool FETCHES_META = HEAD_BITS < 16 || (!SCALED && GateUp::BITS < 16);  // row by row, through the ring
@@ -54,11 +57,11 @@ struct Shared {
     };
     union {
         u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
-        struct {  // scales and zeros of a block's channels, [channels][groups]; of gate and up [groups][channels]
-            alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? MLP_CHANNELS : 4];
-            alignas(16) u32 qkv_panel[SCALED ? QKV_CHANNELS * QKV_GROUPS : 4];
-            alignas(16) u32 o_panel[SCALED ? O_CHANNELS * O_GROUPS : 4];
-            alignas(16) u32 down_panel[SCALED ? H_CHANNELS * DOWN_GROUPS : 4];
+        struct {  // scales and zeros of a block's rows, [rows][groups]; of gate and up [groups][rows]
+            alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? MLP_ROWS : 4];
+            alignas(16) u32 qkv_panel[SCALED ? QKV_ROWS * QKV_GROUPS : 4];
+            alignas(16) u32 o_panel[SCALED ? O_ROWS * O_GROUPS : 4];
+            alignas(16) u32 down_panel[SCALED ? H_ROWS * DOWN_GROUPS : 4];
         };
     };
     alignas(16) float list_values[LIST];
@@ -112,19 +115,21 @@ __device__ __forceinline__ float sum_of_block(float x, Shared& s) {
     return total;
 }
 
-// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1) in a piece's groups. What read the panel before
-// is behind a __syncthreads. Four bytes at a time, between sums and what waits for them, this was 2.4 of 45 us of a
-// layer (8B in int4 at 50%, H200).
-template <class W, int GROUPS, int CHANNELS, class Channel>
-__device__ __forceinline__ void fetch_panel(const Matrix& m, int first_group, Channel channel, u32* panel) {
+// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1), and of the second rows of a part of the
+// channels, in a piece's groups. What read the panel before is behind a __syncthreads. Four bytes at a time, between
+// sums and what waits for them, this was 2.4 of 45 us of a layer (8B in int4 at 50%, H200).
+template <class W, int GROUPS, int CHANNELS, int SECONDS, class Channel>
+__device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first_group, Channel channel, u32* panel) {
     if (!SCALED || W::BITS == 16) return;
     constexpr int SIZE = GROUPS % 4 == 0 && W::GROUPS % 4 == 0 ? 4 : 1;  // words at once
     const u64 policy = evict_first();
 #pragma unroll 1
-    for (int i = threadIdx.x * SIZE; i < CHANNELS * GROUPS; i += THREADS * SIZE) {
-        const int row = channel(i / GROUPS), group = first_group + i % GROUPS;
-        const bool wanted = row < W::K && group < W::GROUPS;
-        const u32* const from = m.meta + (wanted ? row * W::GROUPS + group : 0);
+    for (int i = threadIdx.x * SIZE; i < (CHANNELS + SECONDS) * GROUPS; i += THREADS * SIZE) {
+        const bool is_second = SECONDS && i >= CHANNELS * GROUPS;
+        const int row = is_second ? part * SECONDS + i / GROUPS - CHANNELS : channel(i / GROUPS);
+        const int group = first_group + i % GROUPS;
+        const bool wanted = (is_second || row < W::K) && group < W::GROUPS;
+        const u32* const from = (is_second ? m.second_meta : m.meta) + (wanted ? row * W::GROUPS + group : 0);
         if (SIZE == 4)
             fetch_row<false>((uint4*)(panel + i), (const u8*)from, wanted, policy);
         else
@@ -145,14 +150,15 @@ __device__ __forceinline__ u32 kept(const float (&values)[COUNT], Has has, float
 // A list of the values whose bit in keep is set: row(i) of each, and where in the panel its scales are, for a product
 // that has one. ENLARGED: values are multiplied by a power of two that makes the largest 1 to 2. AWAITS: whatever was
 // asked for before is there afterwards. Warps count by votes, which are fewer instructions than a scan by shuffles.
-template <bool HAS_PLACES, bool ENLARGED, bool AWAITS, int COUNT, class Row, class Place>
-__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
+template <bool HAS_PLACES, bool ENLARGED, bool AWAITS, int COUNT, class Mask, class Row, class Place>
+__device__ __forceinline__ Listed compact(const float (&values)[COUNT], Mask keep, Row row, Place place, Shared& s) {
+    static_assert(COUNT <= 8 * sizeof(Mask), "a bit for each value");
     const int lane = lane_of_warp(), warp = warp_of_block();
     u32 votes[COUNT], largest = 0;
     int mine = 0, at = 0, total = 0;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        votes[i] = __ballot_sync(ALL_LANES, keep >> i & 1), mine += __popc(votes[i]);
+        votes[i] = __ballot_sync(ALL_LANES, (int)(keep >> i & 1)), mine += __popc(votes[i]);
         const u32 size = __float_as_uint(fabsf(values[i]));
         if (ENLARGED && (keep >> i & 1) && size > largest) largest = size;
     }
@@ -184,8 +190,45 @@ __device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep
     return {total, enlarged};
 }
 
-// Of a product of format W, whose weights' scales are in a panel.
-template <class W, bool AWAITS = true, int COUNT, class Row, class Place>
-__device__ __forceinline__ Listed compact(const float (&values)[COUNT], u32 keep, Row row, Place place, Shared& s) {
-    return compact<HAS_PANEL<W>, W::BITS == 4, AWAITS>(values, keep, row, place, s);
+// For each of a thread's channels the second row that it has, and above that the row's place among those of the part
+// of the channels that a block has, at most SECONDS; 0 without one. Channels are asked for UNIT neighbours at a time.
+template <int SECONDS, int COUNT, int UNIT = 4>
+struct Seconds {
+    u32 words[COUNT];
+
+    template <class Channel, class Has>
+    __device__ __forceinline__ void load(const Matrix& m, Channel channel, Has has) {
+        if (!SECONDS) return;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += UNIT) {
+            u32 unit[UNIT] = {};
+            if (has(i / UNIT)) read_bytes<4 * UNIT>(unit, m.second + channel(i / UNIT));
+#pragma unroll
+            for (int j = 0; j < UNIT; j++) words[i + j] = unit[j];
+        }
+    }
+};
+
+// compact for a product of format W, which lists CHANNELS channels of a block and their second rows: those stand after
+// all channels in the panel.
+template <class W, int CHANNELS, bool AWAITS = true, bool HAS_PLACES = HAS_PANEL<W>, int SECONDS, int COUNT, int UNIT,
+          class Row, class Place>
+__device__ __forceinline__ Listed list_rows(const float (&values)[COUNT], u32 keep, Row row, Place place,
+                                            const Seconds<SECONDS, COUNT, UNIT>& seconds, Shared& s) {
+    if constexpr (SECONDS == 0) {
+        return compact<HAS_PLACES, W::BITS == 4, AWAITS>(values, keep, row, place, s);
+    } else {
+        float both[2 * COUNT];
+        u64 keep_both = keep;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            both[i] = both[COUNT + i] = values[i];
+            if ((keep >> i & 1) && seconds.words[i]) keep_both |= (u64)1 << (COUNT + i);
+        }
+        auto any_row = [&](int i) { return i < COUNT ? row(i) : (int)(seconds.words[i - COUNT] & 0xffff); };
+        auto any_place = [&](int i) {
+            return i < COUNT ? place(i) : CHANNELS + (int)(seconds.words[i - COUNT] >> 16);
+        };
+        return compact<HAS_PLACES, W::BITS == 4, AWAITS>(both, keep_both, any_row, any_place, s);
+    }
 }

@@ -8,9 +8,10 @@ from teal.errors import UserError
 from teal.extras import extras
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program.compiler import compiler_obstacle
-from teal.kernels.program.launch import Program, device_facts, matrix_words, meta_words
-from teal.kernels.program.plan import Device, Format, Model, plan, shape_obstacle, weight_obstacle
+from teal.kernels.program.launch import Program, Tables, device_facts, matrix_words, tables
+from teal.kernels.program.plan import PRODUCTS, Device, Format, Model, plan, shape_obstacle, weight_obstacle
 from teal.layers.int8_cache import has_int8_cache
+from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear
 from teal.layers.team import SharedEmbedding, team_of
 from teal.model import KVCache, OutputHead, RMSNorm, Transformer
@@ -18,8 +19,7 @@ from teal.parallel import Rank
 from teal.rope import frequencies
 from teal.teal_layers import SparseLinear
 
-NO_MATRIX = [0, 0, 0, 0, 1, 0]
-GATE_UP = 2  # its place among the projections
+NO_MATRIX = [0, 0, 0, 0, 0, 0, 1, 0]
 # At whose ends program.cu takes the clocks, of a layer. A phase has in it the wait for what it needs.
 PHASES = (
     "list of q,k,v", "q,k,v", "sums of q,k,v", "attention", "list of o", "o", "sums of o", "list of gate,up", "gate,up",
@@ -43,16 +43,17 @@ class CudaProgramBackend(StepBackend):
             raise UserError(obstacle)
         super().__init__(others)
         device = model.device
-        self.program = Program(plan(_described(model), device_facts(device)), device)
+        described = _described(model)
+        self.program = Program(plan(described, device_facts(device)), device)
         self.cache_dtype = torch.int8 if has_int8_cache(model) else model.dtype
         self.frequencies = frequencies(model.config.head_dim, *model.config.rope("global"), device).contiguous()
-        self.meta = {
-            module: meta_words(_weight(module), by_group=i == GATE_UP)
-            for block in _projected(model)
-            for i, module in enumerate(block)
-        }
+        *names, head = PRODUCTS
+        found = [pair for modules in _projected(model) for pair in zip(modules, names, strict=True)]
         if isinstance(model.lm_head, QuantizedHead):
-            self.meta[model.lm_head] = meta_words(_weight(model.lm_head))
+            found.append((model.lm_head, head))
+        self.weight_tables: dict[nn.Module, Tables] = {
+            module: tables(_weight(module), name, self.program.plan, described.products[2]) for module, name in found
+        }
         self.no_threshold = torch.zeros(1, device=device)
         self.team, self.first_row = team_of(model), torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.stamps: Tensor | None = None  # of new_stamps, if the clocks of launches are wanted
@@ -86,12 +87,15 @@ class CudaProgramBackend(StepBackend):
         assert tokens.dtype == positions.dtype == torch.int64, "tokens and positions are int64"
         model, k, v = self.model, kv_cache.k, kv_cache.v
         assert k.dtype == self.cache_dtype and k.stride() == v.stride() and k.stride(4) == 1
-        rows, read, peers = self._layer_table(), tokens, 0
+        rows, head, peers = self._layer_table(), NO_MATRIX, 0
+        if type(model.embedding) is nn.Embedding:
+            embedding, read = model.embedding.weight, tokens
+        else:  # rounded, or other ranks have the rows of other tokens
+            embedding, read = model.embedding(tokens), self.first_row
         if self.team is None:
-            embedding, head = model.embedding.weight, self._matrix(model.lm_head, self.no_threshold)
-        else:  # whose ranks have the rows of other tokens; the head is computed outside
+            head = self._matrix(model.lm_head, self.no_threshold)
+        else:  # the head is computed outside
             assert self.team.exchange is not None
-            embedding, read, head = model.embedding(tokens), self.first_row, NO_MATRIX
             peers = self.team.exchange.step_peers.data_ptr()
         self.program.launch([
             rows.data_ptr(), embedding.data_ptr(), self.frequencies.data_ptr(),
@@ -122,7 +126,7 @@ class CudaProgramBackend(StepBackend):
             return [module.weight.data_ptr(), *NO_MATRIX[1:]]
         assert isinstance(module, (SparseLinear, QuantizedLinear))
         limits = module.thresholds if thresholds is None else thresholds
-        return matrix_words(_weight(module), self.meta[module], limits, module.bias)
+        return matrix_words(_weight(module).values, self.weight_tables[module], limits, module.bias)
 
 
 def program_obstacle(model: Transformer) -> str:
@@ -142,17 +146,14 @@ def model_obstacle(model: Transformer, device: Device) -> str:
         if not all(isinstance(module, (SparseLinear, QuantizedLinear)) for module in modules):
             return "weights are not in the kernels' layout"
     head: nn.Module = model.lm_head
-    embedding: nn.Module = model.embedding
     weights = [_weight(module) for modules in blocks for module in modules]
     if isinstance(head, QuantizedHead):
         weights.append(_weight(head))
-    elif isinstance(embedding, SharedEmbedding):  # and the head is computed outside
-        embedding = embedding.inner
-    elif type(head) is not OutputHead or head.weight.dtype not in (torch.bfloat16, torch.float16):
+    elif team_of(model) is None and not _is_float_head(head):  # that of several ranks is computed outside
         return f"a head of {type(head).__name__} in {head.weight.dtype} is not supported"
     if reason := weight_obstacle(weights):
         return reason
-    if type(embedding) is not nn.Embedding:
+    if not isinstance(embedding := _embedding(model), (nn.Embedding, QuantizedEmbedding)):
         return f"an embedding of {type(embedding).__name__} is not supported"
     formats = [tuple(Format.of(_weight(module)) for module in modules) for modules in blocks]
     if len(set(formats)) > 1:
@@ -162,13 +163,30 @@ def model_obstacle(model: Transformer, device: Device) -> str:
 
 def _described(model: Transformer) -> Model:
     """What the plan must know of model."""
-    formats = [Format.of(_weight(module)) for module in _projected(model)[0]]
-    head = Format.of(_weight(model.lm_head)) if isinstance(model.lm_head, QuantizedHead) else None
-    qkv, o, gate_up, down = formats
+    blocks = _projected(model)
+    qkv, o, gate_up, down = (Format.of(_weight(module)) for module in blocks[0])
+    heads: list[nn.Module] = [model.lm_head] if isinstance(model.lm_head, QuantizedHead) else []
+    weights = ([_weight(module) for module in modules] for modules in (*zip(*blocks, strict=True), heads))
+    refined = tuple(tuple(w.refined.cpu() for w in product if w.refined is not None) for product in weights)
     cache_bits = 8 if has_int8_cache(model) else 16
     team = team_of(model)
     rank = Rank(0, 1) if team is None else team.rank
-    return Model(model.config, model.dtype, (qkv, o, gate_up, down), head, cache_bits, rank.index, rank.count)
+    head = Format.of(_weight(heads[0])) if heads else None
+    products = (qkv, o, gate_up, down)
+    return Model(
+        model.config, model.dtype, products, head, cache_bits, rank.index, rank.count, refined,
+        embedding_bits=32 if isinstance(_embedding(model), QuantizedEmbedding) else 16,
+    )  # fmt: skip
+
+
+def _is_float_head(head: nn.Module) -> bool:
+    return type(head) is OutputHead and head.weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _embedding(model: Transformer) -> nn.Module:
+    """The embedding, or a rank's part of it."""
+    embedding: nn.Module = model.embedding
+    return embedding.inner if isinstance(embedding, SharedEmbedding) else embedding
 
 
 def _projected(model: Transformer) -> list[list[nn.Module]]:

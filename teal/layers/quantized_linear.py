@@ -340,11 +340,17 @@ class QuantizedHead(QuantizedLinear):
 def use_quantized_linears(model: Transformer, config: QuantConfig, fill: bool = False) -> None:
     """Replace the projections, and the head if config says so, in place by QuantizedLinear modules.
 
-    fill: with their weights rounded to nearest; without values otherwise. The head's result is fp32, as OutputHead's.
+    fill: with their weights rounded to nearest, and refined channels evenly spread; without values otherwise. The
+    head's result is fp32, as OutputHead's.
     """
 
     def filled(module: QuantizedLinear, linear: nn.Linear, by_input: bool) -> QuantizedLinear:
-        if fill and by_input:
+        if fill and module.refined is not None:
+            count = len(module.refined)
+            refined = torch.arange(count, dtype=torch.int32, device=module.refined.device) * linear.in_features // count
+            weight = linear.weight.t().contiguous()
+            module.set_weight(*round_in_two_terms(weight, refined, config.group_size), refined)
+        elif fill and by_input:
             module.set_weight(*round_input_groups(linear.weight, module.bits, config.group_size))
         elif fill:
             module.set_weight(*round_to_nearest(linear.weight.t().contiguous(), module.bits, config.group_size))

@@ -77,11 +77,24 @@ def prepared(
 ) -> Transformer:  # fmt: skip
     """A dense model, rounded in groups of this size, by default the largest, and made sparse in place."""
     model.requires_grad_(False)
-    if quant:
+    if quant == "mixed":
+        use_quantized_linears(model, mixed_scheme(model.config, lm_head), fill=True)
+    elif quant:
         scheme = QuantConfig(quant, pick_group_size(model.config, group, lm_head), lm_head)
         use_quantized_linears(model, scheme, fill=True)
     layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] if sparse else 0.0) for name in PROJECTIONS}
     return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
+
+
+def mixed_scheme(config: ModelConfig, lm_head: bool) -> QuantConfig:
+    """Projections of 4 bits with second rows of some channels, and the head if asked; the first layer has none."""
+    projections = config.projections()
+    counts = tuple(p.in_features * share // 10 for p, share in zip(projections, (1, 3, 2, 5), strict=True))
+    refined = ((0,) * len(projections), *[counts] * (config.num_layers - 1))
+    return QuantConfig(
+        "mixed", pick_group_size(config, None, lm_head), lm_head, average_bits=8.0, head_bits=4 if lm_head else 8,
+        refined=refined, refined_head=config.hidden_size // 7 if lm_head else 0,
+    )  # fmt: skip
 
 
 def use_int4_head(model: Transformer) -> Transformer:
@@ -111,7 +124,8 @@ class PlainLinear(nn.Module):
 
 def reference(model: Transformer) -> Transformer:
     """The model in fp32 and plain PyTorch."""
-    dtype, plain = model.embedding.weight.dtype, Transformer(model.config).to(model.embedding.weight.device)
+    dtype, plain = model.dtype, Transformer(model.config).to(model.device)
+    tokens = torch.arange(model.config.vocab_size, device=model.device)
     for ours, its in zip(plain.blocks, model.blocks, strict=True):
         for p in ours.projections():
             module = its.get_submodule(p.module)
@@ -123,7 +137,7 @@ def reference(model: Transformer) -> Transformer:
     head: Any = model.lm_head
     weight = head.dequantized().float().t() if hasattr(head, "dequantized") else head.weight.float()
     plain.lm_head.weight = nn.Parameter(weight.contiguous())
-    plain.embedding.weight.data, plain.norm.weight.data = model.embedding.weight.float(), model.norm.weight.float()
+    plain.embedding.weight.data, plain.norm.weight.data = model.embedding(tokens).float(), model.norm.weight.float()
     if has_int8_cache(model):
         use_int8_cache(plain)
     return plain.requires_grad_(False)

@@ -17,10 +17,12 @@ from teal.decoding.backends import FusedBackend
 from teal.decoding.compilation import capture
 from teal.decoding.cuda_program import CudaProgramBackend, model_obstacle
 from teal.errors import UserError
+from teal.kernels.formats.packing import Weight
+from teal.kernels.program import launch
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
-from teal.kernels.program.plan import MAX_STAGES, Device, pieces_and_splits, plan, shape_obstacle
+from teal.kernels.program.plan import MAX_STAGES, PRODUCTS, Device, part_of, pieces_and_splits, plan, shape_obstacle
 from teal.layers.quantized_embedding import QuantizedEmbedding
-from teal.layers.quantized_linear import QuantConfig, use_quantized_linears
+from teal.layers.quantized_linear import QuantConfig, round_in_two_terms, use_quantized_linears
 from teal.model import ModelConfig, Transformer
 from teal.parallel import Rank
 from teal.plan import ProjectionPlan, SparsityPlan
@@ -51,7 +53,10 @@ from tests.kernels.program_models import (
 from tests.token_logits import step_logits
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-FORMATS = {"floats": (None, False), "int8": ("int8", True), "int4": ("int4", False), "int4-head": ("int4", True)}
+FORMATS = {
+    "floats": (None, False), "int8": ("int8", True), "int4": ("int4", False), "int4-head": ("int4", True),
+    "mixed": ("mixed", False), "mixed-head": ("mixed", True),
+}  # fmt: skip
 # Rounding carries entries over their thresholds: modules in 16 bits are 0.06 to 0.16 from the reference. The
 # program may be so many times as far. A wrong threshold gives 0.3 and more.
 ROUNDED_OTHERWISE = 1.5
@@ -85,8 +90,7 @@ def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, messag
         ("fits", ""),
         ("fp32", "weights of float32 are not supported; expected bf16 or fp16"),
         ("input groups", "groups along the input are not supported"),
-        ("mixed", "weights of mixed bits are not supported"),
-        ("embedding", "an embedding of QuantizedEmbedding is not supported"),
+        ("embedding", "an embedding of OutputHead is not supported"),
         ("dense", "weights are not in the kernels' layout"),
         ("capped", "it does not compute a soft cap of logits"),
     ],
@@ -96,12 +100,10 @@ def test_formats_that_are_refused(kind: str, message: str) -> None:
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     model = Transformer(config).to(dtype).requires_grad_(False)
     grouping = "input" if kind == "input groups" else "output"
-    if kind == "mixed":
-        use_quantized_linears(model, QuantConfig("mixed", 128, average_bits=4.5, refined=((1, 1, 1, 1),)))
-    elif kind != "dense":
+    if kind != "dense":
         use_quantized_linears(model, QuantConfig("int4", 128, grouping=grouping))
     if kind == "embedding":
-        model.embedding = QuantizedEmbedding(model.embedding, 128)  # type: ignore[assignment]
+        model.embedding = model.lm_head  # type: ignore[assignment]
     if kind == "fp32":
         model.lm_head.to(torch.bfloat16)
     assert model_obstacle(model, H100) == message
@@ -119,6 +121,29 @@ def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bit
     assert qkv.granules % piece == 0 and qkv.granules // piece * splits <= H100.multiprocessors
     for end in (config.q_size, config.q_size + config.kv_size):
         assert end % (piece * qkv.columns) == 0, "a piece has columns of two projections"
+
+
+@pytest.mark.parametrize("refined", [[], [191], list(range(64)), list(range(0, 192, 5))], ids=len)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_block_finds_the_second_rows_of_its_channels(product: str, refined: list[int]) -> None:
+    """Each has a place of its own in the panel of the block's part, with its row's scales."""
+    K, N = 192, 384
+    channels = torch.tensor(refined, dtype=torch.int32)
+    values, scales, zeros = round_in_two_terms(torch.randn(K, N), channels, 32)
+    weight = Weight(values, scales.half(), zeros, channels if refined else None)
+    most = tuple((channels, torch.arange(8, dtype=torch.int32)) if name == product else () for name in PRODUCTS)
+    config = replace(SMALL, hidden_size=K)
+    found = plan(replace(described(config, 4, 4), refined=most), H100)
+    gate_up = described(config, 4, 4).products[2]
+    tables = launch.tables(weight, product, found, gate_up)
+    assert tables.second is not None and tables.second_meta is not None and tables.meta is not None
+    by_row = (lambda x: x.mT) if product == "MLP" else (lambda x: x)
+    assert int((tables.second != 0).sum()) == len(refined)
+    for j, channel in enumerate(refined):
+        row, place = int(tables.second[channel]) & 0xFFFF, int(tables.second[channel]) >> 16
+        part = int(part_of(product, torch.tensor([channel]), gate_up, found.sizes))
+        assert row == K + j and place < found.sizes[f"{product}_SECONDS"]
+        assert torch.equal(by_row(tables.second_meta)[part, place], by_row(tables.meta)[row])
 
 
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
@@ -148,7 +173,9 @@ def test_a_failed_compilation_says_where() -> None:
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("quant,lm_head", FORMATS.values(), ids=FORMATS)
 def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, lm_head: bool) -> None:
-    seed = {None: 0, "int8": 1, "int4": 6}[quant]  # with which no entry is at its threshold but for rounding
+    seed = {None: 0, "int8": 1, "int4": 6, "mixed": 1}[
+        quant
+    ]  # with which no entry is at its threshold but for rounding
     model = random_model(TINY, torch.float16, quant, lm_head, True, "cpu", seed)
     check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
 
@@ -161,8 +188,21 @@ def test_a_head_of_4_bits_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "HEAD_BITS = 4;" in (tmp_path / "config.cuh").read_text()
 
 
+def use_int8_embedding(model: Transformer) -> Transformer:
+    """model with its embedding rounded, in place."""
+    dense, model.embedding = model.embedding, QuantizedEmbedding(model.embedding, 32)  # type: ignore[assignment]
+    model.embedding.round(dense.weight)  # type: ignore[operator]
+    return model
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("quant", [None, "int4"])
+def test_an_embedding_of_8_bits_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = use_int8_embedding(random_model(TINY, torch.float16, "int4", False, False, "cpu"))
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("quant", [None, "int4", "mixed"])
 def test_bits_do_not_depend_on_who_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None
 ) -> None:
@@ -173,9 +213,10 @@ def test_bits_do_not_depend_on_who_comes_first(
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quant", ["int4", "mixed"])
+def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
     monkeypatch.setattr("teal.kernels.program.plan.MIN_SCALED_STAGES", MAX_STAGES + 1)
-    model = random_model(TINY, torch.float16, "int4", False, False, "cpu")
+    model = random_model(TINY, torch.float16, quant, False, False, "cpu")
     check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
     assert "SCALED = false" in (tmp_path / "config.cuh").read_text()
 
@@ -183,7 +224,16 @@ def test_scales_row_by_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     "quant,piece_bytes,share",
-    [(None, 1, 1), (None, 100, 2), ("int8", 1, 1), ("int8", 100, 4), ("int4", 1, 1), ("int4", 100, 4)],
+    [
+        (None, 1, 1),
+        (None, 100, 2),
+        ("int8", 1, 1),
+        ("int8", 100, 4),
+        ("int4", 1, 1),
+        ("int4", 100, 4),
+        ("mixed", 1, 1),
+        ("mixed", 100, 4),
+    ],
 )
 def test_teams_of_blocks_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, piece_bytes: int, share: int
@@ -268,6 +318,11 @@ def test_formats(dtype: torch.dtype, limit: float, quant: str | None, lm_head: b
 @pytest.mark.parametrize("quant", [None, "int4", "int8"])
 def test_a_head_of_4_bits(quant: str | None) -> None:
     check_on_gpu(use_int4_head(random_model(SMALL, torch.float16, quant, False, False, "cuda")), 2e-3)
+
+
+@pytest.mark.gpu
+def test_an_embedding_of_8_bits() -> None:
+    check_on_gpu(use_int8_embedding(random_model(SMALL, torch.float16, "int4", False, False, "cuda")), 2e-3)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.kernels.program_models import SMALL, one_step, random_model
 
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
-FORMATS = {"floats": None, "int8": "int8", "int4": "int4"}
+FORMATS = {"floats": None, "int8": "int8", "int4": "int4", "mixed": "mixed"}
 
 
 def step(name: str, words: int | None = None) -> None:

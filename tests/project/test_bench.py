@@ -79,6 +79,8 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
         (gemv.main, ("--input-groups", "--device", "cpu"), "add --quant"),
         (decode.main, ("--input-groups", "--device", "cpu"), "add --quant"),
         (gemv.main, ("--refined", "16", "--quant", "int8", "--device", "cpu"), "add --quant int4"),
+        (decode.main, ("--refined", "16", "--quant", "int4", "--device", "cpu"), "random weights"),
+        (decode.main, ("--refined", "16", "--random-weights", "Llama-3-8B"), "add --quant int4"),
         (gemv.main, ("--dtypes", "fp64", "--device", "cpu"), "fp64"),
         (allreduce.main, ("--device", "cpu"), "--tensor-parallel 1"),
     ],
@@ -139,6 +141,18 @@ def test_the_group_size_divides_every_segment() -> None:
     assert gemv.largest_group_size([576, 192, 192]) == 64  # SmolLM2-135M's q, k and v
     with pytest.raises(UserError, match=r"no group size .* divides the widths \[576, 48\]"):
         gemv.largest_group_size([576, 48])
+
+
+def test_random_weights_of_mixed_bits_are_timed(call_main: Callable[..., tuple[int, str, str]]) -> None:
+    model = ("--random-weights", "SmolLM2-135M", "--quant", "int4", "--lm-head", "int4", "--refined", "2")
+    small = ("--device", "cpu", "--context", "4", "--tokens", "2", "--rounds", "1", "--sparsities", "0")
+    code, out, _ = call_main(decode.main, *model, *small)
+    [row] = json.loads(out.splitlines()[-1])["rows"]
+    assert code == 0 and row["sparsity"] == 0
+    blocks, head = 106_168_320, 49_152 * 576  # weights
+    values = 1.5 * blocks / 2 + head / 2  # bytes; 64 of 4 bits are 32, their scale and zero 3
+    per_s = values * (1 + 3 / 32) * row["tokens_per_s"] / 1e9
+    assert row["gb_per_s"] == pytest.approx(per_s, rel=0.02)
 
 
 @pytest.mark.parametrize("input_groups", [False, True])
