@@ -269,17 +269,21 @@ struct Attention {
 __device__ __forceinline__ Listed list_attended(const Matrix& m, const u64* attended, int splits, float threshold,
                                                 int split, u32 epoch, Shared& s) {
     constexpr int COUNT = ceil_div(ATTENTION_SPLITS, LANES_OF_PAIR);
-    constexpr int PAIRS = HEADS * HEAD_DIM / 2, PASSES = ceil_div(ceil_div(PAIRS, O_SPLITS), THREADS / LANES_OF_PAIR);
+    constexpr int PAIRS = HEADS * HEAD_DIM / 2, OF_SPLIT = O::BY_INPUT ? O_CHANNELS / 2 : ceil_div(PAIRS, O_SPLITS);
+    constexpr int AT_ONCE = THREADS / LANES_OF_PAIR, PASSES = ceil_div(OF_SPLIT, AT_ONCE);
     const int part = threadIdx.x % LANES_OF_PAIR, place = threadIdx.x / LANES_OF_PAIR;
-    auto pair = [&](int pass) { return split + (place + pass * (THREADS / LANES_OF_PAIR)) * O_SPLITS; };
+    auto pair = [&](int pass) {
+        return channel_of_part<O, 2, O_SPLITS, O_CHANNELS>(split, 2 * (place + pass * AT_ONCE)) / 2;
+    };
+    auto has = [&](int pass) { return place + pass * AT_ONCE < OF_SPLIT && pair(pass) < PAIRS; };
     float values[2 * PASSES];
     Seconds<O_SECONDS, 2 * PASSES, 2> seconds;
-    seconds.load(m, [&](int pass) { return 2 * pair(pass); }, [&](int pass) { return part == 0 && pair(pass) < PAIRS; });
+    seconds.load(m, [&](int pass) { return 2 * pair(pass); }, [&](int pass) { return part == 0 && has(pass); });
     u32 keep = 0;
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++) {
         const int channel = 2 * pair(pass), head = channel / HEAD_DIM;
-        const bool live = pair(pass) < PAIRS;
+        const bool live = has(pass);
         const u64* const first = attended + ((u64)head * ATTENTION_SPLITS + part) * SLOT;
         float2 seen[2 * COUNT], x = make_float2(0.0f, 0.0f);  // sums, then largest and weight, of each split
         receive(
@@ -314,6 +318,6 @@ __device__ __forceinline__ Listed list_attended(const Matrix& m, const u64* atte
             if (live && part == 0 && is_kept(values[i], threshold)) keep |= 1u << i;
     }
     auto row = [&](int i) { return 2 * pair(i / 2) + i % 2; };
-    auto in_panel = [&](int i) { return (place + i / 2 * (THREADS / LANES_OF_PAIR)) * 2 + i % 2; };
-    return list_rows<O, O_CHANNELS, false>(values, keep, row, in_panel, seconds, s);
+    auto in_panel = [&](int i) { return (place + i / 2 * AT_ONCE) * 2 + i % 2; };
+    return list_rows<OPanel, false>(values, keep, row, in_panel, seconds, s);
 }

@@ -11,14 +11,15 @@
 //
 //     16 bits    x
 //      8 bits    x scale
-//      4 bits    x scale as fp16 below the zero point as fp16
+//      4 bits    x scale as fp16 below the zero point as fp16; of groups along the input, x as fp16
 //
 // A refined channel has a second row among those from K on (packing.py, 5). Both meet the same x.
 #pragma once
 
 struct Matrix {
     const u8* values;
-    const u32* meta;          // [rows, N / GROUP], of gate and up [N / GROUP, GATE_UP_ROWS]; null for floats
+    const u32* meta;          // [rows, N / GROUP], of gate and up [N / GROUP, GATE_UP_ROWS]; null for floats. Of groups
+                              // along the input [K / GROUP_CHANNELS, N]
     const u32* second;        // [K] of refined channels (Seconds, shared.cuh); null where a product has none
     const u32* second_meta;   // of their second rows as panels have it: [parts][SECONDS][N / GROUP], of gate and up
                               // [parts][N / GROUP][SECONDS]
@@ -28,9 +29,12 @@ struct Matrix {
     double unscale;           // what 4-bit sums are multiplied with, since their scales were enlarged
 };
 
-template <int K_, int N_, int BITS_, int GROUP_>
+// GROUP: columns to a scale. GROUP_CHANNELS: channels to one, of groups along the input, whose GROUP is the columns that
+// are packed together; 0 of others.
+template <int K_, int N_, int BITS_, int GROUP_, int GROUP_CHANNELS_>
 struct Format {
-    static constexpr int K = K_, N = N_, BITS = BITS_, GROUP = GROUP_;
+    static constexpr int K = K_, N = N_, BITS = BITS_, GROUP = GROUP_, GROUP_CHANNELS = GROUP_CHANNELS_;
+    static constexpr bool BY_INPUT = GROUP_CHANNELS > 0;
     static constexpr int COLUMNS = 128 / BITS;
     static constexpr int ROW_BYTES = N / 8 * BITS;
     static constexpr int GRANULES = ROW_BYTES / 16;
@@ -49,12 +53,14 @@ struct Format {
     static __device__ __forceinline__ u32 word(float x, u32 meta) {
         if (BITS == 16) return __float_as_uint(x);
         if (BITS == 8) return __float_as_uint(x * __uint_as_float(meta));
-        return fp16_bits(x * high_of(meta)) | meta << 16;
+        return BY_INPUT ? fp16_bits(x) : fp16_bits(x * high_of(meta)) | meta << 16;
     }
 };
 
-template <int BITS>
+template <int BITS, bool BY_INPUT = false>
 struct Sums;
+template <class W>
+using SumsOf = Sums<W::BITS, W::BY_INPUT>;
 
 template <>
 struct Sums<16> {
@@ -160,5 +166,50 @@ struct Sums<4> {
             }
         }
         return c == g / 2;
+    }
+};
+
+// Groups along the input. A warp's granules meet the same rows of one list then. So column j of B can be x in group
+// first + j of the channels, 0 elsewhere, and all of D means something:
+//
+//     D[g][j]                    sum of nibbles of granule g over the channels of group j, in lane 4 g + j / 2
+//     beside: D[g + 8][j]        sum of x over them
+//
+// Scales and zero points come in once, at the end.
+template <>
+struct Sums<4, true> : Sums<4> {
+    // Columns 8 c .. 8 c + 7 of its granule for lane 4 g + c. words: of the granule's columns in the list's first group,
+    // stride words from a group to the next.
+    __device__ __forceinline__ void finish_groups(float (&out)[8], const u32* words, int stride, int groups) {
+        const int c = lane_of_warp() & 3;
+        float total[32] = {};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float inputs = beside[2 + half];
+            if (2 * c + half >= groups) continue;
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const uint4 four = *(const uint4*)(words + (2 * c + half) * stride + 4 * n);
+                const u32 of_word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                for (int w = 0; w < 4; w++) {
+                    const float d = sum[4 * ((w * 2 + n / 4) * 2 + n % 4 / 2) + 2 * (n % 2) + half];
+                    const float zero = from_fp16((u16)of_word[w]);
+                    const float own = n % 2 ? d / 16 - (64 + zero) * inputs : d - (1024 + zero) * inputs;
+                    total[4 * n + w] += high_of(of_word[w]) * own;
+                }
+            }
+        }
+        float mine[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) mine[i] = exchange(total[i], total[16 + i], c & 2, 2);
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] = exchange(mine[i], mine[8 + i], c & 1, 1);
+    }
+
+    // What this lane keeps of two sums, the second if takes_second, and what its neighbour has of it.
+    static __device__ __forceinline__ float exchange(float first, float second, bool takes_second, int distance) {
+        return (takes_second ? second : first) +
+               __shfl_xor_sync(ALL_LANES, takes_second ? first : second, distance);
     }
 };

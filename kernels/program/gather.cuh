@@ -55,6 +55,7 @@ struct List {
     const u16 *rows, *places;  // places: of their scales in a panel's row
     const float* values;
     int count;
+    int first_group;  // of its channels, where groups lie along the input
 };
 
 // What a place reads: row 0 of its granule; its group's meta words, a row of a panel or from row 0 on; and from which
@@ -67,19 +68,22 @@ struct Part {
 };
 
 // part_of: the Part of a Place. MIXED: parts have limits. HAS_SCALES: meta is in a panel; otherwise its words travel
-// through ring_words. META_STRIDE: words from a row to the next. meanwhile: called while the first rows are on their
+// through ring_words; but groups along the input want none yet. META_STRIDE: words from a row to the next. meanwhile: called while the first rows are on their
 // way; it may ask for more, and closes no fetches.
 template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS, class PartOf,
           class Meanwhile>
-__device__ __forceinline__ void gather(Sums<W::BITS>& sums, PartOf part_of, const List& list, Ring& ring,
+__device__ __forceinline__ void gather(SumsOf<W>& sums, PartOf part_of, const List& list, Ring& ring,
                                        u32* ring_words, Meanwhile meanwhile) {
     using Places = Place<W, PIECE>;
     constexpr int STAGE = 4 * THREADS, TURN = STAGES * STAGE;
-    constexpr bool FETCHES_META = !HAS_SCALES && W::BITS < 16;
+    constexpr bool FETCHES_META = !HAS_SCALES && W::BITS < 16 && !W::BY_INPUT;
+    static_assert(!W::BY_INPUT || (W::BITS == 4 && PIECE % 8 == 0), "a warp's granules have one slot");
     const Places own = Places::own(), fetched = Places::fetched();
     const Part part = part_of(own), from = part_of(fetched);
-    const int end = own.active && part.active ? list.count : 0;
+    // By input a lane's x is for all of its warp's granules, so also where its own is beyond the last.
+    const int end = own.active && (W::BY_INPUT || part.active) ? list.count : 0;
     const int fetched_end = fetched.active && from.active ? list.count : 0;
+    const int own_group = W::BY_INPUT ? list.first_group + lane_of_warp() / 4 : 0;  // B's column of this lane
     const u64 policy = evict_first();
     const uint4* const my_rows = &ring.rows[0][0][own.seat];
     uint4* const to = &ring.rows[0][0][fetched.seat];
@@ -116,8 +120,9 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, PartOf part_of, cons
         const int entry = step + own.first;
         const bool live = entry < end;
         float x[4] = {};
-        u32 places[4] = {}, factors[4];
+        u32 places[4] = {}, channels[4] = {}, factors[4];
         if (live) read_four(x, list.values + entry);
+        if (live && W::BY_INPUT) read_four(channels, list.rows + entry);
         if (live && HAS_SCALES) read_four(places, list.places + entry);
         uint4 rows[4];
 #pragma unroll
@@ -128,7 +133,9 @@ __device__ __forceinline__ void gather(Sums<W::BITS>& sums, PartOf part_of, cons
                 meta = part.meta[places[r] * META_STRIDE];
             else if (live && FETCHES_META)
                 meta = my_meta[used + r * THREADS];
-            factors[r] = W::word(!MIXED || is_kept(x[r], part.limit) ? x[r] : 0.0f, meta);
+            float factor = !MIXED || is_kept(x[r], part.limit) ? x[r] : 0.0f;
+            if (W::BY_INPUT && (int)channels[r] / W::GROUP_CHANNELS != own_group) factor = 0.0f;
+            factors[r] = W::word(factor, meta);
         }
         if (W::BITS == 4 || live) sums.add(rows, factors);  // where not live, 4 bits meet factors of 0
         free = used;
@@ -145,7 +152,7 @@ __device__ __forceinline__ int place_in_slot(int granule, int four) {
 
 // Put the sums of all slots side by side, [SLOTS][PIECE * COLUMNS]. The ring must be free: it may lie there, too.
 template <class W, int PIECE>
-__device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, float* slots) {
+__device__ __forceinline__ void lay_out(SumsOf<W>& sums, float* slots) {
     const auto place = Place<W, PIECE>::own();
     float out[W::COLUMNS];
     if (!sums.finish(out) || !place.active) return;
@@ -155,6 +162,23 @@ __device__ __forceinline__ void lay_out(Sums<W::BITS>& sums, float* slots) {
         const float4 four = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
         to[place_in_slot<W>(place.granule, i)] = four;
     }
+}
+
+// The same of groups along the input, from first_group on. words: of this lane's granule in it, of panel P.
+template <class P, int PIECE>
+__device__ __forceinline__ void lay_out_groups(SumsOf<typename P::W>& sums, const u32* words, int first_group,
+                                               float* slots) {
+    using W = typename P::W;
+    static_assert(P::GROUPS <= 8, "B has eight columns");
+    const auto place = Place<W, PIECE>::own();
+    const int first = 2 * (lane_of_warp() & 3);
+    float out[8];
+    const int groups = ceil_div(W::K, W::GROUP_CHANNELS) - first_group;  // a panel has zeros beyond the last
+    sums.finish_groups(out, words, P::STRIDE, P::EXISTS ? P::GROUPS : min_of(P::GROUPS, groups));
+    if (!place.active) return;
+    float4* const to = (float4*)(slots + place.slot * PIECE * W::COLUMNS);
+    to[place_in_slot<W>(place.granule, first)] = make_float4(out[0], out[1], out[2], out[3]);
+    to[place_in_slot<W>(place.granule, first + 1)] = make_float4(out[4], out[5], out[6], out[7]);
 }
 
 // Values 4 four ... of the piece, added over slots first, first + step ... in their order, times unscale.

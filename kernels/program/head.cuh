@@ -62,7 +62,7 @@ __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, B
         const int granule = blockIdx.x * PIECE + place.granule;
         return {m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, granule < W::GRANULES, 0.0f};
     };
-    Sums<W::BITS> sums;
+    SumsOf<W> sums;
     gather<W, PIECE, false, false>(sums, part, s.list(listed), s.ring, s.ring_words[0][0], [] {});
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();

@@ -84,7 +84,7 @@ def tables(weight: Weight, product: str, plan: Plan, gate_up: Format) -> Tables:
         return Tables()
     words, unscale = _meta_words(weight)
     second, second_meta = _second_rows(weight, words, product, plan, gate_up)
-    if product == "MLP":
+    if product == "MLP" and not weight.by_input:
         words = pad(words, (0, 0, 0, plan.sizes["GATE_UP_ROWS"] - len(words))).t().contiguous()
     return Tables(words, unscale, second, second_meta)
 

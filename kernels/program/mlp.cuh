@@ -21,10 +21,10 @@ struct MlpBlock {
     const int team = index / MLP_SHARE, rank = index % MLP_SHARE;
     const int first = team * TEAM_GRANULES, granules = min_of(TEAM_GRANULES, HALF - first);  // of the team
     const int fours = granules * COLUMN_FOURS;
-    const int down_piece = rank * DOWN_PIECES;  // its first
+    const int down_piece = rank * DOWN_PIECES, down_granule = down_piece * DOWN_PIECE;  // its first
 
     __device__ int first_group() const { return first / GateUp::GRANULES_OF_GROUP; }
-    __device__ int channel(int i) const { return (i / 8 * MLP_SHARE + rank) * 8 + i % 8; }
+    __device__ int channel(int i) const { return channel_of_part<GateUp, 8, MLP_SHARE, MLP_CHANNELS>(rank, i); }
     // Fours of its channels, that this thread lists.
     __device__ static int own(int i) { return threadIdx.x + i * THREADS; }
     __device__ bool has(int i) const { return 4 * own(i) < MLP_CHANNELS && channel(4 * own(i)) < HIDDEN; }
@@ -32,24 +32,28 @@ struct MlpBlock {
     __device__ int column(int four) const {
         return GateUp::column(first + four / COLUMN_FOURS, four % COLUMN_FOURS * 4);
     }
-    __device__ int down_group() const { return down_piece * DOWN_PIECE / Down::GRANULES_OF_GROUP; }
 };
 
 // As fetch_panel, of this block's channels in its team's groups.
 __device__ __forceinline__ void fetch_mlp_panel(const Matrix& m, Shared& s) {
     const MlpBlock mlp;
-    if (!SCALED || GateUp::BITS == 16 || !mlp.active) return;
-    constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = MLP_ROWS / 4;
+    if (!GatePanel::EXISTS || !mlp.active) return;
+    if constexpr (GateUp::BY_INPUT) {
+        auto channel = [&](int i) { return mlp.channel(i); };
+        fetch_panel<GatePanel>(m, mlp.rank, mlp.first, channel, s.mlp_panel);
+        return fetch_panel<GatePanel>(m, mlp.rank, HALF + mlp.first, channel, s.mlp_panel + GatePanel::WORDS);
+    }
+    constexpr int ALL = GateUp::GROUPS / 2, CHUNKS = GatePanel::ROWS / 4, GROUPS = GatePanel::GROUPS;
     const u64 policy = evict_first();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 2 * MLP_GROUPS * CHUNKS; i += THREADS) {
-        const int group = i / CHUNKS, in_half = mlp.first_group() + group % MLP_GROUPS, row = i % CHUNKS * 4;
-        const int of_all = in_half + (group < MLP_GROUPS ? 0 : ALL), channel = mlp.channel(row);
+    for (int i = threadIdx.x; i < 2 * GROUPS * CHUNKS; i += THREADS) {
+        const int group = i / CHUNKS, in_half = mlp.first_group() + group % GROUPS, row = i % CHUNKS * 4;
+        const int of_all = in_half + (group < GROUPS ? 0 : ALL), channel = mlp.channel(row);
         const bool is_second = MLP_SECONDS && row >= MLP_CHANNELS;
         const bool wanted = in_half < ALL && (is_second || channel < HIDDEN);
         const i64 second = (i64)(mlp.rank * GateUp::GROUPS + of_all) * MLP_SECONDS + row - MLP_CHANNELS;
         const u32* const from = is_second ? m.second_meta + second : m.meta + (i64)of_all * GATE_UP_ROWS + channel;
-        uint4* const to = (uint4*)s.mlp_panel[group] + i % CHUNKS;
+        uint4* const to = (uint4*)s.mlp_panel + i;
         fetch_row<false>(to, (const u8*)(wanted ? from : m.meta), wanted, policy);
     }
 }
@@ -59,7 +63,7 @@ __device__ __forceinline__ void fetch_down_panel(const Matrix& m, Shared& s) {
     const MlpBlock mlp;
     if (!mlp.active) return;
     auto channel = [&](int i) { return i / 4 < mlp.fours ? mlp.column(i / 4) + i % 4 : Down::K; };
-    fetch_panel<Down, DOWN_GROUPS, H_CHANNELS, DOWN_SECONDS>(m, mlp.team, mlp.down_group(), channel, s.down_panel);
+    fetch_panel<DownPanel>(m, mlp.team, mlp.down_granule, channel, s.down_panel);
 }
 
 // A thread's inputs of gate and up.
@@ -85,26 +89,36 @@ struct MlpInputs {
         part.receive_normed(y, x, [&](int i) { return four(i); }, has, epoch, s);
         const u32 keep = kept(y, has, fminf(limits.gate_up[0], limits.gate_up[1]));
         auto place = [&](int i) { return 4 * mlp.own(i / 4) + i % 4; };
-        return list_rows<GateUp, MLP_CHANNELS>(y, keep, [&](int i) { return mlp.channel(place(i)); }, place, seconds, s);
+        return list_rows<GatePanel>(y, keep, [&](int i) { return mlp.channel(place(i)); }, place, seconds, s);
     }
 };
 
 // Sums of gate and up over the list into s.slots; returns what they have to be multiplied with.
 __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, const Limits& limits, Shared& s) {
     const MlpBlock mlp;
+    const int first_group = GateUp::BY_INPUT ? mlp.rank * MLP_CHANNELS / GateUp::GROUP_CHANNELS : 0;
     auto part = [&](const Place<GateUp, MLP_PIECE>& place) -> Part {
         const bool is_up = place.granule >= TEAM_GRANULES;
         const int in_team = place.granule % TEAM_GRANULES, column = mlp.first + in_team;
         const int granule = column + (is_up ? HALF : 0), group = granule / GateUp::GRANULES_OF_GROUP;
-        const int in_panel = column / GateUp::GRANULES_OF_GROUP - mlp.first_group() + (is_up ? MLP_GROUPS : 0);
-        const u32* const meta = SCALED ? s.mlp_panel[in_panel] : m.meta + (u64)group * GATE_UP_ROWS;
-        return {m.values + granule * 16, meta, in_team < mlp.granules, limits.gate_up[is_up] * listed.enlarged};
+        const u32* words = s.mlp_panel + (is_up ? GatePanel::WORDS : 0);
+        if (GateUp::BY_INPUT)
+            words = scales_by_input<GatePanel>(m, words, first_group, mlp.first + (is_up ? HALF : 0), granule);
+        else if (GatePanel::EXISTS)
+            words += (column / GateUp::GRANULES_OF_GROUP - mlp.first_group()) * GatePanel::ROWS;
+        else
+            words = m.meta + (u64)group * GATE_UP_ROWS;
+        return {m.values + granule * 16, words, in_team < mlp.granules, limits.gate_up[is_up] * listed.enlarged};
     };
-    Sums<GateUp::BITS> sums;
-    gather<GateUp, MLP_PIECE, true, HAS_PANEL<GateUp>, 1>(sums, part, s.list(listed), s.ring, s.ring_words[0][0],
-                                                          [] {});
+    SumsOf<GateUp> sums;
+    gather<GateUp, MLP_PIECE, true, GatePanel::EXISTS, 1>(sums, part, s.list(listed, first_group), s.ring,
+                                                          s.ring_words[0][0], [] {});
     __syncthreads();
-    lay_out<GateUp, MLP_PIECE>(sums, s.slots);
+    if constexpr (GateUp::BY_INPUT)
+        lay_out_groups<GatePanel, MLP_PIECE>(sums, part(Place<GateUp, MLP_PIECE>::own()).meta, first_group,
+                                             s.slots);
+    else
+        lay_out<GateUp, MLP_PIECE>(sums, s.slots);
     __syncthreads();
     return (float)m.unscale / listed.enlarged;
 }
@@ -198,7 +212,7 @@ __device__ __forceinline__ Listed list_hidden(float unscale, float threshold, co
     auto has = [&](int i) { return part.has(i); };
     auto row = [&](int i) { return mlp.column(part.four(i / 4)) + i % 4; };
     auto place = [&](int i) { return 4 * part.four(i / 4) + i % 4; };
-    return list_rows<Down, H_CHANNELS>(h, kept(h, has, threshold), row, place, seconds, s);
+    return list_rows<DownPanel>(h, kept(h, has, threshold), row, place, seconds, s);
 }
 
 template <class Meanwhile>
@@ -211,7 +225,7 @@ __device__ __forceinline__ void down(const Matrix& m, Listed listed, uint4* part
         auto once = [&] {
             if (i == 0) meanwhile();
         };
-        product<Down, DOWN_PIECE, DOWN_GROUPS>(m, mlp.down_piece + i, s.down_panel, mlp.down_group(), mlp.team, listed,
-                                               partials, epoch, s, once, [] {});
+        product<DownPanel, DOWN_PIECE>(m, mlp.down_piece + i, s.down_panel, mlp.down_granule, mlp.team, listed,
+                                       partials, epoch, s, once, [] {});
     }
 }

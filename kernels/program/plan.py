@@ -40,6 +40,8 @@ QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
 # Of gate, and as many of up. In bf16 896 were 1 to 2% faster than 448, these 3% than 224 (H100).
 MLP_PIECE_BYTES = 500
 RUN_GRANULES = 4  # 64 bytes, at whose multiples a team's columns begin: off them bf16 lost 5%
+MAX_INPUT_GROUPS = 8  # of a block's channels, where groups lie along the input: columns of a tensor core's B
+SCALE_ROW = 36  # words, panel.cuh
 PAIRS_OF_PASS = 64  # of channels, of which o's blocks make their list at once
 
 
@@ -54,21 +56,30 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Shape and format of a product's weight. group: columns to a scale, 1 for floats."""
+    """Shape and format of a product's weight. group: columns to a scale, 1 for floats.
+
+    channels: to a scale, where groups lie along the input; group is how many columns are packed together then.
+    """
 
     K: int
     N: int
     bits: int
     group: int
+    channels: int = 0
 
     @classmethod
     def of(cls, weight: Weight) -> "Format":
-        return cls(weight.K, weight.N, weight.bits, weight.group_size)
+        return cls(weight.K, weight.N, weight.bits, weight.group_size, weight.channels)
 
     @property
     def columns(self) -> int:
         """Of a granule."""
         return 128 // self.bits
+
+    @property
+    def unit(self) -> int:
+        """Granules that are cut together: a warp's have one list, where groups lie along the input (formats.cuh)."""
+        return 8 if self.channels else 1
 
     @property
     def granules(self) -> int:
@@ -86,7 +97,7 @@ class Format:
         return threads // 4 if self.bits == 4 else threads
 
     def __str__(self) -> str:
-        return f"Format<{self.K}, {self.N}, {self.bits}, {self.group}>"
+        return f"Format<{self.K}, {self.N}, {self.bits}, {self.group}, {self.channels}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +142,8 @@ class Plan:
 def weight_obstacle(weights: Sequence[Weight]) -> str:
     """Why the kernel cannot take these weights of all blocks, those of a projection in turn; empty if it can."""
     for weight in weights:
-        if weight.by_input:
-            return "groups along the input are not supported"
+        if weight.by_input and weight.bits != 4:
+            return f"{weight.bits} bits with groups along the input are not supported; expected 4"
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return f"weights of {str(weight.dtype).removeprefix('torch.')} are not supported; expected bf16 or fp16"
         if not weight.values.is_contiguous() or weight.values.data_ptr() % 16:
@@ -155,8 +166,14 @@ def shape_obstacle(model: Model, device: Device) -> str:
         return f"hidden size {c.hidden_size} is too large; expected at most {MAX_HIDDEN}"
     if c.q_size % columns or c.kv_size % columns or c.intermediate_size % model.products[2].columns:
         return f"widths are no multiples of {columns} columns, which are 16 bytes"
+    columns *= model.products[0].unit
+    if c.q_size % columns or c.kv_size % columns or (model.products[1].channels and c.hidden_size % columns):
+        return f"widths are no multiples of {columns} columns, as groups along the input need"
     if _units(model) > device.multiprocessors:
         return f"{_units(model)} groups of heads exceed {device.multiprocessors} multiprocessors"
+    touched = min((_touched_groups(model, sizes) for _, sizes in _all_sizes(model, device)), default=0)
+    if touched > MAX_INPUT_GROUPS:
+        return f"a block's channels are of {touched} groups along the input; expected at most {MAX_INPUT_GROUPS}"
     if _cut(model, device) is None:
         return f"{device.shared_bytes} bytes of shared memory are too few for hidden size {c.hidden_size}"
     return ""
@@ -180,7 +197,7 @@ def pieces_and_splits(
     """
     most = min(unit, product.teams(threads))
     found = []
-    for piece in (p for p in range(1, most + 1) if unit % p == 0):
+    for piece in (p for p in range(product.unit, most + 1, product.unit) if unit % p == 0):
         pieces = product.granules // piece
         if pieces > grid:
             continue
@@ -200,10 +217,9 @@ def _units(model: Model) -> int:
 
 def _cut(model: Model, device: Device) -> Plan | None:
     """The plan with the first of BLOCK_THREADS, and as many stages, that shared memory has room for; None without."""
-    for threads, scaled in itertools.product(BLOCK_THREADS[model.products[2].bits], (True, False)):
-        sizes = _sizes(model, device.multiprocessors, threads)
+    for (threads, sizes), scaled in itertools.product(_all_sizes(model, device), (True, False)):
         scaled = scaled and model.products[2].bits < 16
-        if sizes is None:
+        if _touched_groups(model, sizes) > MAX_INPUT_GROUPS:
             continue
         sizes |= _seconds(model, sizes)
         for stages in range(MAX_STAGES, 1 if not scaled else MIN_SCALED_STAGES - 1, -1):
@@ -214,6 +230,12 @@ def _cut(model: Model, device: Device) -> Plan | None:
                 source = _source(model, constants, scaled, shared, words)
                 return Plan(sizes["GRID"], threads, constants, shared, words, source)
     return None
+
+
+def _all_sizes(model: Model, device: Device) -> list[tuple[int, dict[str, int]]]:
+    """Threads of a block and the _sizes with them, for each of BLOCK_THREADS that are enough."""
+    found = ((n, _sizes(model, device.multiprocessors, n)) for n in BLOCK_THREADS[model.products[2].bits])
+    return [(threads, sizes) for threads, sizes in found if sizes is not None]
 
 
 def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
@@ -249,11 +271,11 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
 
 def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
     """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says. 0 teams: none fit."""
-    half, found = gate_up.granules // 2, (0, 1, 1)
+    half, found, run = gate_up.granules // 2, (0, 1, 1), max(RUN_GRANULES, gate_up.unit)
     for share in (1, 2, 4):
         if grid < share:
             break
-        granules = RUN_GRANULES * math.ceil(half / RUN_GRANULES / (grid // share))
+        granules = run * math.ceil(half / run / (grid // share))
         if 2 * granules > gate_up.teams(threads):
             continue
         found = math.ceil(half / granules), share, granules
@@ -290,24 +312,35 @@ def _fours(count: int) -> int:
     return 4 * math.ceil(count / 4)
 
 
+def _parts(model: Model, sizes: dict[str, int], threads: int) -> list[tuple[Format, int, int]]:
+    """panel.cuh's Panels: (product, granules of a block, its channels); of gate and up one half of the granules."""
+    c, (qkv, o, gate_up, down) = model.config, model.products
+    return [
+        (qkv, sizes["QKV_PIECE"], 4 * math.ceil(c.hidden_size / 4 / sizes["QKV_SPLITS"])),
+        (o, sizes["O_PIECE"], _fours(2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"]))),
+        (gate_up, sizes["TEAM_GRANULES"], 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])),
+        (down, _own_granules(down, sizes, threads), 4 * _team_fours(gate_up, sizes)),
+    ]
+
+
+def _touched_groups(model: Model, sizes: dict[str, int]) -> int:
+    """Groups along the input that a block's channels are of, at most; 0 where none lie so."""
+    parts = _parts(model, sizes, 1 << 16)
+    return max(_touched(channels, p.channels) if p.channels else 0 for p, _, channels in parts)
+
+
 def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int, scaled: bool) -> int:
     """What shared.cuh's Shared takes at most; the compiler checks it."""
-    c, (qkv, o, gate_up, down) = model.config, model.products
-    of_qkv = 4 * math.ceil(c.hidden_size / 4 / sizes["QKV_SPLITS"]) + sizes["QKV_SECONDS"]
-    of_o = _fours(2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"])) + sizes["O_SECONDS"]
-    of_mlp = 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"]) + sizes["MLP_SECONDS"]
-    of_h = 4 * _team_fours(gate_up, sizes) + sizes["DOWN_SECONDS"]
-    rows = max(of_qkv, of_o, of_h, of_mlp)
-    groups = [
-        _groups(product, granules) if scaled else 1
-        for product, granules in (
-            (qkv, sizes["QKV_PIECE"]), (o, sizes["O_PIECE"]), (gate_up, sizes["TEAM_GRANULES"]),
-            (down, _own_granules(down, sizes, threads)),
-        )
-    ]  # fmt: skip
-    small = groups[0] * of_qkv + groups[1] * of_o + groups[3] * of_h
+    c, words, rows = model.config, 0, 0
+    for name, (product, granules, channels) in zip(PRODUCTS[:4], _parts(model, sizes, threads), strict=True):
+        of_product = channels + sizes[f"{name}_SECONDS"]
+        rows, halves = max(rows, of_product), 2 if name == "MLP" else 1
+        if product.channels:
+            words += halves * granules * SCALE_ROW * _touched(channels, product.channels)
+        elif product.bits < 16:
+            words += halves * of_product * _touched(granules, product.group // product.columns)
     by_ring = 16 * stages * threads if not scaled or model.head is not None else 16
-    panels = 4 * (2 * groups[2] * of_mlp + small) if scaled else 64
+    panels = 4 * words if scaled else 80
     attended = threads // 8 * sizes["GROUP_HEADS"] * c.head_dim
     ring = max(64 * stages * threads, 64 * threads, attended)
     lists = 6 * max(rows, _fours(c.hidden_size) + sizes["HEAD_SECONDS"]) + 2 * rows * scaled
@@ -324,17 +357,14 @@ def _team_fours(gate_up: Format, sizes: dict[str, int]) -> int:
 def _own_granules(down: Format, sizes: dict[str, int], threads: int) -> int:
     """Granules of down's rows that a block reads: shared.cuh's DOWN_PIECES * DOWN_PIECE."""
     pieces = math.ceil(math.ceil(down.granules / sizes["MLP_SHARE"]) / down.teams(threads))
-    return pieces * math.ceil(down.granules / (sizes["MLP_SHARE"] * pieces))
+    return pieces * down.unit * math.ceil(down.granules / (sizes["MLP_SHARE"] * pieces * down.unit))
 
 
-def _groups(product: Format, granules: int) -> int:
-    """How many groups so many neighbouring granules touch, which begin at a multiple of their number."""
-    of_group = product.group // product.columns
-    if product.bits == 16:
-        return 1
-    if granules % of_group == 0:
-        return granules // of_group
-    return 1 if of_group % granules == 0 else (granules + of_group - 2) // of_group + 1
+def _touched(count: int, of_group: int) -> int:
+    """How many groups so many neighbours touch, which begin at a multiple of their number."""
+    if count % of_group == 0:
+        return count // of_group
+    return 1 if of_group % count == 0 else (count + of_group - 2) // of_group + 1
 
 
 def _words(model: Model, sizes: dict[str, int]) -> int:
@@ -363,6 +393,6 @@ def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, word
     lines += [f"constexpr float NORM_EPS = {c.norm_eps!r}f, ATTENTION_SCALE = {1 / math.sqrt(c.head_dim)!r}f;"]
     names = ("Qkv", "O", "GateUp", "Down", "Head")
     head = model.head or Format(c.hidden_size, 8, 16, 1)  # of floats it is not read by gather.cuh
-    lines += ["template <int, int, int, int>", "struct Format;"]
+    lines += ["template <int, int, int, int, int>", "struct Format;"]
     lines += [f"using {name} = {product};" for name, product in zip(names, (*model.products, head), strict=True)]
     return "#pragma once\n" + "\n".join(lines) + "\n"

@@ -6,23 +6,29 @@
 // No atomics: the order of every sum is fixed, so its bits are.
 #pragma once
 
-// Gather piece number piece over the list and send the sums as those of split. panel: the scales [CHANNELS][GROUPS] of
-// the piece, whose first group is first_group. before_sending: what must have happened.
-template <class W, int PIECE, int GROUPS, class Meanwhile, class Before>
-__device__ __forceinline__ void product(const Matrix& m, int piece, const u32* panel, int first_group, int split,
+// Gather piece number piece over the list and send the sums as those of split. panel: of type P, whose first granule is
+// first_granule. before_sending: what must have happened.
+template <class P, int PIECE, class Meanwhile, class Before>
+__device__ __forceinline__ void product(const Matrix& m, int piece, const u32* panel, int first_granule, int split,
                                         Listed listed, uint4* partials, u32 epoch, Shared& s, Meanwhile meanwhile,
                                         Before before_sending) {
+    using W = typename P::W;
+    const int first_group = W::BY_INPUT ? split * P::CHANNELS / W::GROUP_CHANNELS : first_granule / W::GRANULES_OF_GROUP;
     auto part = [&](const Place<W, PIECE>& place) -> Part {
-        const int granule = piece * PIECE + place.granule, group = granule / W::GRANULES_OF_GROUP;
-        const u32* const meta = SCALED ? panel + group - first_group : m.meta + group;
-        return {m.values + granule * 16, meta, granule < W::GRANULES, 0.0f};
+        const int granule = piece * PIECE + place.granule;
+        const u32* const words = W::BY_INPUT ? scales_by_input<P>(m, panel, first_group, first_granule, granule)
+                                             : scales_by_output<P>(m, panel, first_group, granule);
+        return {m.values + granule * 16, words, granule < W::GRANULES, 0.0f};
     };
-    Sums<W::BITS> sums;
-    gather<W, PIECE, false, HAS_PANEL<W>, SCALED ? GROUPS : W::GROUPS>(sums, part, s.list(listed), s.ring,
-                                                                       s.ring_words[0][0], meanwhile);
+    SumsOf<W> sums;
+    gather<W, PIECE, false, P::EXISTS, P::STRIDE>(sums, part, s.list(listed, first_group), s.ring, s.ring_words[0][0],
+                                                  meanwhile);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
-    lay_out<W, PIECE>(sums, s.slots);
+    if constexpr (W::BY_INPUT)
+        lay_out_groups<P, PIECE>(sums, part(Place<W, PIECE>::own()).meta, first_group, s.slots);
+    else
+        lay_out<W, PIECE>(sums, s.slots);
     before_sending();
     __syncthreads();
     uint4* const row = partials + (u64)split * (W::N / 4);

@@ -31,6 +31,7 @@
 #include "exchange.cuh"
 #include "formats.cuh"
 #include "gather.cuh"
+#include "panel.cuh"
 #include "shared.cuh"
 #include "residual.cuh"
 #include "product.cuh"
@@ -74,12 +75,11 @@ constexpr int STAMPS = 12;
 struct QkvPart {
     static constexpr int PIECES = Qkv::GRANULES / QKV_PIECE, COUNT = ceil_div(QKV_CHANNELS / 4, THREADS);
     const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
-    const int first_group = piece * QKV_PIECE / Qkv::GRANULES_OF_GROUP;
     const bool active = split < QKV_SPLITS;
 
-    __device__ int channel(int i) const { return 4 * (i / 4 * QKV_SPLITS + split) + i % 4; }
+    __device__ int channel(int i) const { return channel_of_part<Qkv, 4, QKV_SPLITS, QKV_CHANNELS>(split, i); }
     __device__ int own(int i) const { return threadIdx.x + i * THREADS; }  // of its fours, that this thread lists
-    __device__ int four(int i) const { return own(i) * QKV_SPLITS + split; }
+    __device__ int four(int i) const { return channel(4 * own(i)) / 4; }
     __device__ bool has(int i) const { return 4 * own(i) < QKV_CHANNELS && four(i) < HIDDEN / 4; }
 };
 
@@ -87,10 +87,9 @@ struct QkvPart {
 struct OPart {
     static constexpr int PIECES = O::GRANULES / O_PIECE;
     const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
-    const int first_group = piece * O_PIECE / O::GRANULES_OF_GROUP;
     const bool active = split < O_SPLITS;
 
-    __device__ int channel(int i) const { return 2 * (i / 2 * O_SPLITS + split) + i % 2; }
+    __device__ int channel(int i) const { return channel_of_part<O, 2, O_SPLITS, O_CHANNELS>(split, i); }
 };
 
 struct Step {
@@ -117,14 +116,12 @@ struct Step {
         inputs.load_weight(l.attention_norm, [&](int i) { return part.four(i); }, has);
         seconds.load(l.qkv, [&](int i) { return 4 * part.four(i); }, has);
         auto channel = [&](int i) { return part.channel(i); };
-        fetch_panel<Qkv, QKV_GROUPS, QKV_CHANNELS, QKV_SECONDS>(l.qkv, part.split, part.first_group, channel,
-                                                                s.qkv_panel);
+        fetch_panel<QkvPanel>(l.qkv, part.split, part.piece * QKV_PIECE, channel, s.qkv_panel);
     }
     __device__ void fetch_for_o(const Layer& l) {
         const OPart part;
         auto channel = [&](int i) { return part.channel(i); };
-        if (part.active)
-            fetch_panel<O, O_GROUPS, O_CHANNELS, O_SECONDS>(l.o, part.split, part.first_group, channel, s.o_panel);
+        if (part.active) fetch_panel<OPanel>(l.o, part.split, part.piece * O_PIECE, channel, s.o_panel);
     }
 
     __device__ void send_qkv(const Layer& l) {
@@ -146,12 +143,12 @@ struct Step {
         const float limit = s.limits[layer].qkv[column < Q_SIZE ? 0 : column < Q_SIZE + KV_SIZE ? 1 : 2];
         auto place = [&](int i) { return 4 * part.own(i / 4) + i % 4; };
         auto row = [&](int i) { return part.channel(place(i)); };
-        const Listed listed = list_rows<Qkv, QKV_CHANNELS>(y, kept(y, has, limit), row, place, seconds, s);
+        const Listed listed = list_rows<QkvPanel>(y, kept(y, has, limit), row, place, seconds, s);
         stamp(1);
         auto meanwhile = [&] { fetch_for_o(l); };
         auto before_sending = [&] { turnstile.pass(layers); };
-        product<Qkv, QKV_PIECE, QKV_GROUPS>(l.qkv, part.piece, s.qkv_panel, part.first_group, part.split, listed,
-                                            fours(Words::QKV_PARTS), epoch, s, meanwhile, before_sending);
+        product<QkvPanel, QKV_PIECE>(l.qkv, part.piece, s.qkv_panel, part.piece * QKV_PIECE, part.split, listed,
+                                     fours(Words::QKV_PARTS), epoch, s, meanwhile, before_sending);
     }
 
     __device__ void attend(const Layer& l, Attention& attention) {
@@ -171,8 +168,8 @@ struct Step {
         const Listed listed =
             list_attended(l.o, words(Words::ATTENDED), attention_splits, s.limits[layer].o, part.split, epoch, s);
         stamp(5);
-        product<O, O_PIECE, O_GROUPS>(l.o, part.piece, s.o_panel, part.first_group, part.split, listed,
-                                      fours(Words::O_PARTS), epoch, s, [] {}, [] {});
+        product<OPanel, O_PIECE>(l.o, part.piece, s.o_panel, part.piece * O_PIECE, part.split, listed,
+                                 fours(Words::O_PARTS), epoch, s, [] {}, [] {});
     }
 
     template <int SPLITS>
@@ -261,7 +258,8 @@ struct Step {
             auto row = [&](int i) { return 4 * four(i / 4) + i % 4; };
             Seconds<HEAD_SECONDS, 4 * COUNT> seconds;
             seconds.load(a.head, [&](int i) { return 4 * four(i); }, has);
-            const Listed listed = list_rows<Head, HIDDEN, true, false>(y, kept(y, has, 0.0f), row, row, seconds, s);
+            const u32 all = kept(y, has, 0.0f);
+            const Listed listed = list_rows<HEAD_BITS, HIDDEN, false, true>(y, all, row, row, seconds, s);
             quantized_head<Head>(a.head, a.logits, best, listed, s);
         }
         if (a.next_token) take_token(best, words(Words::FOUND), a.next_token, a.position, epoch, s);

@@ -14,34 +14,8 @@ struct Limits {  // thresholds of a layer, rounded to the model's dtype
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
 constexpr int ROW = HEAD_DIM + 32;  // of a head in 16 bits: rows two apart are off the same banks
 
-// Channels that a block may list of each product, in multiples of four, and groups that its columns touch: what its
-// panel has of each channel. SCALED: the panels below have room.
-constexpr int fours(int x) { return ceil_div(x, 4) * 4; }
-template <class W>
-constexpr int groups_of(int granules) {  // which begin at a multiple of their number
-    constexpr int OF_GROUP = W::GRANULES_OF_GROUP;
-    if (W::BITS == 16 || !SCALED) return 1;
-    if (granules % OF_GROUP == 0) return granules / OF_GROUP;
-    return OF_GROUP % granules == 0 ? 1 : (granules + OF_GROUP - 2) / OF_GROUP + 1;
-}
-constexpr int QKV_CHANNELS = ceil_div(HIDDEN / 4, QKV_SPLITS) * 4, QKV_GROUPS = groups_of<Qkv>(QKV_PIECE);
-constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2), O_GROUPS = groups_of<O>(O_PIECE);
-constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8;
-constexpr int H_FOURS = TEAM_GRANULES * GateUp::COLUMNS / 4;  // of a team's columns of the hidden layer
-constexpr int MLP_GROUPS = groups_of<GateUp>(TEAM_GRANULES);  // of gate; of up as many
-constexpr int X_CHANNELS = fours(HIDDEN);
-constexpr int H_CHANNELS = 4 * H_FOURS;
-// Of down a block of a team has an equal run of the columns, in pieces that its teams of lanes can sum at once.
-constexpr int DOWN_PIECES = ceil_div(ceil_div(Down::GRANULES, MLP_SHARE), Down::TEAMS);
-constexpr int DOWN_PIECE = ceil_div(Down::GRANULES, MLP_SHARE * DOWN_PIECES);
-constexpr int DOWN_GROUPS = groups_of<Down>(DOWN_PIECES * DOWN_PIECE);
-// Rows of them, the second rows of refined channels included.
-constexpr int QKV_ROWS = QKV_CHANNELS + QKV_SECONDS, O_ROWS = O_CHANNELS + O_SECONDS;
-constexpr int MLP_ROWS = MLP_CHANNELS + MLP_SECONDS, H_ROWS = H_CHANNELS + DOWN_SECONDS;
-constexpr int PANEL_ROWS = max_of(max_of(MLP_ROWS, QKV_ROWS), max_of(O_ROWS, H_ROWS));
+constexpr int PANEL_ROWS = max_of(max_of(GatePanel::ROWS, QkvPanel::ROWS), max_of(OPanel::ROWS, DownPanel::ROWS));
 constexpr int LIST = max_of(X_CHANNELS + HEAD_SECONDS, PANEL_ROWS), PLACES = SCALED ? PANEL_ROWS : 4;
-template <class W>
-constexpr bool HAS_PANEL = SCALED && W::BITS < 16;
 constexpr bool FETCHES_META = HEAD_BITS < 16 || (!SCALED && GateUp::BITS < 16);  // row by row, through the ring
 
 struct Listed {
@@ -57,11 +31,11 @@ struct Shared {
     };
     union {
         u32 ring_words[FETCHES_META ? STAGES : 1][4][FETCHES_META ? THREADS : 1];
-        struct {  // scales and zeros of a block's rows, [rows][groups]; of gate and up [groups][rows]
-            alignas(16) u32 mlp_panel[SCALED ? 2 * MLP_GROUPS : 1][SCALED ? MLP_ROWS : 4];
-            alignas(16) u32 qkv_panel[SCALED ? QKV_ROWS * QKV_GROUPS : 4];
-            alignas(16) u32 o_panel[SCALED ? O_ROWS * O_GROUPS : 4];
-            alignas(16) u32 down_panel[SCALED ? H_ROWS * DOWN_GROUPS : 4];
+        struct {
+            alignas(16) u32 mlp_panel[2 * GatePanel::WORDS];
+            alignas(16) u32 qkv_panel[QkvPanel::WORDS];
+            alignas(16) u32 o_panel[OPanel::WORDS];
+            alignas(16) u32 down_panel[DownPanel::WORDS];
         };
     };
     alignas(16) float list_values[LIST];
@@ -78,8 +52,8 @@ struct Shared {
     alignas(16) float warp_sums[WARPS];
     int warp_tokens[WARPS];
 
-    __device__ __forceinline__ List list(Listed listed) const {
-        return {list_rows, list_places, list_values, listed.count};
+    __device__ __forceinline__ List list(Listed listed, int first_group = 0) const {
+        return {list_rows, list_places, list_values, listed.count, first_group};
     }
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "plan.py and shared.cuh disagree about shared memory");
@@ -113,28 +87,6 @@ __device__ __forceinline__ float sum_of_block(float x, Shared& s) {
 #pragma unroll
     for (int i = 0; i < WARPS; i++) total += s.warp_sums[i];
     return total;
-}
-
-// Ask for the scales and zeros of channel(0) ... channel(CHANNELS - 1), and of the second rows of a part of the
-// channels, in a piece's groups. What read the panel before is behind a __syncthreads. Four bytes at a time, between
-// sums and what waits for them, this was 2.4 of 45 us of a layer (8B in int4 at 50%, H200).
-template <class W, int GROUPS, int CHANNELS, int SECONDS, class Channel>
-__device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first_group, Channel channel, u32* panel) {
-    if (!SCALED || W::BITS == 16) return;
-    constexpr int SIZE = GROUPS % 4 == 0 && W::GROUPS % 4 == 0 ? 4 : 1;  // words at once
-    const u64 policy = evict_first();
-#pragma unroll 1
-    for (int i = threadIdx.x * SIZE; i < (CHANNELS + SECONDS) * GROUPS; i += THREADS * SIZE) {
-        const bool is_second = SECONDS && i >= CHANNELS * GROUPS;
-        const int row = is_second ? part * SECONDS + i / GROUPS - CHANNELS : channel(i / GROUPS);
-        const int group = first_group + i % GROUPS;
-        const bool wanted = (is_second || row < W::K) && group < W::GROUPS;
-        const u32* const from = (is_second ? m.second_meta : m.meta) + (wanted ? row * W::GROUPS + group : 0);
-        if (SIZE == 4)
-            fetch_row<false>((uint4*)(panel + i), (const u8*)from, wanted, policy);
-        else
-            fetch_word(panel + i, from, wanted);
-    }
 }
 
 // The bits of a thread's values that reach the threshold, of the fours that it has.
@@ -209,14 +161,13 @@ struct Seconds {
     }
 };
 
-// compact for a product of format W, which lists CHANNELS channels of a block and their second rows: those stand after
-// all channels in the panel.
-template <class W, int CHANNELS, bool AWAITS = true, bool HAS_PLACES = HAS_PANEL<W>, int SECONDS, int COUNT, int UNIT,
-          class Row, class Place>
+// compact for a product whose list has CHANNELS channels of a block and their second rows: those stand after all
+// channels in the panel.
+template <int BITS, int CHANNELS, bool HAS_PLACES, bool AWAITS, int SECONDS, int COUNT, int UNIT, class Row, class Place>
 __device__ __forceinline__ Listed list_rows(const float (&values)[COUNT], u32 keep, Row row, Place place,
                                             const Seconds<SECONDS, COUNT, UNIT>& seconds, Shared& s) {
     if constexpr (SECONDS == 0) {
-        return compact<HAS_PLACES, W::BITS == 4, AWAITS>(values, keep, row, place, s);
+        return compact<HAS_PLACES, BITS == 4, AWAITS>(values, keep, row, place, s);
     } else {
         float both[2 * COUNT];
         u64 keep_both = keep;
@@ -229,6 +180,13 @@ __device__ __forceinline__ Listed list_rows(const float (&values)[COUNT], u32 ke
         auto any_place = [&](int i) {
             return i < COUNT ? place(i) : CHANNELS + (int)(seconds.words[i - COUNT] >> 16);
         };
-        return compact<HAS_PLACES, W::BITS == 4, AWAITS>(both, keep_both, any_row, any_place, s);
+        return compact<HAS_PLACES, BITS == 4, AWAITS>(both, keep_both, any_row, any_place, s);
     }
+}
+
+// Of a product with a panel.
+template <class P, bool AWAITS = true, int COUNT, int UNIT, class Row, class Place>
+__device__ __forceinline__ Listed list_rows(const float (&values)[COUNT], u32 keep, Row row, Place place,
+                                            const Seconds<P::SECONDS, COUNT, UNIT>& seconds, Shared& s) {
+    return list_rows<P::W::BITS, P::CHANNELS, P::HAS_PLACES, AWAITS>(values, keep, row, place, seconds, s);
 }

@@ -125,9 +125,10 @@ def test_a_cpu_decodes_by_the_program_or_says_why_not(tiny_folder: Path, monkeyp
         ((9, 0), QuantConfig("int4", 32), True),
         ((9, 0), QuantConfig("int8", 32, lm_head=True, head_bits=4), True),
         ((9, 0), QuantConfig("mixed", 32, average_bits=5.0, refined=((1, 0, 0, 0), (0, 0, 0, 0))), False),
+        ((9, 0), QuantConfig("int4", 32, grouping="input"), False),
         ((8, 0), None, False),
     ],
-    ids=["floats", "int8", "int4", "int4-head", "mixed", "A100"],
+    ids=["floats", "int8", "int4", "int4-head", "mixed", "int4-input", "A100"],
 )
 def test_where_the_cuda_program_pays(
     tmp_path: Path,

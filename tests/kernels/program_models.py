@@ -36,6 +36,10 @@ TINY = ModelConfig(
     vocab_size=320, hidden_size=128, intermediate_size=192, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
     max_seq_len=256,
 )  # fmt: skip
+WIDE = ModelConfig(
+    vocab_size=320, hidden_size=256, intermediate_size=640, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=32,
+    max_seq_len=256,
+)  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "bias-norm-window": {"qkv_bias": True, "o_bias": True, "qk_norm": True, "sliding_windows": (40, 7)},
     "seven-heads-a-key": {"num_heads": 7, "num_kv_heads": 1},
@@ -75,12 +79,17 @@ def random_dense(config: ModelConfig, seed: int = 0) -> Transformer:
 def prepared(
     model: Transformer, quant: str | None, lm_head: bool, sparse: bool, group: int | None = None
 ) -> Transformer:  # fmt: skip
-    """A dense model, rounded in groups of this size, by default the largest, and made sparse in place."""
+    """A dense model, rounded in groups of this size, by default the largest, and made sparse in place.
+
+    quant: "int4-input" is int4 with groups along the input.
+    """
     model.requires_grad_(False)
     if quant == "mixed":
         use_quantized_linears(model, mixed_scheme(model.config, lm_head), fill=True)
     elif quant:
-        scheme = QuantConfig(quant, pick_group_size(model.config, group, lm_head), lm_head)
+        mode, _, grouping = quant.partition("-")
+        size = pick_group_size(model.config, group, lm_head)
+        scheme = QuantConfig(mode, size, lm_head, grouping=grouping or "output")
         use_quantized_linears(model, scheme, fill=True)
     layer = {name: ProjectionPlan(0.5, THRESHOLDS[name] if sparse else 0.0) for name in PROJECTIONS}
     return sparsify(model, SparsityPlan({}, "test", 0.5, (layer,) * model.config.num_layers))
