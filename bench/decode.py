@@ -11,17 +11,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from teal.bench.gemv import add_input_groups, check_input_groups, check_refined
 from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step, program_phases
+from teal.bench.weights import add_rounding_arguments, check_rounding, load_rounded, starting_plan
 from teal.calibration.choose import choose_plan
-from teal.checkpoint.loading import LoadedModel, load_for_decoding, round_weights
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments, model_options
 from teal.cli.ranks import start_ranks
@@ -29,11 +27,9 @@ from teal.decoding.cuda_program import CudaProgramBackend
 from teal.decoding.engine import Engine
 from teal.errors import UserError
 from teal.hardware import read_bandwidth
-from teal.layers.quantized_embedding import use_quantized_modules
-from teal.layers.quantized_linear import BITS, QuantConfig, pick_group_size
 from teal.model import ModelConfig
 from teal.options import SamplingParams
-from teal.plan import ProjectionPlan, SparsityPlan, even_plan
+from teal.plan import SparsityPlan
 from teal.teal_layers import achieved_sparsity, weight_bytes_per_token
 
 Runner = Callable[[list[int], int], dict[str, float]]  # prompt, timed tokens -> figures
@@ -49,13 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--tokens", type=cli.positive_int, default=64, help="timed tokens a round")
     group.add_argument("--rounds", type=cli.positive_int, default=5, help="rounds; the median is reported")
     group.add_argument("--zero-through-sparse", action="store_true", help="also run sparsity 0 by the sparse kernels")
-    add_input_groups(group)
-    group.add_argument(
-        "--refined",
-        type=cli.positive_int,
-        metavar="N",
-        help="with --random-weights and int4: every N-th channel in 8 bits, as of mixed bits",
-    )
+    add_rounding_arguments(group)
     group.add_argument("--batch", type=cli.positive_ints, default=(), help="also time steps of so many rows (CUDA)")
     group.add_argument(
         "--profile",
@@ -123,10 +113,7 @@ def llama_cpp_round(path: Path, context: int) -> Runner:
 
 def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, EngineRunner]:
     """A runner for each sparsity asked for, by label; two engines at most. Raises UserError."""
-    check_input_groups(args)
-    check_refined(args)
-    if args.refined and args.random_weights is None:
-        raise UserError("--refined is for random weights; quantize.py --mode mixed refines those of a checkpoint")
+    check_rounding(args)
     if args.tensor_parallel > 1 and (args.batch or args.profile):
         raise UserError("--tensor-parallel does not go with --batch and --profile, which time one device")
     start_ranks(args.tensor_parallel, args.device)
@@ -137,16 +124,7 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     targets = [target for target in args.sparsities if target > 0]
     if not targets and not args.zero_through_sparse and args.quant is None:
         return runners
-    options = asked = model_options(args)
-    if args.input_groups or args.refined:  # rounded below
-        options = replace(asked, quant=None, quant_lm_head=None)
-    loaded = load_for_decoding(options, sparse=True)
-    if args.input_groups:
-        round_weights(loaded, args.quant, asked.quant_lm_head, grouping="input")
-    if args.refined:
-        use_quantized_modules(
-            loaded.model, mixed_scheme(loaded.model.config, args.refined, asked.quant_lm_head), fill=True
-        )
+    options, loaded = model_options(args), load_rounded(args)
     plans = {f"{target:.0%} sparse": starting_plan(loaded, target, args) for target in targets}
     if args.quant is not None and 0.0 in args.sparsities:  # quantized weights have one kernel for all sparsities
         plans = {"dense": choose_plan(loaded, 0.0, None)} | plans
@@ -156,22 +134,6 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     if args.random_weights is not None and args.plan is None and not engine.follows:
         plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
-
-
-def mixed_scheme(config: ModelConfig, every: int, head: str | None) -> QuantConfig:
-    """That of a model every so many channels of whose projections are refined."""
-    counts = tuple(p.in_features // every for p in config.projections())
-    return QuantConfig(
-        "mixed", pick_group_size(config, None, head is not None), head is not None, average_bits=8.0,
-        head_bits=BITS[head or "int8"], refined=(counts,) * config.num_layers,
-    )  # fmt: skip
-
-
-def starting_plan(loaded: LoadedModel, target: float, args: argparse.Namespace) -> SparsityPlan:
-    """A checkpoint's plan, or for random weights, which no text fits, one whose thresholds fitted_plan has to find."""
-    if args.random_weights is None or args.plan is not None:
-        return choose_plan(loaded, target, args.plan)
-    return even_plan(loaded.model.config, ProjectionPlan(target, 0.0))
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:

@@ -105,7 +105,7 @@ def fitted_plan(
 
 @torch.inference_mode()
 def batched_step_s(backend: Backend, batch: int, context: int) -> float:
-    """Seconds of one greedy step of batch rows, each after context tokens of its own, captured in a CUDA graph.
+    """Seconds of one greedy step of batch rows, each after context tokens of its own; on CUDA captured in a graph.
 
     The prompts are random and go through the model. Rows that shared a text, or a cache of noise, would keep other
     channels than the rows of a server do.
@@ -118,7 +118,10 @@ def batched_step_s(backend: Backend, batch: int, context: int) -> float:
             argmax_step(logits, tokens, positions)
         positions.sub_(1)  # about the same step again, after the token it chose
 
-    return 1e-6 * graph_microseconds(step, 1)
+    if tokens.device.type == "cuda":
+        return 1e-6 * graph_microseconds(step, 1)
+    step(0)
+    return 1e-6 * wall_microseconds(step, 1)
 
 
 def _after_prompts(backend: Backend, batch: int, context: int) -> tuple[Tensor, Tensor, KVCache]:

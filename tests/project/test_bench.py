@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.bench import allreduce, decode, gemv, load, tune
+from teal.bench import allreduce, backends, decode, gemv, load, tune
 from teal.bench.steps import fitted_plan
 from teal.decoding.engine import Engine
 from teal.errors import UserError
@@ -81,6 +81,8 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
         (gemv.main, ("--refined", "16", "--quant", "int8", "--device", "cpu"), "add --quant int4"),
         (decode.main, ("--refined", "16", "--quant", "int4", "--device", "cpu"), "random weights"),
         (decode.main, ("--refined", "16", "--random-weights", "Llama-3-8B"), "add --quant int4"),
+        (backends.main, ("--backends", "eager,eagle"), "--backends eagle is unknown; expected some of eager, compiled"),
+        (backends.main, ("--backend", "eager"), "name all of them by --backends"),
         (gemv.main, ("--dtypes", "fp64", "--device", "cpu"), "fp64"),
         (allreduce.main, ("--device", "cpu"), "--tensor-parallel 1"),
     ],
@@ -107,6 +109,22 @@ def test_decoding_is_timed_dense_and_sparse(
     result = json.loads(out.splitlines()[-1])
     assert [row["label"] for row in result["rows"]] == ["dense", "50% sparse"]
     assert all(row["tokens_per_s"] > 0 and row["gb_per_s"] > 0 for row in result["rows"])
+
+
+def test_backends_are_timed_on_the_same_weights(
+    tmp_path: Path, byte_level_tokenizer_json: str, call_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    save_tiny_model(tiny_config("llama", vocab_size=2048), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(byte_level_tokenizer_json, encoding="utf-8")
+    options = ("--backends", "eager,program", "--contexts", "8,16", "--rounds", "1", "--device", "cpu")
+    code, out, err = call_main(backends.main, "--checkpoint", tmp_path, *options)
+    assert code == 0, err
+    *lines, last = out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [(row["sparsity"], row["context"]) for row in rows] == [(0.0, 8), (0.0, 16), (0.5, 8), (0.5, 16)]
+    for line, row in zip(lines, rows, strict=True):
+        eager, program = row["step_ms"]["eager"], row["step_ms"]["program"]
+        assert f"program {1e3 / program:.1f} tok/s ({eager / program:.2f}x)" in line
 
 
 def test_sums_over_ranks_are_timed() -> None:
