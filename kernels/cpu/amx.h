@@ -55,8 +55,8 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-// sums [16 or, TWO, 32][width] += rows of x times a panel [pairs][width][2], for 32 columns. Rows of x are stride entries
-// apart, 16 from x0 on and 16 from x1 on.
+// sums [16 or, TWO, 32][width] += rows of x times a panel [pairs][width][2], for 32 columns. Rows of x are stride
+// entries apart, 16 from x0 on and 16 from x1 on.
 template <bool TWO>
 inline void multiply_tiles(const BFloat16* x0, const BFloat16* x1, int64_t stride, const BFloat16* panel, int64_t pairs,
                            int64_t width, float* sums) {
@@ -101,7 +101,7 @@ class TileRows {
   }
   int64_t padded() const { return tiles() * TILE_ROWS; }
 
-  // sums [padded()][WIDTH] += rows times a panel [pairs][WIDTH][2] of the channels from k on; pairs is a multiple of 16.
+  // sums [padded()][WIDTH] += rows times a panel [pairs][WIDTH][2] of the channels from k on; pairs: a multiple of 16.
   void multiply(int64_t k, const BFloat16* panel, int64_t pairs, float* sums) const {
     for (int64_t column = 0; column < WIDTH; column += 2 * TILE_COLUMNS) {
       const BFloat16* columns = panel + 2 * column;

@@ -1,6 +1,6 @@
-// What blocks.cpp and widen_blocks.cpp do, with registers of 256 bits, for processors without AVX-512: by halves of
-// their registers of 64 bytes, which GCC 12 takes through memory there. 1536 x 1536 in Q4_1, Q6_K, Q8_0 took 271, 698,
-// 288 us of a Zen 5 core as compiled for AVX2, and take 89, 149, 122; floats in bf16 take 124 to 157.
+// What blocks.cpp and widen_blocks.cpp do, with registers of 256 bits, for processors without AVX-512. It goes by
+// halves of their registers of 64 bytes, which GCC 12 takes through memory there. 1536 x 1536 in Q4_1, Q6_K, Q8_0 took
+// 271, 698, 288 us of a Zen 5 core as compiled for AVX2. They take 89, 149, 122; floats in bf16 take 124 to 157.
 #pragma once
 
 #include "blocks.h"
@@ -13,7 +13,7 @@ namespace teal {
 
 TEAL_INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// 32 bytes of a row's strip: those of columns 64 side to 64 side + 63 that are in half h of a register of 64.
+// 32 bytes of a row's strip: of columns 64 side to 64 side + 63, those in half h of a register of 64.
 template <int BITS>
 TEAL_INLINE __m256i half_bytes(const uint8_t* row, int64_t columns, int64_t strip, int side, int h) {
   if constexpr (BITS == 8) return load_256(row + strip * 128 + side * 64 + 32 * h);
@@ -40,7 +40,7 @@ TEAL_INLINE void interleave_256(const __m256i rows[4], __m256i out[4]) {
 }
 
 // sums + the products of each lane's four bytes of QUADS weights with the four of x. Two products, and those of two
-// quads, are added in 16 bits: eight bits of weights would not fit there, and go as two nibbles.
+// quads, are added in 16 bits. Eight bits of weights would not fit there, and go as two nibbles.
 template <int BITS, int QUADS>
 TEAL_INLINE __m256i add_products_256(__m256i sums, const __m256i weights[QUADS], const int32_t x[QUADS]) {
 #if defined(__AVXVNNI__)

@@ -15,7 +15,8 @@
 namespace teal {
 namespace {
 
-at::Tensor block_product(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef type, int64_t N, double threshold) {
+at::Tensor block_product(const at::Tensor& x, const at::Tensor& data, at::IntArrayRef type, int64_t N,
+                         double threshold) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous(), "x: expected contiguous rows");
   const int64_t rows = x.size(0), K = x.size(1);
   const Blocks weight = blocks_of(data, type, K, N);

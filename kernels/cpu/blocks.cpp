@@ -222,7 +222,8 @@ void sum_strips(const Blocks& w, const Entries& entries, int64_t begin, int64_t 
   Integers found[STRIPS][ROWS][DIGITS][VECTORS];
   for (int64_t first = entries.first; first < entries.last; first += CHANNELS) {
     Groups<ROWS, DIGITS> kept;
-    for (int64_t k = first; k < std::min(entries.last, first + CHANNELS); k += w.group) append(entries, k, w.group, kept);
+    for (int64_t k = first; k < std::min(entries.last, first + CHANNELS); k += w.group)
+      append(entries, k, w.group, kept);
     const int32_t* last = kept.channels + 4 * kept.quads;
     for (int64_t g = 0; g < kept.count; ++g) {
       const Group<ROWS, DIGITS>& group = kept.groups[g];

@@ -80,8 +80,8 @@ void widen_blocks(const Blocks& weight, Dtype dtype, int64_t first, int64_t last
                   int64_t stride);
 
 #if defined(__AVX512BF16__)
-// Rows first to last, both even, of the half of a strip that begins at column begin, in bf16 and by pairs of rows:
-// out [(last - first) / 2][64][2].
+// Rows first to last, both even, of the half of a strip that begins at column begin. In bf16, by pairs of rows: out
+// [(last - first) / 2][64][2].
 void widen_pairs(const Blocks& weight, int64_t first, int64_t last, int64_t begin, BFloat16* out);
 #endif
 

@@ -117,7 +117,8 @@ inline Lanes load(const uint8_t* from) {
 #if defined(__AVX512F__)
   const auto integers = reinterpret_cast<Integers>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes)));
 #else
-  const auto integers = reinterpret_cast<Integers>(__builtin_convertvector(__builtin_convertvector(bytes, Halves), Words));
+  const auto words = __builtin_convertvector(__builtin_convertvector(bytes, Halves), Words);
+  const auto integers = reinterpret_cast<Integers>(words);
 #endif
   return __builtin_convertvector(integers, Lanes);
 }

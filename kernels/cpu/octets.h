@@ -46,7 +46,7 @@ TEAL_INLINE void high_bits(const uint8_t* bits, Octets halves[2]) {
   halves[1] = reinterpret_cast<Octets>(words >> RIGHT) & WANTED;
 }
 
-// The integers of a strip of a row with so many columns, as bytes: those of columns 0 to 63 and of 64 to 127.
+// The integers of a row's strip of so many columns, as bytes: those of columns 0 to 63 and of 64 to 127.
 template <int BITS>
 TEAL_INLINE void strip_octets(const uint8_t* row, int64_t columns, int64_t strip, Octets halves[2]) {
   if constexpr (BITS == 8) {

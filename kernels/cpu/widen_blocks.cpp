@@ -106,7 +106,8 @@ void widen_pairs(const Blocks& w, int64_t first, int64_t last, int64_t begin, BF
     constexpr int BITS = decltype(bits)::value;
     const bool second = begin % STRIP != 0;
     if (w.has_minima)
-      second ? widen_half<BITS, 1, true>(w, first, last, begin, out) : widen_half<BITS, 0, true>(w, first, last, begin, out);
+      second ? widen_half<BITS, 1, true>(w, first, last, begin, out)
+             : widen_half<BITS, 0, true>(w, first, last, begin, out);
     else
       second ? widen_half<BITS, 1, false>(w, first, last, begin, out)
              : widen_half<BITS, 0, false>(w, first, last, begin, out);

@@ -19,8 +19,8 @@ constexpr int UNITS = KV_HEADS * HEAD_GROUPS;
 constexpr bool READS_AHEAD = THREADS <= 256;  // the next tile during this one's arithmetic; more are short of registers
 constexpr float LOG2E = 1.4426950408889634f;
 
-// Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g, its own part of the weights, and sums
-// of heads 2 c and 2 c + 1.
+// Softmax so far of a warp's tiles. Lane 4 g + c has the largest score of head g and its own part of the weights. Its
+// sums are of heads 2 c and 2 c + 1.
 struct Running {
     float largest = NOTHING, weight = 0.0f, sums[OWN_PIECES][VALUE_WORDS][4] = {};
 

@@ -1,4 +1,4 @@
-// The KV cache of one row, in the model's floats or in 8 bits (kernels/formats/kv_int8.py), and tiles of it in registers.
+// The KV cache of one row, in the model's floats or in 8 bits (kernels/formats/kv_int8.py), and its tiles in registers.
 //
 //     lane 4 g + c    of keys: positions g and g + 8, channels 8 c to 8 c + 7 of every 32
 //                     of values: positions 2 c, 2 c + 1, 2 c + 8, 2 c + 9, channels 8 g to 8 g + 7 of every 64
@@ -10,7 +10,7 @@
 constexpr int TILE = 16;  // positions
 constexpr int KEY_WORDS = min_of(4, HEAD_DIM / 8), KEY_PIECES = HEAD_DIM / (8 * KEY_WORDS);  // of a lane and position
 constexpr int VALUE_WORDS = min_of(4, HEAD_DIM / 16), VALUE_PIECES = HEAD_DIM / (16 * VALUE_WORDS);
-// Warps that share a tile, each with its own pieces of the values: all sums of 128 channels would take registers that
+// Warps that share a tile, each with its own pieces of the values. All sums of 128 channels would take registers that
 // the loops over weights keep. Both multiply with the keys.
 constexpr int TILE_WARPS = VALUE_PIECES > 1 ? 2 : 1, SEATS = WARPS / TILE_WARPS, OWN_PIECES = VALUE_PIECES / TILE_WARPS;
 

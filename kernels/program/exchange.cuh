@@ -34,7 +34,7 @@ __device__ __forceinline__ void send(uint4* to, const float4& x, u32 epoch) {
                               marked(x.w, epoch >> 3)));
 }
 
-// Until those of COUNT items that has(i) are there: all loads are in flight before the first is looked at, and what is
+// Until those of COUNT items that has(i) are there. All loads are in flight before the first is looked at, and what is
 // missing is asked for again. All lanes of a warp call it together.
 template <int COUNT, class Has, class Ask, class IsThere>
 __device__ __forceinline__ void poll(Has has, Ask ask, IsThere is_there) {
@@ -78,10 +78,10 @@ __device__ __forceinline__ void receive(float4 (&fours)[COUNT], u32 epoch, At at
 //
 //     peers[r]    words of rank r: [epoch's parity][o, down][from rank][HIDDEN]
 //
-// The others write into this rank's memory, so that value and signal take one trip over the link; all are sent before
+// The others write into this rank's memory, so that value and signal take one trip over the link. All are sent before
 // any is waited for. A word is written again two layers later, or in the next launch's first. By then it has been read:
-// its writer has since waited for a sum that its reader, one thread for all layers, sent after that. Sums run over the
-// ranks in their order: all have the same bits.
+// its writer has since waited for a later sum of its reader, one thread for all layers. Sums run over the ranks in
+// their order: all have the same bits.
 __device__ __forceinline__ float4 sum_of_ranks(u64* const* peers, int which, int column, const float4& own, u32 epoch) {
     const i64 at = (i64)((epoch & 1) * 2 + which) * RANKS * HIDDEN + column;
     const u64 a = word_of(own.x, epoch), b = word_of(own.y, epoch);
@@ -111,9 +111,9 @@ __device__ __forceinline__ void wait_idly(const uint4* four, u32 epoch) {
     __syncthreads();
 }
 
-// A barrier in two halves: enter() says that this block has read all of the layers before; pass() waits until all
-// blocks have said so. The counter only grows, so that nothing is reset between launches. What was read is in registers
-// by then, and what is sent depends on the counter: no fence is needed, which would cost 0.4 us of a layer (H200).
+// A barrier in two halves. enter() says that this block has read all of the layers before; pass() waits until all
+// blocks have. The counter only grows, so that nothing is reset between launches. What was read is in registers by
+// then, and what is sent depends on the counter. So no fence is needed; it would cost 0.4 us of a layer (H200).
 struct Turnstile {
     u32* counter;
 

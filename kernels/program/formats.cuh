@@ -5,9 +5,9 @@
 //     8      16                     1      a byte becomes a float by a permutation and one subtraction
 //     4      32                     4      tensor cores, see Sums<4>: those above would be three instructions a weight
 //
-// A quantized weight's scales come as one word for each group, made once by the host ("meta"): for 8 bits the scale as
-// fp32; for 4 bits 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point as fp16. What
-// meets the weights of a row is a word, too, made of an input x and such a scale (Format::word):
+// A quantized weight's scales come as one word for each group, made once by the host ("meta"). For 8 bits it is the
+// scale as fp32. For 4 bits it is 16 bits of the scale, times a power of two (Matrix::unscale), above the zero point as
+// fp16. What meets the weights of a row is a word, too, made of an input x and such a scale (Format::word):
 //
 //     16 bits    x
 //      8 bits    x scale
@@ -29,8 +29,8 @@ struct Matrix {
     double unscale;           // what 4-bit sums are multiplied with, since their scales were enlarged
 };
 
-// GROUP: columns to a scale. GROUP_CHANNELS: channels to one, of groups along the input, whose GROUP is the columns that
-// are packed together; 0 of others.
+// GROUP: columns to a scale. GROUP_CHANNELS: channels to one, of groups along the input; 0 of others. GROUP is how many
+// columns are packed together then.
 template <int K_, int N_, int BITS_, int GROUP_, int GROUP_CHANNELS_>
 struct Format {
     static constexpr int K = K_, N = N_, BITS = BITS_, GROUP = GROUP_, GROUP_CHANNELS = GROUP_CHANNELS_;
@@ -118,9 +118,9 @@ struct Sums<8> {
 //     A[g]   = nibbles of lanes 4 g .. 4 g + 3        B[.][g] = x scale of lanes 4 g .. 4 g + 3
 //
 // One logical operation makes fp16 of two nibbles, by their bits: 1024 + n of a low one, 1024 + 16 n of a high one.
-// What that adds, and the zero points, one more product gives, with zero points in A's row g and ones in row g + 8; it
-// is taken off at the end. x scale is rounded to fp16, 2^-12 of it; the list's values (compact) and the scales have
-// been multiplied by powers of two so that they fill its range.
+// What that adds, and the zero points, one more product gives: zero points in A's row g, ones in row g + 8. It is taken
+// off at the end. x scale is rounded to fp16, 2^-12 of it. The list's values (compact) and the scales have been
+// multiplied by powers of two to fill its range.
 template <>
 struct Sums<4> {
     float sum[64] = {};  // tile t = word, half and pair of nibbles: sum[4 t ..] are its four results in this lane
@@ -178,8 +178,8 @@ struct Sums<4> {
 // Scales and zero points come in once, at the end.
 template <>
 struct Sums<4, true> : Sums<4> {
-    // Columns 8 c .. 8 c + 7 of its granule for lane 4 g + c. words: of the granule's columns in the list's first group,
-    // stride words from a group to the next.
+    // Columns 8 c .. 8 c + 7 of its granule for lane 4 g + c. words: of the granule's columns in the first group; the
+    // next group's are stride further on.
     __device__ __forceinline__ void finish_groups(float (&out)[8], const u32* words, int stride, int groups) {
         const int c = lane_of_warp() & 3;
         float total[32] = {};

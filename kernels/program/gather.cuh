@@ -1,7 +1,7 @@
 // The sum over a list of rows of value times row, for one granule a team: the part that reads the weights.
 //
-// A block's teams (formats.cuh) are spread over the granules of its piece of each row, and what is left over them is
-// spread over the list. A step is four rows a lane:
+// A block's teams (formats.cuh) are spread over the granules of its piece of each row. What is left over them is spread
+// over the list. A step is four rows a lane:
 //
 //     team      0 .. PIECE-1         PIECE .. 2 PIECE-1      ...
 //     granule   0 .. PIECE-1         0 .. PIECE-1            ...
@@ -11,7 +11,7 @@
 // holding registers. Weights leave L2 first: what blocks hand each other stays there.
 //
 // Four lanes of a granule want four rows of it. If each fetched its own, eight neighbouring lanes would ask for 32
-// bytes of four rows, and an H100 then reads at 1.7 TB/s instead of 2.9. So a warp shares out its 32 granules anew:
+// bytes of four rows. An H100 then reads at 1.7 TB/s instead of 2.9. So a warp shares out its 32 granules anew:
 //
 //     lane 8 c + j    fetches what lane 4 j + c multiplies: eight neighbouring lanes have 128 bytes of a row
 //
@@ -25,8 +25,8 @@ struct Ring {
     uint4 rows[STAGES][4][THREADS];
 };
 
-// Where a lane stands in a piece of PIECE granules: member of the team that has granule and slot, whose first entry of
-// the list is first.
+// Where a lane stands in a piece of PIECE granules. It is a member of the team that has granule and slot; its first
+// entry of the list is first.
 template <class W, int PIECE>
 struct Place {
     static constexpr int SLOTS = W::TEAMS / PIECE, STEP = SLOTS * W::TEAM * 4;  // entries of all slots
@@ -58,8 +58,8 @@ struct List {
     int first_group;  // of its channels, where groups lie along the input
 };
 
-// What a place reads: row 0 of its granule; its group's meta words, a row of a panel or from row 0 on; and from which
-// value on a row is wanted.
+// What a place reads: row 0 of its granule, and its group's meta words in a panel or from row 0 on. A row is wanted
+// from limit on.
 struct Part {
     const u8* weights;
     const u32* meta;
@@ -68,8 +68,8 @@ struct Part {
 };
 
 // part_of: the Part of a Place. MIXED: parts have limits. HAS_SCALES: meta is in a panel; otherwise its words travel
-// through ring_words; but groups along the input want none yet. META_STRIDE: words from a row to the next. meanwhile: called while the first rows are on their
-// way; it may ask for more, and closes no fetches.
+// through ring_words, unless groups lie along the input: those want none before the end. META_STRIDE: words from a row
+// to the next. meanwhile: called while the first rows are on their way; it may ask for more, and closes no fetches.
 template <class W, int PIECE, bool MIXED, bool HAS_SCALES, int META_STRIDE = W::GROUPS, class PartOf,
           class Meanwhile>
 __device__ __forceinline__ void gather(SumsOf<W>& sums, PartOf part_of, const List& list, Ring& ring,

@@ -13,8 +13,8 @@
 constexpr int HALF = GateUp::GRANULES / 2, MLP_BLOCKS = MLP_TEAMS * MLP_SHARE;
 constexpr int MLP_PIECE = 2 * TEAM_GRANULES, COLUMN_FOURS = GateUp::COLUMNS / 4;  // of a granule
 
-// Which of the MLP_BLOCKS a block is. Those that are none of them are spread over the grid, so that no part of the GPU
-// has more than its share of the others: a half of it whose SMs all read is slower, up to 20% measured.
+// Which of the MLP_BLOCKS a block is. Those that are none of them are spread over the grid. So no part of the GPU has
+// more than its share of the others. A half whose SMs all read is slower, up to 20% measured.
 struct MlpBlock {
     const int index = blockIdx.x * MLP_BLOCKS / GRID;
     const bool active = (int)blockIdx.x == ceil_div(index * GRID, MLP_BLOCKS);
@@ -111,8 +111,8 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, con
         return {m.values + granule * 16, words, in_team < mlp.granules, limits.gate_up[is_up] * listed.enlarged};
     };
     SumsOf<GateUp> sums;
-    gather<GateUp, MLP_PIECE, true, GatePanel::EXISTS, 1>(sums, part, s.list(listed, first_group), s.ring,
-                                                          s.ring_words[0][0], [] {});
+    gather<GateUp, MLP_PIECE, true, GatePanel::HAS_PLACES, 1>(sums, part, s.list(listed, first_group), s.ring,
+                                                              s.ring_words[0][0], [] {});
     __syncthreads();
     if constexpr (GateUp::BY_INPUT)
         lay_out_groups<GatePanel, MLP_PIECE>(sums, part(Place<GateUp, MLP_PIECE>::own()).meta, first_group,

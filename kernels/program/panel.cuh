@@ -2,13 +2,15 @@
 //
 //     groups along the output    [channels, then second rows][groups]    a word for each group that the columns touch
 //                                of gate and up [groups][channels, then second rows]
-//     along the input            [groups][granules][SCALE_ROW]           words of each column, for each group that the
-//                                                                        channels touch; a part has neighbours, then
+//     along the input            [groups], each [granules][SCALE_ROW]    words of each column, for each group that the
+//                                and GROUP_REST words                    channels touch; a part has neighbours, then
 //
 // SCALED: shared memory has room for panels. Without, words come row by row (gather.cuh), or are read at the end.
 #pragma once
 
-constexpr int SCALE_ROW = 32 + 4;  // words of a granule: eight granules are off the same banks
+// Words of a granule, and how many more a group has. So four lanes of a granule, which read two groups each, and their
+// neighbours are off the same banks.
+constexpr int SCALE_ROW = 32 + 4, GROUP_REST = 4;
 constexpr int fours(int x) { return ceil_div(x, 4) * 4; }
 
 // Groups that so many granules touch, which begin at a multiple of their number; or so many channels.
@@ -30,14 +32,15 @@ struct Panel {
     static constexpr bool EXISTS = SCALED && W::BITS < 16;
     static constexpr int GROUPS =
         W::BY_INPUT ? touched(CHANNELS, W::GROUP_CHANNELS) : touched(GRANULES, W::GRANULES_OF_GROUP);
-    static constexpr int WORDS = !EXISTS ? 4 : W::BY_INPUT ? GROUPS * GRANULES * SCALE_ROW : ROWS * GROUPS;
     // Words from a channel to the next, or from a group to the next where they lie along the input.
-    static constexpr int STRIDE = W::BY_INPUT ? (EXISTS ? GRANULES * SCALE_ROW : W::N) : EXISTS ? GROUPS : W::GROUPS;
+    static constexpr int STRIDE = W::BY_INPUT ? (EXISTS ? GRANULES * SCALE_ROW + GROUP_REST : W::N)
+                                              : (EXISTS ? GROUPS : W::GROUPS);
+    static constexpr int WORDS = EXISTS ? (W::BY_INPUT ? GROUPS : ROWS) * STRIDE : 4;
     static constexpr bool HAS_PLACES = EXISTS && !W::BY_INPUT;  // whether a list says where in it a row's scales are
 };
 
-// Channels are in multiples of four. Of down a block of a team has an equal run of the columns, in pieces that its
-// teams of lanes can sum at once. A warp's granules have the same slot where groups lie along the input (formats.cuh).
+// Channels are in multiples of four. Of down a block of a team has an equal run of the columns, in pieces that lanes
+// can sum at once. A warp's granules have the same slot where groups lie along the input (formats.cuh).
 constexpr int QKV_CHANNELS = ceil_div(HIDDEN / 4, QKV_SPLITS) * 4;
 constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2);
 constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8;
@@ -53,8 +56,8 @@ using GatePanel = Panel<GateUp, TEAM_GRANULES, MLP_CHANNELS, MLP_SECONDS>;  // u
 using DownPanel = Panel<Down, DOWN_PIECES * DOWN_PIECE, H_CHANNELS, DOWN_SECONDS>;
 
 // Ask for the panel of a part, whose first granule is first_granule. channel(i) is its i-th. What read the panel before
-// is behind a __syncthreads. Four bytes at a time, between sums and what waits for them, this was 2.4 of 45 us of a
-// layer (8B in int4 at 50%, H200).
+// is behind a __syncthreads. Four bytes at a time, and with others waiting, this was 2.4 of 45 us of a layer (8B in
+// int4 at 50%, H200).
 template <class P, class Channel>
 __device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first_granule, Channel channel, u32* panel) {
     using W = typename P::W;
@@ -64,11 +67,12 @@ __device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first
         const int first_group = part * P::CHANNELS / W::GROUP_CHANNELS;
 #pragma unroll 1
         for (int i = threadIdx.x; i < P::GROUPS * P::GRANULES * 8; i += THREADS) {
-            const int place = i / 8, group = first_group + place / P::GRANULES;
-            const int granule = first_granule + place % P::GRANULES;
+            const int place = i / 8 % P::GRANULES, in_panel = i / 8 / P::GRANULES, word = i % 8 * 4;
+            const int granule = first_granule + place, group = first_group + in_panel;
             const bool wanted = group * W::GROUP_CHANNELS < W::K && granule < W::GRANULES;
-            const i64 from = wanted ? (i64)group * W::N + granule * W::COLUMNS + i % 8 * 4 : 0;
-            fetch_row<false>((uint4*)(panel + place * SCALE_ROW) + i % 8, (const u8*)(m.meta + from), wanted, policy);
+            const i64 from = wanted ? (i64)group * W::N + granule * W::COLUMNS + word : 0;
+            u32* const to = panel + in_panel * P::STRIDE + place * SCALE_ROW + word;
+            fetch_row<false>((uint4*)to, (const u8*)(m.meta + from), wanted, policy);
         }
     } else {
         const int first_group = first_granule / W::GRANULES_OF_GROUP;
@@ -91,7 +95,8 @@ __device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first
 // Words of a granule in a panel that begins at a granule and a group; without a panel in m. Those of the first row, or
 // of the granule's columns in the first group.
 template <class P>
-__device__ __forceinline__ const u32* scales_by_output(const Matrix& m, const u32* panel, int first_group, int granule) {
+__device__ __forceinline__ const u32* scales_by_output(const Matrix& m, const u32* panel, int first_group,
+                                                       int granule) {
     const int group = granule / P::W::GRANULES_OF_GROUP;
     return P::EXISTS ? panel + group - first_group : m.meta + group;
 }

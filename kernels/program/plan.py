@@ -41,7 +41,7 @@ QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
 MLP_PIECE_BYTES = 500
 RUN_GRANULES = 4  # 64 bytes, at whose multiples a team's columns begin: off them bf16 lost 5%
 MAX_INPUT_GROUPS = 8  # of a block's channels, where groups lie along the input: columns of a tensor core's B
-SCALE_ROW = 36  # words, panel.cuh
+SCALE_ROW, GROUP_REST = 36, 4  # words, panel.cuh
 PAIRS_OF_PASS = 64  # of channels, of which o's blocks make their list at once
 
 
@@ -336,7 +336,7 @@ def _shared_bytes(model: Model, sizes: dict[str, int], threads: int, stages: int
         of_product = channels + sizes[f"{name}_SECONDS"]
         rows, halves = max(rows, of_product), 2 if name == "MLP" else 1
         if product.channels:
-            words += halves * granules * SCALE_ROW * _touched(channels, product.channels)
+            words += halves * (granules * SCALE_ROW + GROUP_REST) * _touched(channels, product.channels)
         elif product.bits < 16:
             words += halves * of_product * _touched(granules, product.group // product.columns)
     by_ring = 16 * stages * threads if not scaled or model.head is not None else 16

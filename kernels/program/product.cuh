@@ -13,7 +13,8 @@ __device__ __forceinline__ void product(const Matrix& m, int piece, const u32* p
                                         Listed listed, uint4* partials, u32 epoch, Shared& s, Meanwhile meanwhile,
                                         Before before_sending) {
     using W = typename P::W;
-    const int first_group = W::BY_INPUT ? split * P::CHANNELS / W::GROUP_CHANNELS : first_granule / W::GRANULES_OF_GROUP;
+    const int first_group =
+        W::BY_INPUT ? split * P::CHANNELS / W::GROUP_CHANNELS : first_granule / W::GRANULES_OF_GROUP;
     auto part = [&](const Place<W, PIECE>& place) -> Part {
         const int granule = piece * PIECE + place.granule;
         const u32* const words = W::BY_INPUT ? scales_by_input<P>(m, panel, first_group, first_granule, granule)
@@ -21,8 +22,8 @@ __device__ __forceinline__ void product(const Matrix& m, int piece, const u32* p
         return {m.values + granule * 16, words, granule < W::GRANULES, 0.0f};
     };
     SumsOf<W> sums;
-    gather<W, PIECE, false, P::EXISTS, P::STRIDE>(sums, part, s.list(listed, first_group), s.ring, s.ring_words[0][0],
-                                                  meanwhile);
+    gather<W, PIECE, false, P::HAS_PLACES, P::STRIDE>(sums, part, s.list(listed, first_group), s.ring,
+                                                      s.ring_words[0][0], meanwhile);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
     if constexpr (W::BY_INPUT)

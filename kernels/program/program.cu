@@ -12,13 +12,13 @@
 //     gate, up     (run of columns, share of channels)        sums > the blocks of a team
 //     down         (rows of its team's h, run of columns)     partial sums > owners of columns > x
 //
-// Seven trips through L2, of which none is a grid barrier. What a layer reads, Llama-3-8B in int4 at 50%: 109 MB / 2 of
-// weights by cp.async (gather.cuh), 2 MB of keys and values at 512 positions, and about 7 MB of sums from L2.
+// Seven trips through L2, of which none is a grid barrier. What a layer of Llama-3-8B reads, in int4 at 50%: 109 MB / 2
+// of weights by cp.async (gather.cuh). Then 2 MB of keys and values at 512 positions, and 7 MB of sums from L2.
 //
-// What is known before x is, scales of the next product's rows and the like, is asked for while a product's first rows
-// are on their way, or while attention is: then memory has little else to do.
+// Some is known before x is, as scales of the next product's rows. It is asked for while a product's first rows are on
+// their way, or during attention: then memory has little else to do.
 //
-// Straight code costs most of what is not bytes: each warp issues each instruction, so that of 512 threads a thousand
+// Straight code costs most of what is not bytes. Each warp issues each instruction, so that of 512 threads a thousand
 // instructions are 2 us of a layer. Hence blocks of 256 where weights are small, loops that are not unrolled, and lists
 // made by all threads.
 //

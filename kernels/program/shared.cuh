@@ -99,9 +99,9 @@ __device__ __forceinline__ u32 kept(const float (&values)[COUNT], Has has, float
     return keep;
 }
 
-// A list of the values whose bit in keep is set: row(i) of each, and where in the panel its scales are, for a product
-// that has one. ENLARGED: values are multiplied by a power of two that makes the largest 1 to 2. AWAITS: whatever was
-// asked for before is there afterwards. Warps count by votes, which are fewer instructions than a scan by shuffles.
+// A list of the values whose bit in keep is set. It has row(i) of each and, with a panel, where its scales are there.
+// ENLARGED: values are multiplied by a power of two that makes the largest 1 to 2. AWAITS: whatever was asked for
+// before is there afterwards. Warps count by votes, which are fewer instructions than a scan by shuffles.
 template <bool HAS_PLACES, bool ENLARGED, bool AWAITS, int COUNT, class Mask, class Row, class Place>
 __device__ __forceinline__ Listed compact(const float (&values)[COUNT], Mask keep, Row row, Place place, Shared& s) {
     static_assert(COUNT <= 8 * sizeof(Mask), "a bit for each value");
@@ -142,8 +142,8 @@ __device__ __forceinline__ Listed compact(const float (&values)[COUNT], Mask kee
     return {total, enlarged};
 }
 
-// For each of a thread's channels the second row that it has, and above that the row's place among those of the part
-// of the channels that a block has, at most SECONDS; 0 without one. Channels are asked for UNIT neighbours at a time.
+// For each of a thread's channels its second row and, in the upper half, that row's place among the block's; 0 without
+// one. A block has SECONDS at most. Channels are asked for UNIT neighbours at a time.
 template <int SECONDS, int COUNT, int UNIT = 4>
 struct Seconds {
     u32 words[COUNT];
@@ -163,7 +163,8 @@ struct Seconds {
 
 // compact for a product whose list has CHANNELS channels of a block and their second rows: those stand after all
 // channels in the panel.
-template <int BITS, int CHANNELS, bool HAS_PLACES, bool AWAITS, int SECONDS, int COUNT, int UNIT, class Row, class Place>
+template <int BITS, int CHANNELS, bool HAS_PLACES, bool AWAITS, int SECONDS, int COUNT, int UNIT, class Row,
+          class Place>
 __device__ __forceinline__ Listed list_rows(const float (&values)[COUNT], u32 keep, Row row, Place place,
                                             const Seconds<SECONDS, COUNT, UNIT>& seconds, Shared& s) {
     if constexpr (SECONDS == 0) {

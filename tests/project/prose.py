@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
     path
     for path in ROOT.rglob("*")
-    if path.suffix in (".py", ".cpp") and not path.is_symlink()
+    if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and not path.is_symlink()
     if not any(part.startswith((".", "__py")) for part in path.relative_to(ROOT).parts)
 )
 LONGEST = 24  # words
@@ -84,7 +84,7 @@ def comments_of_cpp(source: str) -> Iterator[tuple[int, str]]:
 def prose_in(path: Path) -> list[tuple[int, str]]:
     """(line, text) of a file's comments and, in Python, docstrings."""
     source = path.read_text(encoding="utf-8")
-    return list(comments_of_cpp(source) if path.suffix == ".cpp" else prose_of(source))
+    return list(prose_of(source) if path.suffix == ".py" else comments_of_cpp(source))
 
 
 def long_sentences(path: Path) -> list[tuple[int, int, str]]:

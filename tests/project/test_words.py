@@ -11,15 +11,16 @@ from tests.conftest import ROOT
 from tests.project.prose import SOURCES, comments_of_cpp, long_sentences, prose_in
 
 PATHS = [f"/{path.relative_to(ROOT).as_posix()}" for path in SOURCES]
-NAMED = re.compile(r"[\w./-]*\w\.(?:py|cpp)\b")
-NOT_OURS = {"llama.cpp"}  # a project
+NAMED = re.compile(r"[\w./-]*\w\.(?:py|cpp|h|cuh?)\b")
+NOT_OURS = {"llama.cpp", "config.cuh"}  # a project; what plan.py generates
 by_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def missing_files(prose: str) -> list[str]:
-    """The names of .py and .cpp files in a text that no path of the tree ends with."""
+    """The names of sources in a text, addresses aside, that no path of the tree ends with."""
     named = (name.removeprefix("./") for name in NAMED.findall(prose))
-    return [name for name in named if name not in NOT_OURS and not any(p.endswith(f"/{name}") for p in PATHS)]
+    ours = [name for name in named if name not in NOT_OURS and not name.startswith("//")]
+    return [name for name in ours if not any(path.endswith(f"/{name}") for path in PATHS)]
 
 
 def silent_comparisons(tree: ast.Module) -> Iterator[int]:
@@ -35,6 +36,13 @@ def silent_comparisons(tree: ast.Module) -> Iterator[int]:
 def test_sentences_are_short(path: Path) -> None:
     """python -m tests.project.prose lists all that are too long."""
     assert long_sentences(path) == []
+
+
+@by_source
+def test_lines_are_short(path: Path) -> None:
+    """As ruff holds those of Python: of C++ and CUDA nothing else does."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert path.suffix == ".py" or [i for i, line in enumerate(lines, start=1) if len(line) > 120] == []
 
 
 @by_source

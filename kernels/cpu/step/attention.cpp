@@ -12,8 +12,8 @@ namespace teal {
 namespace {
 
 // Heads that share a read of the cache, and slots and vectors of values in flight at once. Their sums do not wait for
-// each other, and take as many registers as there are. 3 heads of 64 over 512 slots took a Xeon core 9 us so, one by one
-// 24.
+// each other, and take as many registers as there are. 3 heads of 64 over 512 slots took a Xeon core 9 us so, and
+// 24 one by one.
 constexpr int HEADS = 4;
 #if defined(__AVX512F__)
 constexpr int SLOTS = 4, VECTORS = 4;

@@ -1,6 +1,6 @@
 // A product of a step: x [rows, K] times columns of a matrix, in blocks that any thread may take.
 //
-// Blocks of columns of a narrow weight are short pieces of its rows, which memory delivers slowly. Where integers lie in
+// Blocks of columns of a narrow weight are short pieces of its rows, which memory delivers slowly. Where integers are
 // GGUF's blocks, such a weight is cut along its channels, too. Partial sums of a block are added up in the order of
 // chunks by whoever has finished the last one. How channels are cut depends on the weight alone.
 #pragma once

@@ -86,18 +86,21 @@ Step::Step(const Model& model, const Call& call, Workspace& memory, int64_t thre
       product_(model.dtype) {
   const int64_t widest = std::max({model.hidden, q_size_, model.intermediate});
   int64_t most_refined = model.head.E, partials = Product::partials_room(model.head);
-  for (int64_t i = 0; i < model.layer_count; ++i)
-    for (const Matrix* m : {&model.layers[i].qkv, &model.layers[i].o, &model.layers[i].gate_up, &model.layers[i].down}) {
+  for (int64_t i = 0; i < model.layer_count; ++i) {
+    const auto& layer = model.layers[i];
+    for (const Matrix* m : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
       most_refined = std::max(most_refined, m->E);
       partials = std::max(partials, Product::partials_room(*m));
     }
+  }
   residual_ = grown(memory.residual, rows_ * model.hidden);
   input_ = grown(memory.input, rows_ * padded(widest));
   activated_ = grown(memory.activated, rows_ * padded(model.intermediate));
   q_ = grown(memory.q, (rows_ * model.heads + 1) * padded(model.head_dim));  // and a key
   y_stride_ = padded(std::max({q_size_ + 2 * kv_size_, 2 * model.intermediate, model.hidden}));
   grown(memory.y, rows_ * y_stride_);
-  product_.use_partials(grown(memory.sums, rows_ * partials), grown(memory.finished, threads * HEAD_TASKS_PER_THREAD + 1));
+  const auto finished = threads * HEAD_TASKS_PER_THREAD + 1;
+  product_.use_partials(grown(memory.sums, rows_ * partials), grown(memory.finished, finished));
   product_.use_lists(grown(memory.kept_channels, Product::LISTS * Kept::room(widest, most_refined)),
                      grown(memory.kept_values, Product::LISTS * Kept::room(widest, most_refined) * GATHER_ROWS),
                      Kept::room(widest, most_refined));
@@ -171,7 +174,8 @@ void Step::embed(int64_t token, float* out) const {
   by_dtype(model_.dtype, [&](auto type) {
     using T = decltype(type);
     if (from.blocks != nullptr) return widen_column(*from.blocks, token, out);
-    if (from.scales == nullptr) return widen_values(static_cast<const T*>(from.values) + token * C, model_.dtype, C, out);
+    const T* floats = static_cast<const T*>(from.values) + token * C;
+    if (from.scales == nullptr) return widen_values(floats, model_.dtype, C, out);
     const int8_t* values = static_cast<const int8_t*>(from.values) + token * C;
     const T* scales = static_cast<const T*>(from.scales) + token * C / from.group;
     for (int64_t i = 0; i < C; ++i) out[i] = values[i] * widen(scales[i / from.group]);

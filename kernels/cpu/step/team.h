@@ -18,8 +18,8 @@ class Job {
   ~Job() = default;
 };
 
-// The process's one team. A phase ends when its tasks are done, not when all threads have arrived: a thread that the
-// system has paused holds nobody up unless it is within a task. Whoever finishes the last task prepares the next phase.
+// The process's one team. A phase ends when its tasks are done, not when all threads have arrived. So a thread that the
+// system has paused holds nobody up, unless within a task. Whoever finishes the last task prepares the next phase.
 //
 // work_ is the phase's number and, in its last bits, how many tasks nobody has taken. A task is taken by an exchange
 // that fails if either has changed. So a thread that comes late takes nothing of a phase that it does not know.
