@@ -64,8 +64,9 @@ extern "C" void multiply(const void* x, int64_t rows, int64_t K, const void* pan
   std::vector<float> sums(all.padded() * 64);
   std::memcpy(sums.data(), y, rows * 64 * sizeof(float));
   const Rows::Scope scope;
-  for (int64_t k = 0; k < K; k += channels)
+  for (int64_t k = 0; k < K; k += channels) {
     const auto* const own = static_cast<const BFloat16*>(panel) + k * 64;
     all.multiply(k, own, (K - k < channels ? K - k : channels) / 2, sums.data());
+  }
   std::memcpy(y, sums.data(), rows * 64 * sizeof(float));
 }
