@@ -281,6 +281,14 @@ def real_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels() -> None:
+    """The CPU kernels are in the cache before any test: a command that compiles them says so and takes its time."""
+    from teal.kernels.cpu.native import native_kernels
+
+    native_kernels()
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers_end_with_a_test() -> Iterator[None]:
     """A command that a test calls in this process installs its own for good; other tests send themselves signals."""

@@ -99,11 +99,14 @@ def _second_rows(
     refined = torch.empty(0, dtype=torch.int64) if weight.refined is None else weight.refined.long().cpu()
     parts = part_of(product, torch.arange(K), gate_up, plan.sizes)
     mine = parts[refined]
-    earlier = (mine[:, None] == mine).tril(-1).sum(1)  # refined channels of its part before each
+    counts = mine.bincount(minlength=int(parts.max()) + 1)
+    by_part = mine.argsort(stable=True)
+    earlier = torch.empty_like(mine)  # refined channels of its part before each
+    earlier[by_part] = torch.arange(len(mine)) - (counts.cumsum(0) - counts)[mine[by_part]]
     rows = K + torch.arange(len(refined))
     second = torch.zeros(K, dtype=torch.int32)
     second[refined] = (rows | earlier << 16).to(torch.int32)
-    second_meta = torch.zeros(int(parts.max()) + 1, room, words.shape[1], dtype=torch.int32, device=device)
+    second_meta = torch.zeros(len(counts), room, words.shape[1], dtype=torch.int32, device=device)
     second_meta[mine.to(device), earlier.to(device)] = words[K:]
     if product == "MLP":
         second_meta = second_meta.transpose(1, 2).contiguous()

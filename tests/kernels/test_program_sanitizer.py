@@ -30,7 +30,7 @@ def step(name: str, words: int | None = None) -> None:
 def sanitize(tool: str, call: str) -> "subprocess.CompletedProcess[str]":
     """call, one of step, under a tool. Each tensor has an allocation of its own, whose end the tool knows."""
     assert SANITIZER is not None
-    program = f"from {__name__} import step; {call}"
+    program = f"from tests.kernels.test_program_sanitizer import step; {call}"
     return subprocess.run(
         [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],
         cwd=ROOT, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, text=True, capture_output=True, timeout=600,
