@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 from teal.errors import UserError
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program.compiler import checked, cubin
-from teal.kernels.program.plan import Device, Format, Plan, part_of
+from teal.kernels.program.plan import Plan, part_of
+from teal.kernels.program.shapes import Device, Format
 
 KERNEL = b"decode_step"
 SCALE_BITS = 14  # scales are enlarged to below 2^14: times inputs below 2 they are within fp16

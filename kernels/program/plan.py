@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from teal.kernels.formats.packing import Weight
-from teal.model import ModelConfig
+from teal.kernels.program.shapes import MAX_INPUT_GROUPS, PRODUCTS, Device, Format, Model
 
-PRODUCTS = ("QKV", "O", "MLP", "DOWN", "HEAD")  # as the config's names begin
 MAX_ROWS = 1 << 16  # of a weight: lists hold 16-bit rows
 MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
 GROUP_HEADS = 4  # query heads that a block attends with at once; a tile has room for 8, in half as many blocks
@@ -40,88 +39,8 @@ QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
 # Of gate, and as many of up. In bf16 896 were 1 to 2% faster than 448, these 3% than 224 (H100).
 MLP_PIECE_BYTES = 500
 RUN_GRANULES = 4  # 64 bytes, at whose multiples a team's columns begin: off them bf16 lost 5%
-MAX_INPUT_GROUPS = 8  # of a block's channels, where groups lie along the input: columns of a tensor core's B
 SCALE_ROW, GROUP_REST = 36, 4  # words, panel.cuh
 PAIRS_OF_PASS = 64  # of channels, of which o's blocks make their list at once
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What the plan must know of a GPU: multiprocessors, bytes of shared memory of a block, compute capability."""
-
-    multiprocessors: int
-    shared_bytes: int
-    capability: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """Shape and format of a product's weight. group: columns to a scale, 1 for floats.
-
-    channels: to a scale, where groups lie along the input; group is how many columns are packed together then.
-    """
-
-    K: int
-    N: int
-    bits: int
-    group: int
-    channels: int = 0
-
-    @classmethod
-    def of(cls, weight: Weight) -> "Format":
-        return cls(weight.K, weight.N, weight.bits, weight.group_size, weight.channels)
-
-    @property
-    def columns(self) -> int:
-        """Of a granule."""
-        return 128 // self.bits
-
-    @property
-    def unit(self) -> int:
-        """Granules that are cut together: a warp's have one list, where groups lie along the input (formats.cuh)."""
-        return 8 if self.channels else 1
-
-    @property
-    def granules(self) -> int:
-        """Of a row."""
-        return self.N // self.columns
-
-    def granule_of(self, columns: Tensor) -> Tensor:
-        """The granules that these columns are in."""
-        if self.bits != 4:
-            return columns // self.columns
-        return columns // self.group * (self.group // 32) + columns % (self.group // 8) // 4
-
-    def teams(self, threads: int) -> int:
-        """Of lanes that sum a granule together."""
-        return threads // 4 if self.bits == 4 else threads
-
-    def __str__(self) -> str:
-        return f"Format<{self.K}, {self.N}, {self.bits}, {self.group}, {self.channels}>"
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The model as the plan sees it. head is None for one in floats, which is [V, C].
-
-    cache_bits: of a key's or value's entry, 16 or 8 (kernels/formats/kv_int8.py). Of ranks that share a model this is
-    one's part. refined: for each product, the head last, the refined channels of every weight that has some.
-    embedding_bits: of an entry as the kernel reads it: 16, or 32 where a rounded one's row becomes floats before.
-    """
-
-    config: ModelConfig
-    dtype: torch.dtype
-    products: tuple[Format, Format, Format, Format]  # q,k,v; o; gate,up; down
-    head: Format | None
-    cache_bits: int = 16
-    rank: int = 0
-    ranks: int = 1
-    refined: tuple[tuple[Tensor, ...], ...] = ((),) * len(PRODUCTS)
-    embedding_bits: int = 16
-
-    @property
-    def heads_of_key(self) -> int:
-        return self.config.num_heads // self.config.num_kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +161,10 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     """Constants of the config that say how the work is cut; None if so many threads are too few."""
     c, (qkv, o, gate_up, _) = model.config, model.products
     unit = math.gcd(c.q_size, c.kv_size) // qkv.columns
-    qkv_piece, qkv_splits = pieces_and_splits(qkv, unit, grid, threads, QKV_PIECE_BYTES, most_splits=MAX_QKV_SPLITS)
-    one_pass = math.ceil(c.q_size / 2 / PAIRS_OF_PASS)
+    qkv_piece, qkv_splits = pieces_and_splits(
+        qkv, unit, grid, threads, QKV_PIECE_BYTES, qkv.least_splits, MAX_QKV_SPLITS
+    )
+    one_pass = max(math.ceil(c.q_size / 2 / PAIRS_OF_PASS), o.least_splits)
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
     teams, share, granules = _mlp(gate_up, grid, threads)
     head = model.head
@@ -270,16 +191,22 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
 
 
 def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
-    """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says. 0 teams: none fit."""
+    """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says. 0 teams: none fit.
+
+    A block's channels must be of few groups along the input: then a team may have eight blocks.
+    """
     half, found, run = gate_up.granules // 2, (0, 1, 1), max(RUN_GRANULES, gate_up.unit)
-    for share in (1, 2, 4):
-        if grid < share:
+    is_few = not gate_up.channels
+    for share in (1, 2, 4, 8):
+        if grid < share or (share > 4 and is_few):
             break
         granules = run * math.ceil(half / run / (grid // share))
         if 2 * granules > gate_up.teams(threads):
             continue
         found = math.ceil(half / granules), share, granules
-        if 16 * granules >= MLP_PIECE_BYTES:
+        if gate_up.channels:
+            is_few = _touched(8 * math.ceil(gate_up.K / 8 / share), gate_up.channels) <= MAX_INPUT_GROUPS
+        if 16 * granules >= MLP_PIECE_BYTES and is_few:
             break
     return found
 

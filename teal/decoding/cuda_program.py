@@ -9,7 +9,8 @@ from teal.extras import extras
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program.compiler import compiler_obstacle
 from teal.kernels.program.launch import Program, Tables, device_facts, matrix_words, tables
-from teal.kernels.program.plan import PRODUCTS, Device, Format, Model, plan, shape_obstacle, weight_obstacle
+from teal.kernels.program.plan import plan, shape_obstacle, weight_obstacle
+from teal.kernels.program.shapes import PRODUCTS, Device, Format, Model
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.layers.quantized_linear import QuantizedHead, QuantizedLinear

@@ -15,7 +15,8 @@ from teal.decoding import cuda_program
 from teal.decoding.backend import EagerBackend
 from teal.decoding.cuda_program import CudaProgramBackend, model_obstacle
 from teal.kernels.program import plan as plan_module
-from teal.kernels.program.plan import Device, Plan
+from teal.kernels.program.plan import Plan
+from teal.kernels.program.shapes import Device
 from teal.model import Transformer
 
 COMPILER = shutil.which("g++")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from teal.decoding.backends import FusedBackend
 from teal.decoding.cuda_program import CudaProgramBackend
-from teal.kernels.program.plan import Device, Format, Model
+from teal.kernels.program.shapes import Device, Format, Model
 from teal.layers.int8_cache import has_int8_cache, use_int8_cache
 from teal.layers.quantized_linear import (
     QuantConfig,

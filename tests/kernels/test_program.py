@@ -12,7 +12,8 @@ from teal.decoding.backend import EagerBackend
 from teal.decoding.backends import FusedBackend
 from teal.decoding.compilation import capture
 from teal.decoding.cuda_program import CudaProgramBackend
-from teal.kernels.program.plan import MAX_STAGES, Device
+from teal.kernels.program.plan import MAX_STAGES
+from teal.kernels.program.shapes import Device
 from teal.layers.quantized_embedding import QuantizedEmbedding
 from teal.model import Transformer
 from teal.plan import ProjectionPlan, SparsityPlan
@@ -125,7 +126,7 @@ def test_teams_of_blocks_on_a_cpu(
 @pytest.mark.parametrize(
     "group,lm_head,sparse,scaled,share,dtype",
     [
-        (64, False, True, True, 4, torch.float16),  # the last of three teams has a half
+        (64, False, True, True, 4, torch.float16),  # the last of two teams has a quarter
         (128, False, False, True, 1, torch.bfloat16),
         (64, True, False, False, 4, torch.float16),
     ],
@@ -144,6 +145,15 @@ def test_groups_along_the_input_on_a_cpu(
     check_logits(backend, 2e-3 if dtype == torch.float16 else 1e-2)
     config = (tmp_path / "config.cuh").read_text()
     assert f"SCALED = {str(scaled).lower()};" in config and f"MLP_SHARE = {share};" in config
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_teams_of_eight_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A team of four would have channels of more groups along the input than there are columns for."""
+    monkeypatch.setattr("tests.kernels.emulated_program.FEW_BLOCKS", Device(18, 232448, (9, 0)))
+    dense = random_dense(replace(WIDE, hidden_size=2560, num_layers=1, sliding_windows=())).to(torch.float16)
+    check_logits(emulated_backend(prepared(dense, "int4-input", False, False, 64), tmp_path, monkeypatch), 2e-3)
+    assert "MLP_SHARE = 8;" in (tmp_path / "config.cuh").read_text()
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

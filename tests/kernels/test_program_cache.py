@@ -12,7 +12,8 @@ from teal.decoding.backends import FusedBackend
 from teal.decoding.cuda_program import CudaProgramBackend
 from teal.kernels.formats.kv_int8 import pack_int8, unpack_int8
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
-from teal.kernels.program.plan import Device, plan
+from teal.kernels.program.plan import plan
+from teal.kernels.program.shapes import Device
 from teal.layers.int8_cache import use_int8_cache
 from teal.model import KVCache, Transformer
 from teal.teal_layers import SparseLinear

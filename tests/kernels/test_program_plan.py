@@ -17,7 +17,8 @@ from teal.errors import UserError
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program import launch
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
-from teal.kernels.program.plan import PRODUCTS, Device, Model, part_of, pieces_and_splits, plan, shape_obstacle
+from teal.kernels.program.plan import part_of, pieces_and_splits, plan, shape_obstacle
+from teal.kernels.program.shapes import PRODUCTS, Device, Model
 from teal.layers.quantized_linear import QuantConfig, round_in_two_terms, use_quantized_linears
 from teal.model import ModelConfig, Transformer
 from teal.parallel import Rank
