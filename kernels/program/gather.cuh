@@ -17,7 +17,7 @@
 //
 // Integer instructions run at half the rate of floats on an H100, and 4-bit weights are unpacked by them. So the loop
 // does little else: 200 instructions a step, where 357 took as long as memory. Scales of all channels are in shared
-// memory by then (panels, shared.cuh). Only the head, whose piece has too many groups, fetches a word beside each
+// memory by then (panel.cuh). Only the head, whose piece has too many groups, fetches a word beside each
 // granule.
 #pragma once
 

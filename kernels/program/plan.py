@@ -282,7 +282,7 @@ def _team_fours(gate_up: Format, sizes: dict[str, int]) -> int:
 
 
 def _own_granules(down: Format, sizes: dict[str, int], threads: int) -> int:
-    """Granules of down's rows that a block reads: shared.cuh's DOWN_PIECES * DOWN_PIECE."""
+    """Granules of down's rows that a block reads: panel.cuh's DOWN_PIECES * DOWN_PIECE."""
     pieces = math.ceil(math.ceil(down.granules / sizes["MLP_SHARE"]) / down.teams(threads))
     return pieces * down.unit * math.ceil(down.granules / (sizes["MLP_SHARE"] * pieces * down.unit))
 

@@ -14,6 +14,7 @@ struct Limits {  // thresholds of a layer, rounded to the model's dtype
 constexpr int HEAD_GROUPS = ceil_div(HEADS / KV_HEADS, GROUP_HEADS);
 constexpr int ROW = HEAD_DIM + 32;  // of a head in 16 bits: rows two apart are off the same banks
 
+// The longest list of rows that a panel has scales of, and the longest of all: the head's.
 constexpr int PANEL_ROWS = max_of(max_of(GatePanel::ROWS, QkvPanel::ROWS), max_of(OPanel::ROWS, DownPanel::ROWS));
 constexpr int LIST = max_of(X_CHANNELS + HEAD_SECONDS, PANEL_ROWS), PLACES = SCALED ? PANEL_ROWS : 4;
 constexpr bool FETCHES_META = HEAD_BITS < 16 || (!SCALED && GateUp::BITS < 16);  // row by row, through the ring
