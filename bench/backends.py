@@ -10,7 +10,14 @@ import statistics
 from typing import Any
 
 from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, program_phases
-from teal.bench.weights import add_rounding_arguments, check_rounding, load_rounded, starting_plan
+from teal.bench.weights import (
+    add_rounding_arguments,
+    check_rounding,
+    is_fitted,
+    load_rounded,
+    starting_plan,
+    timed_prompt,
+)
 from teal.calibration.choose import choose_plan
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments
@@ -57,9 +64,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for target, plan in zip(args.sparsities, plans, strict=True):
         for context in args.contexts:
-            if target and args.random_weights is not None and args.plan is None:
-                prompt = [1000 + i % 1000 for i in range(context)]
-                plan = fitted_plan(engine, plan, prompt)
+            if target and is_fitted(args):
+                plan = fitted_plan(engine, plan, timed_prompt(context))
             engine.use_plan(plan)
             rows.append({"sparsity": target, "context": context, **steps(backends, context, args)})
             print_row(rows[-1])

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 
 from teal.bench.steps import batched_step_s, fitted_plan, machine_facts, profile_step, program_phases
-from teal.bench.weights import add_rounding_arguments, check_rounding, load_rounded, starting_plan
+from teal.bench.weights import (
+    add_rounding_arguments,
+    check_rounding,
+    is_fitted,
+    load_rounded,
+    starting_plan,
+    timed_prompt,
+)
 from teal.calibration.choose import choose_plan
 from teal.cli import command_line as cli
 from teal.cli.options import add_decode_arguments, model_options
@@ -131,14 +138,14 @@ def build_runners(args: argparse.Namespace, prompt: list[int]) -> dict[str, Engi
     elif args.zero_through_sparse:
         plans = {"0% by sparse kernels": choose_plan(loaded, 0.0, None)} | plans
     engine = Engine.from_loaded(loaded, next(iter(plans.values())), options.compile, options.backend)
-    if args.random_weights is not None and args.plan is None and not engine.follows:
+    if is_fitted(args) and not engine.follows:
         plans = {label: fitted_plan(engine, plan, prompt) for label, plan in plans.items()}
     return runners | {label: EngineRunner(engine, plan) for label, plan in plans.items()}
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
     """What the command line asks for: facts about the machine with a row for each configuration, and the model's."""
-    prompt = [1000 + i % 1000 for i in range(args.context)]
+    prompt = timed_prompt(args.context)
     runners = build_runners(args, prompt)
     engine = next(iter(runners.values())).engine
     if engine.follows:

@@ -57,6 +57,16 @@ def mixed_scheme(config: ModelConfig, every: int, head: str | None) -> QuantConf
 
 def starting_plan(loaded: LoadedModel, target: float, args: argparse.Namespace) -> SparsityPlan:
     """A checkpoint's plan, or for random weights, which no text fits, one whose thresholds fitted_plan has to find."""
-    if args.random_weights is None or args.plan is not None:
+    if not is_fitted(args):
         return choose_plan(loaded, target, args.plan)
     return even_plan(loaded.model.config, ProjectionPlan(target, 0.0))
+
+
+def is_fitted(args: argparse.Namespace) -> bool:
+    """Whether fitted_plan has to find the thresholds: of random weights, unless there is a plan to use."""
+    return args.random_weights is not None and args.plan is None
+
+
+def timed_prompt(length: int) -> list[int]:
+    """Token ids of any vocabulary beyond 2,000."""
+    return [1000 + i % 1000 for i in range(length)]

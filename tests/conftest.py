@@ -206,9 +206,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_tokenizer_j
 def own_cache(folder: Path) -> Path:
     """A cache folder for a test's own XDG_CACHE_HOME, empty but for the CPU kernels: compiling them takes 25 s."""
     from teal.files import cache_folder
-    from teal.kernels.cpu.native import native_kernels
 
-    native_kernels()
     (folder / "teal").mkdir(parents=True)
     (folder / "teal" / "kernels").symlink_to(cache_folder("kernels"))
     return folder

@@ -17,8 +17,7 @@
 //
 // Integer instructions run at half the rate of floats on an H100, and 4-bit weights are unpacked by them. So the loop
 // does little else: 200 instructions a step, where 357 took as long as memory. Scales of all channels are in shared
-// memory by then (panel.cuh). Only the head, whose piece has too many groups, fetches a word beside each
-// granule.
+// memory by then (panel.cuh). Only the head, whose piece has too many groups, fetches a word beside each granule.
 #pragma once
 
 struct Ring {
@@ -179,6 +178,17 @@ __device__ __forceinline__ void lay_out_groups(SumsOf<typename P::W>& sums, cons
     float4* const to = (float4*)(slots + place.slot * PIECE * W::COLUMNS);
     to[place_in_slot<W>(place.granule, first)] = make_float4(out[0], out[1], out[2], out[3]);
     to[place_in_slot<W>(place.granule, first + 1)] = make_float4(out[4], out[5], out[6], out[7]);
+}
+
+// Whichever of the two a product with panel P wants. part_of: gather's.
+template <class P, int PIECE, class PartOf>
+__device__ __forceinline__ void lay_out_sums(SumsOf<typename P::W>& sums, PartOf part_of, int first_group,
+                                             float* slots) {
+    using W = typename P::W;
+    if constexpr (W::BY_INPUT)
+        lay_out_groups<P, PIECE>(sums, part_of(Place<W, PIECE>::own()).meta, first_group, slots);
+    else
+        lay_out<W, PIECE>(sums, slots);
 }
 
 // Values 4 four ... of the piece, added over slots first, first + step ... in their order, times unscale.

@@ -71,7 +71,7 @@ class Program:
 
 
 class Tables(NamedTuple):
-    """What formats.cuh's Matrix has beside a weight's values, made once: the words of scales and zeros, and so on."""
+    """What formats.cuh's Matrix has of a weight beside its values, under Matrix's names; made once."""
 
     meta: Tensor | None = None
     unscale: float = 1.0
@@ -80,7 +80,7 @@ class Tables(NamedTuple):
 
 
 def tables(weight: Weight, product: str, plan: Plan, gate_up: Format) -> Tables:
-    """The tables of a weight of one of plan.PRODUCTS; none of floats. gate_up: the format of that product."""
+    """The tables of a weight of one of shapes.PRODUCTS; none of floats. gate_up: the format of that product."""
     if weight.scales is None:
         return Tables()
     words, unscale = _meta_words(weight)

@@ -96,7 +96,7 @@ struct MlpInputs {
 // Sums of gate and up over the list into s.slots; returns what they have to be multiplied with.
 __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, const Limits& limits, Shared& s) {
     const MlpBlock mlp;
-    const int first_group = GateUp::BY_INPUT ? mlp.rank * MLP_CHANNELS / GateUp::GROUP_CHANNELS : 0;
+    const int first_group = GatePanel::first_input_group(mlp.rank);
     auto part = [&](const Place<GateUp, MLP_PIECE>& place) -> Part {
         const bool is_up = place.granule >= TEAM_GRANULES;
         const int in_team = place.granule % TEAM_GRANULES, column = mlp.first + in_team;
@@ -114,11 +114,7 @@ __device__ __forceinline__ float gate_and_up(const Matrix& m, Listed listed, con
     gather<GateUp, MLP_PIECE, true, GatePanel::HAS_PLACES, 1>(sums, part, s.list(listed, first_group), s.ring,
                                                               s.ring_words[0][0], [] {});
     __syncthreads();
-    if constexpr (GateUp::BY_INPUT)
-        lay_out_groups<GatePanel, MLP_PIECE>(sums, part(Place<GateUp, MLP_PIECE>::own()).meta, first_group,
-                                             s.slots);
-    else
-        lay_out<GateUp, MLP_PIECE>(sums, s.slots);
+    lay_out_sums<GatePanel, MLP_PIECE>(sums, part, first_group, s.slots);
     __syncthreads();
     return (float)m.unscale / listed.enlarged;
 }

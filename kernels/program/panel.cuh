@@ -37,6 +37,12 @@ struct Panel {
                                               : (EXISTS ? GROUPS : W::GROUPS);
     static constexpr int WORDS = EXISTS ? (W::BY_INPUT ? GROUPS : ROWS) * STRIDE : 4;
     static constexpr bool HAS_PLACES = EXISTS && !W::BY_INPUT;  // whether a list says where in it a row's scales are
+
+    // Of the groups along the input that a part's channels are of; 0 where groups lie along the output.
+    static __device__ __forceinline__ int first_input_group(int part) {
+        if constexpr (W::BY_INPUT) return part * CHANNELS / W::GROUP_CHANNELS;
+        return 0;
+    }
 };
 
 // Channels are in multiples of four. Of down a block of a team has an equal run of the columns, in pieces that lanes
@@ -64,7 +70,7 @@ __device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first
     if (!P::EXISTS) return;
     const u64 policy = evict_first();
     if constexpr (W::BY_INPUT) {
-        const int first_group = part * P::CHANNELS / W::GROUP_CHANNELS;
+        const int first_group = P::first_input_group(part);
 #pragma unroll 1
         for (int i = threadIdx.x; i < P::GROUPS * P::GRANULES * 8; i += THREADS) {
             const int place = i / 8 % P::GRANULES, in_panel = i / 8 / P::GRANULES, word = i % 8 * 4;
@@ -92,13 +98,13 @@ __device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first
     }
 }
 
-// Words of a granule in a panel that begins at a granule and a group; without a panel in m. Those of the first row, or
-// of the granule's columns in the first group.
+// Words of a granule in a panel that begins at first_granule; without a panel in m. Those of the first row, or of the
+// granule's columns in the first group along the input.
 template <class P>
-__device__ __forceinline__ const u32* scales_by_output(const Matrix& m, const u32* panel, int first_group,
+__device__ __forceinline__ const u32* scales_by_output(const Matrix& m, const u32* panel, int first_granule,
                                                        int granule) {
     const int group = granule / P::W::GRANULES_OF_GROUP;
-    return P::EXISTS ? panel + group - first_group : m.meta + group;
+    return P::EXISTS ? panel + group - first_granule / P::W::GRANULES_OF_GROUP : m.meta + group;
 }
 template <class P>
 __device__ __forceinline__ const u32* scales_by_input(const Matrix& m, const u32* panel, int first_group,

@@ -13,12 +13,11 @@ __device__ __forceinline__ void product(const Matrix& m, int piece, const u32* p
                                         Listed listed, uint4* partials, u32 epoch, Shared& s, Meanwhile meanwhile,
                                         Before before_sending) {
     using W = typename P::W;
-    const int first_group =
-        W::BY_INPUT ? split * P::CHANNELS / W::GROUP_CHANNELS : first_granule / W::GRANULES_OF_GROUP;
+    const int first_group = P::first_input_group(split);
     auto part = [&](const Place<W, PIECE>& place) -> Part {
         const int granule = piece * PIECE + place.granule;
         const u32* const words = W::BY_INPUT ? scales_by_input<P>(m, panel, first_group, first_granule, granule)
-                                             : scales_by_output<P>(m, panel, first_group, granule);
+                                             : scales_by_output<P>(m, panel, first_granule, granule);
         return {m.values + granule * 16, words, granule < W::GRANULES, 0.0f};
     };
     SumsOf<W> sums;
@@ -26,10 +25,7 @@ __device__ __forceinline__ void product(const Matrix& m, int piece, const u32* p
                                                       s.ring_words[0][0], meanwhile);
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
-    if constexpr (W::BY_INPUT)
-        lay_out_groups<P, PIECE>(sums, part(Place<W, PIECE>::own()).meta, first_group, s.slots);
-    else
-        lay_out<W, PIECE>(sums, s.slots);
+    lay_out_sums<P, PIECE>(sums, part, first_group, s.slots);
     before_sending();
     __syncthreads();
     uint4* const row = partials + (u64)split * (W::N / 4);

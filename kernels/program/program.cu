@@ -53,7 +53,7 @@ static_assert(Words::END <= WORKSPACE_WORDS, "plan.py and program.cu disagree ab
 
 struct Arguments {
     const Layer* layers;
-    const u8* embedding;      // [V, HIDDEN] of EMBEDDING_BITS
+    const u8* embedding;       // [V, HIDDEN] of EMBEDDING_BITS
     const float* frequencies;  // of the rotary embedding, [HEAD_DIM / 2]
     const u16* norm;
     Matrix head;

@@ -43,6 +43,7 @@ FORMATS = {
     "floats": (None, False), "int8": ("int8", True), "int4": ("int4", False), "int4-head": ("int4", True),
     "mixed": ("mixed", False), "mixed-head": ("mixed", True),
 }  # fmt: skip
+SEEDS = {None: 0, "int8": 1, "int4": 6, "mixed": 1}  # with which no entry is at its threshold but for rounding
 # Rounding carries entries over their thresholds: modules in 16 bits are 0.06 to 0.16 from the reference. The
 # program may be so many times as far. A wrong threshold gives 0.3 and more.
 ROUNDED_OTHERWISE = 1.5
@@ -51,10 +52,7 @@ ROUNDED_OTHERWISE = 1.5
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("quant,lm_head", FORMATS.values(), ids=FORMATS)
 def test_formats_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, lm_head: bool) -> None:
-    seed = {None: 0, "int8": 1, "int4": 6, "mixed": 1}[
-        quant
-    ]  # with which no entry is at its threshold but for rounding
-    model = random_model(TINY, torch.float16, quant, lm_head, True, "cpu", seed)
+    model = random_model(TINY, torch.float16, quant, lm_head, True, "cpu", SEEDS[quant])
     check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
 
 

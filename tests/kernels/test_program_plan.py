@@ -94,7 +94,7 @@ def by_input(model: Model, channels: int) -> Model:
 
 @pytest.mark.parametrize("channels,touched", [(128, 0), (64, 16), (32, 32)])
 def test_groups_along_the_input_that_are_too_many(channels: int, touched: int) -> None:
-    """Those of the 1,024 channels of gate and up that a block lists."""
+    """Those of down, whose channels are a team's 1,024 columns of gate, where gate's and up's would be few enough."""
     model = by_input(described(LLAMA_3_8B, 4, 8), channels)
     told = f"a block's channels are of {touched} groups along the input; expected at most 8" if touched else ""
     assert shape_obstacle(model, H100) == told
