@@ -57,7 +57,7 @@ __device__ __forceinline__ void float_head(const Matrix& m, const float* of_x, f
 
 template <class W>
 __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, Best& best, Listed listed, Shared& s) {
-    constexpr int PIECE = ceil_div(W::GRANULES, GRID);
+    constexpr int PIECE = HEAD_PIECE;
     auto part = [&](const Place<W, PIECE>& place) -> Part {
         const int granule = blockIdx.x * PIECE + place.granule;
         return {m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, granule < W::GRANULES, 0.0f};

@@ -27,6 +27,7 @@ def device_facts(device: torch.device) -> Device:
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in its stubs
         torch.cuda.get_device_capability(device),
+        2 * properties.memory_clock_rate * properties.memory_bus_width / 8e6,  # kHz, bits
     )
 
 

@@ -1,7 +1,7 @@
 // gate, up and down, with nothing between them but an exchange within a small team of blocks.
 //
 //     team t      an equal run of gate's granules, and the same of up's: S = MLP_SHARE blocks
-//     rank r      of the channels, the r-th eight of every S eights: sums over these
+//     rank r      of the channels, the r-th run of every S runs: sums over these
 //     block       adds the sums of its team for all of the team's columns, h = silu(gate) * up
 //                 the rows of down that these h meet, the r-th run of columns: partial sums of split t
 //
@@ -24,7 +24,7 @@ struct MlpBlock {
     const int down_piece = rank * DOWN_PIECES, down_granule = down_piece * DOWN_PIECE;  // its first
 
     __device__ int first_group() const { return first / GateUp::GRANULES_OF_GROUP; }
-    __device__ int channel(int i) const { return channel_of_part<GateUp, 8, MLP_SHARE, MLP_CHANNELS>(rank, i); }
+    __device__ int channel(int i) const { return channel_of_part<GateUp, MLP_RUN, MLP_SHARE, MLP_CHANNELS>(rank, i); }
     // Fours of its channels, that this thread lists.
     __device__ static int own(int i) { return threadIdx.x + i * THREADS; }
     __device__ bool has(int i) const { return 4 * own(i) < MLP_CHANNELS && channel(4 * own(i)) < HIDDEN; }

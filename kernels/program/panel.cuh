@@ -47,9 +47,6 @@ struct Panel {
 
 // Channels are in multiples of four. Of down a block of a team has an equal run of the columns, in pieces that lanes
 // can sum at once. A warp's granules have the same slot where groups lie along the input (formats.cuh).
-constexpr int QKV_CHANNELS = ceil_div(HIDDEN / 4, QKV_SPLITS) * 4;
-constexpr int O_CHANNELS = fours(ceil_div(HEADS * HEAD_DIM / 2, O_SPLITS) * 2);
-constexpr int MLP_CHANNELS = ceil_div(HIDDEN, 8 * MLP_SHARE) * 8;
 constexpr int H_FOURS = TEAM_GRANULES * GateUp::COLUMNS / 4;  // of a team's columns of the hidden layer
 constexpr int H_CHANNELS = 4 * H_FOURS, X_CHANNELS = fours(HIDDEN);
 constexpr int DOWN_PIECES = ceil_div(ceil_div(Down::GRANULES, MLP_SHARE), Down::TEAMS);

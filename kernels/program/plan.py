@@ -38,7 +38,16 @@ MAX_STAGES = 4  # steps of 64 bytes a thread, three in flight: 3, 5 and 6 were 1
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
 # Of gate, and as many of up. In bf16 896 were 1 to 2% faster than 448, these 3% than 224 (H100).
 MLP_PIECE_BYTES = 500
-RUN_GRANULES = 4  # 64 bytes, at whose multiples a team's columns begin: off them bf16 lost 5%
+# Granules at whose multiples a team's columns begin, 64 bytes: off them bf16 lost 5%, and int4 2% (H100). But the 8B's
+# gate,up in int4 has so only 112 of 132 blocks, and an H200's memory gives more than these draw: 32 bytes, of which 128
+# blocks have a part, were 1.6% faster there.
+RUN_GRANULES, FINE_RUN_GRANULES = 4, 2
+FINE_FROM = 32.0  # GB/s of memory for each multiprocessor: an H100 has 25, an H200 36
+# Neighbouring channels of a part. Blocks poll what others send by whole lines of 128 bytes: with runs of 8 of gate,up a
+# step of the 8B in int4 at 50% took 1.38 ms, of 32 1.36; of 4 and 2 of q,k,v and o 1.36, of 16 1.34 (H200).
+QKV_RUN, O_RUN, MLP_RUN = 16, 16, 32
+UNEVEN = 1 / 16  # by which whole runs may make the longest part longer than its share
+LINE_GRANULES = 8  # of 128 bytes: whole ones of the head's rows took 137 us, not 150 (8 bits, H200)
 SCALE_ROW, GROUP_REST = 36, 4  # words, panel.cuh
 PAIRS_OF_PASS = 64  # of channels, of which o's blocks make their list at once
 
@@ -153,24 +162,24 @@ def _cut(model: Model, device: Device) -> Plan | None:
 
 def _all_sizes(model: Model, device: Device) -> list[tuple[int, dict[str, int]]]:
     """Threads of a block and the _sizes with them, for each of BLOCK_THREADS that are enough."""
-    found = ((n, _sizes(model, device.multiprocessors, n)) for n in BLOCK_THREADS[model.products[2].bits])
+    found = ((n, _sizes(model, device, n)) for n in BLOCK_THREADS[model.products[2].bits])
     return [(threads, sizes) for threads, sizes in found if sizes is not None]
 
 
-def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
+def _sizes(model: Model, device: Device, threads: int) -> dict[str, int] | None:
     """Constants of the config that say how the work is cut; None if so many threads are too few."""
-    c, (qkv, o, gate_up, _) = model.config, model.products
+    c, (qkv, o, gate_up, _), grid = model.config, model.products, device.multiprocessors
     unit = math.gcd(c.q_size, c.kv_size) // qkv.columns
     qkv_piece, qkv_splits = pieces_and_splits(
         qkv, unit, grid, threads, QKV_PIECE_BYTES, qkv.least_splits, MAX_QKV_SPLITS
     )
     one_pass = max(math.ceil(c.q_size / 2 / PAIRS_OF_PASS), o.least_splits)
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
-    teams, share, granules = _mlp(gate_up, grid, threads)
-    head = model.head
+    teams, share, granules = _mlp(gate_up, device, threads)
+    _, head_piece = whole_runs(1 if model.head is None else model.head.granules, grid, LINE_GRANULES, 1)
     if not teams or qkv_piece > qkv.teams(threads) or o_piece > o.teams(threads):
         return None
-    if head is not None and math.ceil(head.granules / grid) > head.teams(threads):
+    if model.head is not None and head_piece > model.head.teams(threads):
         return None
     if qkv.granules // qkv_piece > grid or o.granules // o_piece > grid:
         return None
@@ -178,11 +187,15 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
         "GRID": grid,
         "QKV_PIECE": qkv_piece,
         "QKV_SPLITS": qkv_splits,
+        **_channels("QKV", c.hidden_size, qkv_splits, QKV_RUN),
         "O_PIECE": o_piece,
         "O_SPLITS": o_splits,
+        **_channels("O", c.q_size, o_splits, O_RUN),
         "MLP_TEAMS": teams,
         "MLP_SHARE": share,
+        **_channels("MLP", c.hidden_size, share, MLP_RUN),
         "TEAM_GRANULES": granules,
+        "HEAD_PIECE": head_piece,
         "LANES_OF_PAIR": threads // PAIRS_OF_PASS,
         "GROUP_HEADS": min(GROUP_HEADS, model.heads_of_key),
         "POSITIONS_OF_SPLIT": POSITIONS_OF_SPLIT,
@@ -190,12 +203,31 @@ def _sizes(model: Model, grid: int, threads: int) -> dict[str, int] | None:
     }
 
 
-def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
+def whole_runs(count: int, parts: int, longest: int, shortest: int) -> tuple[int, int]:
+    """(items of a run, items of the longest part), where each part has whole runs of count items.
+
+    Runs are the longest powers of two, from longest to shortest, that keep parts about even (UNEVEN).
+    """
+    run = longest
+    while run > shortest and run * math.ceil(count / run / parts) > (1 + UNEVEN) * count / parts:
+        run //= 2
+    return run, run * math.ceil(count / run / parts)
+
+
+def _channels(product: str, count: int, parts: int, longest: int) -> dict[str, int]:
+    """RUN and CHANNELS of a product whose channels are shared out in runs: of fours, as lists are read."""
+    run, most = whole_runs(count, parts, longest, 4)
+    return {f"{product}_RUN": run, f"{product}_CHANNELS": most}
+
+
+def _mlp(gate_up: Format, device: Device, threads: int) -> tuple[int, int, int]:
     """(teams, blocks of each, granules of gate of each) of gate and up, as MLP_PIECE_BYTES says. 0 teams: none fit.
 
     A block's channels must be of few groups along the input: then a team may have eight blocks.
     """
-    half, found, run = gate_up.granules // 2, (0, 1, 1), max(RUN_GRANULES, gate_up.unit)
+    grid, half, found = device.multiprocessors, gate_up.granules // 2, (0, 1, 1)
+    is_fine = device.gb_per_s > FINE_FROM * grid
+    run = max(FINE_RUN_GRANULES if is_fine else RUN_GRANULES, gate_up.unit)
     is_few = not gate_up.channels
     for share in (1, 2, 4, 8):
         if grid < share or (share > 4 and is_few):
@@ -214,11 +246,11 @@ def _mlp(gate_up: Format, grid: int, threads: int) -> tuple[int, int, int]:
 def part_of(product: str, channels: Tensor, gate_up: Format, sizes: dict[str, int]) -> Tensor:
     """The parts of a product's channels that these are in. A block lists the channels of one."""
     if product == "QKV":
-        return channels // 4 % sizes["QKV_SPLITS"]
+        return channels // sizes["QKV_RUN"] % sizes["QKV_SPLITS"]
     if product == "O":
-        return channels // 2 % sizes["O_SPLITS"]
+        return channels // sizes["O_RUN"] % sizes["O_SPLITS"]
     if product == "MLP":
-        return channels // 8 % sizes["MLP_SHARE"]
+        return channels // sizes["MLP_RUN"] % sizes["MLP_SHARE"]
     if product == "DOWN":  # of which a team has those rows that meet its columns of gate
         return gate_up.granule_of(channels) // sizes["TEAM_GRANULES"]
     return torch.zeros_like(channels)
@@ -243,9 +275,9 @@ def _parts(model: Model, sizes: dict[str, int], threads: int) -> list[tuple[Form
     """panel.cuh's Panels: (product, granules of a block, its channels); of gate and up one half of the granules."""
     c, (qkv, o, gate_up, down) = model.config, model.products
     return [
-        (qkv, sizes["QKV_PIECE"], 4 * math.ceil(c.hidden_size / 4 / sizes["QKV_SPLITS"])),
-        (o, sizes["O_PIECE"], _fours(2 * math.ceil(c.q_size / 2 / sizes["O_SPLITS"]))),
-        (gate_up, sizes["TEAM_GRANULES"], 8 * math.ceil(c.hidden_size / 8 / sizes["MLP_SHARE"])),
+        (qkv, sizes["QKV_PIECE"], sizes["QKV_CHANNELS"]),
+        (o, sizes["O_PIECE"], sizes["O_CHANNELS"]),
+        (gate_up, sizes["TEAM_GRANULES"], sizes["MLP_CHANNELS"]),
         (down, _own_granules(down, sizes, threads), 4 * _team_fours(gate_up, sizes)),
     ]
 

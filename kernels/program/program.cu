@@ -71,25 +71,25 @@ struct Arguments {
 };
 constexpr int STAMPS = 12;
 
-// A block's part of q, k and v: a piece of the columns, and every QKV_SPLITS-th four of channels.
+// A block's part of q, k and v: a piece of the columns, and every QKV_SPLITS-th run of channels.
 struct QkvPart {
     static constexpr int PIECES = Qkv::GRANULES / QKV_PIECE, COUNT = ceil_div(QKV_CHANNELS / 4, THREADS);
     const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
     const bool active = split < QKV_SPLITS;
 
-    __device__ int channel(int i) const { return channel_of_part<Qkv, 4, QKV_SPLITS, QKV_CHANNELS>(split, i); }
+    __device__ int channel(int i) const { return channel_of_part<Qkv, QKV_RUN, QKV_SPLITS, QKV_CHANNELS>(split, i); }
     __device__ int own(int i) const { return threadIdx.x + i * THREADS; }  // of its fours, that this thread lists
     __device__ int four(int i) const { return channel(4 * own(i)) / 4; }
     __device__ bool has(int i) const { return 4 * own(i) < QKV_CHANNELS && four(i) < HIDDEN / 4; }
 };
 
-// Of o: every O_SPLITS-th pair.
+// Of o: every O_SPLITS-th run.
 struct OPart {
     static constexpr int PIECES = O::GRANULES / O_PIECE;
     const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
     const bool active = split < O_SPLITS;
 
-    __device__ int channel(int i) const { return channel_of_part<O, 2, O_SPLITS, O_CHANNELS>(split, i); }
+    __device__ int channel(int i) const { return channel_of_part<O, O_RUN, O_SPLITS, O_CHANNELS>(split, i); }
 };
 
 struct Step {

@@ -15,11 +15,15 @@ MAX_INPUT_GROUPS = 8  # of a block's channels, where groups lie along the input:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What the plan must know of a GPU: multiprocessors, bytes of shared memory of a block, compute capability."""
+    """What the plan must know of a GPU: multiprocessors, bytes of shared memory of a block, compute capability.
+
+    gb_per_s: of its memory, as its clock and bus say; 0 if that is not known.
+    """
 
     multiprocessors: int
     shared_bytes: int
     capability: tuple[int, int]
+    gb_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from teal.errors import UserError
 from teal.kernels.formats.packing import Weight
 from teal.kernels.program import launch
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
-from teal.kernels.program.plan import part_of, pieces_and_splits, plan, shape_obstacle
+from teal.kernels.program.plan import MLP_RUN, UNEVEN, part_of, pieces_and_splits, plan, shape_obstacle, whole_runs
 from teal.kernels.program.shapes import PRODUCTS, Device, Model
 from teal.layers.quantized_linear import QuantConfig, round_in_two_terms, use_quantized_linears
 from teal.model import ModelConfig, Transformer
@@ -25,6 +25,7 @@ from teal.parallel import Rank
 from tests.kernels.program_models import (
     A100,
     H100,
+    H200,
     LLAMA_1B,
     LLAMA_3_8B,
     QWEN_7B,
@@ -112,6 +113,26 @@ def test_pieces_cover_the_columns_within_one_projection(config: ModelConfig, bit
         assert end % (piece * qkv.columns) == 0, "a piece has columns of two projections"
 
 
+@pytest.mark.parametrize("longest,shortest", [(MLP_RUN, 4), (8, 1)])
+@pytest.mark.parametrize("count,parts", [(4096, 11), (4096, 4), (576, 4), (896, 12), (96, 5), (8016, 132), (17, 3)])
+def test_parts_have_whole_runs_and_are_about_even(count: int, parts: int, longest: int, shortest: int) -> None:
+    run, most = whole_runs(count, parts, longest, shortest)
+    of_part = [0] * parts
+    for i in range(count):
+        of_part[i // run % parts] += 1
+    assert max(of_part) <= most == run * math.ceil(count / run / parts)
+    assert run == shortest or most <= (1 + UNEVEN) * count / parts
+    longer = 2 * run
+    assert longer > longest or longer * math.ceil(count / longer / parts) > (1 + UNEVEN) * count / parts
+
+
+@pytest.mark.parametrize("bits,blocks", [(4, {H100: 112, H200: 128}), (8, {H100: 128, H200: 128})])
+def test_fast_memory_keeps_more_blocks_busy(bits: int, blocks: dict[Device, int]) -> None:
+    for device, count in blocks.items():
+        sizes = plan(described(LLAMA_3_8B, bits, 8), device).sizes
+        assert sizes["MLP_TEAMS"] * sizes["MLP_SHARE"] == count
+
+
 @pytest.mark.parametrize("refined", [[], [191], list(range(64)), list(range(0, 192, 5))], ids=len)
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_a_block_finds_the_second_rows_of_its_channels(product: str, refined: list[int]) -> None:
@@ -149,7 +170,7 @@ def check_cubin(model: Model, device: Device, folder: Path) -> None:
 
 
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
-@pytest.mark.parametrize("device", [A100, RTX_4090, H100], ids=["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("device", [A100, RTX_4090, H200], ids=["sm_80", "sm_89", "sm_90"])
 @pytest.mark.parametrize(
     "bits,head_bits,ranks", [(4, 8, 1), (8, 16, 1), (16, 16, 1), (4, 4, 1), (8, 4, 1), (16, 16, 2)]
 )
