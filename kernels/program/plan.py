@@ -38,13 +38,13 @@ MAX_STAGES = 4  # steps of 64 bytes a thread, three in flight: 3, 5 and 6 were 1
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
 # Of gate, and as many of up. In bf16 896 were 1 to 2% faster than 448, these 3% than 224 (H100).
 MLP_PIECE_BYTES = 500
-# Granules at whose multiples a team's columns begin, 64 bytes: off them bf16 lost 5%, and int4 2% (H100). But the 8B's
-# gate,up in int4 has so only 112 of 132 blocks, and an H200's memory gives more than these draw: 32 bytes, of which 128
-# blocks have a part, were 1.6% faster there.
+# Granules at whose multiples a team's columns begin, 64 bytes: off them bf16 lost 5%, and int4 2% (H100). But they leave
+# 20 of 132 blocks without a part of the 8B's gate,up in int4. An H200's memory gives more than the others draw. There 32
+# bytes, of which 128 blocks have a part, were 1.6% faster.
 RUN_GRANULES, FINE_RUN_GRANULES = 4, 2
 FINE_FROM = 32.0  # GB/s of memory for each multiprocessor: an H100 has 25, an H200 36
-# Neighbouring channels of a part. Blocks poll what others send by whole lines of 128 bytes: with runs of 8 of gate,up a
-# step of the 8B in int4 at 50% took 1.38 ms, of 32 1.36; of 4 and 2 of q,k,v and o 1.36, of 16 1.34 (H200).
+# Neighbouring channels of a part. Blocks poll what others send by whole lines of 128 bytes. A step of the 8B in int4 at
+# 50% took 1.38 ms with 8 of gate,up, 1.36 with 32; 1.36 with 4 of q,k,v and 2 of o, 1.34 with 16 (H200).
 QKV_RUN, O_RUN, MLP_RUN = 16, 16, 32
 UNEVEN = 1 / 16  # by which whole runs may make the longest part longer than its share
 LINE_GRANULES = 8  # of 128 bytes: whole ones of the head's rows took 137 us, not 150 (8 bits, H200)
@@ -273,7 +273,7 @@ def _fours(count: int) -> int:
 
 def _parts(model: Model, sizes: dict[str, int], threads: int) -> list[tuple[Format, int, int]]:
     """panel.cuh's Panels: (product, granules of a block, its channels); of gate and up one half of the granules."""
-    c, (qkv, o, gate_up, down) = model.config, model.products
+    qkv, o, gate_up, down = model.products
     return [
         (qkv, sizes["QKV_PIECE"], sizes["QKV_CHANNELS"]),
         (o, sizes["O_PIECE"], sizes["O_CHANNELS"]),
