@@ -44,7 +44,7 @@ MLP_PIECE_BYTES = 500
 RUN_GRANULES, FINE_RUN_GRANULES = 4, 2
 FINE_FROM = 32.0  # GB/s of memory for each multiprocessor: an H100 has 25, an H200 36
 # Neighbouring channels of a part. Blocks poll what others send by whole lines of 128 bytes. A step of the 8B in int4 at
-# 50% took 1.38 ms with 8 of gate,up, 1.36 with 32; 1.36 with 4 of q,k,v and 2 of o, 1.34 with 16 (H200).
+# 50% took 1.38 ms with 8 of gate,up and 1.36 with 32. With 4 of q,k,v and 2 of o it took 1.36, with 16 1.34 (H200).
 QKV_RUN, O_RUN, MLP_RUN = 16, 16, 32
 UNEVEN = 1 / 16  # by which whole runs may make the longest part longer than its share
 LINE_GRANULES = 8  # of 128 bytes: whole ones of the head's rows took 137 us, not 150 (8 bits, H200)
