@@ -1,4 +1,4 @@
-"""What the inline assembly of gather_tensor_core.py does, in numpy, so that the interpreter can run it on a CPU.
+"""What the inline assembly of gather_tensor_core.py and lane_loads.py does, in numpy, for the interpreter on a CPU.
 
 Each function is written from the PTX manual's description of the instructions and not from the assembly. What a lane
 of mma.m16n8k16 holds is spelled out, so the test sees a wrong mapping of lanes to rows, columns and groups.
@@ -16,7 +16,7 @@ from triton.runtime.interpreter import TensorHandle
 from teal.kernels.gemv import gather_tensor_core as code
 from teal.kernels.gemv import gather_tensor_core_rows as code_of_rows
 from teal.kernels.gemv import gather_tensor_core_wide as code_of_wide
-from teal.kernels.gemv import launch
+from teal.kernels.gemv import lane_loads, launch
 
 
 def numbers(x: Any) -> np.ndarray:
@@ -137,7 +137,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         return
     monkeypatch.setattr(launch, "has_tensor_cores", lambda device: True)
-    for module in (code, code_of_rows, code_of_wide):
+    for module in (code, code_of_rows, code_of_wide, lane_loads):
         for name in ("load_two", "load_four", "load_weights", "load_scale", "load_zero", "address", "leave_first",
                      "pair", "exchange", "from_lane", "add_tile"):  # fmt: skip
             if hasattr(module, name):

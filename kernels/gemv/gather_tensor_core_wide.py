@@ -19,26 +19,13 @@ from teal.kernels.gemv.gather_tensor_core import (
     STEP,
     WARP_BYTES,
     add_tile,
-    address,
     corrected,
     exchange,
     from_lane,
-    leave_first,
-    load_four,
-    load_scale,
-    load_zero,
     make_b,
 )
 from teal.kernels.gemv.gather_tensor_core_rows import side_by_side
-
-
-@triton.jit
-def load_two(p, policy):
-    """As gather_tensor_core.load_weights, of two words."""
-    return tl.inline_asm_elementwise(
-        "ld.global.L1::evict_first.L2::cache_hint.v2.b32 {$0, $1}, [$2], $3;", "=r,=r,l,l",
-        [p, policy], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+from teal.kernels.gemv.lane_loads import address, leave_first, load_four, load_meta, load_two
 
 
 @triton.jit
@@ -48,14 +35,7 @@ def load_piece(words, stride, scale, zero, groups_of_row, index, policy, DTYPE: 
     size = 4 * stride
     w_0, w_1 = load_two(address(words, i_0, size), policy), load_two(address(words, i_1, size), policy)
     w_2, w_3 = load_two(address(words, i_2, size), policy), load_two(address(words, i_3, size), policy)
-    size = 2 * groups_of_row
-    s = (load_scale(address(scale, i_0, size), DTYPE), load_scale(address(scale, i_1, size), DTYPE),
-         load_scale(address(scale, i_2, size), DTYPE), load_scale(address(scale, i_3, size), DTYPE))  # fmt: skip
-    z = s
-    if META.BITS == 4:
-        size = groups_of_row
-        z = (load_zero(address(zero, i_0, size)), load_zero(address(zero, i_1, size)),
-             load_zero(address(zero, i_2, size)), load_zero(address(zero, i_3, size)))  # fmt: skip
+    s, z = load_meta(scale, zero, groups_of_row, index, DTYPE, META.BITS)
     return w_0, w_1, w_2, w_3, s, z
 
 

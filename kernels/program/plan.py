@@ -38,9 +38,9 @@ MAX_STAGES = 4  # steps of 64 bytes a thread, three in flight: 3, 5 and 6 were 1
 QKV_PIECE_BYTES, O_PIECE_BYTES = 256, 512
 # Of gate, and as many of up. In bf16 896 were 1 to 2% faster than 448, these 3% than 224 (H100).
 MLP_PIECE_BYTES = 500
-# Granules at whose multiples a team's columns begin, 64 bytes: off them bf16 lost 5%, and int4 2% (H100). But they leave
-# 20 of 132 blocks without a part of the 8B's gate,up in int4. An H200's memory gives more than the others draw. There 32
-# bytes, of which 128 blocks have a part, were 1.6% faster.
+# Granules at whose multiples a team's columns begin, 64 bytes: off them bf16 lost 5%, and int4 2% (H100). But they
+# leave 20 of 132 blocks without a part of the 8B's gate,up in int4. An H200's memory gives more than the others draw.
+# There 32 bytes, of which 128 blocks have a part, were 1.6% faster.
 RUN_GRANULES, FINE_RUN_GRANULES = 4, 2
 FINE_FROM = 32.0  # GB/s of memory for each multiprocessor: an H100 has 25, an H200 36
 # Neighbouring channels of a part. Blocks poll what others send by whole lines of 128 bytes. A step of the 8B in int4 at
