@@ -30,6 +30,7 @@ BESIDE = {  # files that know of it, too, but that a new one does without
         "kernels/gemv/gather_tensor_core.py",  # the fast forms of 4 and 8 bits
         "kernels/gemv/gather_tensor_core_rows.py",
         "kernels/gemv/gather_tensor_core_wide.py",
+        "kernels/gemv/lane_loads.py",
         "kernels/gemv/launch.py",  # which reads bytes as words
         "kernels/program/shapes.py",  # of a kernel that refuses what it does not know
         "kernels/cpu/blocks.cpp",  # GGUF's types, a layout apart
