@@ -11,17 +11,14 @@
 #include <vector>
 
 #include "amx.h"
-#include "blocks.h"
+#include "half_strips.h"
 #include "tensors.h"
 
 #if defined(__AVX512BF16__)
 namespace teal {
 namespace {
 
-constexpr int64_t HALF_STRIP = STRIP / 2;
-constexpr int VECTORS = HALF_STRIP / LANES;
 constexpr int64_t CHANNELS = 512;  // in a tile of 64 KB
-constexpr int ROWS = 6;            // their sums take 24 registers of 32
 
 // sums [rows][64] += x [rows, stride] times a tile [pairs][64][2].
 template <int COUNT>
@@ -79,12 +76,7 @@ void multiply_columns(const Blocks& w, const Rows& rows, int64_t count, int64_t 
     widen_pairs(w, k, k + channels, begin, tile);
     rows.multiply(k, tile, channels / 2, sums.data());
   }
-  const int64_t width = std::min(HALF_STRIP, w.N - begin);
-  for (int64_t r = 0; r < count; ++r) {
-    BFloat16 row[HALF_STRIP];
-    for (int v = 0; v < VECTORS; ++v) store(row + v * LANES, load(sums.data() + r * HALF_STRIP + v * LANES));
-    std::copy_n(row, width, y + r * y_stride);
-  }
+  store_half(sums.data(), count, w.N - begin, y, y_stride);
 }
 
 template <typename Rows>

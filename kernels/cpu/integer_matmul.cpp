@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "half_strips.h"
 #include "octets.h"
 #include "tensors.h"
 #include "whole_numbers.h"
@@ -23,9 +24,6 @@
 namespace teal {
 namespace {
 
-constexpr int64_t HALF_STRIP = STRIP / 2;
-constexpr int VECTORS = HALF_STRIP / LANES;
-constexpr int ROWS = 6;            // their sums take 24 registers of 32
 constexpr int64_t CHANNELS = 256;  // in a tile
 constexpr int64_t HALVES = 4;      // of strips, for which a thread takes some channels of x from L3 once
 
@@ -135,14 +133,9 @@ void multiply_columns(const Blocks& w, const std::vector<Group>& x, int64_t begi
     }
   }
   by_dtype(dtype_of(y.scalar_type()), [&](auto type) {
-    using T = decltype(type);
+    auto* to = static_cast<decltype(type)*>(y.mutable_data_ptr());
     for (int64_t n = begin, half = 0; n < end; n += HALF_STRIP, ++half)
-      for (int64_t r = 0; r < y.size(0); ++r) {
-        const float* from = sums.data() + half * size + r * HALF_STRIP;
-        T row[HALF_STRIP];
-        for (int v = 0; v < VECTORS; ++v) store(row + v * LANES, load(from + v * LANES));
-        std::copy_n(row, std::min(HALF_STRIP, end - n), static_cast<T*>(y.mutable_data_ptr()) + r * y.stride(0) + n);
-      }
+      store_half(sums.data() + half * size, y.size(0), end - n, to + n, y.stride(0));
   });
 }
 
