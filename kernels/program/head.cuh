@@ -1,4 +1,4 @@
-// The output head and the argmax, in fp32. Block b has an equal run of the vocabulary, so nothing is added up.
+// The output head and the argmax, in fp32. Block b has a run of the vocabulary, so nothing is added up.
 //
 //     HEAD_BITS 16    [V, C] as nn.Linear has it: a warp takes four rows at once
 //     HEAD_BITS 8, 4  [C, V] as packing.py has it: gather over a list of all channels
@@ -57,21 +57,20 @@ __device__ __forceinline__ void float_head(const Matrix& m, const float* of_x, f
 
 template <class W>
 __device__ __forceinline__ void quantized_head(const Matrix& m, float* logits, Best& best, Listed listed, Shared& s) {
-    constexpr int PIECE = HEAD_PIECE;
-    auto part = [&](const Place<W, PIECE>& place) -> Part {
-        const int granule = blockIdx.x * PIECE + place.granule;
+    auto part = [&](const Place<W, HEAD_PIECE>& place) -> Part {
+        const int granule = blockIdx.x * HEAD_PIECE + place.granule;
         return {m.values + granule * 16, m.meta + granule / W::GRANULES_OF_GROUP, granule < W::GRANULES, 0.0f};
     };
     SumsOf<W> sums;
-    gather<W, PIECE, false, false>(sums, part, s.list(listed), s.ring, s.ring_words[0][0], [] {});
+    gather<W, HEAD_PIECE, false, false>(sums, part, s.list(listed), s.ring, s.ring_words[0][0], [] {});
     const float unscale = (float)m.unscale / listed.enlarged;
     __syncthreads();
-    lay_out<W, PIECE>(sums, s.slots);
+    lay_out<W, HEAD_PIECE>(sums, s.slots);
     __syncthreads();
-    for (int four = threadIdx.x; four < PIECE * W::COLUMNS / 4; four += THREADS) {
-        const int at = blockIdx.x * PIECE + 4 * four / W::COLUMNS;
+    for (int four = threadIdx.x; four < HEAD_PIECE * W::COLUMNS / 4; four += THREADS) {
+        const int at = blockIdx.x * HEAD_PIECE + 4 * four / W::COLUMNS;
         if (at >= W::GRANULES) continue;
-        const float4 sum = sum_of_slots<W, PIECE>(s.slots, four, unscale);
+        const float4 sum = sum_of_slots<W, HEAD_PIECE>(s.slots, four, unscale);
         const int column = W::column(at, 4 * four % W::COLUMNS);
         *(float4*)(logits + column) = sum;
         best.see(sum.x, column), best.see(sum.y, column + 1), best.see(sum.z, column + 2), best.see(sum.w, column + 3);

@@ -45,8 +45,9 @@ struct Panel {
     }
 };
 
-// Channels are in multiples of four. Of down a block of a team has an equal run of the columns, in pieces that lanes
-// can sum at once. A warp's granules have the same slot where groups lie along the input (formats.cuh).
+// How many channels a part has plan.py says, in multiples of four. Of down a block of a team has an equal run of the
+// columns, in pieces that lanes can sum at once. A warp's granules have the same slot where groups lie along the input
+// (formats.cuh).
 constexpr int H_FOURS = TEAM_GRANULES * GateUp::COLUMNS / 4;  // of a team's columns of the hidden layer
 constexpr int H_CHANNELS = 4 * H_FOURS, X_CHANNELS = fours(HIDDEN);
 constexpr int DOWN_PIECES = ceil_div(ceil_div(Down::GRANULES, MLP_SHARE), Down::TEAMS);
