@@ -155,6 +155,17 @@ def test_teams_of_eight_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("gb_per_s,granules", [(0.0, 12), (1000.0, 10)], ids=["slow memory", "fast memory"])
+def test_finer_runs_of_columns_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gb_per_s: float, granules: int
+) -> None:
+    monkeypatch.setattr("tests.kernels.emulated_program.FEW_BLOCKS", Device(10, 232448, (9, 0), gb_per_s))
+    model = random_model(WIDE, torch.float16, "int4", True, False, "cpu")
+    check_logits(emulated_backend(model, tmp_path, monkeypatch), 2e-3)
+    assert f"TEAM_GRANULES = {granules};" in (tmp_path / "config.cuh").read_text()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_families_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     quant = None if "tie_embeddings" in changes else "int4"
