@@ -12,7 +12,7 @@ constexpr int64_t HALF_STRIP = STRIP / 2;
 constexpr int VECTORS = HALF_STRIP / LANES;
 constexpr int ROWS = 6;  // their sums take 24 registers of 32
 
-// Sums [rows][64] of half a strip, its first columns of width, into rows of y.
+// The first columns, width at most, of sums [rows][64] into rows of y.
 template <typename T>
 void store_half(const float* sums, int64_t rows, int64_t width, T* y, int64_t y_stride) {
   for (int64_t r = 0; r < rows; ++r, sums += HALF_STRIP, y += y_stride) {

@@ -272,9 +272,7 @@ __device__ __forceinline__ Listed list_attended(const Matrix& m, const u64* atte
     constexpr int PAIRS = HEADS * HEAD_DIM / 2, OF_SPLIT = O_CHANNELS / 2;
     constexpr int AT_ONCE = THREADS / LANES_OF_PAIR, PASSES = ceil_div(OF_SPLIT, AT_ONCE);
     const int part = threadIdx.x % LANES_OF_PAIR, place = threadIdx.x / LANES_OF_PAIR;
-    auto pair = [&](int pass) {
-        return channel_of_part<O, O_RUN, O_SPLITS, O_CHANNELS>(split, 2 * (place + pass * AT_ONCE)) / 2;
-    };
+    auto pair = [&](int pass) { return channel_of_o(split, 2 * (place + pass * AT_ONCE)) / 2; };
     auto has = [&](int pass) { return place + pass * AT_ONCE < OF_SPLIT && pair(pass) < PAIRS; };
     float values[2 * PASSES];
     Seconds<O_SECONDS, 2 * PASSES, 2> seconds;

@@ -25,6 +25,11 @@ __device__ __forceinline__ int channel_of_part(int part, int i) {
     return W::BY_INPUT ? part * CHANNELS + i : (i / RUN * PARTS + part) * RUN + i % RUN;
 }
 
+// Of a split of o, whose channels the list of what attention sent and the panel share.
+__device__ __forceinline__ int channel_of_o(int split, int i) {
+    return channel_of_part<O, O_RUN, O_SPLITS, O_CHANNELS>(split, i);
+}
+
 template <class W_, int GRANULES_, int CHANNELS_, int SECONDS_>
 struct Panel {
     using W = W_;

@@ -176,10 +176,10 @@ def _sizes(model: Model, device: Device, threads: int) -> dict[str, int] | None:
     one_pass = max(math.ceil(c.q_size / 2 / PAIRS_OF_PASS), o.least_splits)
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
     teams, share, granules = _mlp(gate_up, device, threads)
-    _, head_piece = whole_runs(1 if model.head is None else model.head.granules, grid, LINE_GRANULES, 1)
+    _, head_piece = whole_runs(model.gathered_head.granules, grid, LINE_GRANULES, 1)
     if not teams or qkv_piece > qkv.teams(threads) or o_piece > o.teams(threads):
         return None
-    if model.head is not None and head_piece > model.head.teams(threads):
+    if head_piece > model.gathered_head.teams(threads):
         return None
     if qkv.granules // qkv_piece > grid or o.granules // o_piece > grid:
         return None
@@ -237,7 +237,8 @@ def _mlp(gate_up: Format, device: Device, threads: int) -> tuple[int, int, int]:
             continue
         found = math.ceil(half / granules), share, granules
         if gate_up.channels:
-            is_few = _touched(8 * math.ceil(gate_up.K / 8 / share), gate_up.channels) <= MAX_INPUT_GROUPS
+            channels = _channels("MLP", gate_up.K, share, MLP_RUN)["MLP_CHANNELS"]
+            is_few = _touched(channels, gate_up.channels) <= MAX_INPUT_GROUPS
         if 16 * granules >= MLP_PIECE_BYTES and is_few:
             break
     return found
@@ -351,7 +352,9 @@ def _source(model: Model, sizes: dict[str, int], scaled: bool, shared: int, word
     lines.append(f"constexpr long long WORKSPACE_WORDS = {words};")
     lines += [f"constexpr float NORM_EPS = {c.norm_eps!r}f, ATTENTION_SCALE = {1 / math.sqrt(c.head_dim)!r}f;"]
     names = ("Qkv", "O", "GateUp", "Down", "Head")
-    head = model.head or Format(c.hidden_size, 8, 16, 1)  # of floats it is not read by gather.cuh
     lines += ["template <int, int, int, int, int>", "struct Format;"]
-    lines += [f"using {name} = {product};" for name, product in zip(names, (*model.products, head), strict=True)]
+    lines += [
+        f"using {name} = {product};"
+        for name, product in zip(names, (*model.products, model.gathered_head), strict=True)
+    ]
     return "#pragma once\n" + "\n".join(lines) + "\n"

@@ -89,7 +89,7 @@ struct OPart {
     const int piece = blockIdx.x % PIECES, split = blockIdx.x / PIECES;
     const bool active = split < O_SPLITS;
 
-    __device__ int channel(int i) const { return channel_of_part<O, O_RUN, O_SPLITS, O_CHANNELS>(split, i); }
+    __device__ int channel(int i) const { return channel_of_o(split, i); }
 };
 
 struct Step {

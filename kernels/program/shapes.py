@@ -99,3 +99,8 @@ class Model:
     @property
     def heads_of_key(self) -> int:
         return self.config.num_heads // self.config.num_kv_heads
+
+    @property
+    def gathered_head(self) -> Format:
+        """The head as gather.cuh reads it; one in floats it does not read, and has the least of formats here."""
+        return self.head or Format(self.config.hidden_size, 8, 16, 1)

@@ -9,7 +9,6 @@ from teal.decoding.backend import FUSED_INPUTS, Backend, CompiledBackend, EagerB
 from teal.decoding.cpu_program import CpuProgramBackend
 from teal.errors import ParameterError, UserError
 from teal.extras import block_extras
-from teal.kernels.formats.packing import Weight
 from teal.layers.block_linear import BlockWeight
 from teal.layers.int8_cache import has_int8_cache
 from teal.layers.phase import PhasedModule
@@ -146,13 +145,12 @@ def _program_pays(model: Transformer) -> bool:
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) != (9, 0):
         return False
     team = team_of(model)
-    modules = [module for module in model.modules() if isinstance(module, (SparseLinear, QuantizedLinear))]
-    weights = [Weight(m.weight, m.scales, m.zeros, m.refined) for m in modules if isinstance(m.weight, Tensor)]
     if team is None:
         return True
     if team.rank.count > 2 or model.config.hidden_size > PAIR_CHANNELS:
         return False
-    return all(weight.zeros is None for weight in weights)
+    modules = (module for module in model.modules() if isinstance(module, (SparseLinear, QuantizedLinear)))
+    return all(module.zeros is None for module in modules)
 
 
 def _fused_obstacle(model: Transformer) -> str:
