@@ -57,6 +57,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             known = ", ".join(other for other in BACKENDS if other != "auto")
             raise UserError(f"--backends {name} is unknown; expected some of {known}")
     loaded = load_rounded(args)
+    limit = loaded.model.config.max_seq_len
+    if (longest := max(args.contexts)) >= limit:
+        raise UserError(f"--contexts {longest} is too long; expected less than the model's context of {limit}")
     plans = [choose_plan(loaded, 0.0, None) if not t else starting_plan(loaded, t, args) for t in args.sparsities]
     engine = Engine.from_loaded(loaded, plans[0], args.compile, args.backends[0])
     others = {name: choose_backend(engine.model, args.compile, name) for name in args.backends[1:]}

@@ -28,6 +28,9 @@ def check_rounding(args: argparse.Namespace) -> None:
     """Raise UserError for options of add_rounding_arguments that do not go with the others."""
     check_input_groups(args)
     check_refined(args)
+    if args.tensor_parallel > 1 and (args.input_groups or args.refined):
+        name = "--input-groups" if args.input_groups else "--refined"
+        raise UserError(f"{name} rounds a whole model, and --tensor-parallel {args.tensor_parallel} loads parts of one")
     if args.refined and args.random_weights is None:
         raise UserError("--refined is for random weights; quantize.py --mode mixed refines those of a checkpoint")
 

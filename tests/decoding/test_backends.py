@@ -151,7 +151,7 @@ def test_where_the_cuda_program_pays(
 
 @pytest.mark.parametrize(
     ("ranks", "room", "quant", "pays"),
-    [(2, 0, None, True), (2, 0, "int8", True), (2, 0, "int4", False), (2, -1, None, False), (4, 0, None, False)],
+    [(2, 0, None, True), (2, 0, "int8", True), (2, 0, "int4", True), (2, -1, None, False), (4, 0, None, False)],
 )
 def test_where_two_gpus_take_the_program(
     ranks: int, room: int, quant: str | None, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

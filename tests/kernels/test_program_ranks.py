@@ -13,13 +13,14 @@ from torch import Tensor
 from teal.checkpoint.sharding import cut_of, cut_tensor, part_config
 from teal.checkpoint.weights import empty_model, weight_targets
 from teal.layers.team import Exchange, Team, share
-from teal.model import Transformer
+from teal.model import ModelConfig, Transformer
 from teal.parallel import Rank
 from tests.conftest import assert_near
 from tests.kernels.emulated_program import COMPILER, emulated_backend
 from tests.kernels.program_models import (
     PROMPT,
     TINY,
+    WIDE,
     expected_logits,
     prepared,
     random_dense,
@@ -28,6 +29,8 @@ from tests.kernels.program_models import (
 from tests.token_logits import step_logits
 
 RANKS = 2
+BIASED = replace(TINY, qkv_bias=True, o_bias=True)
+WIDER = replace(WIDE, num_heads=16, num_kv_heads=16)  # parts of whole granules of groups along the input
 GROUP = 32  # which divides the widths of parts
 CPU = torch.device("cpu")
 
@@ -82,9 +85,14 @@ def together(work: Callable[[int], Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("quant,seed", [(None, 0), ("int8", 4)])  # with which no entry is at its threshold
-def test_steps_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str | None, seed: int) -> None:
-    config = replace(TINY, qkv_bias=True, o_bias=True)
+@pytest.mark.parametrize(
+    "config,quant,seed",  # with which no entry is at its threshold
+    [(BIASED, None, 0), (BIASED, "int8", 4), (BIASED, "int4", 0), (WIDER, "int4-input", 6)],
+    ids=["floats", "int8", "int4", "int4-input"],
+)
+def test_steps_are_those_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, quant: str | None, seed: int
+) -> None:
     dense = random_dense(config, seed).half()
     meeting, backends = Meeting(config.hidden_size), []
     for i in range(RANKS):

@@ -82,6 +82,7 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
         (decode.main, ("--refined", "16", "--quant", "int4", "--device", "cpu"), "random weights"),
         (decode.main, ("--refined", "16", "--random-weights", "Llama-3-8B"), "add --quant int4"),
         (backends.main, ("--backends", "eager,eagle"), "--backends eagle is unknown; expected some of eager, compiled"),
+        (decode.main, ("--input-groups", "--quant", "int4", "--tensor-parallel", "2"), "2 loads parts of one"),
         (backends.main, ("--backend", "eager"), "name all of them by --backends"),
         (gemv.main, ("--dtypes", "fp64", "--device", "cpu"), "fp64"),
         (allreduce.main, ("--device", "cpu"), "--tensor-parallel 1"),
@@ -125,6 +126,10 @@ def test_backends_are_timed_on_the_same_weights(
     for line, row in zip(lines, rows, strict=True):
         eager, program = row["step_ms"]["eager"], row["step_ms"]["program"]
         assert f"program {1e3 / program:.1f} tok/s ({eager / program:.2f}x)" in line
+    too_long = (*options, "--contexts", "256")
+    code, out, err = call_main(backends.main, "--checkpoint", tmp_path, *too_long)
+    assert out == ""
+    assert_one_line_error(code, err, "--contexts 256 is too long; expected less than the model's context of")
 
 
 def test_sums_over_ranks_are_timed() -> None:
