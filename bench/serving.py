@@ -88,15 +88,26 @@ async def window(
 async def run(
     args: argparse.Namespace, metrics: tuple[str, str], sparsities: Sequence[float | None]
 ) -> list[dict[str, Any]]:
-    """A window for each number of clients and sparsity."""
+    """A window for each number of clients and sparsity, each printed when it is over."""
     from openai import APIError, AsyncOpenAI
 
     async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
-        try:
-            return [await window(args, client, model, metrics, n, s) for s in sparsities for n in args.clients]
-        except APIError as error:
-            raise UserError(f"--url {args.url}: {error}") from None
+        rows = []
+        for sparsity in sparsities:
+            for clients in args.clients:
+                try:
+                    rows.append(await window(args, client, model, metrics, clients, sparsity))
+                except APIError as error:
+                    raise UserError(f"--url {args.url}: {error}") from None
+                print_row(rows[-1])
+        return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    figures = f"{row['tokens_per_s']:9.1f} tok/s {row['chunks_per_s']:9.1f} chunks/s"
+    label = "    " if row["sparsity"] is None else f"{row['sparsity']:4.0%}"
+    print(f"{label} {row['clients']:3} clients {figures}  at context {row['mean_context']:.0f}", flush=True)
 
 
 def main() -> None:
@@ -114,11 +125,6 @@ def main() -> None:
     if metrics is VLLM and args.sparsities is not None:
         raise UserError(f"--sparsities {args.sparsities}: vLLM has that of its start; leave it out")
     rows = asyncio.run(run(args, metrics, (None,) if metrics is VLLM else args.sparsities or SPARSITIES))
-    for row in rows:
-        figures = f"{row['tokens_per_s']:9.1f} tok/s {row['chunks_per_s']:9.1f} chunks/s"
-        figures += f"  at context {row['mean_context']:.0f}"
-        label = "    " if row["sparsity"] is None else f"{row['sparsity']:4.0%}"
-        print(f"{label} {row['clients']:3} clients {figures}")
     print(json.dumps({"rows": rows}))
 
 

@@ -49,6 +49,16 @@ class Scheduler:
         block = CPU_BLOCK if on_cpu else PREFILL_CHUNK
         self.decoder = Decoder(engine, rows, self.context, block, not on_cpu if ahead is None else ahead)
         self.ended = threading.Event()
+        self.is_warm = False
+
+    def warm(self) -> None:
+        """On CUDA compile and capture all that greedy requests need; run does it otherwise, while requests wait.
+
+        Raises RuntimeError if the engine is in use.
+        """
+        with self.engine.use.taken():
+            self.decoder.warm()
+        self.is_warm = True
 
     def start(self) -> None:
         """Run in a thread of its own. Raises RuntimeError if the engine is in use."""
@@ -99,7 +109,8 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            self.decoder.warm()
+            if not self.is_warm:
+                self.decoder.warm()
             while self._wait_for_work():
                 try:
                     self._drop_ended()

@@ -42,6 +42,20 @@ class Collected:
             self.end = event
 
 
+def test_what_is_warm_is_not_warmed_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[DecodeRows] = []
+    monkeypatch.setattr(DecodeRows, "warm", lambda rows: warmed.append(rows))
+    for is_warm in (True, False):
+        scheduler = Scheduler(engine, rows=2)
+        if is_warm:
+            scheduler.warm()
+        scheduler.close_when_idle()
+        scheduler.run()
+        assert warmed.pop() is scheduler.decoder.rows and not warmed
+    with engine.use.taken(), pytest.raises(RuntimeError):
+        Scheduler(engine).warm()
+
+
 def prompts(engine: Engine, count: int) -> list[list[int]]:
     chance = random.Random(0)
     texts = ["The European lobster lives " * chance.randint(0, 6) + f"number {i}" for i in range(count)]

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from teal.cli import serve
+from teal.decoding.scheduler import Scheduler
+from teal.errors import UserError
 from tests.conftest import ROOT
 from tests.server_process import Server
 
@@ -146,3 +149,21 @@ def test_a_signal_while_a_module_is_imported(tmp_path: Path, number: int, code: 
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, text=True, capture_output=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", said)
+
+
+def test_clients_are_let_in_when_all_is_compiled(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, call_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    listener = serve.open_listener("127.0.0.1", 0)
+    monkeypatch.setattr(serve, "open_listener", lambda *_: listener)
+    monkeypatch.setattr(serve, "Shutdown", lambda: None)  # which would keep this process's signals
+
+    def warm(_: Scheduler) -> None:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(listener.getsockname())
+        raise UserError("seen")
+
+    monkeypatch.setattr(Scheduler, "warm", warm)
+    with listener:
+        code, out, err = call_main(serve.main, "--checkpoint", tiny_folder, "--device", "cpu")
+    assert (code, out) == (1, "") and err.splitlines()[-1] == "error: seen"
