@@ -85,7 +85,8 @@ __device__ __forceinline__ void fetch_panel(const Matrix& m, int part, int first
         }
     } else {
         const int first_group = first_granule / W::GRANULES_OF_GROUP;
-        constexpr int SIZE = P::GROUPS % 4 == 0 && W::GROUPS % 4 == 0 ? 4 : 1;  // words at once
+        constexpr bool WHOLE = P::GRANULES % W::GRANULES_OF_GROUP == 0;  // else parts begin at any group
+        constexpr int SIZE = WHOLE && P::GROUPS % 4 == 0 && W::GROUPS % 4 == 0 ? 4 : 1;  // words at once
 #pragma unroll 1
         for (int i = threadIdx.x * SIZE; i < P::WORDS; i += THREADS * SIZE) {
             const bool is_second = P::SECONDS && i >= P::CHANNELS * P::GROUPS;

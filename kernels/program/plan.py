@@ -22,7 +22,8 @@ from teal.kernels.formats.packing import Weight
 from teal.kernels.program.shapes import MAX_INPUT_GROUPS, PRODUCTS, Device, Format, Model
 
 MAX_ROWS = 1 << 16  # of a weight: lists hold 16-bit rows
-MAX_HIDDEN = 1 << 14  # a thread keeps 32 channels of the residual stream at most
+MAX_HIDDEN = 1 << 14  # MAX_OF_THREAD of 512 threads
+MAX_OF_THREAD = 32  # channels that a thread lists: bits of a mask, shared.cuh
 GROUP_HEADS = 4  # query heads that a block attends with at once; a tile has room for 8, in half as many blocks
 MAX_ATTENTION_SPLITS = 32  # one lane each weighs them
 POSITIONS_OF_SPLIT = 64  # at least, of attention: 32 and 128 were 1% slower at 512 positions
@@ -99,8 +100,10 @@ def shape_obstacle(model: Model, device: Device) -> str:
         return f"widths are no multiples of {columns} columns, as groups along the input need"
     if _units(model) > device.multiprocessors:
         return f"{_units(model)} groups of heads exceed {device.multiprocessors} multiprocessors"
-    touched = min((_touched_groups(model, sizes) for _, sizes in _all_sizes(model, device)), default=0)
-    if touched > MAX_INPUT_GROUPS:
+    cuts = _all_sizes(model, device)
+    if not cuts:
+        return f"products of these widths cannot be cut over {device.multiprocessors} multiprocessors"
+    if (touched := min(_touched_groups(model, sizes) for _, sizes in cuts)) > MAX_INPUT_GROUPS:
         return f"a block's channels are of {touched} groups along the input; expected at most {MAX_INPUT_GROUPS}"
     if _cut(model, device) is None:
         return f"{device.shared_bytes} bytes of shared memory are too few for hidden size {c.hidden_size}"
@@ -121,7 +124,7 @@ def pieces_and_splits(
 ) -> tuple[int, int]:
     """(granules of a piece, splits of the channels): whole pieces, about piece_bytes, that keep most blocks busy.
 
-    least: splits that come before all else. most_splits: never more.
+    least: splits that come before all else, or as many as there can be. most_splits: never more.
     """
     most = min(unit, product.teams(threads))
     found = []
@@ -131,7 +134,7 @@ def pieces_and_splits(
             continue
         splits = min(grid // pieces, max(1, product.K // 16), most_splits)
         distance = abs(math.log2(16 * piece / piece_bytes))
-        found.append((splits >= least, round(pieces * splits / grid, 1), -distance, piece, splits))
+        found.append((min(splits, least), round(pieces * splits / grid, 1), -distance, piece, splits))
     if not found:
         return most, 1
     *_, piece, splits = max(found)
@@ -181,9 +184,9 @@ def _sizes(model: Model, device: Device, threads: int) -> dict[str, int] | None:
         return None
     if head_piece > model.gathered_head.teams(threads):
         return None
-    if qkv.granules // qkv_piece > grid or o.granules // o_piece > grid:
+    if unit % qkv_piece or qkv.granules // qkv_piece > grid or o.granules % o_piece or o.granules // o_piece > grid:
         return None
-    return {
+    sizes = {
         "GRID": grid,
         "QKV_PIECE": qkv_piece,
         "QKV_SPLITS": qkv_splits,
@@ -201,6 +204,13 @@ def _sizes(model: Model, device: Device, threads: int) -> dict[str, int] | None:
         "POSITIONS_OF_SPLIT": POSITIONS_OF_SPLIT,
         "ATTENTION_SPLITS": min(grid // _units(model), MAX_ATTENTION_SPLITS),
     }
+    return sizes if _most_listed(model, sizes, threads) <= MAX_OF_THREAD else None
+
+
+def _most_listed(model: Model, sizes: dict[str, int], threads: int) -> int:
+    """Channels that a thread lists at most: fours of x, pairs of attention's output."""
+    of_x = max(sizes["QKV_CHANNELS"], sizes["MLP_CHANNELS"], 0 if model.head is None else model.config.hidden_size)
+    return max(4 * math.ceil(of_x / 4 / threads), 2 * math.ceil(sizes["O_CHANNELS"] / 2 / PAIRS_OF_PASS))
 
 
 def whole_runs(count: int, parts: int, longest: int, shortest: int) -> tuple[int, int]:

@@ -47,12 +47,14 @@ class EmulatedProgram:
         options = (*FLAGS, "-shared", "-include", precompiled, f"-I{folder}", f"-I{SOURCES}")
         subprocess.run([COMPILER, *options, "-o", library, HERE / "program_on_cpu.cpp"], check=True)
         self.plan, self.library = plan, ctypes.CDLL(str(library))
+        self.library.launch.restype = ctypes.c_char_p
         self.words = torch.zeros(plan.words, dtype=torch.int64)
         self.counters = torch.zeros(2, dtype=torch.int32)
 
     def launch(self, arguments: Sequence[int]) -> None:
         values = (ctypes.c_int64 * len(arguments))(*arguments)
-        assert self.library.launch(ctypes.byref(values)), "the blocks wait for each other for ever"
+        fault = self.library.launch(ctypes.byref(values))
+        assert fault is None, fault.decode()
 
 
 def emulated_backend(model: Transformer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> CudaProgramBackend:

@@ -28,6 +28,7 @@ SMALL = ModelConfig(
 )  # fmt: skip
 LLAMA_3_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192)
 QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 8192, qkv_bias=True)
+MISTRAL_LARGE = ModelConfig(32768, 12288, 28672, 88, 96, 8, 128, 8192)
 LLAMA_1B = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192)
 A100, RTX_4090 = Device(108, 166912, (8, 0), 2039.0), Device(128, 101376, (8, 9), 1008.0)
 H100, H200 = Device(132, 232448, (9, 0), 3352.0), Device(132, 232448, (9, 0), 4814.0)

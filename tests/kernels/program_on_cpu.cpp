@@ -96,6 +96,7 @@ struct Fiber {
     std::deque<Copy> copies;
 };
 static bool late;  // whether copies wait until they are awaited
+static const char* fault;  // of the launch so far, that a GPU would not forgive
 static std::vector<Fiber> fibers;
 static Fiber* current;
 static jmp_buf scheduler;
@@ -219,7 +220,10 @@ inline void fetch(void* to, const void* from, int bytes) {
         carry_out(copy);
 }
 template <bool WHOLE_LINE>
-inline void fetch_row(uint4* to, const u8* from, bool wanted, u64) { fetch(to, wanted ? from : nullptr, 16); }
+inline void fetch_row(uint4* to, const u8* from, bool wanted, u64) {
+    if (((uintptr_t)to | (wanted ? (uintptr_t)from : 0)) % 16) fault = "16 bytes are copied from or to odd addresses";
+    fetch(to, wanted ? from : nullptr, 16);
+}
 inline void fetch_word(u32* to, const u32* from, bool wanted) { fetch(to, wanted ? from : nullptr, 4); }
 inline void close_fetches() { current->closed++; }
 template <int OPEN>
@@ -245,10 +249,11 @@ static void enter() {
     give_way();
 }
 
-// A launch, with program.cu's Arguments. Returns whether it ended; a round in which nothing ends is no proof of a
-// deadlock, but a hundred million are.
-extern "C" int launch(const Arguments* given) {
+// A launch, with program.cu's Arguments. Returns what a GPU would not do, or null. A round in which nothing ends is no
+// proof of a deadlock, but a hundred million are.
+extern "C" const char* launch(const Arguments* given) {
     static int launches = 0;
+    fault = nullptr;
     late = launches++ % 2 == 0;
     arguments = given;
     std::vector<Block> blocks(GRID);
@@ -272,7 +277,7 @@ extern "C" int launch(const Arguments* given) {
     for (size_t i = 0; i < order.size(); i++) order[i] = i;
     size_t left = fibers.size();
     for (long turn = 0; left; turn++) {
-        if (turn > 100000000 / (long)fibers.size()) return 0;
+        if (turn > 100000000 / (long)fibers.size()) return "the blocks wait for each other for ever";
         for (size_t i = order.size() - 1; i; i--) std::swap(order[i], order[random_below(i + 1)]);
         const bool all = random_below(4) == 0;
         for (int i : order) {
@@ -282,5 +287,5 @@ extern "C" int launch(const Arguments* given) {
             left -= fiber.ended;
         }
     }
-    return 1;
+    return fault;
 }

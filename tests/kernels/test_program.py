@@ -197,6 +197,16 @@ def test_blocks_that_own_many_columns_on_a_cpu(
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_pieces_of_six_groups_and_a_half_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They touch eight groups, and begin at any: their scales do not come 16 bytes at a time."""
+    monkeypatch.setattr("tests.kernels.emulated_program.FEW_BLOCKS", Device(8, 232448, (9, 0)))
+    model = prepared(random_dense(replace(TINY, hidden_size=3328)).half(), "int8", False, False, 64)
+    backend = emulated_backend(model, tmp_path, monkeypatch)
+    assert backend.program.plan.sizes["O_PIECE"] == 26
+    check_logits(backend, 2e-3)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_clocks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's clocks rise from phase to phase, and each phase has a block; times add up to those of a layer."""
     backend = emulated_backend(random_model(TINY, torch.float16, "int8", False, False, "cpu"), tmp_path, monkeypatch)

@@ -28,6 +28,7 @@ from tests.kernels.program_models import (
     H200,
     LLAMA_1B,
     LLAMA_3_8B,
+    MISTRAL_LARGE,
     QWEN_7B,
     RTX_4090,
     SMALL,
@@ -50,6 +51,8 @@ DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         ({}, replace(H100, capability=(7, 5)), "compute capability 7.5 is too old; expected 8.0 or later"),
         ({}, replace(H100, shared_bytes=49152), "49152 bytes of shared memory are too few for hidden size 512"),
         ({"intermediate_size": 1400}, H100, "widths are no multiples of 32 columns, which are 16 bytes"),
+        ({"hidden_size": 9536}, H100, "products of these widths cannot be cut over 132 multiprocessors"),
+        ({"vocab_size": 131072}, replace(H100, multiprocessors=4), "products of these widths cannot be cut over 4"),
     ],
 )
 def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, message: str) -> None:
@@ -177,6 +180,26 @@ def check_cubin(model: Model, device: Device, folder: Path) -> None:
 def test_it_compiles_without_a_gpu(device: Device, bits: int, head_bits: int, ranks: int, tmp_path: Path) -> None:
     part = described(Rank(0, ranks).config(LLAMA_3_8B), bits, head_bits)
     check_cubin(replace(part, ranks=ranks), device, tmp_path)
+
+
+@pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
+@pytest.mark.parametrize("bits,head_bits", [(4, 8), (8, 16)])
+def test_the_widest_compile_without_a_gpu(bits: int, head_bits: int, tmp_path: Path) -> None:
+    """Of 12,288 channels no thread lists more than a mask has bits."""
+    check_cubin(described(MISTRAL_LARGE, bits, head_bits), H200, tmp_path)
+
+
+@pytest.mark.parametrize("device", [H100, A100, replace(H100, multiprocessors=78)], ids=["H100", "A100", "H20"])
+def test_pieces_are_all_of_a_row(device: Device) -> None:
+    """Or the plan refuses: a row's rest would be nobody's, and its owners would wait for ever."""
+    refused = 0
+    for hidden in range(2048, 16384 + 1, 32):
+        model = described(replace(SMALL, hidden_size=hidden, num_heads=32, num_kv_heads=8), 4, 8)
+        if shape_obstacle(model, device):
+            refused += 1
+        else:
+            assert model.products[1].granules % plan(model, device).sizes["O_PIECE"] == 0, hidden
+    assert 0 < refused < 250
 
 
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
