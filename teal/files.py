@@ -36,7 +36,7 @@ def cache_folder(name: str) -> Path:
 
     What dead processes left anywhere in the cache is removed.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = user_folder("XDG_CACHE_HOME", ".cache")
     folder = base / "teal" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +48,14 @@ def cache_folder(name: str) -> Path:
         ) from error
     sweep(base / "teal", "*/.*.part")
     return folder
+
+
+def user_folder(variable: str, at_home: str) -> Path:
+    """The folder that an environment variable names, else one in the user's home. Raises UserError without a home."""
+    try:
+        return Path(os.environ.get(variable) or Path.home() / at_home)
+    except RuntimeError as error:
+        raise UserError(f"the user has no home folder; set {variable} to a folder") from error
 
 
 def cpu_name() -> str:
@@ -145,6 +153,12 @@ def _share(file: Path) -> None:
     file.chmod(0o666 & ~mask)
 
 
+def _flush(file: Path) -> None:
+    """Have the disk write it: of one renamed before, a loss of power may leave an empty file."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """An object, to be read by people too."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -166,6 +180,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary = folder / "content.part"
             yield temporary
             _share(temporary)
+            _flush(temporary)
             temporary.replace(path)
     except OSError as error:
         if str(error.filename).startswith(f"{path.parent / ('.' + path.name)}-"):

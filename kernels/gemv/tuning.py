@@ -4,7 +4,6 @@ bench/tune.py measures and writes the user's file.
 """
 
 import functools
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import triton
 
 from teal.errors import UserError
+from teal.files import user_folder
 from teal.kernels.formats.packing import GROUP_SIZES
 from teal.user_text import parse_json
 
@@ -122,7 +122,7 @@ def input_run(K: int, group: int, splits: int, most: int = MAX_SPAN) -> int:
 
 def user_tiles_path() -> Path:
     """Where bench/tune.py keeps this user's tiles: $XDG_CONFIG_HOME/teal/tiles.json."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "teal" / "tiles.json"
+    return user_folder("XDG_CONFIG_HOME", ".config") / "teal" / "tiles.json"
 
 
 @functools.cache

@@ -1,10 +1,11 @@
 """Compiles program.cu at run time by NVRTC, which CUDA builds of torch bring along: no nvcc on the user's machine.
 
-A cubin is kept in the cache folder under a hash of sources, config, architecture and compiler.
+A cubin is kept in the cache folder under a hash of sources, config, architecture and compiler, behind its own.
 """
 
 import functools
 import hashlib
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,22 @@ def cubin(config: str, capability: tuple[int, int]) -> bytes:
     parts = (*_sources().values(), config, architecture, *OPTIONS, str(_version()))
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     path = cache_folder("program") / f"{digest}.cubin"
-    if not path.exists():
-        compiled = compile_source(config, architecture)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(compiled)
-    return path.read_bytes()
+    if (kept := _kept(path)) is not None:
+        return kept
+    compiled = compile_source(config, architecture)
+    with suppress(OSError), atomic_file(path) as temporary:  # without room it is compiled again next time
+        temporary.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+    return compiled
+
+
+def _kept(path: Path) -> bytes | None:
+    """The cubin in a file of the cache; None if there is none, or not all of it."""
+    with suppress(OSError):
+        content = path.read_bytes()
+        size = hashlib.sha256().digest_size
+        if hashlib.sha256(content[size:]).digest() == content[:size]:
+            return content[size:]
+    return None
 
 
 def compile_source(config: str, architecture: str) -> bytes:

@@ -11,7 +11,7 @@
 // Turnstile sees to. Its two halves are far apart, so that nobody waits for it in practice.
 #pragma once
 
-// Of a launch: one for the token's embedding, one for each layer. None is 0, which fresh memory has.
+// Of a launch: one for the token's embedding, one for each layer. Fresh memory has 0, which none of the first 2^32 is.
 __device__ __forceinline__ u32 first_epoch(u32 launches) { return launches * (LAYERS + 1) + 1; }
 
 __device__ __forceinline__ u64 word_of(float x, u32 epoch) { return (u64)epoch << 32 | __float_as_uint(x); }

@@ -86,7 +86,7 @@ def choose_backend(model: Transformer, compile: bool | None = None, forced: str 
 def _program(others: Backend, forced: bool) -> Backend:
     """The program of the model's device, or others, which then say why, where it cannot run.
 
-    Raises ParameterError if it is forced and cannot.
+    Raises ParameterError, or OutOfMemoryError, if it is forced and cannot.
     """
     try:
         if others.model.device.type == "cpu":
@@ -97,8 +97,13 @@ def _program(others: Backend, forced: bool) -> Backend:
     except UserError as error:
         if forced:
             raise ParameterError("{backend} program cannot run: {}", error) from None
-        others.reason = f"program cannot run: {error}"
-        return others
+        reason = str(error)
+    except torch.OutOfMemoryError:
+        if forced:
+            raise
+        reason = "its tables need more memory than the GPU has left"
+    others.reason = f"program cannot run: {reason}"
+    return others
 
 
 def best_backend(
@@ -138,8 +143,8 @@ PAIR_CHANNELS = 4096  # of a model for which two GPUs' program was measured: Lla
 def _program_pays(model: Transformer) -> bool:
     """Whether CUDA's program has been measured to beat the fused kernels: on an H100 and an H200.
 
-    On two GPUs it is faster with an 8B: in 16 bits by 8 to 13%, in 4 by 22 to 29%. A 70B is slower at 50% on four,
-    whose sums were never compared with one GPU's.
+    On two GPUs it is faster with an 8B: in 16 bits by 8 to 13%, in 4 by 22 to 29%. On four a 70B is slower at 50%, and
+    sums were compared with one GPU's in an emulation only.
     """
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) != (9, 0):
         return False

@@ -57,6 +57,7 @@ class CudaProgramBackend(StepBackend):
         }
         self.no_threshold = torch.zeros(1, device=device)
         self.team, self.first_row = team_of(model), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.shared_words = None if self.team is None else self.team.step_words(model.config.hidden_size)
         self.stamps: Tensor | None = None  # of new_stamps, if the clocks of launches are wanted
         self.tables: dict[tuple[int, ...], Tensor] = {}  # of all layers; a captured step may need old ones
 
@@ -93,11 +94,10 @@ class CudaProgramBackend(StepBackend):
             embedding, read = model.embedding.weight, tokens
         else:  # rounded, or other ranks have the rows of other tokens
             embedding, read = model.embedding(tokens), self.first_row
-        if self.team is None:
+        if self.shared_words is None:
             head = self._matrix(model.lm_head, self.no_threshold)
         else:  # the head is computed outside
-            assert self.team.exchange is not None
-            peers = self.team.exchange.step_peers.data_ptr()
+            peers = self.shared_words.peers.data_ptr()
         self.program.launch([
             rows.data_ptr(), embedding.data_ptr(), self.frequencies.data_ptr(),
             model.norm.weight.data_ptr(), *head,

@@ -10,7 +10,7 @@ import functools
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,16 +27,19 @@ gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  #
 
 @dataclass(slots=True)
 class Exchange:
-    """What exchange_partials.py needs beside the values, and step_peers of kernels/program: its words on all ranks.
-
-    held: what must live as long as its addresses are used.
-    """
+    """What exchange_partials.py needs beside the values, for rows of so many channels at most."""
 
     words: Tensor
     epochs: Tensor
     peers: Tensor
-    step_peers: Tensor
-    held: tuple[Tensor, ...]
+    channels: int
+
+
+class SharedWords(NamedTuple):
+    """Words int64 that the other ranks can write to, and their addresses on all ranks, int64 [ranks]."""
+
+    words: Tensor
+    peers: Tensor
 
 
 class Team:
@@ -57,19 +60,37 @@ class Team:
 
     def share_memory(self, channels: int) -> None:
         """On GPUs: make room for the sums of MAX_ROWS rows of so many channels. Raises UserError."""
-        if self.device.type != "cuda" or self.exchange is not None:
+        if self.device.type != "cuda":
+            return
+        if self.exchange is not None:
+            if channels > self.exchange.channels:
+                raise UserError(
+                    f"a model of {channels} channels after one of {self.exchange.channels}: several GPUs have room for "
+                    "the first one's sums; load the wider model first"
+                )
             return
         from teal.kernels.exchange_partials import programs_of
 
         words, peers = self._words(2, self.rank.count, MAX_ROWS * channels)
-        of_steps, step_peers = self._words(2, 2, self.rank.count, channels)
         epochs = torch.zeros(programs_of(MAX_ROWS, channels), dtype=torch.int32, device=self.device)
-        self.exchange = Exchange(words, epochs, peers, step_peers, (of_steps,))
-        torch.cuda.synchronize(self.device)
-        dist.barrier()  # nobody writes before all have zeros
+        self.exchange = Exchange(words, epochs, peers, channels)
+        self._meet()
 
-    def _words(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """Zeros int64 that the other ranks can write to, and their addresses on all ranks, int64 [ranks]."""
+    def step_words(self, channels: int) -> SharedWords:
+        """For one model's steps as one kernel (exchange.cuh's peers): another's epochs would be taken for its own.
+
+        Raises UserError.
+        """
+        found = self._words(2, 2, self.rank.count, channels)
+        self._meet()
+        return found
+
+    def _meet(self) -> None:
+        """Nobody writes before all have zeros."""
+        torch.cuda.synchronize(self.device)
+        dist.barrier()
+
+    def _words(self, *shape: int) -> SharedWords:
         import torch.distributed._symmetric_memory as symmetric
 
         try:
@@ -78,7 +99,7 @@ class Team:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the GPUs of this machine cannot read each other's memory: {reason}") from None
-        return words, torch.tensor(pointers, device=self.device)
+        return SharedWords(words, torch.tensor(pointers, device=self.device))
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x [..., C], of their dtype."""

@@ -242,6 +242,16 @@ def test_processes_that_begin_and_sweep_at_once_do_not_disturb_each_other(
     assert sorted(p.name for p in (tmp_path / "teal" / "plans").iterdir()) == [f"plan-{i}" for i in range(7)]
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UserError, match="no home folder; set XDG_CACHE_HOME to a folder"):
+        cache_folder("plans")
+
+
 def test_what_is_not_a_temporary_of_ours_is_not_swept(tmp_path: Path) -> None:
     for name in (".user.part", ".file.part"):
         (tmp_path / name).mkdir()

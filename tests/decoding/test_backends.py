@@ -166,6 +166,27 @@ def test_where_two_gpus_take_the_program(
     assert backends._program_pays(model) is pays
 
 
+@pytest.mark.parametrize(
+    "error,reason",
+    [
+        (UserError("a weight is not contiguous"), "program cannot run: a weight is not contiguous"),
+        (torch.OutOfMemoryError(), "program cannot run: its tables need more memory than the GPU has left"),
+    ],
+)
+def test_others_run_where_the_program_cannot(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: EagerBackend) -> None:
+        raise error
+
+    others = EagerBackend(tiny(tmp_path, "dense"), "test")
+    monkeypatch.setattr("teal.decoding.cuda_program.CudaProgramBackend", fail)
+    monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+    assert backends._program(others, False) is others and others.reason == reason
+    with pytest.raises((UserError, torch.OutOfMemoryError)):
+        backends._program(others, True)
+
+
 def test_what_cannot_be_forced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(tmp_path, "dense")
     monkeypatch.setattr("teal.kernels.gemv.launch.kernels_run_on", lambda device: False)

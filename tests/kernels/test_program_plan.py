@@ -15,7 +15,7 @@ from teal.decoding.backend import EagerBackend
 from teal.decoding.cuda_program import CudaProgramBackend, model_obstacle
 from teal.errors import UserError
 from teal.kernels.formats.packing import Weight
-from teal.kernels.program import launch
+from teal.kernels.program import compiler, launch
 from teal.kernels.program.compiler import compile_source, compiler_obstacle
 from teal.kernels.program.plan import MLP_RUN, UNEVEN, part_of, pieces_and_splits, plan, shape_obstacle, whole_runs
 from teal.kernels.program.shapes import PRODUCTS, Device, Model
@@ -210,6 +210,30 @@ def test_other_groups_compile_without_a_gpu(device: Device, kind: str, tmp_path:
     channels = torch.arange(0, 4096, 16, dtype=torch.int32)
     refined = replace(model, refined=((channels,),) * len(PRODUCTS))
     check_cubin(refined if kind == "mixed" else by_input(model, 128), device, tmp_path)
+
+
+@pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")
+def test_what_is_compiled_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_once(config: str, architecture: str) -> bytes:
+        compiled.append(architecture)
+        return b"a cubin"
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "compile_source", compile_once)
+    for _ in range(2):
+        assert compiler.cubin("config", (9, 0)) == b"a cubin"
+    assert compiled == ["sm_90"]
+    [path] = tmp_path.rglob("*.cubin")
+    for damaged in (b"", path.read_bytes()[:-1]):
+        path.write_bytes(damaged)
+        for _ in range(2):
+            assert compiler.cubin("config", (9, 0)) == b"a cubin"
+    assert len(compiled) == 3
+    path.unlink()
+    path.mkdir()  # what cannot be read or written is compiled each time
+    assert compiler.cubin("config", (9, 0)) == b"a cubin" and len(compiled) == 4
 
 
 @pytest.mark.skipif(bool(compiler_obstacle()), reason="no NVRTC")

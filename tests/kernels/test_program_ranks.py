@@ -1,4 +1,4 @@
-"""The decode program of a model that two ranks share, each emulated in a thread of its own."""
+"""The decode program of a model that two or four ranks share, each emulated in a thread of its own."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from teal.checkpoint.sharding import cut_of, cut_tensor, part_config
 from teal.checkpoint.weights import empty_model, weight_targets
-from teal.layers.team import Exchange, Team, share
+from teal.errors import UserError
+from teal.layers.team import Exchange, SharedWords, Team, share
 from teal.model import ModelConfig, Transformer
 from teal.parallel import Rank
 from tests.conftest import assert_near
@@ -28,8 +29,8 @@ from tests.kernels.program_models import (
 )
 from tests.token_logits import step_logits
 
-RANKS = 2
 BIASED = replace(TINY, qkv_bias=True, o_bias=True)
+FOUR = replace(BIASED, intermediate_size=256, num_kv_heads=4)
 WIDER = replace(WIDE, num_heads=16, num_kv_heads=16)  # parts of whole granules of groups along the input
 GROUP = 32  # which divides the widths of parts
 CPU = torch.device("cpu")
@@ -38,10 +39,10 @@ CPU = torch.device("cpu")
 class Meeting:
     """Where threads hand each other tensors."""
 
-    def __init__(self, channels: int) -> None:
-        self.barrier = threading.Barrier(RANKS, timeout=120)
-        self.given: list[Tensor] = [torch.empty(0)] * RANKS
-        self.words = [torch.zeros(2, 2, RANKS, channels, dtype=torch.int64) for _ in range(RANKS)]
+    def __init__(self, ranks: int, channels: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=120)
+        self.given: list[Tensor] = [torch.empty(0)] * ranks
+        self.words = [torch.zeros(2, 2, ranks, channels, dtype=torch.int64) for _ in range(ranks)]
 
     def all(self, rank: int, x: Tensor) -> list[Tensor]:
         """What each of them gives."""
@@ -57,9 +58,12 @@ class ThreadTeam(Team):
 
     def __init__(self, rank: Rank, meeting: Meeting) -> None:
         super().__init__(rank, CPU)
-        self.meeting, none = meeting, torch.empty(0)
-        peers = torch.tensor([words.data_ptr() for words in meeting.words])
-        self.exchange = Exchange(none, none, none, peers, tuple(meeting.words))
+        self.meeting = meeting
+
+    def step_words(self, channels: int) -> SharedWords:
+        words = self.meeting.words
+        assert words[0].shape[-1] == channels
+        return SharedWords(words[self.rank.index], torch.tensor([of_rank.data_ptr() for of_rank in words]))
 
     def sum(self, x: Tensor) -> Tensor:
         return torch.stack(self.meeting.all(self.rank.index, x)).sum(0)
@@ -78,31 +82,47 @@ def part_of(whole: Transformer, rank: Rank) -> Transformer:
     return part
 
 
-def together(work: Callable[[int], Tensor]) -> list[Tensor]:
+def together(ranks: int, work: Callable[[int], Tensor]) -> list[Tensor]:
     """What work gives for each rank, of threads that run at once."""
-    with ThreadPoolExecutor(RANKS) as pool:
-        return list(pool.map(work, range(RANKS)))
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(work, range(ranks)))
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    "config,quant,seed",  # with which no entry is at its threshold
-    [(BIASED, None, 0), (BIASED, "int8", 4), (BIASED, "int4", 0), (WIDER, "int4-input", 6)],
-    ids=["floats", "int8", "int4", "int4-input"],
-)
+    "config,ranks,quant,seed",  # with which no entry is at its threshold
+    [
+        (BIASED, 2, None, 0), (BIASED, 2, "int8", 4), (BIASED, 2, "int4", 0), (WIDER, 2, "int4-input", 6),
+        (FOUR, 4, None, 0), (FOUR, 4, "int4", 4),
+    ],
+    ids=["floats", "int8", "int4", "int4-input", "floats of four", "int4 of four"],
+)  # fmt: skip
 def test_steps_are_those_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, quant: str | None, seed: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, ranks: int, quant: str | None, seed: int
 ) -> None:
     dense = random_dense(config, seed).half()
-    meeting, backends = Meeting(config.hidden_size), []
-    for i in range(RANKS):
-        rank, folder = Rank(i, RANKS), tmp_path / str(i)
+    meeting, backends = Meeting(ranks, config.hidden_size), []
+    for i in range(ranks):
+        rank, folder = Rank(i, ranks), tmp_path / str(i)
         folder.mkdir()
         part = prepared(part_of(dense, rank), quant, False, True, GROUP)
         backends.append(emulated_backend(share(part, ThreadTeam(rank, meeting), config), folder, monkeypatch))
     whole = prepared(dense, quant, False, True, GROUP)
     ids = some_ids(whole)
-    found = together(lambda i: step_logits(backends[i], ids, PROMPT)[0])
-    assert torch.equal(found[0], found[1])
+    found = together(ranks, lambda i: step_logits(backends[i], ids, PROMPT)[0])
+    assert all(torch.equal(found[0], other) for other in found[1:])
     assert_near("logits", found[0], expected_logits(whole, ids), 2e-3)
     assert all(words.any() for words in meeting.words)
+
+
+def test_models_share_no_words_of_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs of one would be taken for the other's. Sums of rows take turns, in room for the wider one."""
+    none = torch.empty(0)
+    monkeypatch.setattr(Team, "_words", lambda _, *shape: SharedWords(torch.zeros(shape), none))
+    monkeypatch.setattr(Team, "_meet", lambda _: None)
+    team = Team(Rank(0, 2), torch.device("cuda"))
+    assert team.step_words(64).words.data_ptr() != team.step_words(64).words.data_ptr()
+    team.exchange = Exchange(none, none, none, 64)
+    team.share_memory(32)
+    with pytest.raises(UserError, match="a model of 128 channels after one of 64"):
+        team.share_memory(128)
