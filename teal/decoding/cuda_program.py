@@ -47,7 +47,8 @@ class CudaProgramBackend(StepBackend):
         described = _described(model)
         self.program = Program(plan(described, device_facts(device)), device)
         self.cache_dtype = torch.int8 if has_int8_cache(model) else model.dtype
-        self.frequencies = frequencies(model.config.head_dim, *model.config.rope("global"), device).contiguous()
+        rope = model.config.rope(model.config.ropes()[0])  # of all layers: others are refused
+        self.frequencies = frequencies(model.config.head_dim, *rope, device).contiguous()
         *names, head = PRODUCTS
         found = [pair for modules in _projected(model) for pair in zip(modules, names, strict=True)]
         if isinstance(model.lm_head, QuantizedHead):

@@ -43,7 +43,14 @@ WIDE = ModelConfig(
     max_seq_len=256,
 )  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bias-norm-window": {"qkv_bias": True, "o_bias": True, "qk_norm": True, "sliding_windows": (40, 7)},
+    "bias-norm-window": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "qk_norm": True,
+        "sliding_windows": (40, 7),
+        "local_rope_theta": 500.0,
+    },
+    "unrotated": {"unrotated_layers": (0, 1)},
     "seven-heads-a-key": {"num_heads": 7, "num_kv_heads": 1},
     "wide": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 128},  # two warps share 16 positions
     "widest": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 256},
