@@ -37,6 +37,7 @@ from tests import interpreter
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.quicken()
+    interpreter.split_attention_less()
 
 ROOT = Path(__file__).parent.parent
 TEXT = (

@@ -13,7 +13,13 @@ from teal.kernels.rope_attention import attention_splits, rope_attention
 from tests.conftest import relative_error
 from tests.products import DEVICE, DTYPES, FP32_SUMS, boundary_error, close, make, reference
 
-pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+pytestmark = pytest.mark.usefixtures("nan_filled_empty", "splits_of_a_gpu")
+
+
+@pytest.fixture
+def splits_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere there are fewer where kernels are interpreted."""
+    monkeypatch.setattr("teal.kernels.rope_attention.MAX_SPLITS", 16)
 
 
 def combined(splits: tuple[Tensor, Tensor, Tensor]) -> Tensor:
