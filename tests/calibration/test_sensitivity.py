@@ -148,11 +148,11 @@ def divergences(model: Transformer, sequences: Tensor, places: list[tuple[int, s
 def test_estimates_are_what_is_measured(default_folder: Path) -> None:
     """Of the default model, with 30% of one projection's input dropped at a time."""
     model = load_model(default_folder, CPU, torch.float32)
-    text = load_tokenizer(default_folder).encode(default_text())[: 12 * 96]
-    found = sample_sensitivity(model, torch.tensor(text).view(12, 96))
+    text = load_tokenizer(default_folder).encode(default_text())[: 6 * 64]
+    found = sample_sensitivity(model, torch.tensor(text).view(6, 64))
     sparsify(model, keep_all_plan(model.config))
     places = [(5, "v"), (9, "o"), (14, "gate"), (17, "q"), (20, "up"), (26, "down")]  # in the forward pass's order
-    measured = divergences(model, torch.tensor(text[: 4 * 96]).view(4, 96), places, 0.3)
+    measured = divergences(model, torch.tensor(text[: 3 * 64]).view(3, 64), places, 0.3)
     samples = [found[layer][name] for layer, name in places]
     estimates = [error_curve(own.inputs, own.gradients)[GRID.index(0.3)] for own in samples]
     ratios = sorted(estimate / kl for estimate, kl in zip(estimates, measured, strict=True))
