@@ -242,11 +242,11 @@ def default_floats(default_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def shallow_folder(default_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 4 of the default model's 30 layers, in a cache as shallow_cache."""
+    """The first 2 of the default model's 30 layers, in a cache as shallow_cache."""
     from teal.checkpoint.blocks import Shard, open_file, save_shard
     from teal.checkpoint.weights import find_shards
 
-    layers, cache = 4, own_cache(tmp_path_factory.mktemp("shallow") / "cache")
+    layers, cache = 2, own_cache(tmp_path_factory.mktemp("shallow") / "cache")
     folder = cache / "teal" / "models" / default_folder.name
     folder.mkdir(parents=True)
     for file in default_folder.iterdir():
@@ -265,7 +265,7 @@ def shallow_folder(default_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def shallow_cache(shallow_folder: Path) -> Path:
-    """A cache for XDG_CACHE_HOME whose default model is shallow_folder: commands take a third."""
+    """A cache for XDG_CACHE_HOME whose default model is shallow_folder: commands take a quarter."""
     return shallow_folder.parents[2]
 
 
