@@ -22,7 +22,7 @@ from teal.model import Transformer
 COMPILER = shutil.which("g++")
 FEW_BLOCKS = Device(10, 232448, (9, 0))
 HERE, SOURCES = Path(__file__).parent, Path(plan_module.__file__).parent
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-w")
+FLAGS = ("-std=c++20", "-Og", "-finline-functions-called-once", "-fPIC", "-w")  # most of the time goes into compiling
 
 
 @functools.cache
@@ -37,15 +37,24 @@ def standard_headers() -> "tempfile.TemporaryDirectory[str]":
     return folder
 
 
+@functools.cache
+def compiled_program(config: str) -> "tempfile.TemporaryDirectory[str]":
+    """A folder, until this process ends, with config.cuh and program.so: several tests have the same."""
+    assert COMPILER is not None
+    folder = tempfile.TemporaryDirectory()
+    (Path(folder.name) / "config.cuh").write_text(config)
+    library, precompiled = f"{folder.name}/program.so", f"{standard_headers().name}/standard.h"
+    options = (*FLAGS, "-shared", "-include", precompiled, f"-I{folder.name}", f"-I{SOURCES}")
+    subprocess.run([COMPILER, *options, "-o", library, HERE / "program_on_cpu.cpp"], check=True)
+    return folder
+
+
 class EmulatedProgram:
-    """As kernels.program.launch.Program; folder is where it is built."""
+    """As kernels.program.launch.Program; folder is for its files, which are its own, as the library's state is."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
-        assert COMPILER is not None
-        (folder / "config.cuh").write_text(plan.source)
-        library, precompiled = folder / "program.so", f"{standard_headers().name}/standard.h"
-        options = (*FLAGS, "-shared", "-include", precompiled, f"-I{folder}", f"-I{SOURCES}")
-        subprocess.run([COMPILER, *options, "-o", library, HERE / "program_on_cpu.cpp"], check=True)
+        shutil.copytree(compiled_program(plan.source).name, folder, dirs_exist_ok=True)
+        library = folder / "program.so"
         self.plan, self.library = plan, ctypes.CDLL(str(library))
         self.library.launch.restype = ctypes.c_char_p
         self.words = torch.zeros(plan.words, dtype=torch.int64)
