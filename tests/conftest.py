@@ -302,10 +302,15 @@ def signal_handlers_end_with_a_test() -> Iterator[None]:
 def call_main(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:  # fmt: skip
-    """Call main() of a command line in this process, where torch is imported: (exit code, stdout, stderr)."""
+    """Call main() of a command line in this process, where torch is imported: (exit code, stdout, stderr).
 
-    def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+    It reads stdin, if that is given, as from a pipe.
+    """
+
+    def call(main: Callable[[], None], *arguments: object, stdin: str | None = None) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:
             cli.run(main)

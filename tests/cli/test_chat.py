@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, own_cache, run_command
+from tests.conftest import ROOT, own_cache
+
+Invoke = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -21,12 +24,12 @@ def options(tiny_folder: Path) -> tuple[str, ...]:
     return ("--checkpoint", str(tiny_folder), "--device", "cpu", "--dtype", "fp32", "--chat", "--ignore-eos")
 
 
-def test_commands(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_commands(options: tuple[str, ...], tmp_path: Path, invoke: Invoke) -> None:
     lines = ["Hello", "/sparsity 0", "/sparsity 1.5", "/sparsity x", "/nonsense", f"/save {tmp_path / 'c.json'}"]
     lines += [f"/save {tmp_path / 'no' / 'c.json'}", "/save", "/stats", "/reset", "Again", "/quit", "never read"]
-    done = run_command(*options, "--sparsity", "0.5", "--max-new-tokens", "5", "--stats", stdin="\n".join(lines))
-    said = done.stderr.decode()
-    assert done.returncode == 0, said
+    more = ("--sparsity", "0.5", "--max-new-tokens", "5", "--stats")
+    code, out, said = invoke(*options, *more, stdin="\n".join(lines))
+    assert code == 0, said
     for text in (
         "sparsity 0 from now on",
         "/sparsity 1.5 is out of range",
@@ -41,26 +44,28 @@ def test_commands(options: tuple[str, ...], tmp_path: Path) -> None:
     assert f"error: /save {tmp_path / 'no' / 'c.json'}: No such file or directory" in said and "Traceback" not in said
     saved = json.loads((tmp_path / "c.json").read_text())
     assert [turn["role"] for turn in saved] == ["user", "assistant"] and saved[0]["content"] == "Hello"
-    assert said.count("end: length") == 2 and "prompt 3" not in done.stdout.decode()
+    assert said.count("end: length") == 2 and "prompt 3" not in out
 
 
 @pytest.mark.parametrize("sparsity", ["0", "0.5"])
-def test_statistics_change_no_word(options: tuple[str, ...], sparsity: str) -> None:
+def test_statistics_change_no_word(options: tuple[str, ...], sparsity: str, invoke: Invoke) -> None:
     """They count by generating once more, and leave the cache as the answer left it."""
     arguments = (*options, "--sparsity", sparsity, "--max-new-tokens", "40")
     lines = "Hello\n/stats\nAgain\n/stats\nOn\n/stats\n"
-    plain, detailed = (run_command(*arguments, *more, stdin=lines) for more in ((), ("--stats",)))
-    assert plain.returncode == detailed.returncode == 0 and plain.stdout == detailed.stdout
-    counts = [re.findall(r'"reused_tokens": (\d+)', done.stderr.decode()) for done in (plain, detailed)]
+    (code, text, plain), (other, same, detailed) = (
+        invoke(*arguments, *more, stdin=lines) for more in ((), ("--stats",))
+    )
+    assert code == other == 0 and text == same
+    counts = [re.findall(r'"reused_tokens": (\d+)', said) for said in (plain, detailed)]
     assert counts[0] == counts[1] and len(counts[0]) == 3 and int(counts[0][2]) > 40
-    assert b"cached" not in plain.stderr and detailed.stderr.count(b"cached") == 3
-    assert ("layer  0" in detailed.stderr.decode()) == (sparsity != "0") and b"GB/s measured" in detailed.stderr
+    assert "cached" not in plain and detailed.count("cached") == 3
+    assert ("layer  0" in detailed) == (sparsity != "0") and "GB/s measured" in detailed
 
 
-def test_a_dense_engine_has_no_other_sparsity(options: tuple[str, ...]) -> None:
-    done = run_command(*options, "--max-new-tokens", "2", stdin="/sparsity 0.5\n/sparsity 0\n")
-    assert done.returncode == 0 and b"started dense; start one with --sparsity 0.5" in done.stderr
-    assert b"sparsity 0 from now on" in done.stderr
+def test_a_dense_engine_has_no_other_sparsity(options: tuple[str, ...], invoke: Invoke) -> None:
+    code, _, err = invoke(*options, "--max-new-tokens", "2", stdin="/sparsity 0.5\n/sparsity 0\n")
+    assert code == 0 and "started dense; start one with --sparsity 0.5" in err
+    assert "sparsity 0 from now on" in err
 
 
 class Terminal:
@@ -136,7 +141,7 @@ def test_pasted_lines_are_one_message(options: tuple[str, ...], tmp_path: Path) 
     assert json.loads((tmp_path / "c.json").read_text())[0] == {"role": "user", "content": "/one\ntwo"}
 
 
-def test_blocks_and_slashes(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_blocks_and_slashes(options: tuple[str, ...], tmp_path: Path, invoke: Invoke) -> None:
     lines = [
         "//etc/hosts",
         '"""',
@@ -148,32 +153,32 @@ def test_blocks_and_slashes(options: tuple[str, ...], tmp_path: Path) -> None:
         '""""""',
         f"/save {tmp_path / 'c.json'}",
     ]
-    done = run_command(*options, "--max-new-tokens", "1", stdin="\n".join([*lines, '"""not', "ended"]))
-    assert done.returncode == 0, done.stderr
+    code, _, err = invoke(*options, "--max-new-tokens", "1", stdin="\n".join([*lines, '"""not', "ended"]))
+    assert code == 0, err
     saved = json.loads((tmp_path / "c.json").read_text())
     asked = [turn["content"] for turn in saved if turn["role"] == "user"]
     assert asked == ["/etc/hosts", "/sparsity\n\n  indented", "one line"]
 
 
-def test_a_message_that_is_too_long_ends_nothing(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_message_that_is_too_long_ends_nothing(options: tuple[str, ...], tmp_path: Path, invoke: Invoke) -> None:
     lines = ["first", "x" * 2000, "second", f"/save {tmp_path / 'c.json'}"]
-    done = run_command(*options, "--max-new-tokens", "2", stdin="\n".join(lines))
-    assert done.returncode == 0, done.stderr
-    assert b"at most 398 fit the model's context of 400" in done.stderr
+    code, _, err = invoke(*options, "--max-new-tokens", "2", stdin="\n".join(lines))
+    assert code == 0, err
+    assert "at most 398 fit the model's context of 400" in err
     saved = json.loads((tmp_path / "c.json").read_text())
     assert [turn["content"] for turn in saved if turn["role"] == "user"] == ["first", "second"]
 
 
 def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_prompt(
-    options: tuple[str, ...], tmp_path: Path
+    options: tuple[str, ...], tmp_path: Path, invoke: Invoke
 ) -> None:
     lines = [f"message {i} " + "lobster " * 8 for i in range(8)]
     more = ("--system", "Be brief.", "--max-new-tokens", "20")
-    done = run_command(*options, *more, stdin="\n".join([*lines, f"/save {tmp_path / 'c.json'}"]))
-    assert done.returncode == 0, done.stderr
-    assert b"[the context is full: the oldest" in done.stderr and b"error" not in done.stderr
+    code, out, err = invoke(*options, *more, stdin="\n".join([*lines, f"/save {tmp_path / 'c.json'}"]))
+    assert code == 0, err
+    assert "[the context is full: the oldest" in err and "error" not in err
     saved = json.loads((tmp_path / "c.json").read_text())
     assert saved[0] == {"role": "system", "content": "Be brief."}
     asked = [turn["content"] for turn in saved if turn["role"] == "user"]
     assert 1 < len(asked) < 8 and asked == [line.strip() for line in lines[-len(asked) :]]
-    assert done.stdout.count(b"\n") >= 8  # every message was answered
+    assert out.count("\n") >= 8  # every message was answered

@@ -31,14 +31,14 @@ def test_text_to_stdout_statistics_to_stderr(tiny: tuple[str, ...], invoke: Invo
     assert "8 tokens" in err and "tok/s" in err and "first token" in err
 
 
-def test_prompt_from_file_and_stdin(tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_prompt_from_file_and_stdin(tiny: tuple[str, ...], tmp_path: Path, invoke: Invoke) -> None:
     options = (*tiny, "--max-new-tokens", "8", "--ignore-eos")
     (tmp_path / "prompt").write_text("Größe\n", encoding="utf-8")
     from_file = run_command(*options, "--prompt-file", tmp_path / "prompt")
     from_stdin = run_command(*options, stdin="Größe\n")
-    from_option = run_command(*options, "--prompt", "Größe\n")
+    _, from_option, _ = invoke(*options, "--prompt", "Größe\n")
     assert from_file.returncode == 0 and from_file.stdout.strip()
-    assert from_file.stdout == from_stdin.stdout == from_option.stdout
+    assert from_file.stdout == from_stdin.stdout == from_option.encode()
 
 
 def test_json_is_one_object_with_text_and_statistics(tiny: tuple[str, ...], invoke: Invoke) -> None:
@@ -103,11 +103,11 @@ def test_sampling_options_reach_the_sampler(tiny: tuple[str, ...], invoke: Invok
     assert invoke(*options, "--stop", stop)[1] == greedy[: greedy.index(stop)] + "\n"
 
 
-def test_chat_keeps_the_conversation_and_its_cache(tiny: tuple[str, ...]) -> None:
+def test_chat_keeps_the_conversation_and_its_cache(tiny: tuple[str, ...], invoke: Invoke) -> None:
     options = (*tiny, "--chat", "--system", "Be brief.", "--max-new-tokens", "6", "--ignore-eos", "--stats")
-    done = run_command(*options, stdin="Hello there, how are you?\n\nAnd then?\n")
-    assert done.returncode == 0, done.stderr
-    cached = [line for line in done.stderr.decode().splitlines() if "cached)" in line]
+    code, _, err = invoke(*options, stdin="Hello there, how are you?\n\nAnd then?\n")
+    assert code == 0, err
+    cached = [line for line in err.splitlines() if "cached)" in line]
     assert len(cached) == 2  # the empty line is no message
     assert "(0 cached)" in cached[0]
     prompt, reused = (int(cached[1].split(f"{word}")[0].split()[-1].strip("(")) for word in (" tokens", " cached"))
