@@ -161,6 +161,7 @@ def test_sparsity_reaches_the_tasks(tiny_folder: Path, task_folder: Path) -> Non
     assert sparse["local_text/bits_per_byte"] == pytest.approx(theirs["local_text/bits_per_byte"], rel=1e-3)
 
 
+@pytest.mark.usefixtures("only_local_tasks")
 def test_unknown_task_is_refused(tiny_folder: Path) -> None:
     model = load_model(tiny_folder, CPU, torch.float32)
     with pytest.raises(UserError, match="no_such_task"):
