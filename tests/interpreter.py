@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import triton.language as tl
+from triton.language import core
 from triton.language.core import is_builtin
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -24,6 +25,19 @@ def quicken() -> None:
     interpreter._get_np_dtype = lambda dtype: known(dtype) if type(dtype) is tl.dtype else name_dtype(dtype)
     replace_language_once()
     share_shapes()
+    unwrap_quickly()
+
+
+def unwrap_quickly() -> None:
+    """Let what is no constexpr and no sequence, as most is that the language unwraps, be told by its type alone."""
+    unwrap = core._unwrap_if_constexpr
+    plain = {int, float, bool, str, type(None), tl.tensor}
+
+    def unwrap_once(o: Any) -> Any:
+        kind = type(o)
+        return o if kind in plain else o.value if kind is tl.constexpr else unwrap(o)
+
+    core._unwrap_if_constexpr = unwrap_once
 
 
 def split_attention_less() -> None:
