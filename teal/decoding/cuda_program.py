@@ -157,10 +157,23 @@ def model_obstacle(model: Transformer, device: Device) -> str:
         return reason
     if not isinstance(embedding := _embedding(model), (nn.Embedding, QuantizedEmbedding)):
         return f"an embedding of {type(embedding).__name__} is not supported"
+    if other := _floats(model, weights) - {model.dtype}:
+        return f"{other.pop()} in a model of {model.dtype} is not supported"
     formats = [tuple(Format.of(_weight(module)) for module in modules) for modules in blocks]
     if len(set(formats)) > 1:
         return "blocks of different formats are not supported"
     return shape_obstacle(_described(model), device)
+
+
+def _floats(model: Transformer, weights: list[Weight]) -> set[torch.dtype]:
+    """Types of all floats that the kernel reads as the model's."""
+    found = {weight.dtype for weight in weights}
+    for module in model.modules():
+        if isinstance(module, RMSNorm) or type(module) in (nn.Embedding, OutputHead):
+            found.add(module.weight.dtype)  # type: ignore[arg-type]
+        elif isinstance(module, (SparseLinear, QuantizedLinear)) and module.bias is not None:
+            found.add(module.bias.dtype)
+    return found
 
 
 def _described(model: Transformer) -> Model:

@@ -69,6 +69,7 @@ def test_shapes_that_are_refused(changes: dict[str, Any], device: Device, messag
         ("fp32", "weights of float32 are not supported; expected bf16 or fp16"),
         ("input groups", "widths are no multiples of 256 columns, as groups along the input need"),
         ("input groups of 8 bits", "8 bits with groups along the input are not supported; expected 4"),
+        ("other floats", "torch.float32 in a model of torch.bfloat16 is not supported"),
         ("embedding", "an embedding of OutputHead is not supported"),
         ("dense", "weights are not in the kernels' layout"),
         ("capped", "it does not compute a soft cap of logits"),
@@ -83,6 +84,8 @@ def test_formats_that_are_refused(kind: str, message: str) -> None:
         use_quantized_linears(model, QuantConfig(mode, 128, grouping=grouping))
     if kind == "embedding":
         model.embedding = model.lm_head  # type: ignore[assignment]
+    if kind == "other floats":
+        model.blocks[0].ffn_norm.float()
     if kind == "fp32":
         model.lm_head.to(torch.bfloat16)
     assert model_obstacle(model, H100) == message
