@@ -124,7 +124,7 @@ def pieces_and_splits(
 ) -> tuple[int, int]:
     """(granules of a piece, splits of the channels): whole pieces, about piece_bytes, that keep most blocks busy.
 
-    least: splits that come before all else, or as many as there can be. most_splits: never more.
+    least: splits that come before all else, or as many as there can be. most_splits: never more. 0 splits: none fit.
     """
     most = min(unit, product.teams(threads))
     found = []
@@ -136,7 +136,7 @@ def pieces_and_splits(
         distance = abs(math.log2(16 * piece / piece_bytes))
         found.append((min(splits, least), round(pieces * splits / grid, 1), -distance, piece, splits))
     if not found:
-        return most, 1
+        return 1, 0
     *_, piece, splits = max(found)
     return piece, splits
 
@@ -180,11 +180,7 @@ def _sizes(model: Model, device: Device, threads: int) -> dict[str, int] | None:
     o_piece, o_splits = pieces_and_splits(o, o.granules, grid, threads, O_PIECE_BYTES, one_pass)
     teams, share, granules = _mlp(gate_up, device, threads)
     _, head_piece = whole_runs(model.gathered_head.granules, grid, LINE_GRANULES, 1)
-    if not teams or qkv_piece > qkv.teams(threads) or o_piece > o.teams(threads):
-        return None
-    if head_piece > model.gathered_head.teams(threads):
-        return None
-    if unit % qkv_piece or qkv.granules // qkv_piece > grid or o.granules % o_piece or o.granules // o_piece > grid:
+    if not (qkv_splits and o_splits and teams) or head_piece > model.gathered_head.teams(threads):
         return None
     sizes = {
         "GRID": grid,
