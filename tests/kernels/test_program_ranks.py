@@ -121,7 +121,8 @@ def test_models_share_no_words_of_their_steps(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Team, "_words", lambda _, *shape: SharedWords(torch.zeros(shape), none))
     monkeypatch.setattr(Team, "_meet", lambda _: None)
     team = Team(Rank(0, 2), torch.device("cuda"))
-    assert team.step_words(64).words.data_ptr() != team.step_words(64).words.data_ptr()
+    first, second = team.step_words(64), team.step_words(64)  # both alive
+    assert first.words.data_ptr() != second.words.data_ptr()
     team.exchange = Exchange(none, none, none, 64)
     team.share_memory(32)
     with pytest.raises(UserError, match="a model of 128 channels after one of 64"):
