@@ -6,6 +6,7 @@ the figure to hold beside a step's time by bench.decode --batch. The server may 
 
 import argparse
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -94,13 +95,12 @@ async def run(
     async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
         rows = []
-        for sparsity in sparsities:
-            for clients in args.clients:
-                try:
-                    rows.append(await window(args, client, model, metrics, clients, sparsity))
-                except APIError as error:
-                    raise UserError(f"--url {args.url}: {error}") from None
-                print_row(rows[-1])
+        for sparsity, clients in itertools.product(sparsities, args.clients):
+            try:
+                rows.append(await window(args, client, model, metrics, clients, sparsity))
+            except APIError as error:
+                raise UserError(f"--url {args.url}: {error}") from None
+            print_row(rows[-1])
         return rows
 
 

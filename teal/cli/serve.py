@@ -101,7 +101,7 @@ def main() -> None:
 
     engine, plans = load_engine(options, drafting, args.sparsities)
     scheduler = Scheduler(engine, args.rows, args.queue, args.context)
-    warm(scheduler)
+    warm(scheduler, args.rows)
     names = model_names(args, engine)
     service = Service(engine, scheduler, names, plans)
     service.grammars.prepare()
@@ -124,10 +124,10 @@ def main() -> None:
         thread.join()
 
 
-def warm(scheduler: "Scheduler") -> None:
-    """Compile steps of all numbers of rows on CUDA, and say so: with nothing cached that takes about a minute."""
+def warm(scheduler: "Scheduler", rows: int) -> None:
+    """Compile steps of 1 to so many rows on CUDA, and say so: with nothing cached that takes about a minute."""
     if scheduler.engine.use_graph:
-        print(f"compiling steps of up to {len(scheduler.decoder.rows.tokens)} rows", file=sys.stderr, flush=True)
+        print(f"compiling steps of up to {rows} rows", file=sys.stderr, flush=True)
     scheduler.warm()
 
 
