@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from teal.calibration.choose import choose_plan
 from teal.checkpoint.loading import load_for_decoding
 from teal.decoding.backends import choose_backend
-from teal.options import ModelOptions
+from teal.layers import team
+from teal.options import LOCAL_RANK, ModelOptions
 from teal.teal_layers import sparsify
 from tests.token_logits import SEQUENCES, TOKENS, logits, step_logits
 
@@ -28,9 +30,24 @@ def logits_of(options: dict[str, object]) -> Tensor:
     return step_logits(choose_backend(loaded.model, False, given.backend), ids)[0].transpose(0, 1).float().cpu()
 
 
+def share_one_card() -> None:
+    """Let all ranks run on the first GPU: their kernels see each other's memory, and take turns. NCCL refuses that."""
+    os.environ |= {LOCAL_RANK: "0", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    team.BACKENDS["cuda"], team.gather_into = "cpu:gloo,cuda:gloo", gather_by_gloo
+
+
+def gather_by_gloo(whole: Tensor, part: Tensor) -> None:
+    """As dist.all_gather_into_tensor, which gloo does not have for CUDA."""
+    parts = list(torch.empty(whole.shape, dtype=whole.dtype).chunk(dist.get_world_size()))
+    dist.all_gather(parts, part.cpu())
+    whole.copy_(torch.cat(parts))
+
+
 def main() -> None:
     path, ranks = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
+    if 0 < torch.cuda.device_count() < ranks:
+        share_one_card()
     found = {
         name: logits_of(given | {"tensor_parallel": ranks}) for name, given in json.loads(path.read_text()).items()
     }

@@ -143,8 +143,8 @@ PAIR_CHANNELS = 4096  # of a model for which two GPUs' program was measured: Lla
 def _program_pays(model: Transformer) -> bool:
     """Whether CUDA's program has been measured to beat the fused kernels: on an H100 and an H200.
 
-    On two GPUs it is faster with an 8B: in 16 bits by 8 to 13%, in 4 by 22 to 29%. On four a 70B is slower at 50%, and
-    sums were compared with one GPU's in an emulation only.
+    On two GPUs it is faster with an 8B: in 16 bits by 8 to 13%, in 4 by 22 to 29%. On four a 70B is slower at 50%.
+    There sums were compared with one GPU's only where all ranks took turns on one card.
     """
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) != (9, 0):
         return False

@@ -22,6 +22,7 @@ from teal.options import LOCAL_RANK, MAX_ROWS, RANK, RANKS
 from teal.parallel import Rank
 
 LOST_S = 3.0  # for who watches the ranks to say which one ended, and why
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of torch.distributed, by the device of the ranks
 gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
 
 
@@ -169,7 +170,7 @@ def _meet(rank: Rank, device: torch.device) -> Team:
         device = torch.device("cuda", card)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _connect(BACKENDS[device.type])
     return Team(rank, device)
 
 
