@@ -12,16 +12,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 
-import calibrate
-import evaluate
-import generate
-import quantize
 from teal.bench import decode
 from teal.checkpoint.blocks import open_file
 from teal.checkpoint.loading import describe, load_for_decoding
 from teal.checkpoint.rotation import RECORD, VERSION
 from teal.checkpoint.source import DEFAULT_FOLDER, name_for_people, resolve_checkpoint
-from teal.cli import serve
+from teal.cli import calibrate, evaluate, generate, quantize, serve
 from teal.errors import UserError
 from teal.layers.block_linear import BlockHead, BlockLinear
 from teal.model import Transformer
