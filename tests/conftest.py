@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from teal.cli import command_line as cli
 from teal.cli import generate
 from tests import interpreter
+from tests.forked import run_forked
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.quicken()
@@ -382,16 +383,9 @@ def logits_of_ranks(cases: Mapping[str, dict[str, object]], ranks: int, folder: 
 
 
 def run_command(
-    *arguments: str | Path, stdin: str | bytes | None = "", timeout: float = 180, **environment: str
+    *arguments: str | Path, stdin: str | bytes = "", timeout: float = 180, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `python generate.py` (or `python -m module` if the first argument is -m) in the repository root."""
-    script = [] if arguments and arguments[0] == "-m" else ["generate.py"]
+    """As `python generate.py`, or with -m or -c as the first argument, in the repository root (see forked.py)."""
+    script = () if arguments and arguments[0] in ("-m", "-c") else ("generate.py",)
     content = stdin.encode() if isinstance(stdin, str) else stdin
-    return subprocess.run(
-        [sys.executable, *script, *map(str, arguments)],
-        input=content,
-        capture_output=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+    return run_forked(ROOT, (*script, *map(str, arguments)), content, timeout, os.environ | environment)

@@ -2,10 +2,9 @@
 
 import http.client
 import json
+import os
 import re
-import subprocess
-import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import openai
 
 from tests.conftest import ROOT
+from tests.forked import Forked
 
 QUESTION = [{"role": "user", "content": "The European lobster"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
@@ -27,7 +27,8 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
 class Server:
     """A running server process."""
 
-    process: "subprocess.Popen[str]"
+    process: Forked
+    log: Path  # of what it writes to stderr
     port: int
 
     @property
@@ -61,23 +62,28 @@ class Server:
 
 
 @contextmanager
+def listening(folder: Path, *options: str, program: tuple[str, ...] = ("serve.py",)) -> Iterator[tuple[Forked, Path]]:
+    """A server of this checkpoint that says where it listens, and the file of what it writes to stderr."""
+    with tempfile.NamedTemporaryFile(suffix=".log") as file:
+        log, end = Path(file.name), time.monotonic() + 60
+        arguments = (*program, "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options)
+        process = Forked(ROOT, arguments, os.environ, stderr=log)
+        try:
+            while " at http" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < end, log.read_text()
+                time.sleep(0.02)
+            yield process, log
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
 def serving(folder: Path, *options: str, program: tuple[str, ...] = ("serve.py",)) -> Iterator[Server]:
-    """A server of this checkpoint."""
-    command = [sys.executable, *program, "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if found := re.search(r"at http://127\.0\.0\.1:(\d+)/", line):
-            break
-    else:
-        raise AssertionError("".join(lines))
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    server = Server(process, int(found[1]))
-    try:
+    """A server of this checkpoint that answers."""
+    with listening(folder, *options, program=program) as (process, log):
+        found = re.search(r" at http://127\.0\.0\.1:(\d+)/", log.read_text())
+        assert found is not None, log.read_text()
+        server = Server(process, log, int(found[1]))
         server.wait_until(running=0)
         yield server
-    finally:
-        process.kill()
-        process.wait()

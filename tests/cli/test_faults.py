@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from teal.files import atomic_file, cache_folder
 from teal.kernels.cpu.native import native_kernels
 from teal.options import ModelOptions
 from teal.plan import SparsityPlan
-from tests.conftest import ROOT, changed, tiny_config
+from tests.conftest import changed, run_command, tiny_config
 from tests.faults import failing, watching
 
 Command = Callable[..., tuple[int, str, str]]
@@ -179,8 +178,7 @@ def test_kill_9_leaves_nothing_half_written(trial: Trial, is_full: bool) -> None
     for number in range(trial.operations) if is_full else [trial.operations - 1]:
         folder = trial.fresh()
         arguments = trial.writer.arguments(trial.checkpoint, folder)
-        command = [sys.executable, "-m", "tests.faults", str(number), str(folder), script, *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
+        done = run_command("-m", "tests.faults", str(number), folder, script, *arguments, timeout=300)
         assert done.returncode == -signal.SIGKILL, (number, done.stderr)
         trial.check_after_failure(folder, killed=True)
 

@@ -33,7 +33,7 @@ from tests.checkpoint.test_families import FAMILIES
 from tests.conftest import assert_near, logits_of_ranks, run_command, save_tiny_model, tiny_config
 from tests.decoding.test_family_texts import ONE_OF_EACH
 from tests.ranks import logits_of
-from tests.serving.test_shutdown import logged
+from tests.server_process import serving
 
 CPU = torch.device("cpu")
 SHAREABLE = [name for kind, name in ONE_OF_EACH.items() if kind != "olmo2"]
@@ -270,7 +270,7 @@ def test_clients_share_a_shared_model(tiny_folder: Path) -> None:
     """Texts beside each other are those alone, from a few clients or from many; at SIGTERM no process stays."""
     prompts = ["The lobster", "def f(x):", "Größe"]
     ask = {"model": tiny_folder.name, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    with logged(tiny_folder, *TWO) as (server, _):
+    with serving(tiny_folder, *TWO) as server:
         others = children(server.process.pid)
         assert len(others) == 1
         alone = [server.client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in prompts]
@@ -293,11 +293,11 @@ def test_clients_share_a_shared_model(tiny_folder: Path) -> None:
     ids=["dead", "hung"],
 )
 def test_a_lost_rank_ends_all(signal_sent: signal.Signals, message: str, tiny_folder: Path) -> None:
-    with logged(tiny_folder, *TWO) as (server, log):
+    with serving(tiny_folder, *TWO) as server:
         others = children(server.process.pid)
         os.kill(others[0], signal_sent)
         assert server.process.wait(12) == 1
-        assert log.read_text().splitlines()[-1].startswith(message)
+        assert server.log.read_text().splitlines()[-1].startswith(message)
         assert_gone(others)
 
 
@@ -313,7 +313,7 @@ def test_an_end_before_the_watch_begins(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_ranks_end_with_the_first(tiny_folder: Path) -> None:
     """Even where it had no time to say so."""
-    with logged(tiny_folder, *TWO) as (server, _):
+    with serving(tiny_folder, *TWO) as server:
         others = children(server.process.pid)
         server.process.kill()
         assert_gone(others)

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ from teal.evaluation import harness
 from teal.evaluation.harness import run_tasks
 from teal.plan import SparsityPlan, keep_all_plan
 from teal.teal_layers import sparsify
-from tests.conftest import ROOT, TEXT, run_command
+from tests.conftest import TEXT, run_command
 from tests.evaluation.test_evaluation import InvokeMain, call  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -187,8 +185,6 @@ def test_tasks_find_the_package_evaluate_from_a_checkout(tiny_folder: Path, task
     (task_folder / "local_choice.yaml").write_text(task)
     options = ("--checkpoint", tiny_folder, "--device", "cpu", "--dtype", "fp32", "--sparsity", "0", "--tokens", "50")
     tasks = ("--lm-eval", "local_choice", "--lm-eval-path", task_folder, "--lm-eval-limit", "4", "--json")
-    done = subprocess.run(
-        [sys.executable, "evaluate.py", *map(str, (*options, *tasks))], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_command("-m", "evaluate", *options, *tasks)
     assert done.returncode == 0, done.stderr
     assert "local_choice/acc" in json.loads(done.stdout.strip().splitlines()[-1])["rows"][0]

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.forked import run_forked
 
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -45,12 +46,17 @@ def run_example(line: str, folder: Path, cache: Path | None = None) -> "subproce
     It must succeed and say something. cache: another folder for the user's cache, and so for the default model.
     """
     command = line.replace(FOLDER, f"{shlex.quote(str(folder))}/")  # before the interpreter, which may lie there
-    command = command.replace("python ", f"{shlex.quote(sys.executable)} ")
     environment = os.environ | ({} if cache is None else {"XDG_CACHE_HOME": str(cache)})
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment)
-    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert (done.stdout + done.stderr).strip(), line
-    return done
+    name, *arguments = shlex.split(command, comments=True)
+    if name == "python" and not re.search(r"[|&;<>$*?]", line):  # no need of a shell
+        done = run_forked(ROOT, tuple(arguments), b"", 600, environment)
+    else:
+        command = command.replace("python ", f"{shlex.quote(sys.executable)} ")
+        done = subprocess.run(command, shell=True, capture_output=True, cwd=ROOT, timeout=600, env=environment)
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0, f"{line}\n{out[-2000:]}{err[-2000:]}"
+    assert (out + err).strip(), line
+    return subprocess.CompletedProcess(line, done.returncode, out, err)
 
 
 def run_readme_program(cwd: Path, python: str | Path = sys.executable) -> list[str]:

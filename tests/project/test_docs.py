@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from teal.checkpoint.config import load_config
 from teal.plan import ProjectionPlan, even_plan
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from tests.project.pages import DOCS, FOLDER, blocks, commands, run_example, stories
 
 ALL = [(page.name, story) for page in DOCS for story in commands(page)]
@@ -69,10 +68,9 @@ def test_programs_run(name: str, body: str, tmp_path: Path, default_floats: Path
     """With the default model, and a plan for it, where they read one."""
     (tmp_path / "model").symlink_to(default_floats)
     even_plan(load_config(default_floats), ProjectionPlan(0.5, 0.1)).save(tmp_path / "plan.json")
-    program = [sys.executable, "-c", body.replace(FOLDER, f"{tmp_path}/")]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = run_command("-c", body.replace(FOLDER, f"{tmp_path}/"))
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(PRINTED[name], done.stdout, re.DOTALL), done.stdout
+    assert re.fullmatch(PRINTED[name], done.stdout.decode(), re.DOTALL), done.stdout
 
 
 def test_every_page_is_listed() -> None:
@@ -84,4 +82,4 @@ def test_an_interpreter_under_tmp_is_found(tmp_path: Path, monkeypatch: pytest.M
     """As in a clone there, with an environment of its own."""
     (tmp_path / "python").symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert run_example("python -c 'print(\"/tmp/x\")'", Path("/elsewhere")).stdout == "/elsewhere/x\n"
+    assert run_example("python -c 'print(\"/tmp/x\")' | cat", Path("/elsewhere")).stdout == "/elsewhere/x\n"

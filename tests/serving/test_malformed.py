@@ -3,13 +3,11 @@
 import json
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT, assert_one_line_error
+from tests.conftest import assert_one_line_error, run_command
 from tests.server_process import QUESTION, Server
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -132,6 +130,5 @@ def test_mistakes_at_the_start_are_one_line(tiny_folder: Path) -> None:
             (["--speculate", "4", "--sparsity", "0.5"], ("--sparsity", "dense model's")),
             (["--draft-quant", "int4"], ("--draft-quant", "--speculate K")),
         ):
-            command = [sys.executable, "serve.py", "--checkpoint", str(tiny_folder), *options]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-            assert_one_line_error(done.returncode, done.stderr, *fragments)
+            done = run_command("-m", "serve", "--checkpoint", tiny_folder, *options)
+            assert_one_line_error(done.returncode, done.stderr.decode(), *fragments)

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ import openai
 import pytest
 
 from teal.bench import soak
-from tests.conftest import ROOT
+from tests.conftest import run_command
 from tests.server_process import QUESTION, WEATHER, Server, serving
 
 PERSON = {
@@ -169,11 +168,8 @@ def test_many_clients_get_their_own_answers(server: Server) -> None:
 
     Prompts are long enough that the time to a first token is the server's, not that of 32 clients in a process.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.load", "--url", f"http://127.0.0.1:{server.port}", "--requests", "300",
-         "--prompts", "20", "--max-tokens", "16", "--words", "60"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    load = ("--requests", "300", "--prompts", "20", "--max-tokens", "16", "--words", "60")
+    done = run_command("-m", "bench.load", "--url", f"http://127.0.0.1:{server.port}", *load, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["lost"] == figures["different"] == 0 and figures["hung_up"] > 10
@@ -187,10 +183,9 @@ def test_bench_serving_counts_the_tokens_of_streams(tiny_folder: Path, tmp_path:
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20_000}), encoding="utf-8")
     with serving(folder, "--sparsity", "0.3", "--sparsities", "0.5", "--name", "tiny") as server:
 
-        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "bench.serving", "--url", f"http://127.0.0.1:{server.port}"]
-            command += ["--context", "8", "--clients", "1,3", "--seconds", "0.1", *arguments]
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+            window = ("--context", "8", "--clients", "1,3", "--seconds", "0.1")
+            return run_command("-m", "bench.serving", "--url", f"http://127.0.0.1:{server.port}", *window, *arguments)
 
         done = run("--sparsities", "0.5", "--max-tokens", "19000")
         assert done.returncode == 0, done.stderr
@@ -203,7 +198,8 @@ def test_bench_serving_counts_the_tokens_of_streams(tiny_folder: Path, tmp_path:
             (("--seconds", "0"), "--seconds 0.0 is out of range"),
         ):
             done = run(*arguments)
-            assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+            err = done.stderr.decode()
+            assert done.returncode != 0 and message in err and "Traceback" not in err, err
         server.wait_until(running=0)
 
 

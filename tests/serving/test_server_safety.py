@@ -1,11 +1,8 @@
 """What strangers and browsers can do to the server: half-sent requests, other sites' pages, other names, wrong keys."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, assert_one_line_error
-from tests.server_process import Server, serving
+from tests.conftest import assert_one_line_error, run_command
+from tests.server_process import Server, listening, serving
 
 PLAIN = "/v1/completions"
 BODY = json.dumps({"prompt": "The", "max_tokens": 2}).encode()
@@ -264,26 +261,18 @@ def test_with_a_key_any_name_will_do_and_bearer_in_any_case(tiny_folder: Path) -
     ],
 )
 def test_what_no_client_can_send_is_refused_at_start(
-    options: list[str], key: str | None, fragments: tuple[str, ...]
+    options: list[str], key: str | None, fragments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = {**os.environ, **({} if key is None else {"TEAL_API_KEY": key})}
-    command = [sys.executable, "serve.py", "--checkpoint", "/no/such/model", "--port", "0", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert_one_line_error(done.returncode, done.stderr, *fragments)
+    if key is not None:
+        monkeypatch.setenv("TEAL_API_KEY", key)
+    done = run_command("-m", "serve", "--checkpoint", "/no/such/model", "--port", "0", *options)
+    assert_one_line_error(done.returncode, done.stderr.decode(), *fragments)
 
 
 def first_lines(folder: Path, *options: str) -> str:
     """What the server writes until it listens."""
-    command = [sys.executable, "serve.py", "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        lines = ""
-        for line in process.stderr:
-            lines += line
-            if " at http" in line:
-                break
-        process.kill()
-    return lines
+    with listening(folder, *options) as (_, log):
+        return log.read_text()
 
 
 def test_listening_on_all_networks_without_a_key_warns(tiny_folder: Path) -> None:

@@ -3,15 +3,12 @@
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +18,10 @@ from teal.cli import serve
 from teal.decoding.scheduler import Scheduler
 from teal.errors import UserError
 from tests.conftest import ROOT
-from tests.server_process import Server
+from tests.server_process import Server, serving
 
 JSON = {"Content-Type": "application/json"}
 LONG = {"prompt": "The", "max_tokens": 390, "ignore_eos": True}
-
-
-@contextmanager
-def logged(folder: Path, *options: str) -> Iterator[tuple[Server, Path]]:
-    """A server, and the file of what it writes to stderr."""
-    with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
-        command = [sys.executable, "serve.py", "--checkpoint", str(folder), "--port", "0", "--dtype", "fp32", *options]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=log, text=True)
-        try:
-            yield Server(process, port_in(Path(log.name))), Path(log.name)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def port_in(log: Path) -> int:
-    """The port that a server says it listens on."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        if found := re.search(r"at http://127\.0\.0\.1:(\d+)/", log.read_text()):
-            return int(found[1])
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
 
 
 def post(server: Server, body: dict[str, Any]) -> http.client.HTTPConnection:
@@ -62,7 +36,7 @@ def events(text: str) -> list[str]:
 
 
 def test_running_streams_end_and_waiting_requests_are_refused(tiny_folder: Path) -> None:
-    with logged(tiny_folder, "--rows", "1", "--drain-seconds", "1") as (server, log):
+    with serving(tiny_folder, "--rows", "1", "--drain-seconds", "1") as server:
         running = post(server, {**LONG, "n": 8, "stream": True}).getresponse()
         assert running.readline().startswith(b"data: ")
         waiting = [post(server, {**LONG, "stream": stream}) for stream in (True, False)]
@@ -79,11 +53,11 @@ def test_running_streams_end_and_waiting_requests_are_refused(tiny_folder: Path)
         *_, last, done = events(running.read().decode())
         assert done == "[DONE]" and json.loads(last)["choices"][0]["finish_reason"] == "length"
         assert server.process.wait(20) == 0
-        assert len(log.read_text().splitlines()) == 2  # what loading took, and where it listened
+        assert len(server.log.read_text().splitlines()) == 2  # what loading took, and where it listened
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_end(tiny_folder: Path) -> None:
-    with logged(tiny_folder, "--drain-seconds", "1") as (server, log):
+    with serving(tiny_folder, "--drain-seconds", "1") as server:
         body = json.dumps({**LONG, "logprobs": 5, "n": 8, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         with socket.socket() as connection:
@@ -93,11 +67,11 @@ def test_a_client_that_does_not_read_does_not_hold_up_the_end(tiny_folder: Path)
             time.sleep(1)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(30) == 0
-        assert len(log.read_text().splitlines()) == 2
+        assert len(server.log.read_text().splitlines()) == 2
 
 
 def test_a_second_interrupt_ends_at_once(tiny_folder: Path) -> None:
-    with logged(tiny_folder, "--drain-seconds", "60", "--rows", "1") as (server, log):
+    with serving(tiny_folder, "--drain-seconds", "60", "--rows", "1") as server:
         running = post(server, {**LONG, "n": 8, "stream": True}).getresponse()
         assert running.readline()
         server.process.send_signal(signal.SIGINT)
@@ -107,7 +81,7 @@ def test_a_second_interrupt_ends_at_once(tiny_folder: Path) -> None:
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(20) in (130, -signal.SIGINT)
         assert time.monotonic() - start < 1.5
-        assert len(log.read_text().splitlines()) == 2
+        assert len(server.log.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
