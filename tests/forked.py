@@ -1,6 +1,6 @@
 """Commands in processes of their own that find torch imported: forks of one that has done so save a second or two each.
 
-Else they are as `python script.py ...`, `python -m module ...` or `python -c program ...`. Only what torch reads from
+Else they are as `python generate.py ...`, `python -m module ...` or `python -c program ...`. Only what torch reads from
 the environment when it is imported is that of the tests.
 """
 
