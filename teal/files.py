@@ -159,6 +159,11 @@ def _flush(file: Path) -> None:
         os.fsync(written.fileno())
 
 
+def _flush_all(folder: Path) -> None:
+    for file in filter(Path.is_file, folder.rglob("*")):
+        _flush(file)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """An object, to be read by people too."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -207,11 +212,13 @@ def atomic_folder(path: Path) -> Iterator[Path | None]:
             yield temporary
             for file in filter(Path.is_file, temporary.iterdir()):
                 _share(file)
+            _flush_all(temporary)
             temporary.rename(path)
 
 
 def replace_folder(new: Path, target: Path) -> None:
     """Rename new to target. An old folder there is removed once new stands in its place, and put back if that fails."""
+    _flush_all(new)
     if not target.exists():
         new.rename(target)
         return

@@ -25,7 +25,6 @@ from teal.checkpoint.gguf import convert_gguf
 from teal.checkpoint.tokenizer import load_tokenizer
 from teal.checkpoint.weights import load_model
 from teal.errors import UserError
-from teal.files import atomic_folder
 from teal.kernels.formats.blocks import BLOCK_TYPES
 from teal.layers.block_linear import BlockLinear, BlockWeight
 from teal.model import Block, KVCache
@@ -197,55 +196,6 @@ def test_bad_gguf_is_refused(
         assert "Traceback" not in err
     left = [p.name for p in (tmp_path / "cache" / "teal" / "models").iterdir() if not p.name.endswith(".lock")]
     assert left == []
-
-
-def test_atomic_folder(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    with pytest.raises(RuntimeError, match="halfway"), atomic_folder(target) as temporary:
-        assert temporary is not None
-        (temporary / "a").write_text("x")
-        raise RuntimeError("halfway")
-    assert not target.exists()
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
-    with atomic_folder(target) as temporary:
-        assert temporary is not None
-        (temporary / "a").write_text("x")
-    assert (target / "a").read_text() == "x"
-    with atomic_folder(target) as temporary:
-        assert temporary is None
-
-
-RACE_SCRIPT = """
-import sys, time
-from pathlib import Path
-from teal.files import atomic_folder
-with atomic_folder(Path(sys.argv[1])) as temporary:
-    if temporary is not None:
-        for i in range(20):
-            (temporary / str(i)).write_text("x")
-            time.sleep(0.02)
-        print("made")
-print(len(list(Path(sys.argv[1]).iterdir())))
-"""
-
-
-def test_two_processes_at_once_make_it_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RACE_SCRIPT, str(tmp_path / "model")]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
-    outputs = [racer.communicate(timeout=60)[0].split() for racer in racers]
-    assert sum("made" in output for output in outputs) == 1
-    assert all(output[-1] == "20" for output in outputs)
-
-
-def test_killed_conversion_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RACE_SCRIPT, str(tmp_path / "model")]
-    victim = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-    while not list(tmp_path.glob(".model.part/*")):
-        assert victim.poll() is None
-    victim.kill()
-    victim.wait()
-    assert not (tmp_path / "model").exists()
-    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.split() == ["made", "20"]
 
 
 def test_disk_full_during_conversion(

@@ -19,19 +19,15 @@ from teal.calibration import thresholds as calibration
 from teal.cli import calibrate, evaluate, quantize
 from teal.errors import UserError
 from teal.evaluation.plots import FIGURE, plot_quality
-from teal.files import Output, atomic_folder, replace_folder, reserved, restore_folder
+from teal.files import Output, atomic_folder, reserved
 from teal.layers.quantized_linear import QuantConfig
 from teal.options import ModelOptions
 from teal.plan import PLAN, SparsityPlan
+from tests.checkpoint.test_folders import tree
 from tests.conftest import ROOT, assert_one_line_error
 
 Command = Callable[..., tuple[int, str, str]]
 INT8 = QuantConfig("int8", 32)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file under folder by its path, with its content."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
@@ -165,39 +161,6 @@ def test_the_users_folder_in_the_place_of_unfinished_work_is_left(
     code, _, err = quantized(call_main, checkpoint, tmp_path / "out")
     assert_one_line_error(code, err, str(work), "move it away")
     assert (work / "thesis.txt").read_text() == "years" and not (tmp_path / "out").exists()
-
-
-def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
-    new, target = tmp_path / "new", tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(OSError):
-        replace_folder(new, target)  # there is no new one
-    assert tree(tmp_path) == {"target/old": b"old"}
-
-
-KILLED_BETWEEN = """
-import os, signal, sys
-from pathlib import Path
-from teal import files
-rename = Path.rename
-def one_only(self, target):
-    if self.name == "new":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
-Path.rename = one_only
-files.replace_folder(Path(sys.argv[1]) / "new", Path(sys.argv[1]) / "target")
-"""
-
-
-def test_an_old_folder_comes_back_after_kill_9_between_the_renames(tmp_path: Path) -> None:
-    for name in ("new", "target"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text(name)
-    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path)], cwd=ROOT)
-    assert not (tmp_path / "target").exists()
-    restore_folder(tmp_path / "target")
-    assert tree(tmp_path) == {"target/target": b"target", "new/new": b"new"}
 
 
 HOLDER = """
