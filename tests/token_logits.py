@@ -1,5 +1,7 @@
 """Tokens, and the logits that a tiny model gives them on both of its ways: a prompt at once, then one by one."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,14 @@ def step_logits(backend: Backend, ids: Tensor, prompt: int = PROMPT) -> tuple[Te
 
     The cache has room for some steps more.
     """
-    device, cache = ids.device, backend.model.new_cache(1, ids.shape[1] + 8)
-    backend.prefill(ids[:, :prompt], torch.arange(prompt, device=device)[None], cache)
-    found = []
+    cache = backend.model.new_cache(1, ids.shape[1] + 8)
+    return torch.stack(list(steps(backend, ids, cache, prompt))), cache
+
+
+@torch.inference_mode()
+def steps(backend: Backend, ids: Tensor, cache: KVCache, prompt: int = PROMPT) -> Iterator[Tensor]:
+    """The same with a cache, a step when it is asked for: logits [1, V]."""
+    backend.prefill(ids[:, :prompt], torch.arange(prompt, device=ids.device)[None], cache)
     for place in range(prompt, ids.shape[1]):
-        token, position = ids[:, place : place + 1].clone(), torch.full((1, 1), place, device=device)
-        found.append(backend.logits(backend.decode(token, position, cache)[:, 0]))
-    return torch.stack(found), cache
+        token, position = ids[:, place : place + 1].clone(), torch.full((1, 1), place, device=ids.device)
+        yield backend.logits(backend.decode(token, position, cache)[:, 0])
