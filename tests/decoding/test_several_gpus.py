@@ -1,7 +1,7 @@
 """A model on several GPUs: both ways of its steps give the logits of an fp32 reference, the same bits on all ranks.
 
 Where there are fewer cards than ranks, all ranks run on the first one (tests/ranks.py). The models of a process take
-their steps in turn: what one leaves in the memory that ranks share must not be taken for another's.
+their steps in turn. What one leaves in the memory that ranks share must not be taken for another's.
 """
 
 from pathlib import Path
