@@ -18,7 +18,7 @@
 namespace teal {
 namespace {
 
-constexpr int64_t CHANNELS = 512;  // in a tile of 64 KB
+constexpr int64_t TILE_CHANNELS = 512;  // in a tile of 64 KB
 
 // sums [rows][64] += x [rows, stride] times a tile [pairs][64][2].
 template <int COUNT>
@@ -69,10 +69,10 @@ class VectorRows {
 // Columns of a weight from begin on, half a strip at most, into count rows of y.
 template <typename Rows>
 void multiply_columns(const Blocks& w, const Rows& rows, int64_t count, int64_t begin, BFloat16* y, int64_t y_stride) {
-  alignas(64) static thread_local BFloat16 tile[CHANNELS * HALF_STRIP];
+  alignas(64) static thread_local BFloat16 tile[TILE_CHANNELS * HALF_STRIP];
   std::vector<float> sums(rows.padded() * HALF_STRIP);
-  for (int64_t k = 0; k < w.K; k += CHANNELS) {
-    const int64_t channels = std::min(CHANNELS, w.K - k);
+  for (int64_t k = 0; k < w.K; k += TILE_CHANNELS) {
+    const int64_t channels = std::min(TILE_CHANNELS, w.K - k);
     widen_pairs(w, k, k + channels, begin, tile);
     rows.multiply(k, tile, channels / 2, sums.data());
   }
