@@ -75,23 +75,16 @@ class Team:
         words, peers = self._words(2, self.rank.count, MAX_ROWS * channels)
         epochs = torch.zeros(programs_of(MAX_ROWS, channels), dtype=torch.int32, device=self.device)
         self.exchange = Exchange(words, epochs, peers, channels)
-        self._meet()
 
     def step_words(self, channels: int) -> SharedWords:
         """For one model's steps as one kernel (exchange.cuh's peers): another's epochs would be taken for its own.
 
         Raises UserError.
         """
-        found = self._words(2, 2, self.rank.count, channels)
-        self._meet()
-        return found
-
-    def _meet(self) -> None:
-        """Nobody writes before all have zeros."""
-        torch.cuda.synchronize(self.device)
-        dist.barrier()
+        return self._words(2, 2, self.rank.count, channels)
 
     def _words(self, *shape: int) -> SharedWords:
+        """Zeros, when all ranks have theirs: nobody writes before. Raises UserError."""
         import torch.distributed._symmetric_memory as symmetric
 
         try:
@@ -100,6 +93,8 @@ class Team:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the GPUs of this machine cannot read each other's memory: {reason}") from None
+        torch.cuda.synchronize(self.device)
+        dist.barrier()
         return SharedWords(words, torch.tensor(pointers, device=self.device))
 
     def sum(self, x: Tensor) -> Tensor:

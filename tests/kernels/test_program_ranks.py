@@ -119,7 +119,6 @@ def test_models_share_no_words_of_their_steps(monkeypatch: pytest.MonkeyPatch) -
     """Epochs of one would be taken for the other's. Sums of rows take turns, in room for the wider one."""
     none = torch.empty(0)
     monkeypatch.setattr(Team, "_words", lambda _, *shape: SharedWords(torch.zeros(shape), none))
-    monkeypatch.setattr(Team, "_meet", lambda _: None)
     team = Team(Rank(0, 2), torch.device("cuda"))
     first, second = team.step_words(64), team.step_words(64)  # both alive
     assert first.words.data_ptr() != second.words.data_ptr()
