@@ -1,7 +1,6 @@
 """Products with a GGUF file's integers as compiled for other processors: 256 bits, none known, ARM in an emulator."""
 
 import ctypes
-import os
 import platform
 import shutil
 import struct
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
-from teal.kernels.cpu.native import FLAGS, FOLDER, _units, processor_features
+from teal.kernels.cpu.native import FLAGS, FOLDER, processor_features, unit_arguments, units
 from teal.kernels.formats.blocks import BLOCK_TYPES, Blocks, dequantize
 from tests.block_models import KINDS, random_blocks
 from tests.conftest import assert_near
@@ -157,8 +156,8 @@ def test_amx(tmp_path: Path) -> None:
 def test_ops_are_one_unit_without_vector_instructions() -> None:
     """Where other branches of their files hold, too, no two have a name in common."""
     assert COMPILER is not None
-    ops = [part for source in _units()[0] for part in ("-include", str(source))]
+    ops = units()[0]
     flags = [flag for flag in FLAGS if not flag.startswith("-march")] + ["-march=x86-64", "-w", "-fsyntax-only"]
     flags += [f"-I{folder}" for folder in include_paths()]
     assert len(ops) > 2
-    subprocess.run([COMPILER, *flags, *ops, "-x", "c++", os.devnull], check=True)
+    subprocess.run([COMPILER, *flags, *unit_arguments(ops)], check=True)
